@@ -1,0 +1,21 @@
+"""The one exception type that means "the user gave something wrong", as opposed to a defect of ours."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """A wrong flag, file or combination. The message is one line: what was given, what was found, what is accepted.
+
+    Command-line entry points print it without a traceback and exit with code 2.
+    """
+
+
+def unknown_name(kind: str, name: str, accepted: Iterable[str]) -> UsageError:
+    """A :class:`UsageError` for `name`, which is none of the `accepted` names, with a "did you mean" when one is close."""
+    names = sorted(accepted)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return UsageError(f"{kind}: unknown value {name!r}{hint}; accepted: {', '.join(names)}")
