@@ -1,0 +1,62 @@
+"""Settings and fixtures of all tests: one thread per process, no network, the golden reference data."""
+
+from __future__ import annotations
+
+import os
+
+# Set before NumPy and torch are imported anywhere, since they read these once. Reference tolerances assume few threads,
+# several test processes share the cores, and no test may depend on a model hub.
+for _name, _value in {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "MPLBACKEND": "Agg",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL_GOLDEN = ROOT.parent / "shared" / "golden"
+GOLDEN_SUBSET = ROOT / "tests" / "golden"
+
+
+class GoldenSubset(type(Path())):  # type: ignore[misc]  # the concrete class differs by platform
+    """The folder of reference data kept in the repository: reaching for a file that is not in it skips the test.
+
+    `folder / name` is the access that checks; the complete data are about 26 MB and live outside the repository.
+    """
+
+    def __truediv__(self, key: str) -> GoldenSubset:
+        path = super().__truediv__(key)
+        if not path.exists():
+            pytest.skip(f"{path.relative_to(GOLDEN_SUBSET)} is not in the subset tests/golden of the reference data")
+        return path
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folder of the reference outputs: `$GOLDEN_DIR`, else shared/golden beside the checkout, else the subset here."""
+    chosen = os.environ.get("GOLDEN_DIR")
+    if chosen and Path(chosen).resolve() != GOLDEN_SUBSET:
+        folder = Path(chosen).resolve()
+        if not folder.is_dir():
+            pytest.fail(f"GOLDEN_DIR={chosen}: no such folder")
+        return folder
+    if not chosen and FULL_GOLDEN.is_dir():
+        return FULL_GOLDEN
+    if not GOLDEN_SUBSET.is_dir():
+        pytest.skip("no reference data: neither shared/golden beside the checkout nor tests/golden")
+    return GoldenSubset(GOLDEN_SUBSET)
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The checkout's top folder."""
+    return ROOT
