@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Set before NumPy and torch are imported anywhere, since they read these once. Reference tolerances assume few threads,
 # several test processes share the cores, and no test may depend on a model hub.
@@ -17,10 +20,6 @@ for _name, _value in {
     "MPLBACKEND": "Agg",
 }.items():
     os.environ.setdefault(_name, _value)
-
-from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL_GOLDEN = ROOT.parent / "shared" / "golden"
