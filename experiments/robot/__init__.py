@@ -1,0 +1,1 @@
+"""Robots: from a checkpoint to a policy that acts."""

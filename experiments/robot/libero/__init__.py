@@ -1,0 +1,1 @@
+"""LIBERO: the simulator and the evaluation on it."""

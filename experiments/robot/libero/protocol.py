@@ -1,0 +1,159 @@
+"""The LIBERO evaluation protocol as data, and which episodes a run consists of. Needs no simulator.
+
+Behaviors that are easy to miss:
+- The settle steps do not count toward the step limit, and "done" during them is ignored (upstream does both).
+- The simulator is seeded with `env_seed` (0 in the protocol), not with the run's `seed`: start states are fixed vectors,
+  the run's seed is for the policy's own randomness (diffusion noise).
+- A chunk runs open loop, but the episode ends at once when the simulator reports success inside it.
+- LIBERO-PRO's perturbed suites (`libero_goal_swap`, ...) take the step limit of the suite they perturb.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from experiments.robot.robot_utils import invert_gripper_action, normalize_gripper_action
+from prismatic.util.errors import UsageError, unknown_name
+
+Array = npt.NDArray[Any]
+
+# Longest demonstration of the suite, rounded up (upstream's table).
+MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+DUMMY_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+RENDER_MODES = ("protocol", "fast")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How an episode is run; part of what makes two runs comparable.
+
+    `max_steps` policy steps at most after `settle_steps` steps of :data:`DUMMY_ACTION`; `open_loop_steps` actions of each
+    chunk are executed; cameras of `image_size` pixels, rendered as `render` says; the simulator seeded with `env_seed`.
+    """
+
+    max_steps: int
+    settle_steps: int = 10
+    open_loop_steps: int = 8
+    image_size: int = 256
+    render: str = "protocol"
+    env_seed: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether everything but the step limit is as published LIBERO numbers have it."""
+        return self == Protocol(max_steps=self.max_steps)
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One episode to run: a task of a suite, started from its fixed state number `init_state`.
+
+    `start_vector`, when given, replaces the benchmark's own state of that number (`--initial_states_path`).
+    """
+
+    suite: str
+    task_id: int
+    init_state: int
+    seed: int
+    start_vector: tuple[float, ...] | None = None
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What identifies the episode within a run."""
+        return (self.suite, self.task_id, self.init_state)
+
+
+def max_steps_for(suite: str) -> int:
+    """The protocol's step limit of `suite`; a perturbed suite (`libero_10_swap`) has its base suite's.
+
+    Raises:
+        UsageError: no such suite.
+    """
+    bases = [base for base in MAX_STEPS if suite == base or suite.startswith(base + "_")]
+    if not bases:
+        raise unknown_name("--task_suite_name", suite, MAX_STEPS)
+    return MAX_STEPS[bases[0]]
+
+
+def to_env_action(action_A: Array) -> Array:
+    """A policy's action as the simulator takes it: gripper from [0, 1] (1 open) to -1/+1 (-1 open)."""
+    return invert_gripper_action(normalize_gripper_action(action_A, binarize=True))
+
+
+def parse_task_ids(text: str, num_tasks: int) -> tuple[int, ...]:
+    """`--task_ids`: "" (all), "0,3,7", "[0, 3]" or ranges "0-4"; duplicates dropped, order kept.
+
+    Raises:
+        UsageError: not a list of integers, or an id outside 0..num_tasks-1.
+    """
+    stripped = text.strip().strip("[]()").strip()
+    if stripped.lower() in ("", "all", "none", "null"):
+        return tuple(range(num_tasks))
+    ids: list[int] = []
+    for word in (part.strip() for part in stripped.split(",")):
+        first, dash, last = word.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UsageError(f"--task_ids: cannot read {word!r} in {text!r}; accepted: integers, as in 0,3,7 or 0-4")
+        ids += range(int(first), int(last if dash else first) + 1)
+    wrong = [task_id for task_id in ids if task_id >= num_tasks]
+    if wrong or not ids:
+        raise UsageError(f"--task_ids: {text!r} names {wrong or 'no task'}; accepted: 0 to {num_tasks - 1}")
+    return tuple(dict.fromkeys(ids))
+
+
+def plan_episodes(suite: str, task_ids: Iterable[int], init_states: Sequence[int], seed: int) -> list[Episode]:
+    """Every episode of a run, task by task."""
+    return [Episode(suite, task_id, init_state, seed) for task_id in task_ids for init_state in init_states]
+
+
+class EpisodeQueue:
+    """Hands out episodes so that a worker stays with its task: a new environment costs seconds, a reset far less."""
+
+    def __init__(self, episodes: Iterable[Episode]) -> None:
+        self._by_task: dict[tuple[str, int], deque[Episode]] = {}
+        self._workers_on: dict[tuple[str, int], int] = {}
+        for episode in episodes:
+            self._by_task.setdefault((episode.suite, episode.task_id), deque()).append(episode)
+
+    def __len__(self) -> int:
+        return sum(len(waiting) for waiting in self._by_task.values())
+
+    def take(self, current: tuple[str, int] | None = None) -> Episode | None:
+        """The next episode for a worker whose environment is of task `current`, or None when nothing is left.
+
+        With its own task finished, a worker goes where the most episodes wait for each worker that is already there.
+        """
+        if current is not None and self._by_task.get(current):
+            return self._by_task[current].popleft()
+        if current is not None and self._workers_on.get(current):
+            self._workers_on[current] -= 1
+        tasks = [task for task, waiting in self._by_task.items() if waiting]
+        if not tasks:
+            return None
+        task = max(tasks, key=lambda task: len(self._by_task[task]) / (1 + self._workers_on.get(task, 0)))
+        self._workers_on[task] = self._workers_on.get(task, 0) + 1
+        return self._by_task[task].popleft()
+
+    def put_back(self, episode: Episode) -> None:
+        """Return an episode whose worker died; it is the next of its task."""
+        self._by_task.setdefault((episode.suite, episode.task_id), deque()).appendleft(episode)
+
+
+def checked_chunk(chunk: Any, open_loop_steps: int, action_dim: int) -> Array:
+    """One episode's answer of the policy as (T, A) floats, or a ValueError that says what is wrong with it."""
+    actions_TA = np.asarray(chunk)
+    if actions_TA.ndim != 2 or actions_TA.shape[0] < open_loop_steps or actions_TA.shape[1] != action_dim:
+        wanted = f"(at least {open_loop_steps}, {action_dim})"
+        raise ValueError(f"policy answered shape {actions_TA.shape}; the protocol needs {wanted}")
+    if not np.issubdtype(actions_TA.dtype, np.number) or not np.isfinite(actions_TA).all():
+        raise ValueError("policy answered values that are not finite numbers")
+    return actions_TA.astype(np.float64)
