@@ -1,0 +1,1 @@
+"""Datasets of robot episodes: RLDS files read with NumPy, random access to frames, exact shuffling."""

@@ -1,0 +1,222 @@
+"""What happens to a camera image before the model's own processor: one object for training and for rollouts.
+
+Not obvious:
+- Training images come from JPEG files, so a rollout's render goes through a JPEG round trip first (quality 95, 4:2:0).
+- A policy trained with the random crop (area 0.9) sees the center crop of the same area in rollouts.
+- Rendered images must already be rotated by 180 degrees, as the RLDS datasets hold them; nothing here rotates.
+- Upstream turns a float image into uint8 by floor(x * 255.5) (tf.image.convert_image_dtype), not by rounding.
+- The crop's samples are corner-aligned, the Lanczos resize is half-pixel centered.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from prismatic.vla.datasets.resampling import crop_weights, lanczos_weights, resample
+
+CROP_AREA = 0.9
+JPEG_QUALITY = 95
+
+
+class CropBox(NamedTuple):
+    """A crop in fractions of the resized image's height and width; (0, 0, 1, 1) is the whole image."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+
+FULL_IMAGE = CropBox(0.0, 0.0, 1.0, 1.0)
+
+
+class AugmentDraw(NamedTuple):
+    """One draw of the augmentation: crop, brightness offset, contrast and saturation factors, hue offset (turns)."""
+
+    crop: CropBox
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+
+
+@dataclass(frozen=True)
+class AugmentRanges:
+    """Ranges of the training augmentation; the defaults are upstream's (applied in the order of the fields)."""
+
+    crop_area: float = CROP_AREA
+    brightness: float = 0.2
+    contrast: tuple[float, float] = (0.8, 1.2)
+    saturation: tuple[float, float] = (0.8, 1.2)
+    hue: float = 0.05
+
+    def draw(self, rng: np.random.Generator) -> AugmentDraw:
+        """Draw one augmentation; every parameter is uniform on its range."""
+        side = math.sqrt(self.crop_area)
+        top, left, brightness, contrast, saturation, hue = rng.random(6).tolist()
+        return AugmentDraw(
+            crop=CropBox(top * (1 - side), left * (1 - side), side, side),
+            brightness=(2 * brightness - 1) * self.brightness,
+            contrast=self.contrast[0] + contrast * (self.contrast[1] - self.contrast[0]),
+            saturation=self.saturation[0] + saturation * (self.saturation[1] - self.saturation[0]),
+            hue=(2 * hue - 1) * self.hue,
+        )
+
+
+def center_crop_box(area: float = CROP_AREA) -> CropBox:
+    """The square-root-of-`area` sided box in the middle of the image."""
+    side = math.sqrt(area)
+    return CropBox((1 - side) / 2, (1 - side) / 2, side, side)
+
+
+def decode_image(encoded: bytes) -> np.ndarray:
+    """Decode JPEG (or PNG) bytes to uint8 (H, W, 3).
+
+    Raises:
+        ValueError: the bytes are no complete image.
+    """
+    try:
+        if encoded[:2] == b"\xff\xd8":
+            # torchvision's libjpeg-turbo binding takes 0.6 of Pillow's time and gives the same pixels.
+            buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+            return decode_jpeg(buffer, mode=ImageReadMode.RGB).permute(1, 2, 0).contiguous().numpy()
+        with Image.open(io.BytesIO(encoded)) as image:
+            return np.array(image.convert("RGB"))
+    except (RuntimeError, OSError, SyntaxError) as error:
+        raise ValueError(f"{len(encoded)} bytes that are no complete JPEG or PNG image ({error})") from error
+
+
+def jpeg_round_trip(image_HW3: np.ndarray) -> np.ndarray:
+    """Encode and decode as the training data was (quality 95, 4:2:0 chroma), uint8 (H, W, 3) in and out."""
+    buffer = io.BytesIO()
+    Image.fromarray(image_HW3).save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
+    return decode_image(buffer.getvalue())
+
+
+def resize_and_crop(image_HW3: np.ndarray, size: tuple[int, int], crop: CropBox = FULL_IMAGE) -> np.ndarray:
+    """Lanczos-3 resize to `size` (height, width), then crop and resize back bilinearly.
+
+    Returns planar float32 (3, height, width) on the 0..255 scale, clipped to it.
+    """
+    rows = lanczos_weights(image_HW3.shape[0], size[0])
+    columns = lanczos_weights(image_HW3.shape[1], size[1])
+    if crop != FULL_IMAGE:
+        rows = crop_weights(rows, crop.top, crop.height)
+        columns = crop_weights(columns, crop.left, crop.width)
+    planar = resample(image_HW3, rows, columns)
+    return np.clip(planar, 0.0, 255.0, out=planar)
+
+
+def _interleave(planar_3HW: np.ndarray) -> np.ndarray:
+    """Planar values, already on the scale whose floor is wanted, to uint8 (H, W, 3)."""
+    return np.ascontiguousarray(planar_3HW.astype(np.uint8).transpose(1, 2, 0))
+
+
+def resize_lanczos(image_HW3: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """Antialiased Lanczos-3 resize of a uint8 image, rounded (as upstream resizes frames and observations)."""
+    planar = resize_and_crop(image_HW3, _pair(size))
+    planar += 0.5
+    return _interleave(planar)
+
+
+def adjust_saturation_hue(rgb_3HW: np.ndarray, saturation: float, hue: float) -> np.ndarray:
+    """Scale the HSV saturation and turn the hue of planar RGB in [0, 1], in place (TensorFlow's definitions).
+
+    The value channel stays, so c * min(saturation, ...) is the new chroma and each channel is the value minus the
+    chroma times a trapezoid of the hue.
+    """
+    red, green, blue = rgb_3HW
+    value = np.maximum(np.maximum(red, green), blue)
+    chroma = value - np.minimum(np.minimum(red, green), blue)
+    scale = 1.0 / np.maximum(chroma, 1e-9)
+    sector = (red - green) * scale + 4.0  # blue is the largest channel
+    np.copyto(sector, (blue - red) * scale + 2.0, where=green == value)
+    np.copyto(sector, (green - blue) * scale, where=red == value)
+    sector += 6.0 * hue
+    np.minimum(chroma * saturation, value, out=chroma)
+    for channel, offset in zip(rgb_3HW, (5.0, 3.0, 1.0), strict=True):
+        turned = sector + offset
+        turned -= 6.0 * np.floor(turned * (1.0 / 6.0))
+        weight = np.clip(np.minimum(turned, 4.0 - turned), 0.0, 1.0)
+        np.subtract(value, np.multiply(weight, chroma, out=weight), out=channel)
+    return rgb_3HW
+
+
+def adjust_colors(rgb_3HW: np.ndarray, draw: AugmentDraw) -> np.ndarray:
+    """Brightness, contrast (about each channel's mean), saturation, hue of planar RGB in [0, 1], in place, clipped."""
+    rgb_3HW += np.float32(draw.brightness)
+    np.clip(rgb_3HW, 0.0, 1.0, out=rgb_3HW)
+    mean = rgb_3HW.mean(axis=(1, 2), keepdims=True)
+    rgb_3HW *= np.float32(draw.contrast)
+    rgb_3HW += mean * np.float32(1.0 - draw.contrast)
+    np.clip(rgb_3HW, 0.0, 1.0, out=rgb_3HW)
+    adjust_saturation_hue(rgb_3HW, draw.saturation, draw.hue)
+    return np.clip(rgb_3HW, 0.0, 1.0, out=rgb_3HW)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+@dataclass(frozen=True)
+class PolicyImageTransform:
+    """Camera image -> image of the policy's size, for training and for rollouts.
+
+    Attributes:
+        size: (height, width) of the result.
+        ranges: the training augmentation, or None for a policy trained without (then rollouts do not crop either).
+    """
+
+    size: tuple[int, int]
+    ranges: AugmentRanges | None = None
+
+    def draw(self, rng: np.random.Generator) -> AugmentDraw | None:
+        """An augmentation for one training image; None without augmentation."""
+        return None if self.ranges is None else self.ranges.draw(rng)
+
+    def train(self, image_HW3: np.ndarray, draw: AugmentDraw | None) -> np.ndarray:
+        """A stored training frame (uint8) resized and augmented with `draw` (None: only resized), uint8."""
+        if draw is None:
+            return resize_lanczos(image_HW3, self.size)
+        planar = resize_and_crop(image_HW3, self.size, draw.crop)
+        planar *= np.float32(1.0 / 255.0)
+        adjust_colors(planar, draw)
+        planar *= np.float32(255.5)
+        return _interleave(planar)
+
+    def rollout(self, image_HW3: np.ndarray) -> np.ndarray:
+        """A rendered observation (uint8, already rotated like the data) as the policy was trained to see it, uint8."""
+        resized = resize_lanczos(jpeg_round_trip(image_HW3), self.size)
+        if self.ranges is None:
+            return resized
+        planar = resize_and_crop(resized, self.size, center_crop_box(self.ranges.crop_area))
+        planar *= np.float32(255.5 / 255.0)
+        return _interleave(np.minimum(planar, 255.0, out=planar))
+
+
+def prepare_policy_image(image_HW3: np.ndarray, size: int | tuple[int, int], center_crop: bool) -> np.ndarray:
+    """JPEG round trip, Lanczos resize to `size`, and the center crop of area 0.9 when `center_crop`.
+
+    Args:
+        image_HW3: uint8 (H, W, 3), rotated by 180 degrees like the training data.
+        size: side, or (height, width), of the result.
+        center_crop: True for a policy trained with image augmentation.
+
+    Returns:
+        uint8 (height, width, 3).
+
+    Raises:
+        ValueError: `image_HW3` is not a uint8 (H, W, 3) array.
+    """
+    if image_HW3.dtype != np.uint8 or image_HW3.ndim != 3 or image_HW3.shape[2] != 3:
+        raise ValueError(f"policy image: expected uint8 (H, W, 3), found {image_HW3.dtype} {image_HW3.shape}")
+    ranges = AugmentRanges() if center_crop else None
+    return PolicyImageTransform(_pair(size), ranges).rollout(np.ascontiguousarray(image_HW3))
