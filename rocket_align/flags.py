@@ -1,0 +1,109 @@
+"""The released command-line flags of the alignment and what they mean as an :class:`AlignConfig`.
+
+A flag left at None takes the recipe's value, so a recipe and a hand-set flag combine as one expects. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rocket_align.config import AlignConfig
+from rocket_align.layers import resolve_layers
+from rocket_align.recipes import RECIPES
+
+POOLING = ("bilinear", "random")
+
+
+@dataclass
+class AlignFlags:
+    # fmt: off
+    vggt_path: str = ""                                     # The 3D teacher: a folder, a weights file, or a hub id; empty: no alignment
+    recipe: str | None = None                               # rocket | shared | naive | spatial_forcing | baseline (default: rocket with a teacher, else baseline)
+    vla_layers_align: str | None = None                     # Student layers as a comma list; -1 is the last but one hidden state, as released
+    vggt_layers_align: str | None = None                    # Teacher blocks as a comma list; -1 is the last block; or a file written by layer selection
+    align_loss_type: str = "cosine"                         # Distance between student and teacher features: cosine
+    align_loss_coeff: float | None = None                   # Weight of the alignment in the total loss
+    pooling_func: str | None = None                         # Teacher grid to student grid: bilinear | random
+    use_vlm_norm: bool | None = None                        # LayerNorm on the student's features
+    use_vggt_pe: bool | None = None                         # Position embedding on the teacher's features
+    gain_feat_1move: bool | None = None                     # Shift the student's slice one token to the right
+    share_projector: bool | None = None                     # One projector for all layer pairs
+    ensemble_size: int | None = None                        # Projectors per pair whose losses are averaged
+    use_matryoshka: bool | None = None                      # Nested widths (with independent projectors: the released 20% width)
+    projector_width_ratios: str | None = None               # Width ratios of the pairs as a comma list
+    projector_shallow_to_deep_increase: bool | None = None  # Deeper pairs are wider
+    use_vggt_cache: bool = False                            # Released cache of teacher features (not offered: it never hits with augmentation)
+    generate_vggt_cache: bool = False                       # See use_vggt_cache
+    vggt_cache_dir: str = ""                                # See use_vggt_cache
+    # fmt: on
+
+    @property
+    def recipe_name(self) -> str:
+        """The recipe in force."""
+        return self.recipe or ("rocket" if self.vggt_path else "baseline")
+
+    @property
+    def aligns(self) -> bool:
+        """Whether training needs the teacher."""
+        return self.recipe_name != "baseline" and self.align_loss_coeff != 0
+
+    def validate_alignment(self) -> None:
+        """Refuse wrong values before anything is loaded.
+
+        Raises:
+            ValueError: one line that names the flag, what was found and what is accepted.
+        """
+        if self.recipe_name not in RECIPES:
+            raise ValueError(f"--recipe: unknown value {self.recipe!r}; accepted: {', '.join(RECIPES)}")
+        if self.align_loss_type != "cosine":
+            raise ValueError(f"--align_loss_type: unknown value {self.align_loss_type!r}; accepted: cosine")
+        if self.pooling_func not in (None, *POOLING):
+            raise ValueError(f"--pooling_func: unknown value {self.pooling_func!r}; accepted: {', '.join(POOLING)}")
+        if self.use_vggt_cache or self.generate_vggt_cache:
+            raise ValueError("--use_vggt_cache: True found; accepted: False (a cache keyed by augmented pixels never hits)")
+        if self.ensemble_size is not None and self.ensemble_size < 1:
+            raise ValueError(f"--ensemble_size: {self.ensemble_size} found; accepted: 1 or more")
+        if self.align_loss_coeff is not None and self.align_loss_coeff < 0:
+            raise ValueError(f"--align_loss_coeff: {self.align_loss_coeff} found; accepted: 0 or more")
+        if self.aligns and not self.vggt_path:
+            raise ValueError(f"--vggt_path: empty, but --recipe {self.recipe_name} needs a teacher; accepted: its folder")
+        if self.aligns and self.vggt_path.startswith((".", "/")) and not Path(self.vggt_path).exists():
+            raise ValueError(f"--vggt_path: no such folder or file: {self.vggt_path}")
+
+    def align_config(self, num_student_layers: int, num_teacher_layers: int) -> AlignConfig:
+        """The recipe for models of these depths, with the flags that were given put over it.
+
+        Raises:
+            ValueError: layers out of range or out of order, or a combination :class:`AlignConfig` refuses.
+        """
+        if not self.aligns:
+            return RECIPES["baseline"](num_student_layers, num_teacher_layers)
+        base = RECIPES[self.recipe_name](num_student_layers, num_teacher_layers)
+        changes: dict[str, Any] = {
+            "coeff": self.align_loss_coeff,
+            "pooling": self.pooling_func,
+            "student_norm": self.use_vlm_norm,
+            "teacher_pe": self.use_vggt_pe,
+            "shift": self.gain_feat_1move,
+            "ensemble_size": self.ensemble_size,
+            "widths_increase_with_depth": self.projector_shallow_to_deep_increase,
+            "projector": self._projector(base.projector),
+        }
+        if self.vla_layers_align is not None:
+            changes["student_layers"] = resolve_layers(
+                self.vla_layers_align, num_student_layers, convention="released_student"
+            )
+        if self.vggt_layers_align is not None:
+            changes["teacher_layers"] = resolve_layers(self.vggt_layers_align, num_teacher_layers, convention="python")
+        if self.projector_width_ratios is not None:
+            changes["width_ratios"] = tuple(float(part) for part in self.projector_width_ratios.strip("[]() ").split(","))
+        return replace(base, **{name: value for name, value in changes.items() if value is not None})
+
+    def _projector(self, recipe_value: str) -> str:
+        shares = recipe_value != "independent" if self.share_projector is None else self.share_projector
+        if not shares:
+            return "independent"
+        nested = recipe_value != "shared" if self.use_matryoshka is None else self.use_matryoshka
+        return "matryoshka" if nested else "shared"

@@ -1,0 +1,27 @@
+"""What the alignment needs to know of a teacher: a callable from images to features of some layers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class TeacherFeatures(NamedTuple):
+    """Patch features of a frozen teacher.
+
+    Attributes:
+        layers: one (B, V, P, C) tensor per requested layer, in the order requested; P is row-major over `grid_hw`.
+        grid_hw: patches along height and width of one view.
+        image_hw: pixels the teacher saw, height and width.
+    """
+
+    layers: tuple[Tensor, ...]
+    grid_hw: tuple[int, int]
+    image_hw: tuple[int, int]
+
+
+class Teacher(Protocol):
+    """Images (B, V, 3, H, W) in [0, 1] -> features."""
+
+    def __call__(self, images_BV3HW: Tensor) -> TeacherFeatures: ...
