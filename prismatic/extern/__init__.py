@@ -1,0 +1,1 @@
+"""Code in the layout that other libraries expect."""

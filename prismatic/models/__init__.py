@@ -1,0 +1,1 @@
+"""Modules beside the vision-language model: action heads, projectors, FiLM, LoRA."""

@@ -1,0 +1,109 @@
+"""LoRA adapters of OpenVLA: which modules get one, how released adapter files load and merge.
+
+Upstream's "all-linear" means: every layer whose last name is that of some linear layer. So the patch embedding
+convolutions (`proj`) and the language model's head get an adapter too (439 modules in OpenVLA-7B). Newer PEFT versions
+read "all-linear" more narrowly, hence the explicit names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+    from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+
+_LORA_A, _LORA_B = ".lora_A.", ".lora_B."
+
+
+def lora_target_modules(model: nn.Module) -> list[str]:
+    """Sorted last names of the linear layers of `model`, which is what upstream's "all-linear" adapts.
+
+    A head that shares its weights with the token embeddings is left out: merging an adapter of it would change them.
+    """
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        names.discard("lm_head")
+    return sorted(names)
+
+
+def lora_config(model: nn.Module, rank: int = 32, dropout: float = 0.0, alpha: int | None = None) -> LoraConfig:
+    """Upstream's LoRA settings for `model`: alpha min(rank, 16), Gaussian initialization, all linear layers."""
+    from peft import LoraConfig
+
+    if rank < 1:
+        raise ValueError(f"lora_rank: found {rank}; accepted: a positive integer")
+    return LoraConfig(
+        r=rank,
+        lora_alpha=min(rank, 16) if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=lora_target_modules(model),
+        init_lora_weights="gaussian",
+    )
+
+
+def add_lora(model: OpenVLAForActionPrediction, rank: int = 32, dropout: float = 0.0) -> PeftModel:
+    """`model` wrapped by PEFT with fresh adapters, which alone are trainable."""
+    from peft import get_peft_model
+
+    return get_peft_model(model, lora_config(model, rank, dropout))
+
+
+def load_lora(model: OpenVLAForActionPrediction, folder: str | Path, is_trainable: bool = False) -> PeftModel:
+    """`model` wrapped by PEFT with the adapter in `folder`.
+
+    Older PEFT also wrote the frozen base weight of the adapted head (`lm_head.base_layer.weight`) into the file; such a
+    file loads like one without. Raises ValueError when the file lacks weights of an adapter or has unknown ones.
+    """
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = not is_trainable
+    weights = load_peft_weights(str(folder), device="cpu")
+    weights = {key: value for key, value in weights.items() if ".base_layer." not in key}
+    peft_model = get_peft_model(model, config)
+    result = set_peft_model_state_dict(peft_model, weights)
+    missing = [key for key in result.missing_keys if _LORA_A in key or _LORA_B in key]
+    if missing or result.unexpected_keys:
+        names = ", ".join((missing + list(result.unexpected_keys))[:3])
+        raise ValueError(
+            f"{folder}: found {len(missing)} adapter weights missing and {len(result.unexpected_keys)} unknown "
+            f"({names}); accepted: an adapter of this model"
+        )
+    return peft_model
+
+
+def strip_module_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state_dict` without the `module.` that DistributedDataParallel puts before every name."""
+    return {key.removeprefix("module."): value for key, value in state_dict.items()}
+
+
+def merge_lora_state_dict(
+    state_dict: Mapping[str, torch.Tensor], alpha: float | None = None
+) -> dict[str, torch.Tensor]:
+    """Plain weights of a state dict that holds `X.base_layer.*`, `X.lora_A.*.weight` and `X.lora_B.*.weight`.
+
+    The update is (alpha / rank) * B @ A, alpha defaulting to min(rank, 16); works for linear and convolution layers. A
+    state dict without adapters comes back as it is.
+    """
+    adapters = {key.split(_LORA_A)[0]: key for key in state_dict if _LORA_A in key}
+    merged = {
+        key.replace(".base_layer.", "."): value
+        for key, value in state_dict.items()
+        if _LORA_A not in key and _LORA_B not in key
+    }
+    for name, key_a in adapters.items():
+        lora_a, lora_b = state_dict[key_a].float(), state_dict[key_a.replace(_LORA_A, _LORA_B)].float()
+        rank = lora_a.shape[0]
+        scale = (min(rank, 16) if alpha is None else alpha) / rank
+        weight = merged[f"{name}.weight"]
+        update = scale * (lora_b.flatten(1) @ lora_a.flatten(1)).reshape(weight.shape)
+        merged[f"{name}.weight"] = (weight.float() + update).to(weight.dtype)
+    return merged

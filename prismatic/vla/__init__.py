@@ -1,0 +1,1 @@
+"""Platforms, action tokens and data of vision-language-action training."""

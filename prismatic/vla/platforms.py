@@ -1,0 +1,87 @@
+"""Robot platforms as data: how long an action chunk is, how wide actions and proprioception are, how both are normalized.
+
+Upstream guesses the platform from the words on the command line. Here it is a value: a training run names one, the
+checkpoint stores it (field `platform` of the model's configuration), and evaluation reads it from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from typing import Any
+
+
+class NormalizationType(str, Enum):
+    """Which statistics map actions and proprioception to [-1, 1] (or to unit variance)."""
+
+    NORMAL = "normal"
+    BOUNDS = "bounds"
+    BOUNDS_Q99 = "bounds_q99"
+
+    def bounds(self, statistics: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The (low, high) entries of one dataset's action or proprio `statistics` that map to -1 and +1.
+
+        Raises ValueError for NORMAL, which has no bounds.
+        """
+        if self is NormalizationType.BOUNDS_Q99:
+            return statistics["q01"], statistics["q99"]
+        if self is NormalizationType.BOUNDS:
+            return statistics["min"], statistics["max"]
+        raise ValueError(f"normalization {self.value!r} has no bounds; accepted: bounds, bounds_q99")
+
+
+@dataclass(frozen=True)
+class Platform:
+    """The numbers of one robot platform.
+
+    chunk: actions predicted at once; action_dim: numbers per action; proprio_dim: numbers of proprioceptive state.
+    """
+
+    name: str
+    chunk: int
+    action_dim: int
+    proprio_dim: int
+    normalization: NormalizationType
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "normalization", NormalizationType(self.normalization))
+        for field_name in ("chunk", "action_dim", "proprio_dim"):
+            value = getattr(self, field_name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"platform {self.name!r}: {field_name} is {value!r}; accepted: a positive integer")
+
+    @property
+    def num_action_tokens(self) -> int:
+        """Action tokens in one sequence: one for each number of each action of the chunk."""
+        return self.chunk * self.action_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary that :func:`get_platform` reads back."""
+        return {**asdict(self), "normalization": self.normalization.value}
+
+
+LIBERO = Platform("libero", chunk=8, action_dim=7, proprio_dim=8, normalization=NormalizationType.BOUNDS_Q99)
+ALOHA = Platform("aloha", chunk=25, action_dim=14, proprio_dim=14, normalization=NormalizationType.BOUNDS)
+BRIDGE = Platform("bridge", chunk=5, action_dim=7, proprio_dim=7, normalization=NormalizationType.BOUNDS_Q99)
+
+PLATFORMS: dict[str, Platform] = {platform.name: platform for platform in (LIBERO, ALOHA, BRIDGE)}
+
+
+def get_platform(platform: str | Mapping[str, Any] | Platform) -> Platform:
+    """The platform of that name (any case), of that dictionary of fields, or `platform` itself.
+
+    Raises UsageError for an unknown name and ValueError for a dictionary with missing, unknown or wrong fields.
+    """
+    if isinstance(platform, Platform):
+        return platform
+    if isinstance(platform, Mapping):
+        expected = {field.name for field in fields(Platform)}
+        if set(platform) != expected:
+            raise ValueError(f"platform: found fields {sorted(platform)}; accepted: exactly {sorted(expected)}")
+        return Platform(**platform)
+    if platform.lower() not in PLATFORMS:
+        from prismatic.util.errors import unknown_name
+
+        raise unknown_name("platform", platform, PLATFORMS)
+    return PLATFORMS[platform.lower()]
