@@ -1,0 +1,156 @@
+"""Multi-layer alignment: hidden states of a student and features of a teacher in, one loss out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rocket_align.config import AlignConfig
+from rocket_align.layers import resolve_layers
+from rocket_align.loss import cosine_loss
+from rocket_align.pooling import pool_teacher
+from rocket_align.projector import AlignmentProjector, matryoshka_widths
+from rocket_align.student import vision_tokens
+from rocket_align.teacher.base import TeacherFeatures
+
+
+class AlignOutput(NamedTuple):
+    """Result of an alignment.
+
+    Attributes:
+        loss: scalar with gradient, averaged over pairs and ensemble; not yet times the coefficient.
+        per_pair: (K,) detached losses of the pairs, on the same device.
+    """
+
+    loss: Tensor
+    per_pair: Tensor
+
+
+class MultiLayerAlignment(nn.ModuleList):
+    """The projectors and the loss of all layer pairs.
+
+    It is a list (pair) of lists (ensemble member) of projectors, so that its state dict has the layout of a released
+    `align_projectors--*.pt`: `{pair}.{member}.fc1.weight`. A shared projector stands in every pair's list, and its
+    tensors under every pair's name, as released. Loading also accepts a `module.` prefix, and pair 0 alone for a
+    shared projector.
+
+    Without layers (the baseline) it has no parameters, needs no teacher, and its loss is zero.
+
+    Args:
+        config: what is aligned and how.
+        student_dim: width of the student's hidden states.
+        teacher_dim: width of one teacher stream; features have twice as many channels.
+    """
+
+    def __init__(self, config: AlignConfig, student_dim: int, teacher_dim: int) -> None:
+        pairs = config.num_pairs
+        hidden_dim = 2 * teacher_dim
+        widths = [hidden_dim] * pairs
+        if config.projector == "matryoshka" and pairs:
+            widths = list(matryoshka_widths(hidden_dim, pairs, config.width_ratios))
+        elif config.released_independent_width:
+            widths = list(matryoshka_widths(hidden_dim, 1)) * pairs
+        if not config.widths_increase_with_depth:
+            widths.reverse()
+
+        def members(of_pairs: Sequence[int]) -> nn.ModuleList:
+            return nn.ModuleList(
+                AlignmentProjector(student_dim, teacher_dim, widths=of_pairs, student_norm=config.student_norm)
+                for _ in range(config.ensemble_size)
+            )
+
+        if config.projector == "independent":
+            super().__init__([members([width]) for width in widths])
+        else:
+            super().__init__([members(widths)] * pairs if pairs else [])
+        self.config = config
+        self.teacher_channels = 2 * teacher_dim
+        self.register_load_state_dict_pre_hook(_accept_released_layouts)
+
+    def _project(self, tokens_KBND: Tensor) -> Tensor:
+        """(K, B, N, D) -> (E, K, B, N, C) over the ensemble."""
+        members = range(self.config.ensemble_size)
+        if self.config.projector == "independent":
+            rows = [torch.stack([self[k][e](tokens, 0) for k, tokens in enumerate(tokens_KBND)]) for e in members]
+        else:
+            rows = [self[0][e].project_pairs(tokens_KBND) for e in members]
+        return torch.stack(rows)
+
+    def _targets(self, teacher: TeacherFeatures, num_tokens: int) -> Tensor:
+        """Pooled teacher features (K, B, N, C)."""
+        found = [tuple(features.shape[-1:]) for features in teacher.layers]
+        if found != [(self.teacher_channels,)] * self.config.num_pairs:
+            raise ValueError(
+                f"teacher: found {len(found)} layers of {sorted({size for (size,) in found})} channels; "
+                f"accepted: {self.config.num_pairs} layers of {self.teacher_channels}"
+            )
+        pooled = [
+            pool_teacher(
+                features,
+                teacher.grid_hw,
+                teacher.image_hw,
+                num_tokens,
+                mode=self.config.pooling,
+                position_embedding=self.config.teacher_pe,
+            )
+            for features in teacher.layers
+        ]
+        return torch.stack(pooled)
+
+    def forward(
+        self,
+        hidden_states: Sequence[Tensor],
+        vision_start: int,
+        num_vision_tokens: int,
+        teacher: TeacherFeatures | None,
+    ) -> AlignOutput:
+        """Loss between the student's vision tokens and the teacher, over all pairs.
+
+        Never waits for the device.
+
+        Args:
+            hidden_states: the student's L + 1 hidden states (B, S, D), embeddings first.
+            vision_start: position of the first vision token (1 after a BOS token); the shift is added here.
+            num_vision_tokens: vision tokens over all views.
+            teacher: features of `config.teacher_layers`, in that order; may be None when there are no pairs.
+
+        Raises:
+            ValueError: layers the student does not have, a slice outside the sequence, features that do not fit.
+        """
+        if not self.config.num_pairs:
+            zero = hidden_states[0].new_zeros((), dtype=torch.float32)
+            return AlignOutput(zero, zero.new_zeros(0))
+        if teacher is None:
+            raise ValueError(f"teacher: found None; accepted: features of layers {self.config.teacher_layers}")
+        layers = resolve_layers(self.config.student_layers, len(hidden_states) - 1, convention="released")
+        tokens = vision_tokens(hidden_states, layers, vision_start, num_vision_tokens, shift=self.config.shift)
+        targets = self._targets(teacher, num_vision_tokens)
+        losses = cosine_loss(self._project(tokens), targets).mean(dim=0)
+        return AlignOutput(losses.mean(), losses.detach())
+
+
+def _accept_released_layouts(
+    module: MultiLayerAlignment,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Rename `module.` keys, and give every pair of a shared projector its tensors; refuse pairs that disagree."""
+    wrapped = prefix + "module."
+    for key in [key for key in state_dict if key.startswith(wrapped)]:
+        state_dict[prefix + key[len(wrapped) :]] = state_dict.pop(key)
+    if module.config.projector == "independent":
+        return
+    first = prefix + "0."
+    for key in [key for key in state_dict if key.startswith(first)]:
+        for pair in range(1, module.config.num_pairs):
+            stored = state_dict.setdefault(f"{prefix}{pair}.{key[len(first) :]}", state_dict[key])
+            if not torch.equal(stored, state_dict[key]):
+                errors.append(f"{key}: pair {pair} has other values, but this alignment shares one projector")

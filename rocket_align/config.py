@@ -1,0 +1,94 @@
+"""Configuration of the alignment. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from rocket_align.layers import parse_layers
+
+ProjectorKind = Literal["matryoshka", "shared", "independent"]
+PoolingMode = Literal["bilinear", "random"]
+
+# The pairs of the paper's recipe for a 32-block student and a 24-block teacher.
+PAPER_LAYERS = (2, 4, 6, 8, 10, 12, 14, 16, 18, -1)
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Which layers are aligned and how.
+
+    Attributes:
+        coeff: weight of the alignment loss in the total loss (lambda in the paper).
+        student_layers: hidden states of the student, ascending; 0 is the embeddings; negative ones follow the
+            "released" convention of `resolve_layers`. Empty: no alignment. A comma string is accepted too.
+        teacher_layers: teacher blocks, one per student layer, 0-based, negative ones from the end.
+        projector: "matryoshka": one projector, pair i uses a prefix of its hidden units; "shared": one projector, full
+            width; "independent": one projector per pair.
+        width_ratios: fraction of hidden units per pair ("matryoshka" only); None: 0.2 to 1.0 in equal steps.
+        widths_increase_with_depth: shallow pairs are narrow; False reverses the widths.
+        ensemble_size: projectors per pair, whose losses are averaged.
+        student_norm: LayerNorm in front of the projector.
+        teacher_pe: add VGGT's sine position embedding to the teacher's features before pooling.
+        pooling: how teacher patches become student tokens.
+        shift: compare the student's token at position i + 1 with patch i (a causal model predicts the next token).
+        released_independent_width: reproduce the released code, whose independent projectors use only 20% of their
+            hidden units; by default they use all.
+
+    Raises:
+        ValueError: a value that is not accepted, naming the field.
+    """
+
+    coeff: float = 0.5
+    student_layers: tuple[int, ...] = PAPER_LAYERS
+    teacher_layers: tuple[int, ...] = PAPER_LAYERS
+    projector: ProjectorKind = "matryoshka"
+    width_ratios: tuple[float, ...] | None = None
+    widths_increase_with_depth: bool = True
+    ensemble_size: int = 1
+    student_norm: bool = True
+    teacher_pe: bool = True
+    pooling: PoolingMode = "bilinear"
+    shift: bool = True
+    released_independent_width: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("student_layers", "teacher_layers"):
+            layers = parse_layers(getattr(self, name))
+            object.__setattr__(self, name, layers)
+            if len(set(layers)) < len(layers):
+                raise ValueError(f"{name}: found a layer twice in {layers}; accepted: each layer once")
+        if len(self.student_layers) != len(self.teacher_layers):
+            raise ValueError(
+                f"teacher_layers: found {len(self.teacher_layers)} layers; "
+                f"accepted: one per student layer, of which there are {len(self.student_layers)}"
+            )
+        self._check_choice("projector", ProjectorKind)
+        self._check_choice("pooling", PoolingMode)
+        if not (math.isfinite(self.coeff) and self.coeff >= 0):
+            raise ValueError(f"coeff: found {self.coeff}; accepted: 0 or more")
+        if self.ensemble_size < 1:
+            raise ValueError(f"ensemble_size: found {self.ensemble_size}; accepted: 1 or more")
+        if self.released_independent_width and self.projector != "independent":
+            raise ValueError(f'released_independent_width: accepted with projector "independent", not {self.projector!r}')
+        self._check_width_ratios()
+
+    def _check_choice(self, name: str, kind: object) -> None:
+        if getattr(self, name) not in get_args(kind):
+            raise ValueError(f"{name}: found {getattr(self, name)!r}; accepted: {', '.join(get_args(kind))}")
+
+    def _check_width_ratios(self) -> None:
+        if self.width_ratios is None:
+            return
+        ratios = tuple(float(ratio) for ratio in self.width_ratios)
+        object.__setattr__(self, "width_ratios", ratios)
+        if self.projector != "matryoshka":
+            raise ValueError(f'width_ratios: accepted with projector "matryoshka", not {self.projector!r}')
+        if len(ratios) != self.num_pairs or not all(0 < ratio <= 1 for ratio in ratios):
+            raise ValueError(f"width_ratios: found {ratios}; accepted: {self.num_pairs} numbers above 0 and up to 1")
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of aligned layer pairs."""
+        return len(self.student_layers)
