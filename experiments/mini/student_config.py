@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
+
     from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
-    from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 
 IMAGE_SIZE = 84
 # depth n gives n - 1 useful blocks: the features are those of the second-to-last block, as in the real model.
@@ -57,8 +58,9 @@ def student_config() -> OpenVLAConfig:
 
 def build_processor() -> PrismaticProcessor:
     """Tokenizer and image processor of the mini student."""
-    from experiments.mini.make_tokenizer import build_tokenizer
     from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor, PrismaticProcessor
+
+    from experiments.mini.make_tokenizer import build_tokenizer
 
     image_processor = PrismaticImageProcessor(
         use_fused_vision_backbone=True,
@@ -72,7 +74,7 @@ def build_processor() -> PrismaticProcessor:
 
 
 def build_student(seed: int) -> tuple[OpenVLAForActionPrediction, PrismaticProcessor]:
-    """A randomly initialized mini student (float32, two views) and its processor; the same seed gives the same weights."""
+    """A randomly initialized mini student (float32, two views) and its processor; one seed, one set of weights."""
     import torch
 
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction

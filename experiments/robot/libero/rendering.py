@@ -107,6 +107,8 @@ class Cameras:
         self._viewport = mujoco.MjrRect(0, 0, size, size)
         self._option = mujoco.MjvOption()
         self._option.geomgroup[_COLLISION_GROUP], self._option.geomgroup[_VISUAL_GROUP] = 0, 1
+        self._without_sites = copy.copy(self._option)
+        self._without_sites.sitegroup[:] = 0
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
 
@@ -118,9 +120,9 @@ class Cameras:
         mujoco = self._mujoco
         self._holder["gl"].make_current()
         self._camera.fixedcamid = self._model.camera(camera).id
-        mujoco.mjv_updateScene(
-            self._model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene
-        )
+        # Sites (the hand's axis, placement regions) are transparent in color but solid in segmentation and depth.
+        option = self._without_sites if segment else self._option
+        mujoco.mjv_updateScene(self._model, data, option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene)
         self._scene.flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = segment
         self._scene.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = segment
         mujoco.mjr_render(self._viewport, self._scene, self._holder["mujoco"])
