@@ -4,7 +4,7 @@
 
 One `.npz` a task, resumable: a file that is there is not made again. What varies within a task: the official initial
 state, small shifts of the objects, the arm (it wanders between objects and free space, with noise) and the
-third-person camera (its pose is perturbed in most episodes, so depth cannot be learned by heart). Pictures use the
+third-person camera (its pose is perturbed in most frames, so depth cannot be learned by heart). Pictures use the
 fast renderer and LIBERO's mirrored orientation, as the demonstrations for the mini student do.
 """
 
@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -133,21 +133,28 @@ class Wanderer:
         return np.append(np.clip(motion, -1.0, 1.0), self._gripper)
 
 
-def _perturb_camera(model: Any, pristine: tuple[np.ndarray, np.ndarray], rng: np.random.Generator) -> None:
-    """Move and turn the third-person camera a little, or put it back where it belongs."""
-    import mujoco
+class CameraShaker:
+    """Moves and turns the third-person camera a little in most frames, and puts it back in the others."""
 
-    camera = model.camera("agentview").id
-    position, quaternion = pristine
-    if rng.random() >= _CAMERA_PERTURBED:
-        model.cam_pos[camera], model.cam_quat[camera] = position, quaternion
-        return
-    model.cam_pos[camera] = position + rng.normal(0.0, _CAMERA_SHIFT, 3)
-    turn, turned = np.empty(4), np.empty(4)
-    axis = rng.normal(0.0, _CAMERA_TURN, 3)
-    mujoco.mju_axisAngle2Quat(turn, axis / np.linalg.norm(axis), np.linalg.norm(axis))
-    mujoco.mju_mulQuat(turned, quaternion, turn)
-    model.cam_quat[camera] = turned
+    def __init__(self, env: LiberoEnv, rng: np.random.Generator) -> None:
+        self._model, self._rng = env.domain.sim.model._model, rng
+        self._camera = self._model.camera("agentview").id
+        self._position = self._model.cam_pos[self._camera].copy()
+        self._quaternion = self._model.cam_quat[self._camera].copy()
+
+    def shake(self) -> None:
+        """Draw a pose; seen by pictures of the following steps."""
+        import mujoco
+
+        moved = self._rng.random() < _CAMERA_PERTURBED
+        shift = self._rng.normal(0.0, _CAMERA_SHIFT, 3) * moved
+        axis = self._rng.normal(0.0, _CAMERA_TURN, 3)
+        turn, turned = np.empty(4), np.empty(4)
+        angle = np.linalg.norm(axis)
+        mujoco.mju_axisAngle2Quat(turn, axis / angle, angle * moved)
+        mujoco.mju_mulQuat(turned, self._quaternion, turn)
+        self._model.cam_pos[self._camera] = self._position + shift
+        self._model.cam_quat[self._camera] = turned
 
 
 def _shift_objects(env: LiberoEnv, rng: np.random.Generator) -> None:
@@ -196,13 +203,12 @@ def task_frames(cfg: TeacherDataConfig, suite: str, task_id: int) -> Iterator[Fr
 
     rng = np.random.default_rng([cfg.seed, *suite.encode(), task_id])
     with LiberoEnv(suite, task_id, image_size=cfg.image_size, render="fast", camera_depths=True) as env:
-        kinds = KindMap(env)
-        model = env.domain.sim.model._model
-        camera = model.camera("agentview").id
-        pristine = model.cam_pos[camera].copy(), model.cam_quat[camera].copy()
+        kinds, shaker = KindMap(env), CameraShaker(env, rng)
         for _ in range(cfg.episodes):
-            _perturb_camera(model, pristine, rng)
-            yield from episode_frames(env, kinds, cfg.frames, rng)
+            shaker.shake()
+            for frame in episode_frames(env, kinds, cfg.frames, rng):
+                shaker.shake()
+                yield frame
 
 
 def main(cfg: TeacherDataConfig) -> None:
