@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rocket_align.config import AlignConfig
-from rocket_align.layers import resolve_layers
+from rocket_align.layers import LayerConvention, resolve_layers
 from rocket_align.recipes import RECIPES
 
 POOLING = ("bilinear", "random")
@@ -22,7 +22,7 @@ class AlignFlags:
     vggt_path: str = ""                                     # The 3D teacher: a folder, a weights file, or a hub id; empty: no alignment
     recipe: str | None = None                               # rocket | shared | naive | spatial_forcing | baseline (default: rocket with a teacher, else baseline)
     vla_layers_align: str | None = None                     # Student layers as a comma list; -1 is the last but one hidden state, as released
-    vggt_layers_align: str | None = None                    # Teacher blocks as a comma list; -1 is the last block; or a file written by layer selection
+    vggt_layers_align: str | None = None                    # Teacher blocks as a comma list; -1 is the last block
     align_loss_type: str = "cosine"                         # Distance between student and teacher features: cosine
     align_loss_coeff: float | None = None                   # Weight of the alignment in the total loss
     pooling_func: str | None = None                         # Teacher grid to student grid: bilinear | random
@@ -31,7 +31,7 @@ class AlignFlags:
     gain_feat_1move: bool | None = None                     # Shift the student's slice one token to the right
     share_projector: bool | None = None                     # One projector for all layer pairs
     ensemble_size: int | None = None                        # Projectors per pair whose losses are averaged
-    use_matryoshka: bool | None = None                      # Nested widths (with independent projectors: the released 20% width)
+    use_matryoshka: bool | None = None                      # Nested widths (with independent projectors: the released fifth of the width)
     projector_width_ratios: str | None = None               # Width ratios of the pairs as a comma list
     projector_shallow_to_deep_increase: bool | None = None  # Deeper pairs are wider
     use_vggt_cache: bool = False                            # Released cache of teacher features (not offered: it never hits with augmentation)
@@ -62,13 +62,17 @@ class AlignFlags:
         if self.pooling_func not in (None, *POOLING):
             raise ValueError(f"--pooling_func: unknown value {self.pooling_func!r}; accepted: {', '.join(POOLING)}")
         if self.use_vggt_cache or self.generate_vggt_cache:
-            raise ValueError("--use_vggt_cache: True found; accepted: False (a cache keyed by augmented pixels never hits)")
+            raise ValueError(
+                "--use_vggt_cache: True found; accepted: False (a cache keyed by augmented pixels never hits)"
+            )
         if self.ensemble_size is not None and self.ensemble_size < 1:
             raise ValueError(f"--ensemble_size: {self.ensemble_size} found; accepted: 1 or more")
         if self.align_loss_coeff is not None and self.align_loss_coeff < 0:
             raise ValueError(f"--align_loss_coeff: {self.align_loss_coeff} found; accepted: 0 or more")
         if self.aligns and not self.vggt_path:
-            raise ValueError(f"--vggt_path: empty, but --recipe {self.recipe_name} needs a teacher; accepted: its folder")
+            raise ValueError(
+                f"--vggt_path: empty, but --recipe {self.recipe_name} needs a teacher; accepted: its folder"
+            )
         if self.aligns and self.vggt_path.startswith((".", "/")) and not Path(self.vggt_path).exists():
             raise ValueError(f"--vggt_path: no such folder or file: {self.vggt_path}")
 
@@ -92,14 +96,29 @@ class AlignFlags:
             "projector": self._projector(base.projector),
         }
         if self.vla_layers_align is not None:
-            changes["student_layers"] = resolve_layers(
-                self.vla_layers_align, num_student_layers, convention="released_student"
-            )
+            changes["student_layers"] = self._layers("vla_layers_align", num_student_layers, "released")
         if self.vggt_layers_align is not None:
-            changes["teacher_layers"] = resolve_layers(self.vggt_layers_align, num_teacher_layers, convention="python")
+            changes["teacher_layers"] = self._layers("vggt_layers_align", num_teacher_layers, "python")
         if self.projector_width_ratios is not None:
-            changes["width_ratios"] = tuple(float(part) for part in self.projector_width_ratios.strip("[]() ").split(","))
+            changes["width_ratios"] = self._ratios(self.projector_width_ratios)
+        if changes["projector"] == "independent" and self.use_matryoshka:
+            changes["released_independent_width"] = True
         return replace(base, **{name: value for name, value in changes.items() if value is not None})
+
+    def _layers(self, flag: str, num_layers: int, convention: LayerConvention) -> tuple[int, ...]:
+        try:
+            return resolve_layers(str(getattr(self, flag)).strip("[]() "), num_layers, convention=convention)
+        except ValueError as error:
+            raise ValueError(f"--{flag}: {error}") from None
+
+    @staticmethod
+    def _ratios(text: str) -> tuple[float, ...]:
+        try:
+            return tuple(float(part) for part in str(text).strip("[]() ").split(","))
+        except ValueError:
+            raise ValueError(
+                f"--projector_width_ratios: {text!r} found; accepted: numbers, such as 0.2,0.6,1"
+            ) from None
 
     def _projector(self, recipe_value: str) -> str:
         shares = recipe_value != "independent" if self.share_projector is None else self.share_projector

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the user gave something wrong (one line on standard error,
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import os
@@ -15,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 from draccus.argparsing import ArgumentParser
 from draccus.utils import DecodingError, DraccusException, ParsingError
+from draccus.wrappers.docstring import get_attribute_docstring
 
 from prismatic.util.errors import UsageError
 
@@ -54,6 +56,17 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def _describe_inherited_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """Give each flag the comment beside its field; draccus reads those of `config_class` itself, not of its bases."""
+    for action in parser._actions:
+        for owner in config_class.__mro__:
+            if action.dest in getattr(owner, "__annotations__", {}) and not (action.help or "").strip():
+                action.help = get_attribute_docstring(owner, action.dest).comment_inline
+        if action.help:
+            # argparse formats help texts with %.
+            action.help = action.help.replace("%", "%%").replace("%%(", "%(")
+
+
 def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     """Parse `argv` (default: the process's) into `config_class`; `--config_path FILE` reads YAML first.
 
@@ -66,6 +79,7 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
 
     parser = ArgumentParser(config_class)
     parser.parser.error = refuse  # type: ignore[method-assign]
+    _describe_inherited_flags(parser.parser, config_class)
     try:
         return parser.parse_args(argv)
     except (DecodingError, ParsingError, DraccusException) as error:

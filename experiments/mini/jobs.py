@@ -1,0 +1,142 @@
+"""Run commands side by side on the machine's cores: each with its own log, skipped when its result is already there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+REFRESH_SECONDS = 1.0
+PLAIN_REPORT_SECONDS = 20.0
+
+
+class JobFailed(RuntimeError):
+    """A command of the demo ended with an error; the message names its log."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command.
+
+    Attributes:
+        name: shown, and the name of the log file.
+        arguments: what follows the Python interpreter.
+        result: exists once the command has done its work; the job is then skipped.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    result: Path
+
+
+@dataclass
+class _Running:
+    started: float
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    seconds: float | None = None
+
+
+class JobRunner:
+    """Runs jobs, at most `parallel` at a time, and shows the last line of each running one.
+
+    Args:
+        logs: folder of the log files.
+        console: where progress goes; a console that is no terminal gets plain lines.
+    """
+
+    def __init__(self, logs: Path, console: Console) -> None:
+        self.logs = logs
+        self.console = console
+        self.seconds: dict[str, float] = {}
+        self._running: dict[str, _Running] = {}
+        self._lock = threading.Lock()
+
+    def run(self, jobs: Sequence[Job], parallel: int) -> None:
+        """Run what is not done yet.
+
+        Raises:
+            JobFailed: one ended with a code other than 0, or without its result.
+        """
+        todo = [job for job in jobs if not job.result.exists()]
+        for job in jobs:
+            if job not in todo:
+                self.console.print(f"[dim]{job.name}: already done ({job.result})[/dim]", highlight=False)
+        threads = max(1, (os.cpu_count() or 1) // max(1, min(parallel, len(todo) or 1)))
+        watcher = threading.Event()
+        display = threading.Thread(target=self._show, args=(watcher,), daemon=True)
+        display.start()
+        try:
+            with ThreadPoolExecutor(parallel) as pool:
+                for outcome in [pool.submit(self._run_one, job, threads) for job in todo]:
+                    outcome.result()
+        finally:
+            watcher.set()
+            self._terminate()
+            display.join()
+
+    def _run_one(self, job: Job, threads: int) -> None:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        state = _Running(time.monotonic(), self.logs / f"{job.name}.log")
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        with state.log.open("wb") as log:
+            command = [sys.executable, *job.arguments]
+            log.write(f"$ {' '.join(command)}\n".encode())
+            log.flush()
+            state.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            with self._lock:
+                self._running[job.name] = state
+            code = state.process.wait()
+        with self._lock:
+            del self._running[job.name]
+        self.seconds[job.name] = time.monotonic() - state.started
+        if code != 0 or not job.result.exists():
+            raise JobFailed(f"{job.name} ended with code {code}; its log: {state.log}\n{_tail(state.log, 15)}")
+        self.console.print(f"{job.name}: done in {self.seconds[job.name]:.0f} s", highlight=False)
+
+    def _terminate(self) -> None:
+        with self._lock:
+            for state in self._running.values():
+                if state.process is not None:
+                    state.process.terminate()
+
+    def _show(self, stop: threading.Event) -> None:
+        if self.console.is_terminal:
+            with Live(self._table(), console=self.console, transient=True, refresh_per_second=2) as live:
+                while not stop.wait(REFRESH_SECONDS):
+                    live.update(self._table())
+            return
+        while not stop.wait(PLAIN_REPORT_SECONDS):
+            with self._lock:
+                lines = [f"  {name}: {_tail(state.log, 1)}" for name, state in self._running.items()]
+            for line in lines:
+                self.console.print(line, highlight=False, markup=False)
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        with self._lock:
+            for name, state in self._running.items():
+                table.add_row(name, f"{time.monotonic() - state.started:.0f} s", _tail(state.log, 1))
+        return table
+
+
+def _tail(log: Path, lines: int) -> str:
+    """The last lines of a log; a progress bar that rewrites its line counts as its last state."""
+    text = log.read_bytes()[-8192:].decode(errors="replace").replace("\r", "\n")
+    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])

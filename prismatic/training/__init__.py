@@ -1,0 +1,1 @@
+"""Training: objectives, the trainable module, schedules, checkpoints and the loop."""

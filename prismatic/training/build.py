@@ -1,0 +1,146 @@
+"""From flags to a policy ready for training: base model, LoRA, heads, processor, and where each came from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prismatic.training.checkpoint import VISION_COMPONENT, component_file, load_component
+from prismatic.training.config import TrainConfig, load_json
+from prismatic.training.objectives import (
+    DiffusionObjective,
+    DiscreteObjective,
+    L1Objective,
+    Objective,
+    PolicyParts,
+)
+from prismatic.util.errors import UsageError
+from prismatic.vla.platforms import Platform
+
+LORA_FOLDER = "lora_adapter"
+
+
+@dataclass
+class Sources:
+    """Where the weights come from: the base model and, for a resume, the adapter of a checkpoint folder."""
+
+    base: str
+    checkpoint: Path | None
+    step: int
+
+
+def find_sources(config: TrainConfig) -> Sources:
+    """Resolve --vla_path and --resume.
+
+    Raises:
+        UsageError: the checkpoint's adapter does not name its base model, or its step cannot be told.
+    """
+    if not config.resume:
+        local = Path(config.vla_path)
+        return Sources(config.vla_path, local if local.is_dir() else None, 0)
+    folder = Path(config.vla_path)
+    step = config.resume_step
+    if step is None:
+        from prismatic.training.checkpoint import load_training_state
+
+        named = re.search(r"--(\d+)_chkpt$", folder.name)
+        state = load_training_state(folder)
+        if state is None and named is None:
+            raise UsageError(f"--resume_step: {folder} does not tell its step; accepted: the step as a number")
+        step = int(state["step"]) if state is not None else int(named.group(1))  # type: ignore[union-attr]
+    adapter = folder / LORA_FOLDER / "adapter_config.json"
+    base = str(folder)
+    if config.use_lora and adapter.is_file():
+        base = str(load_json(adapter).get("base_model_name_or_path") or "")
+        if not base:
+            raise UsageError(
+                f"{adapter}: names no base_model_name_or_path; accepted: the base model's folder or hub id"
+            )
+    return Sources(base, folder, step)
+
+
+def student_depth(config: TrainConfig) -> int:
+    """Blocks of the base model's LLM, from its config file alone."""
+    from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+
+    return int(OpenVLAConfig.from_pretrained(find_sources(config).base).text_config.num_hidden_layers)
+
+
+def load_processor(sources: Sources) -> Any:
+    """Tokenizer and image processor of the base model; reads no weights."""
+    from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
+
+    return PrismaticProcessor.from_pretrained(sources.base)
+
+
+def load_vla(config: TrainConfig, sources: Sources, platform: Platform, dtype: torch.dtype) -> nn.Module:
+    """The base model with LoRA: new, or the checkpoint's when resuming."""
+    from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+    from prismatic.models.lora import add_lora, load_lora
+
+    vla = OpenVLAForActionPrediction.from_pretrained(sources.base, dtype=dtype)
+    vla.vision_backbone.set_num_images_in_input(config.num_images_in_input)
+    vla.config.platform = platform.to_dict()
+    if config.gradient_checkpointing:
+        vla.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    adapter = sources.checkpoint / LORA_FOLDER if config.resume and sources.checkpoint else None
+    if config.use_lora and adapter is not None and adapter.is_dir():
+        vla = load_lora(vla, adapter, is_trainable=True)
+    elif config.use_lora:
+        vla = add_lora(vla, config.lora_rank, config.lora_dropout)
+    if config.use_film:
+        _wrap_film(vla)
+    return vla
+
+
+def _wrap_film(vla: nn.Module) -> None:
+    from prismatic.models.film_vit_wrapper import FiLMedPrismaticVisionBackbone
+
+    base = vla.get_base_model() if hasattr(vla, "get_base_model") else vla
+    base.vision_backbone = FiLMedPrismaticVisionBackbone(vision_backbone=base.vision_backbone, llm_dim=base.llm_dim)
+
+
+def build_parts(config: TrainConfig, sources: Sources, vla: nn.Module, platform: Platform) -> PolicyParts:
+    """The policy's heads; weights come from the folder of --vla_path when it holds them, else they are new."""
+    from prismatic.models.action_heads import DiffusionActionHead, L1RegressionActionHead
+    from prismatic.models.projectors import NoisyActionProjector, ProprioProjector
+
+    width = vla.llm_dim
+    parts = PolicyParts(vla)
+    if config.use_l1_regression:
+        parts.action_head = L1RegressionActionHead(input_dim=width, hidden_dim=width, action_dim=platform.action_dim)
+    elif config.use_diffusion:
+        parts.action_head = DiffusionActionHead(
+            input_dim=width,
+            hidden_dim=width,
+            action_dim=platform.action_dim,
+            num_diffusion_steps_train=config.num_diffusion_steps_train,
+        )
+        parts.noisy_action_projector = NoisyActionProjector(llm_dim=width)
+    if config.use_proprio:
+        parts.proprio_projector = ProprioProjector(llm_dim=width, proprio_dim=platform.proprio_dim)
+    if sources.checkpoint is not None:
+        for name in ("action_head", "proprio_projector", "noisy_action_projector"):
+            module, file = getattr(parts, name), component_file(sources.checkpoint, name)
+            if module is not None and file is not None:
+                load_component(module, file)
+        vision = component_file(sources.checkpoint, VISION_COMPONENT)
+        if config.use_film and vision is not None:
+            load_component(vla.vision_backbone, vision)
+    return parts
+
+
+def make_objective(config: TrainConfig, platform: Platform, tokenizer: Any) -> Objective:
+    """The action loss the flags ask for."""
+    from prismatic.vla.action_tokenizer import ActionTokenizer
+
+    if config.objective == "l1":
+        return L1Objective(platform)
+    if config.objective == "diffusion":
+        return DiffusionObjective(platform)
+    return DiscreteObjective(platform, ActionTokenizer(tokenizer))

@@ -1,0 +1,186 @@
+"""Checkpoint folders in upstream's layout, written atomically, with everything a true resume needs.
+
+    {run_id}--{step}_chkpt/
+        lora_adapter/                           PEFT adapter (LoRA runs)
+        config.json, model.safetensors          the merged model (or the whole model without LoRA)
+        tokenizer and preprocessor files        the processor
+        action_head--{step}_checkpoint.pt ...   one state dict per component
+        dataset_statistics.json
+        training_state/state.pt                 step, optimizer, schedule, data position, random states (ours, not upstream's)
+
+The folder is written under another name and renamed when it is complete. Only the main process writes; the model is
+merged into copies, without touching the weights that are being trained.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from prismatic.models.lora import merge_lora_state_dict, strip_module_prefix
+from prismatic.training.module import TrainableVLA
+from prismatic.util.errors import UsageError
+from prismatic.util.files import atomic_path, atomic_write
+
+STATE_FILE = Path("training_state") / "state.pt"
+# Attribute of TrainableVLA -> name of the component's file, as upstream names them.
+COMPONENTS = ("action_head", "proprio_projector", "noisy_action_projector", "align_projectors")
+VISION_COMPONENT = "vision_backbone"
+
+
+def checkpoint_folder(run_dir: Path, step: int, *, latest_only: bool) -> Path:
+    """Where the checkpoint of `step` goes: beside the run's folder, or in it when only the latest is kept."""
+    return run_dir if latest_only else run_dir.with_name(f"{run_dir.name}--{step}_chkpt")
+
+
+def component_file(folder: Path, component: str) -> Path | None:
+    """The state-dict file of `component` in a checkpoint folder (`--{step}_` or `--latest_`), or None.
+
+    Raises:
+        UsageError: the folder holds several, so that the choice would be a guess.
+    """
+    found = sorted(folder.glob(f"{component}--*_checkpoint.pt"))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UsageError(f"{folder}: several checkpoints of {component} ({names}); accepted: one")
+    return found[0] if found else None
+
+
+def load_component(module: nn.Module, file: Path) -> None:
+    """Load a component's state dict, saved with or without DDP's `module.` prefix.
+
+    Raises:
+        UsageError: keys or shapes do not fit the module.
+    """
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        module.load_state_dict(strip_module_prefix(state))
+    except RuntimeError as error:
+        raise UsageError(f"{file}: does not fit the model: {' '.join(str(error).split())[:300]}") from None
+
+
+def _save_model(folder: Path, vla: nn.Module, *, merge: bool) -> None:
+    """LoRA: the adapter and, when asked, the merged model, formed from copies; else the whole model."""
+    if not isinstance(vla, PeftModel):
+        vla.save_pretrained(folder)
+        return
+    vla.save_pretrained(folder / "lora_adapter")
+    if merge:
+        base = vla.get_base_model()
+        alpha = vla.peft_config[vla.active_adapter].lora_alpha
+        base.save_pretrained(folder, state_dict=merge_lora_state_dict(base.state_dict(), alpha))
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put one process's random generators where `training_state` recorded them."""
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class CheckpointWriter:
+    """Writes checkpoints of one run.
+
+    Args:
+        run_dir: the run's folder.
+        module: the unwrapped trainable module.
+        processor: saved beside the model.
+        statistics: dataset statistics; a policy cannot act without them.
+        run_config: the run's flags, kept as `run_config.json`.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        module: TrainableVLA,
+        processor: Any,
+        *,
+        statistics: dict[str, Any],
+        run_config: dict[str, Any],
+        latest_only: bool,
+        merge: bool,
+    ) -> None:
+        self.run_dir = run_dir
+        self.module = module
+        self.processor = processor
+        self.statistics = statistics
+        self.run_config = run_config
+        self.latest_only = latest_only
+        self.merge = merge
+
+    def save(self, step: int, training_state: dict[str, Any]) -> Path:
+        """Write the checkpoint of `step` and return its folder. Call on the main process only."""
+        target = checkpoint_folder(self.run_dir, step, latest_only=self.latest_only)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary.mkdir(parents=True)
+        try:
+            self._write(temporary, "latest" if self.latest_only else str(step))
+            with atomic_path(temporary / STATE_FILE) as file:
+                torch.save({"step": step, **training_state}, file)
+            _move_into_place(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return target
+
+    def _write(self, folder: Path, tag: str) -> None:
+        self.processor.save_pretrained(folder)
+        _save_model(folder, self.module.vla, merge=self.merge)
+        for name in COMPONENTS:
+            component = getattr(self.module, name)
+            if component is not None and (state := component.state_dict()):
+                torch.save(state, folder / f"{name}--{tag}_checkpoint.pt")
+        if self.module.use_film:
+            state = self.module.vla.vision_backbone.state_dict()
+            torch.save(state, folder / f"{VISION_COMPONENT}--{tag}_checkpoint.pt")
+        atomic_write(folder / "dataset_statistics.json", json.dumps(self.statistics, indent=2))
+        atomic_write(folder / "run_config.json", json.dumps(self.run_config, indent=2, default=str))
+
+
+def _move_into_place(temporary: Path, target: Path) -> None:
+    """Rename a complete folder; entries of an existing one (the latest-only checkpoint) are replaced one by one."""
+    if not target.exists():
+        temporary.replace(target)
+        return
+    for entry in sorted(temporary.iterdir()):
+        destination = target / entry.name
+        if destination.is_dir():
+            shutil.rmtree(destination)
+        entry.replace(destination)
+
+
+def gather_training_state(
+    accelerator: Any, optimizer: Any, scheduler: Any, sampler_state: dict[str, Any]
+) -> dict[str, Any]:
+    """What a resume needs beside the weights; call on every process (each has its own random state)."""
+    from accelerate.utils import gather_object
+
+    return {
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "sampler": sampler_state,
+        "random": gather_object([_random_state()]),
+        "num_processes": accelerator.num_processes,
+    }
+
+
+def load_training_state(folder: Path) -> dict[str, Any] | None:
+    """The `training_state` of a checkpoint folder, or None for a checkpoint of upstream's, which has none."""
+    file = folder / STATE_FILE
+    return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None

@@ -1,0 +1,179 @@
+"""Training flags, named as upstream OpenVLA-OFT names them, and every check that needs no model.
+
+`validate()` refuses wrong values and impossible combinations before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from prismatic.util.errors import UsageError, unknown_name
+
+SCHEDULERS = ("MultiStepLR", "CosineAnnealingLR")
+PRECISIONS = ("auto", "no", "bf16")
+TRACKERS = ("tensorboard", "wandb", "trackio", "none")
+
+
+@dataclass
+class TrainConfig:
+    # fmt: off
+    # Model and data
+    vla_path: str = "openvla/openvla-7b"             # Base checkpoint: local folder or hub id; with --resume a *_chkpt folder
+    data_root_dir: Path = Path("datasets/rlds")      # Folder that holds the RLDS datasets
+    dataset_name: str = "libero_spatial_no_noops"    # A dataset, a comma list of datasets, or a named mixture
+    run_root_dir: Path = Path("runs")                # Checkpoints and logs go below this folder
+    platform: str = "libero"                         # Chunk length, action and proprio sizes: libero | aloha | bridge
+    shuffle_buffer_size: int = 100_000               # Accepted for compatibility: shuffling is exact and needs no buffer
+
+    # Architecture
+    use_l1_regression: bool = True                   # Continuous head trained with the L1 loss
+    use_diffusion: bool = False                      # Continuous head trained by diffusion (DDIM)
+    num_diffusion_steps_train: int = 50              # Diffusion steps during training
+    use_film: bool = False                           # Language conditions the vision backbone (FiLM)
+    num_images_in_input: int = 1                     # 1 primary image, 2 adds the wrist, 3 both wrists
+    use_proprio: bool = False                        # Robot state as one more token
+
+    # Optimization
+    batch_size: int = 8                              # Samples per process and forward pass
+    learning_rate: float = 5e-4                      # Peak learning rate (AdamW)
+    weight_decay: float = 0.01                       # AdamW weight decay
+    max_grad_norm: float = 0.0                       # Gradient norm clip; 0 does not clip
+    lr_warmup_steps: int = 0                         # Linear warm-up from a tenth of the rate
+    scheduler: str = "MultiStepLR"                   # MultiStepLR | CosineAnnealingLR
+    num_steps_before_decay: int = 100_000            # MultiStepLR: x0.1 after this many steps
+    grad_accumulation_steps: int = 1                 # Forward passes per optimizer step
+    max_steps: int = 200_000                         # Optimizer steps
+    mixed_precision: str = "auto"                    # auto (bf16 where the device is fast at it) | no | bf16
+    gradient_checkpointing: bool = False             # Recompute the LLM's blocks in the backward pass: less memory, more time
+    use_val_set: bool = False                        # Measure validation losses
+    val_freq: int = 10_000                           # Steps between validations
+    val_time_limit: int = 180                        # Seconds one validation may take
+    seed: int = 42                                   # Seed of initialization, shuffling and augmentation
+
+    # Checkpoints
+    save_freq: int = 10_000                          # Steps between checkpoints (one is always written at the end)
+    save_specific_steps: str = ""                    # Further steps to save at, as a comma list
+    save_latest_checkpoint_only: bool = False        # Keep one checkpoint, overwritten, in the run's folder
+    resume: bool = False                             # Go on from the checkpoint folder --vla_path
+    resume_step: int | None = None                   # Step of that checkpoint (default: read from it)
+    diffusion_sample_freq: int = 50                  # Steps between sampled-action metrics (diffusion only)
+
+    # Data loading
+    image_aug: bool = True                           # Random crop and color jitter
+    num_workers: int = 1                             # Loader processes
+
+    # LoRA
+    use_lora: bool = True                            # False trains every weight of the model
+    lora_rank: int = 32                              # Rank; alpha is min(rank, 16)
+    lora_dropout: float = 0.0                        # Dropout on LoRA's input
+    merge_lora_during_training: bool = True          # Also write the merged model into every checkpoint
+
+    # Logging
+    trackers: str = "tensorboard"                    # Comma list of tensorboard | wandb | trackio | none; JSONL is always written
+    wandb_entity: str = ""                           # Weights & Biases entity
+    wandb_project: str = "rocket-vla"                # Weights & Biases project
+    wandb_log_freq: int = 10                         # Steps between log lines, for every logger
+    run_id_note: str | None = None                   # Added at the end of the run's name
+    run_id_override: str | None = None               # The run's name
+    # fmt: on
+
+    @property
+    def objective(self) -> str:
+        """How actions are trained: "l1", "diffusion" or "discrete" tokens."""
+        if self.use_l1_regression:
+            return "l1"
+        return "diffusion" if self.use_diffusion else "discrete"
+
+    @property
+    def extra_save_steps(self) -> frozenset[int]:
+        """`save_specific_steps` as numbers."""
+        text = str(self.save_specific_steps).strip("[]() ")
+        try:
+            return frozenset(int(part) for part in text.split(",") if part.strip())
+        except ValueError:
+            raise UsageError(
+                f"--save_specific_steps: {self.save_specific_steps!r} is no comma list of steps, such as 1000,5000"
+            ) from None
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """The chosen loggers beside JSONL."""
+        names = [name.strip() for name in self.trackers.split(",") if name.strip()]
+        for name in names:
+            if name not in TRACKERS:
+                raise unknown_name("--trackers", name, TRACKERS)
+        return tuple(name for name in names if name != "none")
+
+    def validate(self) -> None:
+        """Refuse what cannot run.
+
+        Raises:
+            UsageError: one line that names the flag, what was found and what is accepted.
+        """
+        if self.use_l1_regression and self.use_diffusion:
+            raise UsageError("--use_l1_regression and --use_diffusion: both are True; accepted: at most one of them")
+        if self.scheduler not in SCHEDULERS:
+            raise unknown_name("--scheduler", self.scheduler, SCHEDULERS)
+        if self.mixed_precision not in PRECISIONS:
+            raise unknown_name("--mixed_precision", self.mixed_precision, PRECISIONS)
+        if self.num_images_in_input not in (1, 2, 3):
+            raise UsageError(f"--num_images_in_input: {self.num_images_in_input} found; accepted: 1, 2 or 3")
+        self._validate_numbers()
+        _ = self.extra_save_steps, self.tracker_names
+        self._validate_paths()
+
+    def _validate_numbers(self) -> None:
+        positive = (
+            "batch_size max_steps save_freq grad_accumulation_steps wandb_log_freq lora_rank val_freq "
+            "num_diffusion_steps_train learning_rate num_steps_before_decay"
+        )
+        for name in positive.split():
+            if not getattr(self, name) > 0:
+                raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: a number above 0")
+        for name in ("lr_warmup_steps", "num_workers", "max_grad_norm", "weight_decay", "lora_dropout"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: 0 or more")
+
+    def _validate_paths(self) -> None:
+        if not Path(self.data_root_dir).is_dir():
+            raise UsageError(f"--data_root_dir: no such folder: {self.data_root_dir}")
+        local = Path(self.vla_path)
+        if self.resume and not (local / "training_state").is_dir() and not (local / "lora_adapter").is_dir():
+            raise UsageError(f"--resume: {local} is no checkpoint folder (a ...--STEP_chkpt with training_state/)")
+        if not local.is_dir() and (local.is_absolute() or str(self.vla_path).count("/") != 1 or local.parts[0] == "."):
+            raise UsageError(
+                f"--vla_path: no such folder: {self.vla_path} (and it is no hub id such as openvla/openvla-7b)"
+            )
+        if local.is_dir() and not self.resume and not (local / "config.json").is_file():
+            raise UsageError(f"--vla_path: {local} has no config.json; accepted: a model folder, or --resume True")
+
+    def run_id(self) -> str:
+        """The run's name: upstream's pattern of model, data and hyperparameters, or `run_id_override`."""
+        if self.run_id_override:
+            return self.run_id_override
+        name = f"{Path(self.vla_path).name}+{self.dataset_name}+b{self.batch_size * self.grad_accumulation_steps}"
+        name += f"+lr-{self.learning_rate}"
+        if self.use_lora:
+            name += f"+lora-r{self.lora_rank}+dropout-{self.lora_dropout}"
+        if self.image_aug:
+            name += "--image_aug"
+        return f"{name}--{self.run_id_note}" if self.run_id_note else name
+
+
+def load_json(path: Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        UsageError: the file is missing or holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: holds a {type(content).__name__}; accepted: a JSON object")
+    return content

@@ -1,0 +1,196 @@
+"""The training loop: steps, log lines, checkpoints, and a clean stop.
+
+Nothing in a step waits for the device; metrics are fetched once a log line. The first Ctrl-C (or SIGTERM, as sent by
+cluster schedulers) finishes the step, saves and stops; a second one stops at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from prismatic.training.config import TrainConfig
+from prismatic.training.metrics import MetricAverager, MetricLog
+from prismatic.training.module import same_device
+
+Targets = Callable[[dict[str, Any]], Any]
+Batches = Iterator[dict[str, Any]]
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag; restores the previous handlers on exit and at the second signal."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+
+@dataclass
+class TrainState:
+    """Where training is. `step` counts finished optimizer steps."""
+
+    step: int = 0
+    stopped_early: bool = False
+
+
+class Trainer:
+    """Runs the optimizer steps of one run.
+
+    Args:
+        config: the run's flags.
+        accelerator: processes, devices and precision.
+        module: the wrapped :class:`TrainableVLA`.
+        optimizer, scheduler: as `make_optimizer` returns them, prepared.
+        targets: from a batch (on the device) to the auxiliary loss's targets; called without gradients.
+        save: writes a checkpoint of a step.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        module: torch.nn.Module,
+        *,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        targets: Targets,
+        save: Callable[[int], None],
+        log: MetricLog,
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.module = module
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.targets = targets
+        self.save = save
+        self.log = log
+        self.validate: Callable[[], dict[str, float]] | None = None
+        self.state = TrainState()
+        self._averages = MetricAverager()
+        self._console = Console(stderr=True)
+
+    def fit(self, batches: Batches, start_step: int = 0) -> TrainState:
+        """Train from `start_step` to `max_steps`; always saves at the end, also when stopped."""
+        self.state = TrainState(start_step)
+        self.module.train()
+        saved_at = start_step
+        clock = time.perf_counter()
+        with StopRequest() as stop, self._progress() as progress:
+            task = progress.add_task("training", total=self.config.max_steps, completed=start_step, info="")
+            while self.state.step < self.config.max_steps:
+                self.train_step(batches)
+                progress.advance(task)
+                if self._logs_now():
+                    clock = self._write_log(clock, progress, task)
+                if self._validates_now():
+                    self._run_validation()
+                if self._saves_now():
+                    self.save(self.state.step)
+                    saved_at = self.state.step
+                if self._stop_agreed(stop):
+                    self.state.stopped_early = self.state.step < self.config.max_steps
+                    break
+        if saved_at != self.state.step:
+            self.save(self.state.step)
+        return self.state
+
+    def train_step(self, batches: Batches) -> None:
+        """One optimizer step over `grad_accumulation_steps` batches."""
+        micro_steps = self.config.grad_accumulation_steps
+        for micro in range(micro_steps):
+            batch = same_device(next(batches), self.accelerator.device)
+            with torch.no_grad(), self.accelerator.autocast():
+                targets = self.targets(batch)
+            last = micro == micro_steps - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
+                with self.accelerator.autocast():
+                    output = self.module(batch, targets)
+                self.accelerator.backward(output.loss / micro_steps)
+            self._averages.add(output.metrics)
+        if self.config.max_grad_norm > 0:
+            norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
+            self._averages.add({"grad_norm": norm})
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+
+    def _logs_now(self) -> bool:
+        step = self.state.step
+        return step % self.config.wandb_log_freq == 0 or step in (1, self.config.max_steps)
+
+    def _saves_now(self) -> bool:
+        return self.state.step % self.config.save_freq == 0 or self.state.step in self.config.extra_save_steps
+
+    def _validates_now(self) -> bool:
+        return self.validate is not None and self.state.step % self.config.val_freq == 0
+
+    def _stop_agreed(self, stop: StopRequest) -> bool:
+        """Whether any process was asked to stop; several processes ask each other only at log lines."""
+        if self.accelerator.num_processes == 1:
+            return stop.requested
+        if not self._logs_now():
+            return False
+        flag = torch.tensor(float(stop.requested), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum").item())
+
+    def _run_validation(self) -> None:
+        assert self.validate is not None
+        self.module.eval()
+        values = {f"val/{name}": value for name, value in self.validate().items()}
+        self.module.train()
+        self.log.write(self.state.step, values)
+        self._report("validation " + " ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
+    def _write_log(self, clock: float, progress: Progress, task: Any) -> float:
+        values = self._averages.pop(self.accelerator)
+        now = time.perf_counter()
+        values["learning_rate"] = float(self.scheduler.get_last_lr()[0])
+        values["seconds"] = now - clock
+        self.log.write(self.state.step, values)
+        shown = ("loss", "action_loss", "align_loss")
+        info = "  ".join(f"{name} {values[name]:.4f}" for name in shown if name in values)
+        progress.update(task, info=info)
+        if not self._console.is_terminal:
+            self._report(f"step {self.state.step}/{self.config.max_steps}  {info}  ({values['seconds']:.1f} s)")
+        return now
+
+    def _report(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            self._console.print(line, highlight=False)
+
+    def _progress(self) -> Progress:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[info]}"),
+        )
+        hidden = not (self.accelerator.is_main_process and self._console.is_terminal)
+        return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self._console, disable=hidden)

@@ -1,0 +1,76 @@
+"""Metrics: averaged on the device, fetched once a log line, written as JSONL and to whatever trackers a user chose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+LOG_FILE = "metrics.jsonl"
+
+
+class MetricAverager:
+    """Running means of device scalars. `add` never waits for the device; `pop` waits once and averages over processes."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add one step's scalars; each name is averaged over the calls that gave it."""
+        for name, value in metrics.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def pop(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means since the last call, over all processes; starts anew."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        means = torch.stack([self._sums[name].to(accelerator.device) / self._counts[name] for name in names])
+        values = accelerator.reduce(means, reduction="mean").tolist()
+        self._sums, self._counts = {}, {}
+        return dict(zip(names, values, strict=True))
+
+
+class MetricLog:
+    """Appends one JSON object a line to `metrics.jsonl` and passes scalars on to accelerate's trackers.
+
+    Args:
+        folder: the run's folder.
+        accelerator: only its main process writes.
+        last_step: lines of later steps, left by a run that went on after its last checkpoint, are removed.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, last_step: int = 0) -> None:
+        self._accelerator = accelerator
+        self._path = folder / LOG_FILE
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = [row for row in read_log(self._path) if row["step"] <= last_step] if last_step else []
+            self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line: the step and its values."""
+        if self._accelerator.is_main_process:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        self._accelerator.log(values, step=step)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that was cut off by a crash is left out."""
+    rows: list[dict[str, Any]] = []
+    if not path.is_file():
+        return rows
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,135 @@
+"""The one module that training wraps: policy, heads and auxiliary loss together.
+
+Everything that has a trainable parameter is called inside `forward`, so that DDP or FSDP sees every gradient; upstream
+calls the heads through `.module`, which leaves their gradients unsynchronized across processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prismatic.training.objectives import Objective, PolicyParts
+
+
+class AuxiliaryOutput(Protocol):
+    """What an auxiliary loss returns: its mean and, detached, one value per term."""
+
+    loss: Tensor
+    per_pair: Tensor
+
+
+class AuxiliaryLoss(Protocol):
+    """A loss on the LLM's hidden states at the vision tokens; `targets` is whatever its teacher made of the batch."""
+
+    def __call__(
+        self, hidden_states: tuple[Tensor, ...], vision_start: int, num_vision_tokens: int, teacher: Any
+    ) -> AuxiliaryOutput: ...
+
+
+@dataclass
+class StepOutput:
+    """`loss` is what to differentiate; `metrics` are detached scalars that still live on the device."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class TrainableVLA(nn.Module):
+    """Policy, heads and auxiliary loss behind one `forward(batch, targets)`.
+
+    Args:
+        parts: the model and its heads.
+        objective: the action loss.
+        auxiliary: the auxiliary loss; one without terms (a baseline) costs nothing.
+        auxiliary_coeff: its weight in the total loss.
+        use_film: the model conditions its vision on language.
+    """
+
+    def __init__(
+        self,
+        parts: PolicyParts,
+        objective: Objective,
+        auxiliary: nn.Module,
+        *,
+        auxiliary_coeff: float,
+        use_film: bool = False,
+    ) -> None:
+        super().__init__()
+        self.vla = parts.vla
+        self.action_head = parts.action_head
+        self.proprio_projector = parts.proprio_projector
+        self.noisy_action_projector = parts.noisy_action_projector
+        self.align_projectors = auxiliary
+        self.auxiliary_coeff = auxiliary_coeff
+        self.objective = objective
+        self.use_film = use_film
+
+    @property
+    def parts(self) -> PolicyParts:
+        """The policy's modules, without the auxiliary loss."""
+        return PolicyParts(self.vla, self.action_head, self.proprio_projector, self.noisy_action_projector)
+
+    def forward(self, batch: dict[str, Any], targets: Any) -> StepOutput:
+        """Total loss = action loss + coefficient * auxiliary loss.
+
+        Args:
+            batch: see :mod:`prismatic.vla.batch`.
+            targets: the teacher's features of the same images, or None for an auxiliary loss without terms.
+        """
+        parts = self.parts
+        output = self.vla(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            pixel_values=batch["pixel_values"],
+            labels=batch["labels"],
+            proprio=batch.get("proprio") if self.proprio_projector is not None else None,
+            proprio_projector=self.proprio_projector,
+            use_film=self.use_film,
+            output_hidden_states=True,
+            compute_logits=self.objective.needs_logits,
+            **self.objective.model_inputs(parts, batch),
+        )
+        action_loss, metrics = self.objective.loss(parts, batch, output)
+        aligned = self.align_projectors(
+            output.hidden_states, vision_start=1, num_vision_tokens=self._num_vision_tokens(), teacher=targets
+        )
+        total = action_loss + self.auxiliary_coeff * aligned.loss
+        metrics |= {"action_loss": action_loss.detach(), "loss": total.detach()}
+        if len(aligned.per_pair):
+            metrics["align_loss"] = aligned.loss.detach()
+            metrics |= {f"align_loss_pair_{index}": value for index, value in enumerate(aligned.per_pair)}
+        return StepOutput(total, metrics)
+
+    def _num_vision_tokens(self) -> int:
+        backbone = self.vla.vision_backbone
+        return backbone.get_num_patches() * backbone.get_num_images_in_input()
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Everything the optimizer updates."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+
+def count_parameters(module: nn.Module | None) -> tuple[int, int]:
+    """(trainable, all) parameters of `module`."""
+    if module is None:
+        return 0, 0
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
+    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Turn gradients off and switch to evaluation mode."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module.eval()
+
+
+def same_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move the tensors of a batch to `device` without waiting."""
+    return {
+        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
+    }

@@ -1,0 +1,136 @@
+"""How actions are learned: L1 regression, diffusion or discrete tokens. Each objective turns one forward pass of the
+policy into a loss and metrics; none of them synchronizes with the host.
+
+Upstream behavior: `run_forward_pass` of OpenVLA-OFT's fine-tuning script. "Current" is the first action of a chunk,
+"next" are the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prismatic.training.train_utils import get_current_action_mask, get_next_actions_mask
+from prismatic.vla.platforms import Platform
+
+
+@dataclass
+class PolicyParts:
+    """The modules a policy is made of; absent ones are None."""
+
+    vla: nn.Module
+    action_head: nn.Module | None = None
+    proprio_projector: nn.Module | None = None
+    noisy_action_projector: nn.Module | None = None
+
+
+class Objective(Protocol):
+    """An action loss: what the model needs beside the batch, and the loss read off its output."""
+
+    needs_logits: bool
+
+    def model_inputs(self, parts: PolicyParts, batch: dict[str, Any]) -> dict[str, Any]: ...
+
+    def loss(self, parts: PolicyParts, batch: dict[str, Any], output: Any) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+def action_hidden_states(hidden_BSD: Tensor, labels_BS: Tensor, platform: Platform, num_prefix: int) -> Tensor:
+    """Last hidden states at the action tokens, [B, T * A, D].
+
+    Args:
+        hidden_BSD: last hidden state over [BOS, `num_prefix` vision (and proprio, time) tokens, text, actions, stop].
+        labels_BS: labels of the text tokens alone; positions are shifted by one as in next-token prediction.
+    """
+    text_BSD = hidden_BSD[:, num_prefix:-1]
+    shifted = labels_BS[:, 1:]
+    mask = get_current_action_mask(shifted, platform.action_dim) | get_next_actions_mask(shifted, platform.action_dim)
+    batch, _, width = hidden_BSD.shape
+    return text_BSD[mask].reshape(batch, platform.chunk * platform.action_dim, width)
+
+
+def chunk_l1_metrics(predicted_BTA: Tensor, actions_BTA: Tensor) -> dict[str, Tensor]:
+    """Mean absolute error of the current action and of the next ones, on normalized actions."""
+    error = (predicted_BTA.detach().float() - actions_BTA.float()).abs()
+    return {"curr_action_l1_loss": error[:, 0].mean(), "next_actions_l1_loss": error[:, 1:].mean()}
+
+
+def _num_prefix(parts: PolicyParts, batch: dict[str, Any], output: Any) -> int:
+    """Tokens between BOS and the text: the sequence the LLM saw minus the text the caller gave."""
+    return output.hidden_states[-1].shape[1] - batch["input_ids"].shape[1]
+
+
+@dataclass
+class L1Objective:
+    """Mean absolute error between the head's chunk and the demonstrated one, both normalized."""
+
+    platform: Platform
+    needs_logits: bool = False
+
+    def model_inputs(self, parts: PolicyParts, batch: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def loss(self, parts: PolicyParts, batch: dict[str, Any], output: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        assert parts.action_head is not None
+        actions = batch["actions"].float()
+        hidden = action_hidden_states(
+            output.hidden_states[-1], batch["labels"], self.platform, _num_prefix(parts, batch, output)
+        )
+        predicted = parts.action_head.predict_action(hidden).float()
+        return F.l1_loss(predicted, actions), chunk_l1_metrics(predicted, actions)
+
+
+@dataclass
+class DiffusionObjective:
+    """Mean squared error between the noise put into the actions and the head's estimate of it."""
+
+    platform: Platform
+    needs_logits: bool = False
+
+    def model_inputs(self, parts: PolicyParts, batch: dict[str, Any]) -> dict[str, Any]:
+        assert parts.action_head is not None
+        noisy = parts.action_head.sample_noisy_actions(batch["actions"])
+        batch["diffusion_noise"] = noisy["noise"]
+        return {
+            "noisy_actions": noisy["noisy_actions"],
+            "noisy_action_projector": parts.noisy_action_projector,
+            "diffusion_timestep_embeddings": noisy["diffusion_timestep_embeddings"],
+        }
+
+    def loss(self, parts: PolicyParts, batch: dict[str, Any], output: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        assert parts.action_head is not None
+        hidden = action_hidden_states(
+            output.hidden_states[-1], batch["labels"], self.platform, _num_prefix(parts, batch, output)
+        )
+        predicted = parts.action_head.predict_noise(hidden).reshape(batch["diffusion_noise"].shape)
+        return F.mse_loss(predicted.float(), batch["diffusion_noise"].float()), {}
+
+
+@dataclass
+class DiscreteObjective:
+    """Cross-entropy of the action tokens (and the stop token), computed by the language model head."""
+
+    platform: Platform
+    action_tokenizer: Any
+    needs_logits: bool = True
+
+    def model_inputs(self, parts: PolicyParts, batch: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def loss(self, parts: PolicyParts, batch: dict[str, Any], output: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        prefix = _num_prefix(parts, batch, output)
+        predicted = output.logits[:, prefix:-1].argmax(dim=-1)
+        truth = batch["labels"][:, 1:]
+        bins = torch.as_tensor(self.action_tokenizer.bin_centers, device=truth.device, dtype=torch.float32)
+        vocabulary = self.action_tokenizer.tokenizer.vocab_size
+        metrics = {}
+        for name, mask_of in (("curr_action", get_current_action_mask), ("next_actions", get_next_actions_mask)):
+            mask = mask_of(truth, self.platform.action_dim)
+            count = mask.sum().clamp(min=1)
+            metrics[f"{name}_accuracy"] = ((predicted == truth) & mask).sum() / count
+            decoded = [bins[(vocabulary - ids - 1).clamp(0, len(bins) - 1)] for ids in (predicted, truth)]
+            metrics[f"{name}_l1_loss"] = ((decoded[0] - decoded[1]).abs() * mask).sum() / count
+        return output.loss, metrics

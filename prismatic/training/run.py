@@ -1,0 +1,199 @@
+"""One training run, from flags to checkpoints: builds the parts, restores a checkpoint, runs the loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import nn
+
+from prismatic.training.build import build_parts, find_sources, load_processor, load_vla, make_objective
+from prismatic.training.checkpoint import (
+    CheckpointWriter,
+    component_file,
+    gather_training_state,
+    load_component,
+    load_training_state,
+    restore_random_state,
+)
+from prismatic.training.config import TrainConfig
+from prismatic.training.loop import Trainer, TrainState
+from prismatic.training.metrics import MetricAverager, MetricLog
+from prismatic.training.module import TrainableVLA, count_parameters, same_device
+from prismatic.training.precision import resolve_precision
+from prismatic.training.schedule import make_optimizer
+from prismatic.util.data_utils import PaddedCollatorForActionPrediction
+from prismatic.util.errors import UsageError
+from prismatic.vla.action_tokenizer import ActionTokenizer
+from prismatic.vla.datasets import MixtureSampler, RLDSBatchTransform, RLDSDataset, make_dataloader
+from prismatic.vla.platforms import get_platform
+
+
+class TrainingRun:
+    """Holds one run's parts. `fit` takes the auxiliary loss, which this module knows nothing about.
+
+    Args:
+        config: validated flags.
+        run_config: everything to record in `run_config.json`.
+    """
+
+    def __init__(self, config: TrainConfig, run_config: dict[str, Any]) -> None:
+        self.config = config
+        self.run_config = run_config
+        self.platform = get_platform(config.platform)
+        self.sources = find_sources(config)
+        self.accelerator = Accelerator(
+            mixed_precision=resolve_precision(config.mixed_precision),
+            # The last vision block and, without logits, the LM head take no part in the loss.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            log_with=list(config.tracker_names) or None,
+            project_dir=str(config.run_root_dir),
+        )
+        self.device = self.accelerator.device
+        self.compute_dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+        self.run_dir = Path(config.run_root_dir) / config.run_id()
+        set_seed(config.seed)
+        weights_dtype = torch.bfloat16 if config.use_lora and self.device.type != "cpu" else torch.float32
+        self.processor = load_processor(self.sources)
+        self.dataset = self._dataset(train=True)
+        self.vla = load_vla(config, self.sources, self.platform, weights_dtype)
+        self.parts = build_parts(config, self.sources, self.vla, self.platform)
+
+    def _dataset(self, *, train: bool) -> RLDSDataset:
+        config = self.config
+        transform = RLDSBatchTransform(
+            ActionTokenizer(self.processor.tokenizer),
+            self.processor.tokenizer,
+            image_transform=self.processor.image_processor.apply_transform,
+            use_wrist_image=config.num_images_in_input > 1,
+            use_proprio=config.use_proprio,
+        )
+        size = self.processor.image_processor.input_sizes[0][-2:]
+        return RLDSDataset(
+            config.data_root_dir,
+            config.dataset_name,
+            transform,
+            resize_resolution=(int(size[0]), int(size[1])),
+            image_aug=config.image_aug and train,
+            train=train,
+            platform=self.platform,
+            seed=config.seed,
+        )
+
+    def _batches(self, dataset: RLDSDataset, sampler: MixtureSampler) -> Any:
+        tokenizer = self.processor.tokenizer
+        collator = PaddedCollatorForActionPrediction(tokenizer.model_max_length, tokenizer.pad_token_id)
+        return iter(make_dataloader(dataset, sampler, collator, self.config.num_workers))
+
+    def fit(self, auxiliary: nn.Module, auxiliary_coeff: float, targets: Callable[[dict[str, Any]], Any]) -> TrainState:
+        """Train to the end (or to a stop) with the given auxiliary loss; checkpoints are written on the way."""
+        config, accelerator = self.config, self.accelerator
+        objective = make_objective(config, self.platform, self.processor.tokenizer)
+        module = TrainableVLA(
+            self.parts, objective, auxiliary, auxiliary_coeff=auxiliary_coeff, use_film=config.use_film
+        )
+        optimizer, scheduler = make_optimizer(module.trainable_parameters(), config)
+        sampler = self._sampler(self.dataset)
+        saved = self._restore(module, optimizer, scheduler, sampler)
+        wrapped, optimizer = accelerator.prepare(module, optimizer)
+        self._describe(module)
+        writer = CheckpointWriter(
+            self.run_dir,
+            module,
+            self.processor,
+            statistics=self.dataset.dataset_statistics,
+            run_config=self.run_config,
+            latest_only=config.save_latest_checkpoint_only,
+            merge=config.merge_lora_during_training,
+        )
+        start = self.sources.step
+        consumed = {"batches": start * config.grad_accumulation_steps}
+
+        def save(step: int) -> None:
+            consumed["batches"] = step * config.grad_accumulation_steps
+            state = gather_training_state(accelerator, optimizer, scheduler, consumed)
+            if accelerator.is_main_process:
+                folder = writer.save(step, state)
+                accelerator.print(f"saved {folder}")
+            accelerator.wait_for_everyone()
+
+        if accelerator.log_with:
+            accelerator.init_trackers(self.run_dir.name, init_kwargs=self._tracker_options())
+        log = MetricLog(self.run_dir, accelerator, last_step=start)
+        trainer = Trainer(
+            config, accelerator, wrapped, optimizer=optimizer, scheduler=scheduler, targets=targets, save=save, log=log
+        )
+        if config.use_val_set:
+            trainer.validate = self._validator(module, targets)
+        batches = self._batches(self.dataset, sampler)
+        if saved is not None:
+            restore_random_state(saved)
+        state = trainer.fit(batches, start)
+        accelerator.end_training()
+        return state
+
+    def _sampler(self, dataset: RLDSDataset) -> MixtureSampler:
+        return MixtureSampler(
+            dataset,
+            self.config.batch_size,
+            self.config.seed,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+
+    def _restore(
+        self, module: TrainableVLA, optimizer: Any, scheduler: Any, sampler: MixtureSampler
+    ) -> dict[str, Any] | None:
+        """Load a checkpoint's auxiliary weights, optimizer, schedule and data position; its random state is returned."""
+        if not self.config.resume or self.sources.checkpoint is None:
+            return None
+        file = component_file(self.sources.checkpoint, "align_projectors")
+        if file is not None and module.align_projectors.state_dict():
+            load_component(module.align_projectors, file)
+        state = load_training_state(self.sources.checkpoint)
+        if state is None:
+            self.accelerator.print("the checkpoint has no training_state: optimizer, schedule and data start anew")
+            return None
+        if state["num_processes"] != self.accelerator.num_processes:
+            raise UsageError(
+                f"--resume: {self.sources.checkpoint} was written by {state['num_processes']} processes, "
+                f"this run has {self.accelerator.num_processes}; accepted: the same number"
+            )
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        sampler.load_state_dict(state["sampler"])
+        return state["random"][self.accelerator.process_index]
+
+    def _validator(self, module: nn.Module, targets: Callable[[dict[str, Any]], Any]) -> Callable[[], dict[str, float]]:
+        dataset = self._dataset(train=False)
+
+        def validate() -> dict[str, float]:
+            """Mean losses over one pass of the validation split, or what fits into `val_time_limit`."""
+            averages = MetricAverager()
+            batches = self._batches(dataset, self._sampler(dataset))
+            processes = self.accelerator.num_processes
+            deadline = time.monotonic() + self.config.val_time_limit
+            for _ in range(max(1, len(dataset) // (self.config.batch_size * processes))):
+                batch = same_device(next(batches), self.device)
+                with torch.no_grad(), self.accelerator.autocast():
+                    averages.add(module(batch, targets(batch)).metrics)
+                if time.monotonic() > deadline:
+                    break
+            return averages.pop(self.accelerator)
+
+        return validate
+
+    def _tracker_options(self) -> dict[str, dict[str, Any]]:
+        entity = self.config.wandb_entity
+        return {"wandb": {"entity": entity, "name": self.run_dir.name}} if entity else {}
+
+    def _describe(self, module: TrainableVLA) -> None:
+        for name in ("vla", "action_head", "proprio_projector", "noisy_action_projector", "align_projectors"):
+            trainable, total = count_parameters(getattr(module, name))
+            if total:
+                self.accelerator.print(f"{name}: {trainable:,} of {total:,} parameters train")

@@ -1,0 +1,34 @@
+"""Optimizer and learning-rate schedule.
+
+Upstream's warm-up overwrites the decayed rate and its loop runs one step too many; here warm-up and decay are factors of
+one function of the step, so they compose, and step `max_steps - 1` is the last one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from prismatic.training.config import TrainConfig
+
+WARMUP_START = 0.1
+DECAY = 0.1
+
+
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """Share of the peak learning rate that optimizer step `step` (from 0) uses."""
+    factor = 1.0
+    if step < config.lr_warmup_steps:
+        factor = WARMUP_START + (1 - WARMUP_START) * (step + 1) / config.lr_warmup_steps
+    if config.scheduler == "CosineAnnealingLR":
+        return factor * 0.5 * (1 + math.cos(math.pi * min(step, config.max_steps) / config.max_steps))
+    return factor * (DECAY if step >= config.num_steps_before_decay else 1.0)
+
+
+def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """AdamW with torch's betas, and the schedule. Vectors and scalars are not exempt from weight decay, as upstream."""
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))

@@ -1,0 +1,88 @@
+"""Fine-tune an OpenVLA model on demonstrations, with its hidden states aligned to a frozen 3D teacher (ROCKET).
+
+    accelerate launch vla-scripts/finetune.py --vla_path openvla/openvla-7b --vggt_path VGGT-1B/model.safetensors \
+        --data_root_dir DATA --dataset_name libero_4_task_suites_no_noops --recipe rocket
+
+All of OpenVLA-OFT's and ROCKET's flags are accepted. `--recipe` sets the alignment's flags (rocket, shared, naive,
+spatial_forcing, baseline); a flag given beside it wins. What ROCKET adds to training is `build_alignment`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from prismatic.training.config import TrainConfig
+from prismatic.util.cli import run
+from prismatic.util.errors import UsageError
+from rocket_align.flags import AlignFlags
+
+if TYPE_CHECKING:
+    from prismatic.training.run import TrainingRun
+    from rocket_align import AlignConfig, MultiLayerAlignment
+
+
+@dataclass
+class FinetuneConfig(AlignFlags, TrainConfig):
+    """OpenVLA-OFT's flags and ROCKET's."""
+
+
+def plan_alignment(config: FinetuneConfig) -> tuple[AlignConfig, int]:
+    """The alignment's configuration and the teacher's width, from the models' config files alone.
+
+    Raises:
+        UsageError: a wrong flag, or layers the models do not have.
+    """
+    from prismatic.training.build import student_depth
+    from rocket_align.teacher.vggt.checkpoint import find_weights
+
+    try:
+        config.validate_alignment()
+        if not config.aligns:
+            return config.align_config(0, 0), 0
+        teacher = find_weights(config.vggt_path)[1]
+        return config.align_config(student_depth(config), teacher.depth), teacher.embed_dim
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def build_alignment(
+    training: TrainingRun, align: AlignConfig, teacher_dim: int
+) -> tuple[MultiLayerAlignment, Callable[[dict[str, Any]], Any]]:
+    """The alignment loss, and the function that makes its targets from a batch."""
+    from rocket_align import MultiLayerAlignment, VGGTTeacher
+    from rocket_align.teacher.preprocess import unnormalize_views
+
+    alignment = MultiLayerAlignment(align, training.vla.llm_dim, teacher_dim)
+    if not align.num_pairs:
+        return alignment, lambda batch: None
+    path, device, dtype = training.config.vggt_path, training.device, training.compute_dtype
+    teacher = VGGTTeacher.from_pretrained(path, align.teacher_layers, device=device, dtype=dtype)
+    images = training.processor.image_processor
+    mean, std, channels = images.means[0], images.stds[0], 3 * len(images.means)
+
+    def targets(batch: dict[str, Any]) -> Any:
+        return teacher(unnormalize_views(batch["pixel_values"], mean, std, channels_per_view=channels))
+
+    return alignment, targets
+
+
+def main(config: FinetuneConfig) -> int:
+    """Train; returns 0, or 130 when stopped early (the checkpoint is written first)."""
+    config.validate()
+    align, teacher_dim = plan_alignment(config)
+    from prismatic.training.run import TrainingRun
+
+    training = TrainingRun(config, asdict(config))
+    alignment, targets = build_alignment(training, align, teacher_dim)
+    state = training.fit(alignment, align.coeff, targets)
+    return 130 if state.stopped_early else 0
+
+
+if __name__ == "__main__":
+    run(FinetuneConfig, main)
