@@ -117,7 +117,7 @@ class DiffusionActionHead(nn.Module):
         self.action_dim = action_dim
         self.num_diffusion_steps_train = num_diffusion_steps_train
         self.noise_predictor = NoisePredictionModel(input_dim * action_dim, hidden_dim, action_dim)
-        self.noise_scheduler = _ddim_scheduler(num_diffusion_steps_train)
+        self.noise_scheduler: Any = _ddim_scheduler(num_diffusion_steps_train)
         self.time_encoder = SinusoidalPositionalEncoding(hidden_dim)
 
     def sample_noisy_actions(self, ground_truth_actions: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,13 +1,13 @@
 """FiLM: the instruction scales and shifts the features inside every vision block (OpenVLA-OFT+).
 
-Parameter names are those of the released `vision_backbone--*_checkpoint.pt` files: `vision_backbone.` before the backbone's
-own names, `blocks.N.block.` before those of a timm block, and `blocks.N.scale` and `blocks.N.shift` beside it.
+Parameter names are those of the released `vision_backbone--*_checkpoint.pt` files: `vision_backbone.` before the
+backbone's own names, `blocks.N.block.` before those of a timm block, `blocks.N.scale` and `blocks.N.shift` beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ class FiLMedVisionTransformerBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, language_BD: torch.Tensor) -> torch.Tensor:
         """Tokens (B, N, vision_dim) and mean language embedding (B, llm_dim) -> tokens (B, N, vision_dim)."""
-        block = self.block
+        block: Any = self.block
         x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
         x = x * (1 + self.scale(language_BD).unsqueeze(1)) + self.shift(language_BD).unsqueeze(1)
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -69,7 +69,7 @@ def load_lora(model: OpenVLAForActionPrediction, folder: str | Path, is_trainabl
     weights = load_peft_weights(str(folder), device="cpu")
     weights = {key: value for key, value in weights.items() if ".base_layer." not in key}
     peft_model = get_peft_model(model, config)
-    result = set_peft_model_state_dict(peft_model, weights)
+    result: Any = set_peft_model_state_dict(peft_model, weights)
     missing = [key for key in result.missing_keys if _LORA_A in key or _LORA_B in key]
     if missing or result.unexpected_keys:
         names = ", ".join((missing + list(result.unexpected_keys))[:3])

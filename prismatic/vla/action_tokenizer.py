@@ -58,8 +58,8 @@ class ActionTokenizer:
         """One action (A,) -> its text; a batch or chunk of actions (T, A) -> a list of T texts."""
         token_ids = self._bins.encode(np.asarray(action))
         if token_ids.ndim == 1:
-            return self.tokenizer.decode(token_ids.tolist())
-        return [self.tokenizer.decode(row) for row in token_ids.tolist()]
+            return str(self.tokenizer.decode(token_ids.tolist()))
+        return [str(self.tokenizer.decode(row)) for row in token_ids.tolist()]
 
     def encode_actions_to_token_ids(self, action: np.ndarray) -> np.ndarray:
         """Token ids (int64) in the shape of `action`, without the way through text."""

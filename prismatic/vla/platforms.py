@@ -1,4 +1,4 @@
-"""Robot platforms as data: how long an action chunk is, how wide actions and proprioception are, how both are normalized.
+"""Robot platforms as data: how long an action chunk is, how wide actions and proprioception are, how they scale.
 
 Upstream guesses the platform from the words on the command line. Here it is a value: a training run names one, the
 checkpoint stores it (field `platform` of the model's configuration), and evaluation reads it from there.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def register_openvla() -> None:
-    """Make `AutoConfig`, `AutoModelForImageTextToText`, `AutoImageProcessor` and `AutoProcessor` know model type "openvla".
+    """Make the Auto classes for configurations, models, image processors and processors know model type "openvla".
 
     Calling it again changes nothing. Checkpoints then load without remote code.
     """

@@ -51,8 +51,8 @@ class PrismaticConfig(PretrainedConfig):
     `image_sizes` (pixels), `timm_model_ids`, `timm_override_act_layers` and `timm_override_kwargs` have one entry per
     vision model; those left out follow from `vision_backbone_id`. Defaults are upstream's.
 
-    Raises UsageError or ValueError in one line for an unknown backbone, resize strategy or language model and for lists of
-    the wrong length.
+    Raises UsageError or ValueError in one line for an unknown backbone, resize strategy or language model and for lists
+    of the wrong length.
     """
 
     model_type: ClassVar[str] = "prismatic"
@@ -63,7 +63,7 @@ class PrismaticConfig(PretrainedConfig):
     arch_specifier: str = "no-align+gelu-mlp"
     use_fused_vision_backbone: bool | None = None
     image_resize_strategy: str = "letterbox"
-    text_config: dict[str, Any] | PretrainedConfig | None = None
+    text_config: Any = None
     llm_max_length: int = 2048
     pad_token_id: int = 32000
     pad_to_multiple_of: int = 64
@@ -114,8 +114,8 @@ class OpenVLAConfig(PrismaticConfig):
     norm_stats: {dataset: {"action": {...}, "proprio": {...}}}, the statistics that un-normalize actions.
     n_action_bins: bins of the discrete action tokens.
     platform: name (or dictionary of fields) of the robot platform.
-    film_exclude_padding: average the language embeddings that FiLM gets over real tokens only. Released FiLM checkpoints
-        were trained with padding in the mean, which is the default.
+    film_exclude_padding: average the language embeddings that FiLM gets over real tokens only. Released FiLM
+        checkpoints were trained with padding in the mean, which is the default.
     """
 
     model_type: ClassVar[str] = "openvla"

@@ -6,16 +6,15 @@ Non-obvious behavior, all of it upstream's:
 - Attention is bidirectional over all tokens that are not padding: the Llama gets a 4-D boolean mask.
 - Embeddings of action tokens are zeroed (parallel decoding), or replaced by projected noisy actions (diffusion). Where
   they are comes from `labels` in training.
-- The vision features are the output of each ViT's second-to-last block; the last block and SigLIP's attention pooling have
-  weights but are never run.
+- The vision features are the output of each ViT's second-to-last block; the last block and SigLIP's attention pooling
+  have weights but are never run.
 - The hidden state at position i predicts token i + 1, so the states of the actions start one position early.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import timm
@@ -81,7 +80,7 @@ class PrismaticVisionBackbone(nn.Module):
         self.embed_dim = sum(featurizer.embed_dim for featurizer in self.featurizers)
 
     @property
-    def featurizers(self) -> tuple[nn.Module, ...]:
+    def featurizers(self) -> tuple[Any, ...]:
         """The timm models in the order of their channels."""
         if self.use_fused_vision_backbone:
             return self.featurizer, self.fused_featurizer
@@ -128,7 +127,7 @@ class PrismaticVisionBackbone(nn.Module):
         return patches.reshape(pixel_values.shape[0], -1, patches.shape[-1])
 
 
-def _create_featurizer(config: PrismaticConfig, index: int) -> nn.Module:
+def _create_featurizer(config: Any, index: int) -> Any:
     options: dict[str, Any] = {"img_size": config.image_sizes[index], "num_classes": 0}
     if config.timm_override_act_layers[index] is not None:
         options["act_layer"] = config.timm_override_act_layers[index]
@@ -141,7 +140,7 @@ def _create_featurizer(config: PrismaticConfig, index: int) -> nn.Module:
     return featurizer
 
 
-def _patch_features(featurizer: nn.Module, images: torch.Tensor, language: torch.Tensor | None) -> torch.Tensor:
+def _patch_features(featurizer: Any, images: torch.Tensor, language: torch.Tensor | None) -> torch.Tensor:
     """Output of the second-to-last block without class and register tokens: (B, 3, H, W) -> (B, P, C)."""
     if language is None:
         index = len(featurizer.blocks) - 2
@@ -183,18 +182,14 @@ class PrismaticPreTrainedModel(PreTrainedModel):
     config_class = PrismaticConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities: str | list[str] = ["image", "text"]  # noqa: RUF012 - typed by the base class
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["PrismaticProjector", "LlamaDecoderLayer", "Block"]
+    _no_split_modules = ["PrismaticProjector", "LlamaDecoderLayer", "Block"]  # noqa: RUF012 - typed by the base class
     _supports_sdpa = True
 
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] | None = None, **kwargs: Any
-    ) -> None:
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         """Also reach the timm models, which transformers does not know."""
-        if gradient_checkpointing_func is not None:
-            kwargs["gradient_checkpointing_func"] = gradient_checkpointing_func
-        super()._set_gradient_checkpointing(enable, **kwargs)
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
         for module in self.modules():
             if isinstance(module, PrismaticVisionBackbone):
                 for featurizer in module.featurizers:
@@ -206,9 +201,11 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
 
     def __init__(self, config: PrismaticConfig) -> None:
         super().__init__(config)
-        self.vision_backbone = PrismaticVisionBackbone(config)
+        self.vision_backbone: Any = PrismaticVisionBackbone(config)
         llm_dim = config.text_config.hidden_size
-        self.projector = PrismaticProjector(config.use_fused_vision_backbone, self.vision_backbone.embed_dim, llm_dim)
+        self.projector = PrismaticProjector(
+            bool(config.use_fused_vision_backbone), self.vision_backbone.embed_dim, llm_dim
+        )
         self.language_model = LlamaForCausalLM(config.text_config)
         self.vocab_size = config.text_config.vocab_size
         self.pad_token_id = config.pad_token_id
@@ -235,7 +232,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         """The language model without its head."""
         return self.language_model.model
 
-    def forward(
+    def forward(  # noqa: PLR0913 - the interface of transformers and of upstream
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -260,8 +257,6 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         proprio: (B, proprio_dim) normalized. noisy_actions: (B, T, A) with diffusion_timestep_embeddings (B, 1, D).
         compute_logits=False runs no language-model head: loss and logits are None, the rest is the same.
         """
-        if pixel_values is None:
-            raise ValueError("pixel_values: found None; accepted: images (batch, channels * images, height, width)")
         action_mask = self._action_mask_from_labels(labels)
         text = self.get_input_embeddings()(input_ids)
         text_mask = _as_bool_mask(attention_mask, input_ids)
@@ -270,7 +265,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         prefix = self._prefix_tokens(patches, proprio, proprio_projector, diffusion_timestep_embeddings)
         text = self._mask_action_embeddings(text, action_mask, noisy_actions, noisy_action_projector)
         outputs = self._run_language_model(text, text_mask, prefix, output_hidden_states)
-        return self._assemble_output(outputs, prefix, labels if compute_logits else None, compute_logits)
+        return self._assemble_output(outputs, prefix, labels, compute_logits)
 
     # === Parts of the forward pass ===
 
@@ -296,8 +291,10 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         weight = kept.to(text.dtype).unsqueeze(-1)
         return (text * weight).sum(dim=1) / weight.sum(dim=1)
 
-    def _project_images(self, pixel_values: torch.Tensor, language: torch.Tensor | None) -> torch.Tensor:
+    def _project_images(self, pixel_values: torch.Tensor | None, language: torch.Tensor | None) -> torch.Tensor:
         """Images (B, c*V, H, W) -> tokens (B, V*P, D)."""
+        if pixel_values is None:
+            raise ValueError("pixel_values: found None; accepted: images (batch, channels * images, height, width)")
         pixel_values = pixel_values.to(self.vision_backbone.dtype)
         if language is None:
             return self.projector(self.vision_backbone(pixel_values))
@@ -358,7 +355,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
     ) -> PrismaticCausalLMOutputWithPast:
         logits = self.language_model.lm_head(outputs.last_hidden_state) if compute_logits else None
         return PrismaticCausalLMOutputWithPast(
-            loss=None if labels is None else _next_token_loss(logits, labels, prefix.shape[1]),
+            loss=None if labels is None or logits is None else _next_token_loss(logits, labels, prefix.shape[1]),
             logits=logits,
             hidden_states=outputs.hidden_states,
             projector_features=prefix,
@@ -415,7 +412,7 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
     # === Action prediction ===
 
     @torch.no_grad()
-    def predict_action(
+    def predict_action(  # noqa: PLR0913 - upstream's interface
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -423,19 +420,19 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         unnorm_key: str | None = None,
         proprio: torch.Tensor | np.ndarray | None = None,
         proprio_projector: nn.Module | None = None,
-        action_head: nn.Module | None = None,
+        action_head: Any = None,
         noisy_action_projector: nn.Module | None = None,
         use_film: bool = False,
         **_: Any,
     ) -> tuple[np.ndarray, torch.Tensor]:
         """Action chunks for a batch of prompts (right padded; lengths may differ) and images.
 
-        input_ids, attention_mask: (B, S). pixel_values: (B, c*V, H, W). proprio: (B, proprio_dim), or (proprio_dim,) for
-        one sample, normalized. An L1 head, a diffusion head (with its `noisy_action_projector`) or, without a head, the
-        action tokens decide the actions. Token 29871 is appended to prompts that do not end in it.
+        input_ids, attention_mask: (B, S). pixel_values: (B, c*V, H, W). proprio: (B, proprio_dim), or (proprio_dim,)
+        for one sample, normalized. An L1 head, a diffusion head (with its `noisy_action_projector`) or, without a head,
+        the action tokens decide the actions. Token 29871 is appended to prompts that do not end in it.
 
-        Returns un-normalized actions (B, T, A) (float64; units of the data set `unnorm_key`) and the hidden states of the
-        action tokens (B, T*A, D). Raises ValueError for an unknown `unnorm_key`.
+        Returns un-normalized actions (B, T, A) (float64; units of the data set `unnorm_key`) and the hidden states of
+        the action tokens (B, T*A, D). Raises ValueError for an unknown `unnorm_key`.
         """
         statistics = self.get_action_stats(unnorm_key)
         inputs = self._append_action_tokens(input_ids, _as_bool_mask(attention_mask, input_ids))
@@ -443,8 +440,7 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         # One by one, prompts have no padding; a batch must not differ from that, so padding never enters the mean.
         language = self._film_language_without_padding(text, inputs) if use_film else None
         patches = self._project_images(pixel_values, language)
-        state = None if proprio is None else torch.as_tensor(np.asarray(proprio) if _is_array(proprio) else proprio)
-        state = None if state is None else state.to(patches.device)
+        state = None if proprio is None else torch.as_tensor(proprio, device=patches.device)
         prefix = self._prefix_tokens(patches, state, proprio_projector, None)
         if noisy_action_projector is not None and action_head is not None:
             normalized, hidden = self._sample_actions(inputs, text, prefix, action_head, noisy_action_projector)
@@ -483,7 +479,7 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         return hidden[inputs.action_mask[:, 1:]].reshape(text.shape[0], -1, hidden.shape[-1])
 
     def _decode_actions(
-        self, inputs: _ActionInputs, text: torch.Tensor, prefix: torch.Tensor, action_head: nn.Module | None
+        self, inputs: _ActionInputs, text: torch.Tensor, prefix: torch.Tensor, action_head: Any
     ) -> tuple[np.ndarray, torch.Tensor]:
         """Normalized actions (B, T, A) by an L1 head, or by the likeliest action tokens without one."""
         hidden = self._action_hidden_states(inputs, self._mask_action_embeddings(text, inputs.action_mask), prefix)
@@ -499,7 +495,7 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         inputs: _ActionInputs,
         text: torch.Tensor,
         prefix: torch.Tensor,
-        action_head: nn.Module,
+        action_head: Any,
         noisy_action_projector: nn.Module,
     ) -> tuple[np.ndarray, torch.Tensor]:
         """Normalized actions (B, T, A) by DDIM from Gaussian noise; images and proprio are encoded once."""
@@ -550,7 +546,3 @@ class _ActionInputs:
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     action_mask: torch.Tensor
-
-
-def _is_array(value: Any) -> bool:
-    return not isinstance(value, torch.Tensor)
