@@ -1,12 +1,15 @@
 """Image processor and processor of Prismatic models and OpenVLA, in upstream's file format.
 
 The numbers are those of torchvision's PIL path (resize with antialiasing on bytes, then normalization), which is what
-upstream runs. It works in the data loader, so an image is resized once when both vision models want the same pixels, and
-scaling to [0, 1] and normalization are one fused multiply-add.
+upstream runs. It works in the data loader, so an image is resized once when both vision models want the same pixels,
+and scaling to [0, 1] and normalization are one fused multiply-add.
+
+Upstream pads a letterboxed image once, with the mean color of the last vision model, also for the other one.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +24,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from prismatic.extern.hf.configuration_prismatic import RESIZE_STRATEGIES
 from prismatic.util.errors import unknown_name
+from prismatic.util.files import atomic_write
 
 _RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
@@ -41,7 +45,6 @@ class _View(NamedTuple):
     height: int
     width: int
     resample: Image.Resampling
-    fill: tuple[int, ...] | None
 
 
 class PrismaticImageProcessor(BaseImageProcessor):
@@ -91,9 +94,11 @@ class PrismaticImageProcessor(BaseImageProcessor):
 
     def _view(self, index: int) -> _View:
         _, height, width = self.input_sizes[index]
-        letterbox = self.image_resize_strategy == "letterbox"
-        fill = tuple(int(255 * value) for value in self.means[index]) if letterbox else None
-        return _View(height, width, _RESAMPLE[self.interpolations[index]], fill)
+        return _View(height, width, _RESAMPLE[self.interpolations[index]])
+
+    @property
+    def _letterbox_fill(self) -> tuple[int, ...]:
+        return tuple(int(255 * value) for value in self.means[-1])
 
     def _affine(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(pixel / 255 - mean) / std as pixel * scale + shift, each (models, 3, 1, 1)."""
@@ -104,6 +109,8 @@ class PrismaticImageProcessor(BaseImageProcessor):
     def apply_transform(self, img: ImageLike) -> torch.Tensor:
         """One RGB image (PIL, or HWC uint8 array or tensor) -> float32 (3 * models, H, W)."""
         image = _to_pil(img)
+        if self.image_resize_strategy == "letterbox":
+            image = _pad_to_square(image, self._letterbox_fill)
         resized: dict[_View, torch.Tensor] = {}
         for view in self._views:
             if view not in resized:
@@ -114,11 +121,9 @@ class PrismaticImageProcessor(BaseImageProcessor):
         return torch.cat(channels) if len(channels) > 1 else channels[0]
 
     def _resize(self, image: Image.Image, view: _View) -> Image.Image:
-        """To view.height x view.width by the chosen strategy."""
+        """To view.height x view.width."""
         if self.image_resize_strategy == "resize-crop":
             return _resize_and_crop(image, view)
-        if view.fill is not None:
-            image = _pad_to_square(image, view.fill)
         return image.resize((view.width, view.height), view.resample)
 
     def preprocess(
@@ -132,7 +137,7 @@ class PrismaticImageProcessor(BaseImageProcessor):
         pixel_values = torch.stack([self.apply_transform(image) for image in images])
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
-    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         """Same as :meth:`preprocess`."""
         return self.preprocess(images, *args, **kwargs)
 
@@ -174,7 +179,7 @@ class PrismaticImageProcessor(BaseImageProcessor):
                 for mean, std in zip(self.means, self.stds, strict=True)
             ],
             "tvf_do_letterbox": letterbox,
-            "tvf_letterbox_fill": [list(view.fill or ()) for view in self._views] if letterbox else None,
+            "tvf_letterbox_fill": list(self._letterbox_fill) if letterbox else None,
         }
 
 
@@ -229,7 +234,7 @@ class PrismaticProcessor(ProcessorMixin):
         return type(argument)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> PrismaticProcessor:
         """Tokenizer files and preprocessor_config.json of a checkpoint folder (or of a model id in the local cache)."""
@@ -242,6 +247,7 @@ class PrismaticProcessor(ProcessorMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         files = list(self.tokenizer.save_pretrained(str(folder)))
+        _name_portable_tokenizer_class(folder / "tokenizer_config.json")
         return files + self.image_processor.save_pretrained(str(folder))
 
     def __call__(
@@ -270,6 +276,16 @@ class PrismaticProcessor(ProcessorMixin):
             )
         data = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
         return BatchFeature(data={**data, "pixel_values": pixel_values})
+
+
+def _name_portable_tokenizer_class(path: Path) -> None:
+    """Put a class that old transformers know, too, in place of transformers 5's own, which reads the same file."""
+    config = json.loads(path.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        for key in ("backend", "is_local", "local_files_only"):
+            config.pop(key, None)
+        atomic_write(path, json.dumps(config, indent=2) + "\n")
 
 
 def _load_tokenizer(path: str | os.PathLike[str], **kwargs: Any) -> PreTrainedTokenizerBase:
