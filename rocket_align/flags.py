@@ -18,26 +18,24 @@ POOLING = ("bilinear", "random")
 
 @dataclass
 class AlignFlags:
-    # fmt: off
-    vggt_path: str = ""                                     # The 3D teacher: a folder, a weights file, or a hub id; empty: no alignment
-    recipe: str | None = None                               # rocket | shared | naive | spatial_forcing | baseline (default: rocket with a teacher, else baseline)
-    vla_layers_align: str | None = None                     # Student layers as a comma list; -1 is the last but one hidden state, as released
-    vggt_layers_align: str | None = None                    # Teacher blocks as a comma list; -1 is the last block
-    align_loss_type: str = "cosine"                         # Distance between student and teacher features: cosine
-    align_loss_coeff: float | None = None                   # Weight of the alignment in the total loss
-    pooling_func: str | None = None                         # Teacher grid to student grid: bilinear | random
-    use_vlm_norm: bool | None = None                        # LayerNorm on the student's features
-    use_vggt_pe: bool | None = None                         # Position embedding on the teacher's features
-    gain_feat_1move: bool | None = None                     # Shift the student's slice one token to the right
-    share_projector: bool | None = None                     # One projector for all layer pairs
-    ensemble_size: int | None = None                        # Projectors per pair whose losses are averaged
-    use_matryoshka: bool | None = None                      # Nested widths (with independent projectors: the released fifth of the width)
-    projector_width_ratios: str | None = None               # Width ratios of the pairs as a comma list
+    vggt_path: str = ""  # The 3D teacher: a folder, a weights file, or a hub id; empty: no alignment
+    recipe: str | None = None  # rocket | shared | naive | spatial_forcing | baseline; rocket when there is a teacher
+    vla_layers_align: str | None = None  # Student layers, comma list; -1 is the last state but one, as released
+    vggt_layers_align: str | None = None  # Teacher blocks as a comma list; -1 is the last block
+    align_loss_type: str = "cosine"  # Distance between student and teacher features: cosine
+    align_loss_coeff: float | None = None  # Weight of the alignment in the total loss
+    pooling_func: str | None = None  # Teacher grid to student grid: bilinear | random
+    use_vlm_norm: bool | None = None  # LayerNorm on the student's features
+    use_vggt_pe: bool | None = None  # Position embedding on the teacher's features
+    gain_feat_1move: bool | None = None  # Shift the student's slice one token to the right
+    share_projector: bool | None = None  # One projector for all layer pairs
+    ensemble_size: int | None = None  # Projectors per pair whose losses are averaged
+    use_matryoshka: bool | None = None  # Nested widths (with independent projectors: the released fifth of the width)
+    projector_width_ratios: str | None = None  # Width ratios of the pairs as a comma list
     projector_shallow_to_deep_increase: bool | None = None  # Deeper pairs are wider
-    use_vggt_cache: bool = False                            # Released cache of teacher features (not offered: it never hits with augmentation)
-    generate_vggt_cache: bool = False                       # See use_vggt_cache
-    vggt_cache_dir: str = ""                                # See use_vggt_cache
-    # fmt: on
+    use_vggt_cache: bool = False  # Cache of the released code; not offered
+    generate_vggt_cache: bool = False  # See use_vggt_cache
+    vggt_cache_dir: str = ""  # See use_vggt_cache
 
     @property
     def recipe_name(self) -> str:
@@ -62,17 +60,13 @@ class AlignFlags:
         if self.pooling_func not in (None, *POOLING):
             raise ValueError(f"--pooling_func: unknown value {self.pooling_func!r}; accepted: {', '.join(POOLING)}")
         if self.use_vggt_cache or self.generate_vggt_cache:
-            raise ValueError(
-                "--use_vggt_cache: True found; accepted: False (a cache keyed by augmented pixels never hits)"
-            )
+            raise ValueError("--use_vggt_cache: True found; accepted: False (it never hits with augmentation)")
         if self.ensemble_size is not None and self.ensemble_size < 1:
             raise ValueError(f"--ensemble_size: {self.ensemble_size} found; accepted: 1 or more")
         if self.align_loss_coeff is not None and self.align_loss_coeff < 0:
             raise ValueError(f"--align_loss_coeff: {self.align_loss_coeff} found; accepted: 0 or more")
         if self.aligns and not self.vggt_path:
-            raise ValueError(
-                f"--vggt_path: empty, but --recipe {self.recipe_name} needs a teacher; accepted: its folder"
-            )
+            raise ValueError(f"--vggt_path: empty, but --recipe {self.recipe_name} needs a teacher")
         if self.aligns and self.vggt_path.startswith((".", "/")) and not Path(self.vggt_path).exists():
             raise ValueError(f"--vggt_path: no such folder or file: {self.vggt_path}")
 
@@ -116,9 +110,7 @@ class AlignFlags:
         try:
             return tuple(float(part) for part in str(text).strip("[]() ").split(","))
         except ValueError:
-            raise ValueError(
-                f"--projector_width_ratios: {text!r} found; accepted: numbers, such as 0.2,0.6,1"
-            ) from None
+            raise ValueError(f"--projector_width_ratios: {text!r} found; accepted: numbers as in 0.2,0.6,1") from None
 
     def _projector(self, recipe_value: str) -> str:
         shares = recipe_value != "independent" if self.share_projector is None else self.share_projector

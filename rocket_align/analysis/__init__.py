@@ -1,0 +1,3 @@
+"""Analyses that choose and explain layer pairs."""
+
+from __future__ import annotations

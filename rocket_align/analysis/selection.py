@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 def balanced_layers(num_layers: int, count: int) -> tuple[int, ...]:
     """`count` layers spread evenly over the depth, the last block always among them (the paper's uniform selection).
 
-    Layer i of k stands at (i + 1) * L / k - 1, rounded half up. If the layers left out can themselves be spaced
-    evenly (their number divides L), those are left out, beginning with block 0, as the released script does.
+    From the last block, steps of L / k are walked back, each rounded half up. If the layers left out can themselves be
+    spaced evenly (their number divides L), those are left out, beginning with block 0, as the released script does.
     `count` beyond the depth selects all blocks.
     """
     left_out = num_layers - count
@@ -22,8 +22,8 @@ def balanced_layers(num_layers: int, count: int) -> tuple[int, ...]:
         kept = tuple(layer for layer in range(num_layers) if layer % period)
         if kept:
             return kept
-    # Integer arithmetic for floor((i + 1) * L / k - 1 + 1 / 2).
-    return tuple((2 * (index + 1) * num_layers - count) // (2 * count) for index in range(count))
+    step = num_layers / count
+    return tuple(math.floor(num_layers - 1 - back * step + 0.5) for back in reversed(range(count)))
 
 
 def early_to_middle_last(num_layers: int, count: int) -> tuple[int, ...]:

@@ -1,0 +1,100 @@
+"""Teacher features and image preparation against the recorded reference of the released training step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rocket_align.pooling import pool_teacher
+from rocket_align.teacher.base import TeacherFeatures
+from rocket_align.teacher.preprocess import preprocess_normed_images, unnormalize_views
+from rocket_align.teacher.vggt.checkpoint import save_folder
+from rocket_align.teacher.vggt.config import VGGTConfig
+from rocket_align.teacher.vggt.teacher import VGGTTeacher
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    other = json.loads((golden_dir / "vggt_teacher_518.json").read_text())["config"]["other"]
+    sizes, vit = other["aggregator"], other["dino_vit"]
+    config = VGGTConfig(
+        embed_dim=sizes["embed_dim"],
+        depth=sizes["depth"],
+        num_heads=sizes["num_heads"],
+        vit_depth=vit["depth"],
+        vit_num_heads=vit["num_heads"],
+    )
+    weights = load_file(golden_dir / "vggt_teacher_518.safetensors")
+    folder = tmp_path_factory.mktemp("teacher")
+    save_folder(folder, config, {key.removeprefix("weights."): value for key, value in weights.items()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def features(golden_dir: Path, teacher_folder: Path) -> TeacherFeatures:
+    pixels = load_file(golden_dir / "forward_l1_discrete.safetensors")["pixel_values"]
+    teacher = VGGTTeacher.from_pretrained(teacher_folder, layers=[1, 2, 3])
+    return teacher(unnormalize_views(pixels))
+
+
+def test_images_of_the_training_step(golden_dir: Path) -> None:
+    pixels = load_file(golden_dir / "forward_l1_discrete.safetensors")["pixel_values"]
+    expected = load_file(golden_dir / "align_inputs_features.safetensors")["teacher_images_strided7"]
+    torch.testing.assert_close(preprocess_normed_images(pixels)[..., ::7, ::7], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_features(golden_dir: Path, features: TeacherFeatures) -> None:
+    recorded = load_file(golden_dir / "align_inputs_features.safetensors")
+    assert features.grid_hw == (37, 37)
+    assert features.image_hw == (518, 518)
+    for layer, feature in zip((1, 2, 3), features.layers):
+        # The record holds the first three tokens and every 97th, of which the first is special too; patches start at 5.
+        expected = recorded[f"teacher_features.{layer}.first3_and_every97th_token"][:, :, 4:]
+        torch.testing.assert_close(feature[:, :, 97 - 5 :: 97], expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_pooled_features(golden_dir: Path, features: TeacherFeatures, position: int) -> None:
+    recorded = load_file(golden_dir / "align_inputs_features.safetensors")
+    for pair, feature in enumerate(features.layers):
+        expected = recorded[f"pair{pair}.pooled_pe{position}"]
+        pooled = pool_teacher(
+            feature,
+            features.grid_hw,
+            features.image_hw,
+            expected.shape[1],
+            mode="bilinear",
+            position_embedding=bool(position),
+        )
+        torch.testing.assert_close(pooled, expected, atol=2e-5, rtol=1e-4)
+
+
+def preprocess_cases() -> list[str]:
+    return ["sq56_crop", "sq28_pad", "tall32x24_crop", "wide24x32_pad", "tall32x24_pad"]
+
+
+@pytest.mark.parametrize("case", preprocess_cases())
+def test_preprocess_normed_images(golden_dir: Path, case: str) -> None:
+    description = json.loads((golden_dir / "preprocess_normed_images.json").read_text())
+    recorded = load_file(golden_dir / "preprocess_normed_images.safetensors")
+    statistics = description["dino_mean_std"]
+    images = preprocess_normed_images(
+        recorded[f"{case}.in"], statistics["mean"], statistics["std"], mode=description["cases"][case]["mode"]
+    )
+    assert list(images.shape) == description["cases"][case]["out_shape"]
+    torch.testing.assert_close(images[..., ::7, ::7], recorded[f"{case}.out_strided7"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(images.mean(), recorded[f"{case}.out_mean"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(images[0, 0, :, 0], recorded[f"{case}.out_row0"], atol=1e-5, rtol=1e-4)
+
+
+def test_wide_image_is_not_cut_to_a_strip(golden_dir: Path) -> None:
+    """The reference cut with a negative start and kept 63 rows; the rows it kept are the last of the whole image."""
+    recorded = load_file(golden_dir / "preprocess_normed_images.safetensors")
+    images = preprocess_normed_images(recorded["wide24x32_crop_BUG.in"], mode="crop")
+    assert tuple(images.shape) == (1, 1, 3, 392, 518)
+    strip = images[:, :, :, -63:]
+    torch.testing.assert_close(strip[..., ::7, ::7], recorded["wide24x32_crop_BUG.out_strided7"], atol=1e-5, rtol=1e-4)
