@@ -2,16 +2,19 @@
 
 Behaviors that are easy to miss:
 - The settle steps do not count toward the step limit, and "done" during them is ignored (upstream does both).
-- The simulator is seeded with `env_seed` (0 in the protocol), not with the run's `seed`: start states are fixed vectors,
-  the run's seed is for the policy's own randomness (diffusion noise).
+- Start states are fixed vectors, so the run's `seed` is for the policy's own randomness (diffusion noise). What the
+  simulator still draws at a reset, where a cabinet or stove stands to a centimeter or two, depends on `env_seed`.
+- Upstream seeds the simulator once a task (with 0), so that every later episode draws from wherever the generator got
+  to. Here episode number i is seeded with `env_seed` + i: as varied, and independent of order and of worker count.
 - A chunk runs open loop, but the episode ends at once when the simulator reports success inside it.
 - LIBERO-PRO's perturbed suites (`libero_goal_swap`, ...) take the step limit of the suite they perturb.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,13 +58,14 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Episode:
-    """One episode to run: a task of a suite, started from its fixed state number `init_state`.
+    """One episode to run: a task of a suite (`task` is its instruction), from its fixed state number `init_state`.
 
     `start_vector`, when given, replaces the benchmark's own state of that number (`--initial_states_path`).
     """
 
     suite: str
     task_id: int
+    task: str
     init_state: int
     seed: int
     start_vector: tuple[float, ...] | None = None
@@ -70,6 +74,10 @@ class Episode:
     def key(self) -> tuple[str, int, int]:
         """What identifies the episode within a run."""
         return (self.suite, self.task_id, self.init_state)
+
+    def query_seed(self, step: int) -> int:
+        """Seed of the policy's randomness at `step`: the same whichever worker runs the episode, and when."""
+        return zlib.crc32(f"{self.seed}:{self.suite}:{self.task_id}:{self.init_state}:{step}".encode())
 
 
 def max_steps_for(suite: str) -> int:
@@ -108,11 +116,6 @@ def parse_task_ids(text: str, num_tasks: int) -> tuple[int, ...]:
     if wrong or not ids:
         raise UsageError(f"--task_ids: {text!r} names {wrong or 'no task'}; accepted: 0 to {num_tasks - 1}")
     return tuple(dict.fromkeys(ids))
-
-
-def plan_episodes(suite: str, task_ids: Iterable[int], init_states: Sequence[int], seed: int) -> list[Episode]:
-    """Every episode of a run, task by task."""
-    return [Episode(suite, task_id, init_state, seed) for task_id in task_ids for init_state in init_states]
 
 
 class EpisodeQueue:

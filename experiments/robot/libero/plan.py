@@ -1,0 +1,290 @@
+"""Everything an evaluation needs to know before anything heavy is loaded, with every mistake found here.
+
+`make_plan` reads flags, the checkpoint's small files and LIBERO's task lists; it loads neither weights nor simulator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.robot.checkpoint import (
+    Checkpoint,
+    component_file,
+    open_checkpoint,
+    read_json,
+    resolve_unnorm_key,
+)
+from experiments.robot.libero import tasks
+from experiments.robot.libero.protocol import RENDER_MODES, Episode, Protocol, max_steps_for, parse_task_ids
+from experiments.robot.libero.rendering import choose_renderer
+from experiments.robot.robot_utils import MODEL_FAMILIES
+from prismatic.util.errors import UsageError, unknown_name
+from prismatic.vla.platforms import get_platform
+
+SAVE_VIDEOS = ("none", "failures", "all")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16")
+VIEWS = (1, 2)
+_POLICY_FLAGS = (
+    "use_l1_regression",
+    "use_diffusion",
+    "num_diffusion_steps_train",
+    "num_diffusion_steps_inference",
+    "use_film",
+    "num_images_in_input",
+    "use_proprio",
+    "center_crop",
+    "load_in_8bit",
+    "load_in_4bit",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked evaluation: how episodes run, which ones, and with which checkpoint (None: a policy given as an object)."""
+
+    protocol: Protocol
+    episodes: tuple[Episode, ...]
+    checkpoint: Checkpoint | None
+    unnorm_key: str
+
+
+def make_plan(config: Any, *, with_checkpoint: bool = True) -> Plan:
+    """Check a `GenerateConfig` and lay out its episodes.
+
+    Raises:
+        UsageError: anything the user can mend, naming the flag and what is accepted.
+    """
+    _check_flags(config)
+    suite = config.task_suite_name
+    protocol = Protocol(
+        max_steps=config.max_steps or max_steps_for(suite),
+        settle_steps=config.num_steps_wait,
+        open_loop_steps=config.num_open_loop_steps,
+        image_size=config.env_img_res,
+        render=config.render,
+        env_seed=config.env_seed,
+    )
+    if not with_checkpoint:
+        return Plan(protocol, _episodes(config), None, config.unnorm_key)
+    checkpoint = open_checkpoint(config.pretrained_checkpoint, config.base_checkpoint or None)
+    unnorm_key = resolve_unnorm_key(checkpoint.statistics, config.unnorm_key, suite)
+    _check_policy(config, checkpoint, unnorm_key)
+    return Plan(protocol, _episodes(config), checkpoint, unnorm_key)
+
+
+def _check_flags(config: Any) -> None:
+    """Checks that need nothing but the flags."""
+    for flag, accepted in (
+        ("model_family", MODEL_FAMILIES),
+        ("render", RENDER_MODES),
+        ("save_videos", SAVE_VIDEOS),
+        ("device", DEVICES),
+        ("dtype", DTYPES),
+    ):
+        if getattr(config, flag) not in accepted:
+            raise unknown_name(f"--{flag}", str(getattr(config, flag)), accepted)
+    max_steps_for(config.task_suite_name)
+    for flag, least in (
+        ("num_trials_per_task", 1),
+        ("num_open_loop_steps", 1),
+        ("num_steps_wait", 0),
+        ("env_img_res", 16),
+        ("first_init_state", 0),
+        ("num_workers", 0),
+        ("max_batch", 0),
+        ("max_steps", 0),
+        ("seed", 0),
+        ("env_seed", 0),
+        ("num_diffusion_steps_train", 1),
+        ("num_diffusion_steps_inference", 1),
+        ("lora_rank", 1),
+    ):
+        if getattr(config, flag) < least:
+            raise UsageError(f"--{flag}: found {getattr(config, flag)}; accepted: {least} or more")
+    if config.use_l1_regression and config.use_diffusion:
+        raise UsageError("--use_diffusion: both heads are on; accepted: with --use_l1_regression false")
+    if config.load_in_8bit and config.load_in_4bit:
+        raise UsageError("--load_in_4bit: both quantizations are on; accepted: one of load_in_8bit, load_in_4bit")
+    if config.num_images_in_input not in VIEWS:
+        raise UsageError(
+            f"--num_images_in_input: found {config.num_images_in_input}; accepted: 1 or 2 (LIBERO's cameras)"
+        )
+    if config.num_diffusion_steps_inference > config.num_diffusion_steps_train:
+        raise UsageError(
+            f"--num_diffusion_steps_inference: found {config.num_diffusion_steps_inference}; "
+            f"accepted: at most --num_diffusion_steps_train ({config.num_diffusion_steps_train})"
+        )
+    for flag, module, needed in (
+        ("load_in_8bit", "bitsandbytes", 'pip install "rocket-vla[quant]"'),
+        ("load_in_4bit", "bitsandbytes", 'pip install "rocket-vla[quant]"'),
+        ("use_wandb", "wandb", 'pip install "rocket-vla[wandb]"'),
+    ):
+        if getattr(config, flag) and importlib.util.find_spec(module) is None:
+            raise UsageError(f"--{flag}: needs the package {module}: {needed}")
+
+
+def _check_policy(config: Any, checkpoint: Checkpoint, unnorm_key: str) -> None:
+    """Checks of the flags against what the checkpoint holds."""
+    if config.use_l1_regression or config.use_diffusion:
+        flag = "--use_l1_regression" if config.use_l1_regression else "--use_diffusion"
+        component_file(checkpoint, "action_head", flag)
+    if config.use_diffusion:
+        component_file(checkpoint, "noisy_action_projector", "--use_diffusion")
+    elif "noisy_action_projector" in checkpoint.components and config.use_l1_regression:
+        raise UsageError(
+            f"--use_l1_regression: {checkpoint.path} holds a diffusion head (noisy_action_projector); "
+            "accepted: --use_l1_regression false --use_diffusion true"
+        )
+    if config.use_proprio:
+        component_file(checkpoint, "proprio_projector", "--use_proprio")
+        if "proprio" not in checkpoint.statistics[unnorm_key]:
+            raise UsageError(f"--use_proprio: the statistics {unnorm_key!r} of the checkpoint have no proprio")
+    if config.use_film:
+        component_file(checkpoint, "vision_backbone", "--use_film")
+    elif "vision_backbone" in checkpoint.components:
+        raise UsageError(f"--use_film: {checkpoint.path} was trained with FiLM; accepted: --use_film true")
+    robot = get_platform(checkpoint.config.get("platform", "libero"))
+    if config.num_open_loop_steps > robot.chunk:
+        raise UsageError(
+            f"--num_open_loop_steps: found {config.num_open_loop_steps}; accepted: 1 to {robot.chunk}, the chunk length"
+        )
+    _check_training_flags(config, checkpoint)
+
+
+def _check_training_flags(config: Any, checkpoint: Checkpoint) -> None:
+    """Compare with the flags the policy was trained with, where the checkpoint records them (upstream's do not)."""
+    record = checkpoint.path / "run_config.json"
+    trained = read_json(record) if record.is_file() else {}
+    for flag in ("use_l1_regression", "use_diffusion", "use_film", "use_proprio", "num_images_in_input"):
+        if flag in trained and trained[flag] != getattr(config, flag):
+            raise UsageError(
+                f"--{flag}: found {getattr(config, flag)}; accepted: {trained[flag]}, as {record} says it was trained"
+            )
+
+
+def _episodes(config: Any) -> tuple[Episode, ...]:
+    """The run's episodes, task by task."""
+    suite, seed = config.task_suite_name, config.seed
+    choose_renderer()
+    task_ids = parse_task_ids(str(config.task_ids), tasks.num_tasks(suite))
+    own_states = None if config.initial_states_path == "DEFAULT" else _read_states(Path(config.initial_states_path))
+    episodes: list[Episode] = []
+    for task_id in task_ids:
+        task = tasks.get_task(suite, task_id)
+        numbers = range(config.first_init_state, config.first_init_state + config.num_trials_per_task)
+        if own_states is None:
+            _check_trials(config, len(tasks.load_init_states(task)), task.name)
+            episodes += [Episode(suite, task_id, task.instruction, number, seed) for number in numbers]
+            continue
+        vectors = _states_of(own_states, task.instruction, config.initial_states_path)
+        _check_trials(config, len(vectors), task.name)
+        chosen = [(number, vectors[number]) for number in numbers if vectors[number] is not None]
+        episodes += [Episode(suite, task_id, task.instruction, number, seed, vector) for number, vector in chosen]
+    if not episodes:
+        raise UsageError(f"--initial_states_path: {config.initial_states_path} marks no initial state as usable")
+    return tuple(episodes)
+
+
+def _check_trials(config: Any, available: int, task: str) -> None:
+    if config.first_init_state + config.num_trials_per_task > available:
+        first = f" from --first_init_state {config.first_init_state}" if config.first_init_state else ""
+        raise UsageError(
+            f"--num_trials_per_task: found {config.num_trials_per_task}{first}; "
+            f"accepted: at most {available - config.first_init_state}, since {task} has {available} initial states"
+        )
+
+
+def _read_states(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UsageError(f"--initial_states_path: no such file: {path}; accepted: DEFAULT or a JSON file")
+    return read_json(path)
+
+
+def _states_of(content: dict[str, Any], instruction: str, path: str) -> list[tuple[float, ...] | None]:
+    """Start vectors of a task from upstream's JSON layout; None where the demonstration is marked as failed.
+
+    Layout: {instruction_with_underscores: {"demo_0": {"initial_state": [...], "success": true}, ...}}.
+    """
+    key = instruction.replace(" ", "_")
+    if key not in content:
+        raise UsageError(
+            f"--initial_states_path: {path} has no entry {key!r}; it has: {', '.join(sorted(content))[:300]}"
+        )
+    demos = content[key]
+    try:
+        entries = [demos[f"demo_{number}"] for number in range(len(demos))]
+        return [
+            tuple(float(value) for value in entry["initial_state"]) if entry.get("success", True) else None
+            for entry in entries
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"--initial_states_path: {path}, {key}: expected demo_0, demo_1, ... each with initial_state ({error!r})"
+        ) from error
+
+
+def run_identity(config: Any, plan: Plan, numerics: Sequence[str]) -> dict[str, Any]:
+    """Everything that influences an episode's outcome: two runs with the same identity may share a results folder.
+
+    Args:
+        numerics: device type and data type of the policy.
+    """
+    states = config.initial_states_path
+    if states != "DEFAULT":
+        states = hashlib.sha256(Path(states).read_bytes()).hexdigest()[:16]
+    return {
+        "checkpoint_hash": plan.checkpoint.fingerprint() if plan.checkpoint else None,
+        "suite": config.task_suite_name,
+        "seed": config.seed,
+        "protocol": plan.protocol.as_dict(),
+        "standard_protocol": plan.protocol.is_standard and config.max_steps == 0 and states == "DEFAULT",
+        "initial_states": states,
+        "renderer": os.environ.get("MUJOCO_GL"),
+        "mujoco": _version("mujoco"),
+        "robosuite": _version("robosuite"),
+        "libero": _libero_distribution(),
+        "unnorm_key": plan.unnorm_key,
+        "policy": {flag: getattr(config, flag) for flag in _POLICY_FLAGS},
+        "numerics": list(numerics),
+    }
+
+
+def run_environment(config: Any) -> dict[str, Any]:
+    """What is worth recording but may differ between the parts of a run: where the checkpoint lay, versions, machine."""
+    packages = ("rocket-vla", "torch", "transformers", "timm", "peft", "numpy")
+    return {
+        "checkpoint": config.pretrained_checkpoint,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        **{package: _version(package) for package in packages},
+    }
+
+
+def default_run_name(config: Any, identity: dict[str, Any]) -> str:
+    """A name that is the same for the same run, so that repeating the command resumes it."""
+    checkpoint = Path(config.pretrained_checkpoint).name or "policy"
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    note = f"--{config.run_id_note}" if config.run_id_note else ""
+    return f"EVAL-{config.task_suite_name}-{config.model_family}-{checkpoint}-{digest}{note}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _libero_distribution() -> str:
+    owners = importlib.metadata.packages_distributions().get("libero", [])
+    return ", ".join(f"{owner} {_version(owner)}" for owner in sorted(set(owners)))

@@ -1,0 +1,251 @@
+"""Episode results on disk: one JSON line an episode, safe against kills, never mixed between configurations.
+
+A run folder holds
+    config.json            `identity` (everything that influences the numbers) and `environment` (recorded only)
+    episodes*.jsonl        a line per finished episode, flushed and synced; one file per process of a distributed run
+    summary.json, .md      success rates with intervals, rewritten at the end
+    videos/                on request
+
+An episode is "success", "failure" or "error" (the simulator or the policy raised); an error is not counted as a
+failure. When an episode occurs twice (errors are repeated on resume) the later line counts. A half-written last line
+of a killed run is dropped.
+
+    python -m experiments.robot.libero.results report RUN [RUN ...]     one table over the runs, one suite each or not
+    python -m experiments.robot.libero.results compare RUN_A RUN_B     paired test on the episodes both have
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO, Any
+
+from experiments.robot.checkpoint import read_json
+from experiments.robot.libero import summary
+from prismatic.util.errors import UsageError
+from prismatic.util.files import atomic_write
+
+STATUSES = ("success", "failure", "error")
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """How one episode ended. `success` is None for an error; `steps` are policy steps; `wall_time` is in seconds."""
+
+    suite: str
+    task_id: int
+    task: str
+    init_state: int
+    seed: int
+    status: str
+    success: bool | None
+    steps: int
+    error: str | None
+    wall_time: float
+    attempts: int = 1
+
+    def __post_init__(self) -> None:
+        if (
+            self.status not in STATUSES
+            or self.success is not {"success": True, "failure": False, "error": None}[self.status]
+        ):
+            raise ValueError(f"status {self.status!r} with success={self.success!r}")
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return (self.suite, self.task_id, self.init_state)
+
+
+class RunFolder:
+    """The results of one run; appends episodes and knows which are done.
+
+    Args:
+        folder: created when missing.
+        identity: everything that influences the numbers; a folder with another identity is refused.
+        environment: versions and machine, written along.
+        overwrite: throw away what is there.
+        shard: ".rank{r}-of-{n}" for one of n processes of a distributed run, "" otherwise.
+
+    Raises:
+        UsageError: the folder belongs to another configuration, or another process is writing to it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        shard: str = "",
+    ) -> None:
+        self.folder = folder
+        self._record = {"identity": _plain(identity), "environment": _plain(environment)}
+        if not overwrite:
+            self._refuse_other_identity()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._stream = _open_locked(folder / f"episodes{shard}.jsonl")
+        if overwrite:
+            self._discard(shard)
+        atomic_write(folder / "config.json", json.dumps(self._record, indent=2) + "\n")
+
+    def _discard(self, shard: str) -> None:
+        """Drop all episodes but those that other processes of this same distributed run are writing now."""
+        self._stream.truncate(0)
+        world = shard.partition("-of-")[2]
+        for file in self.folder.glob("episodes*.jsonl"):
+            current = bool(world) and file.stem.endswith(f"-of-{world}")
+            if file.name != f"episodes{shard}.jsonl" and not current:
+                file.unlink(missing_ok=True)
+
+    def _refuse_other_identity(self) -> None:
+        file = self.folder / "config.json"
+        if not file.is_file():
+            if any(self.folder.glob("episodes*.jsonl")):
+                raise UsageError(f"--run_name: {self.folder} holds episodes but no config.json; use another --run_name")
+            return
+        found, wanted = read_json(file).get("identity", {}), self._record["identity"]
+        differing = [
+            f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now"
+            for key in sorted(set(found) | set(wanted))
+            if found.get(key) != wanted.get(key)
+        ]
+        if differing:
+            raise UsageError(
+                f"--run_name: {self.folder} holds results of another configuration ({'; '.join(differing[:4])}); "
+                "use another --run_name, or --overwrite true to discard them"
+            )
+
+    def append(self, result: EpisodeResult) -> None:
+        """Write one episode; it is on disk when this returns."""
+        line = {**asdict(result), "identity": self._record["identity"], "environment": self._record["environment"]}
+        self._stream.write((json.dumps(line) + "\n").encode())
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def finished(self) -> list[EpisodeResult]:
+        """All episodes on disk, of every process, the last line of each."""
+        return load_episodes(self.folder)
+
+    def write_summary(self) -> dict[str, Any]:
+        """Write summary.json and summary.md from what is on disk and return the former."""
+        report = summary.summarize(self.finished())
+        atomic_write(
+            self.folder / "summary.json",
+            json.dumps({**report, "identity": self._record["identity"]}, indent=2) + "\n",
+        )
+        atomic_write(self.folder / "summary.md", summary.to_markdown(report))
+        return report
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def load_episodes(folder: Path) -> list[EpisodeResult]:
+    """Episodes of a run folder in the order (suite, task, init state).
+
+    Raises:
+        UsageError: the folder has no results, or a line other than a half-written last one cannot be read.
+    """
+    files = sorted(folder.glob("episodes*.jsonl"))
+    if not files:
+        raise UsageError(
+            f"{folder}: no episodes*.jsonl in this folder; accepted: a folder written by run_libero_eval.py"
+        )
+    found: dict[tuple[str, int, int], EpisodeResult] = {}
+    for file in files:
+        for result in _read_lines(file):
+            earlier = found.get(result.key)
+            # Within a file the later line counts; between files a finished episode goes before an error.
+            if earlier is None or earlier.status == "error" or result.status != "error":
+                found[result.key] = result
+    return [found[key] for key in sorted(found)]
+
+
+def _read_lines(file: Path) -> Iterator[EpisodeResult]:
+    names = {entry.name for entry in fields(EpisodeResult)}
+    lines = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):  # What follows the last newline was not finished.
+        try:
+            content = json.loads(line)
+            yield EpisodeResult(**{key: value for key, value in content.items() if key in names})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(f"{file}: line {number} is not an episode ({error})") from error
+
+
+def _open_locked(file: Path) -> IO[bytes]:
+    """Open for appending, alone, with a half-written last line cut off."""
+    stream = file.open("ab+")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise UsageError(f"--run_name: another process is writing to {file}; use another --run_name") from None
+    stream.seek(0)
+    content = stream.read()
+    if content and not content.endswith(b"\n"):
+        stream.truncate(content.rfind(b"\n") + 1)
+    stream.seek(0, os.SEEK_END)
+    return stream
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` as they look after a round trip through JSON, so that comparison with a file is exact."""
+    return json.loads(json.dumps(dict(values), default=str))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of this module; see its docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.robot.libero.results", description=__doc__.split("\n")[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    report = commands.add_parser("report", help="success per task and suite over one or several runs")
+    report.add_argument("runs", type=Path, nargs="+")
+    compare = commands.add_parser("compare", help="paired test of two runs on the episodes both have")
+    compare.add_argument("runs", type=Path, nargs=2, metavar=("RUN_A", "RUN_B"))
+    for command in (report, compare):
+        command.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    arguments = parser.parse_args(argv)
+    try:
+        episodes = [load_episodes(run) for run in arguments.runs]
+        if arguments.command == "compare":
+            content, to_text = summary.compare(*episodes), summary.comparison_to_markdown
+        else:
+            content, to_text = summary.summarize(_merge(arguments.runs, episodes)), summary.to_markdown
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(content, indent=2) if arguments.json else to_text(content))
+    return 0
+
+
+def _merge(runs: Sequence[Path], episodes: Iterable[list[EpisodeResult]]) -> list[EpisodeResult]:
+    """Episodes of several runs, refused where two runs have the same one."""
+    owner: dict[tuple[str, int, int], Path] = {}
+    merged = []
+    for run, results in zip(runs, episodes):
+        for result in results:
+            if result.key in owner:
+                raise UsageError(
+                    f"{run}: episode {result.key} is also in {owner[result.key]}; use `compare` for two runs"
+                )
+            owner[result.key] = run
+            merged.append(result)
+    return merged
+
+
+if __name__ == "__main__":
+    sys.exit(main())

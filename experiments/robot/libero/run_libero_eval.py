@@ -1,0 +1,206 @@
+"""Evaluate a checkpoint in LIBERO: success per task and suite with 95% intervals, resumable, many environments at once.
+
+    python experiments/robot/libero/run_libero_eval.py --pretrained_checkpoint CKPT --task_suite_name libero_spatial
+    accelerate launch --num_processes 8 experiments/robot/libero/run_libero_eval.py ...     one policy on each GPU
+
+All of OpenVLA-OFT's flags are accepted. Results go to {local_log_dir}/{run_name}/ (see `results.py`); the same command
+again continues a run that was stopped and repeats episodes that ended in an error.
+
+Exit codes: 0 all episodes ran; 2 wrong flags or files; 3 some episodes ended in an error; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from prismatic.util.cli import run
+from prismatic.util.errors import UsageError
+
+if TYPE_CHECKING:
+    from experiments.robot.libero.plan import Plan
+    from experiments.robot.libero.protocol import Episode
+    from experiments.robot.libero.results import EpisodeResult, RunFolder
+    from experiments.robot.policy import Policy
+
+EXIT_ERRORS = 3
+
+
+@dataclass
+class GenerateConfig:
+    """OpenVLA-OFT's evaluation flags, and ours from `task_ids` on."""
+
+    model_family: str = "openvla"
+    pretrained_checkpoint: str = ""  # Checkpoint folder or hub id (owner/name)
+    use_l1_regression: bool = True  # Continuous actions from the L1 head
+    use_diffusion: bool = False  # Continuous actions from the diffusion head; neither: discrete action tokens
+    num_diffusion_steps_train: int = 50
+    num_diffusion_steps_inference: int = 50
+    use_film: bool = False  # The policy was trained with FiLM
+    num_images_in_input: int = 2  # 1: third-person camera; 2: wrist camera too
+    use_proprio: bool = True  # The policy takes the robot's state
+    center_crop: bool = True  # The policy was trained with image augmentation
+    num_open_loop_steps: int = 8  # Actions of a chunk to execute before the policy is asked again
+    lora_rank: int = 32  # Accepted for compatibility; the rank is read from the adapter
+    unnorm_key: str = ""  # Dataset whose statistics un-normalize actions; default: the suite, then suite_no_noops
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    task_suite_name: str = "libero_spatial"  # libero_spatial, _object, _goal, _10, _90, or another installed suite
+    num_steps_wait: int = 10  # Steps for objects to settle before an episode
+    num_trials_per_task: int = 50
+    initial_states_path: str = "DEFAULT"  # DEFAULT, or a JSON file of initial states
+    env_img_res: int = 256  # Side of the rendered images in pixels
+    run_id_note: str | None = None  # Appended to the default run name
+    local_log_dir: str = "./runs/eval"  # Folder of all results
+    use_wandb: bool = False
+    wandb_entity: str | None = None
+    wandb_project: str | None = None
+    seed: int = 7  # Of the policy's randomness (diffusion noise)
+
+    task_ids: str = ""  # Tasks to run, as in 0,3,7 or 0-4; default: all
+    num_workers: int = 0  # Simulator processes; 1: in this process, one episode at a time; 0: as the machine carries
+    render: str = "protocol"  # protocol; fast: no antialiasing and shadows, thinned meshes (not for published numbers)
+    first_init_state: int = 0  # Number of the first initial state
+    env_seed: int = 0  # Where the simulator places cabinets and stoves (0 in the protocol)
+    max_steps: int = 0  # Step limit of an episode; 0: the suite's
+    max_batch: int = 0  # Most queries the policy answers at once; 0: no limit; 1: independent of num_workers to the bit
+    save_videos: str = "none"  # none, failures or all
+    run_name: str = ""  # Folder within local_log_dir; default: from suite, checkpoint and settings
+    overwrite: bool = False  # Discard results in that folder
+    resume: bool = True  # Continue from results in that folder
+    base_checkpoint: str = (
+        ""  # Base model of a checkpoint that holds only a LoRA adapter; default: what the adapter says
+    )
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # auto (bfloat16 on a GPU, float32 on CPU), float32 or bfloat16
+
+
+def eval_libero(config: GenerateConfig, policy: Policy | None = None, make_env: Any = None) -> dict[str, Any]:
+    """Run an evaluation and return its summary (also written to summary.json).
+
+    Args:
+        policy: acts instead of `config.pretrained_checkpoint`.
+        make_env: (episode, protocol) -> environment, a picklable function, instead of LIBERO's simulator.
+
+    Raises:
+        UsageError: anything wrong that the user can mend; most of it before anything is loaded.
+    """
+    from experiments.robot.libero.plan import default_run_name, make_plan, run_environment, run_identity
+
+    plan = make_plan(config, with_checkpoint=policy is None)
+    identity = run_identity(config, plan, _numerics(config) if policy is None else (type(policy).__name__,))
+    folder = Path(config.local_log_dir).expanduser() / (config.run_name or default_run_name(config, identity))
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    # Neighbors stay together: they are of one task, and every task costs a process an environment.
+    mine = plan.episodes[len(plan.episodes) * rank // world : len(plan.episodes) * (rank + 1) // world]
+    from experiments.robot.libero.results import RunFolder
+
+    _refuse_existing(config, folder)
+    shard = f".rank{rank}-of-{world}" if world > 1 else ""
+    with RunFolder(folder, identity, run_environment(config), overwrite=config.overwrite, shard=shard) as results:
+        done = {result.key: result for result in results.finished()}
+        open_episodes = [episode for episode in mine if episode.key not in done or done[episode.key].status == "error"]
+        if open_episodes:
+            policy = policy or _load_policy(config, plan)
+            _run_episodes(config, plan, policy, open_episodes, results, make_env)
+        summary = results.write_summary()
+    on_disk = sum(summary["total"][name] for name in ("successes", "failures", "errors"))
+    summary["episodes_missing"] = max(0, len(plan.episodes) - on_disk)
+    summary["folder"] = str(folder)
+    return summary
+
+
+def _refuse_existing(config: GenerateConfig, folder: Path) -> None:
+    if not config.resume and not config.overwrite and any(folder.glob("episodes*.jsonl")):
+        raise UsageError(
+            f"--resume: {folder} holds results; accepted: --resume true, --overwrite true or another --run_name"
+        )
+
+
+def _numerics(config: GenerateConfig) -> tuple[str, str]:
+    from experiments.robot.openvla_utils import resolve_device, resolve_dtype
+
+    device = resolve_device(config.device)
+    return device.type, str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
+
+
+def _load_policy(config: GenerateConfig, plan: Plan) -> Policy:
+    from experiments.robot.openvla_utils import OpenVLAPolicy
+    from experiments.robot.robot_utils import set_seed_everywhere
+
+    assert plan.checkpoint is not None
+    set_seed_everywhere(config.seed)
+    return OpenVLAPolicy.from_checkpoint(plan.checkpoint, config, plan.unnorm_key)
+
+
+def _run_episodes(
+    config: GenerateConfig, plan: Plan, policy: Policy, episodes: list[Episode], results: RunFolder, make_env: Any
+) -> None:
+    from experiments.robot.libero.episode import EpisodeRunner, make_libero_env
+    from experiments.robot.libero.progress import EvalProgress
+    from experiments.robot.libero.rollout import Rollouts, RolloutSettings
+    from experiments.robot.libero.workers import default_num_workers, make_workers
+
+    make_runner = functools.partial(EpisodeRunner, plan.protocol, make_env or make_libero_env)
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count = min(config.num_workers or default_num_workers(len(episodes), on_this_machine), len(episodes))
+    settings = RolloutSettings(
+        open_loop_steps=plan.protocol.open_loop_steps,
+        max_batch=config.max_batch,
+        video_path=_video_path(config.save_videos, results.folder / "videos"),
+    )
+    with EvalProgress(len(episodes), results.finished()) as progress:
+
+        def on_result(result: EpisodeResult) -> None:
+            results.append(result)
+            progress.update(result)
+
+        Rollouts(policy, make_workers(count, make_runner), on_result, settings).run(episodes)
+
+
+def _video_path(save_videos: str, folder: Path) -> Callable[[EpisodeResult], Path | None]:
+    def path(result: EpisodeResult) -> Path | None:
+        if save_videos == "none" or (save_videos == "failures" and result.status != "failure"):
+            return None
+        return folder / f"{result.suite}--task{result.task_id:02d}--init{result.init_state:02d}--{result.status}.mp4"
+
+    return path
+
+
+def _log_to_wandb(config: GenerateConfig, summary: dict[str, Any]) -> None:
+    import wandb
+
+    name = Path(summary["folder"]).name
+    with wandb.init(
+        entity=config.wandb_entity, project=config.wandb_project, name=name, config=vars(config)
+    ) as tracker:
+        for suite, of_suite in summary["suites"].items():
+            tracker.summary[f"success_rate/{suite}"] = of_suite["success_rate"]
+            for of_task in of_suite["tasks"].values():
+                tracker.summary[f"success_rate/{suite}/{of_task['task']}"] = of_task["success_rate"]
+
+
+def main(config: GenerateConfig) -> int:
+    """Evaluate and print the table; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    summary = eval_libero(config)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print((Path(summary["folder"]) / "summary.md").read_text())
+        if summary["episodes_missing"]:
+            print(f"{summary['episodes_missing']} episodes are still running in other processes")
+        print(f"results: {summary['folder']}")
+        if config.use_wandb:
+            _log_to_wandb(config, summary)
+    return EXIT_ERRORS if summary["total"]["errors"] else 0
+
+
+if __name__ == "__main__":
+    run(GenerateConfig, main)

@@ -1,0 +1,35 @@
+"""What a rollout needs from a policy: two lines, so that scripted, remote and learned policies are interchangeable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Query:
+    """One robot's question to the policy.
+
+    Attributes:
+        image: third-person camera, uint8 (H, W, 3), oriented as the training data are.
+        wrist_image: wrist camera, likewise.
+        state: (8,) end-effector position (m), orientation (axis-angle, rad), two finger positions (m).
+        instruction: what to do, in words.
+        seed: for policies that sample: the same query with the same seed must get the same answer.
+    """
+
+    image: npt.NDArray[np.uint8]
+    wrist_image: npt.NDArray[np.uint8]
+    state: npt.NDArray[np.float64]
+    instruction: str
+    seed: int = 0
+
+
+class Policy(Protocol):
+    """Answers several robots at once: B queries in, un-normalized action chunks (B, T, A) out, gripper 1 = open."""
+
+    def act(self, queries: Sequence[Query]) -> npt.NDArray[Any]: ...
