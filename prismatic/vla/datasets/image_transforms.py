@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from prismatic.vla.datasets.resampling import crop_weights, lanczos_weights, resample
 
@@ -84,14 +82,10 @@ def decode_image(encoded: bytes) -> np.ndarray:
         ValueError: the bytes are no complete image.
     """
     try:
-        if encoded[:2] == b"\xff\xd8":
-            # torchvision's libjpeg-turbo binding takes 0.6 of Pillow's time and gives the same pixels.
-            buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-            return decode_jpeg(buffer, mode=ImageReadMode.RGB).permute(1, 2, 0).contiguous().numpy()
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
             return np.array(image.convert("RGB"))
-    except (RuntimeError, OSError, SyntaxError) as error:
-        raise ValueError(f"{len(encoded)} bytes that are no complete JPEG or PNG image ({error})") from error
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{len(encoded)} bytes that are no complete JPEG or PNG image") from error
 
 
 def jpeg_round_trip(image_HW3: np.ndarray) -> np.ndarray:

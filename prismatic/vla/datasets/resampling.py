@@ -1,7 +1,7 @@
 """Separable image resampling as two small banded matrix products, one an axis.
 
-An antialiased Lanczos-3 resize and a bilinear crop-and-resize are both linear along each axis, so the weights of "resize,
-then crop, then resize back" are one matrix an axis and a frame is touched once. The matrices are banded: an output row
+An antialiased Lanczos-3 resize and a bilinear crop-and-resize are both linear along each axis, so "resize,
+then crop, then resize back" is one matrix an axis and a frame is touched once. The matrices are banded: an output row
 needs only the few input rows below its filter. Multiplying block by block of output rows skips the zeros, which makes
 this faster than Pillow, and the float result agrees with TensorFlow's lanczos3 to rounding.
 """

@@ -1,0 +1,75 @@
+"""Putting samples together to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from prismatic.vla.batch import Batch
+from prismatic.vla.constants import IGNORE_INDEX
+
+
+@dataclass
+class PaddedCollatorForActionPrediction:
+    """Right-pads the token sequences and stacks the rest; see :class:`prismatic.vla.batch.Batch` for the shapes.
+
+    Attributes:
+        model_max_length: longest sequence the model takes.
+        pad_token_id: id that fills `input_ids`; the attention mask is False exactly there.
+        padding_side: "right" only, the side the bidirectional policy is trained with.
+        pixel_values_dtype: type of `pixel_values`.
+    """
+
+    model_max_length: int
+    pad_token_id: int
+    padding_side: str = "right"
+    pixel_values_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if self.padding_side != "right":
+            raise ValueError(f"padding_side is {self.padding_side!r}; accepted: right")
+
+    def __call__(self, instances: Sequence[Mapping[str, Any]]) -> Batch:
+        """Collate samples of :class:`prismatic.vla.datasets.RLDSBatchTransform`.
+
+        Raises:
+            ValueError: a sequence is longer than `model_max_length` (cutting it would lose action tokens).
+        """
+        longest = max(len(instance["input_ids"]) for instance in instances)
+        if longest > self.model_max_length:
+            raise ValueError(
+                f"a sequence has {longest} tokens; accepted: at most {self.model_max_length}, instruction too long"
+            )
+        input_ids = self._pad([instance["input_ids"] for instance in instances], self.pad_token_id)
+        batch = Batch(
+            pixel_values=self._pixels(instances),
+            input_ids=input_ids,
+            attention_mask=input_ids.ne(self.pad_token_id),
+            labels=self._pad([instance["labels"] for instance in instances], IGNORE_INDEX),
+            actions=_stack([instance["actions"] for instance in instances]),
+        )
+        if "proprio" in instances[0]:
+            # A sample's proprio is (window 1, P).
+            batch["proprio"] = _stack([instance["proprio"] for instance in instances]).flatten(1)
+        if "dataset_name" in instances[0]:
+            batch["dataset_names"] = [instance["dataset_name"] for instance in instances]
+        return batch
+
+    def _pad(self, sequences: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+        return pad_sequence(list(sequences), batch_first=True, padding_value=value)
+
+    def _pixels(self, instances: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        pixels = torch.stack([instance["pixel_values"] for instance in instances])
+        if "pixel_values_wrist" in instances[0]:
+            wrist = torch.stack([instance["pixel_values_wrist"] for instance in instances])
+            pixels = torch.cat([pixels, wrist], dim=1)
+        return pixels.to(self.pixel_values_dtype)
+
+
+def _stack(arrays: Sequence[Any]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([np.asarray(array, dtype=np.float32) for array in arrays]))

@@ -1,0 +1,92 @@
+"""One frame of a dataset -> one training sample: pixels, prompt and action tokens, labels, normalized actions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from prismatic.vla.constants import EMPTY_TOKEN_ID, IGNORE_INDEX, STOP_INDEX
+from prismatic.vla.prompting import action_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from prismatic.vla.action_tokenizer import ActionTokenizer
+
+
+@dataclass
+class RLDSBatchTransform:
+    """Builds the sample of a frame in upstream's layout.
+
+    The sequence is BOS, prompt, the lone word-boundary token, one token for each number of the action chunk, stop.
+    Labels are -100 before the first action token.
+
+    Attributes:
+        action_tokenizer: normalized actions -> token ids.
+        base_tokenizer: the language model's tokenizer.
+        image_transform: PIL image -> (6, H, W) tensor; the processor's `image_processor.apply_transform`.
+        prompt_builder_fn: instruction -> prompt.
+        predict_stop_token: whether the stop token has a label.
+        use_wrist_image, use_proprio: whether the sample holds the wrist views and the proprioceptive state.
+    """
+
+    action_tokenizer: ActionTokenizer
+    base_tokenizer: PreTrainedTokenizerBase
+    image_transform: Callable[[Image.Image], torch.Tensor]
+    prompt_builder_fn: Callable[[str], str] = action_prompt
+    predict_stop_token: bool = True
+    use_wrist_image: bool = False
+    use_proprio: bool = False
+    _prompt_ids: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
+
+    def __call__(self, rlds_batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Transform one frame.
+
+        Args:
+            rlds_batch: "dataset_name"; "action" (T, A) normalized; "observation" with "image_primary" and wrist images
+                (1, H, W, 3) uint8 and "proprio" (1, P); "task" with "language_instruction" (text or UTF-8 bytes).
+
+        Returns:
+            pixel_values (6, H, W), input_ids (S,), labels (S,), actions (T, A), dataset_name and, when used,
+            pixel_values_wrist (6 * wrist views, H, W) and proprio (1, P).
+        """
+        observation, actions = rlds_batch["observation"], rlds_batch["action"]
+        instruction = rlds_batch["task"]["language_instruction"]
+        prompt = self._prompt(instruction.decode() if isinstance(instruction, bytes) else instruction)
+        action_ids = self.action_tokenizer.encode_actions_to_token_ids(actions).ravel().tolist()
+        input_ids = torch.tensor([*prompt, *action_ids, STOP_INDEX])
+        labels = input_ids.clone()
+        labels[: len(prompt)] = IGNORE_INDEX
+        if not self.predict_stop_token:
+            labels[-1] = IGNORE_INDEX
+        sample = {
+            "pixel_values": self._pixels(observation["image_primary"]),
+            "input_ids": input_ids,
+            "labels": labels,
+            "dataset_name": rlds_batch["dataset_name"],
+            "actions": actions,
+        }
+        if self.use_wrist_image:
+            wrist = [value for key, value in observation.items() if "wrist" in key]
+            sample["pixel_values_wrist"] = torch.cat([self._pixels(image) for image in wrist])
+        if self.use_proprio:
+            sample["proprio"] = observation["proprio"]
+        return sample
+
+    def _prompt(self, instruction: str) -> list[int]:
+        """Token ids up to the first action token; a dataset has few instructions, so they are kept."""
+        ids = self._prompt_ids.get(instruction)
+        if ids is None:
+            ids = self.base_tokenizer(self.prompt_builder_fn(instruction), add_special_tokens=True).input_ids
+            if ids[-1] != EMPTY_TOKEN_ID:
+                ids = [*ids, EMPTY_TOKEN_ID]
+            self._prompt_ids[instruction] = ids
+        return ids
+
+    def _pixels(self, image_1HW3: np.ndarray) -> torch.Tensor:
+        return self.image_transform(Image.fromarray(image_1HW3[0]))

@@ -1,0 +1,112 @@
+"""Which RLDS datasets and mixtures are known, what their features are called and how their actions are standardized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from prismatic.util.errors import UsageError, unknown_name
+
+Standardize = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def split_libero_state(state_T8: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(EEF_state (T, 6): position and axis-angle, gripper_state (T, 2): the finger joints)."""
+    return state_T8[:, :6], state_T8[:, -2:]
+
+
+def libero_transform(action_TA: np.ndarray, state_TS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """LIBERO's raw actions and states -> (action (T, 7) with gripper 1 = open, proprio (T, 8)).
+
+    The raw gripper command is -1 (open) or +1 (close); clipped to [0, 1] and flipped it becomes 1 (open) or 0 (close).
+    Source: upstream's libero_dataset_transform.
+    """
+    gripper = 1.0 - np.clip(action_TA[:, -1:], 0.0, 1.0)
+    action = np.concatenate([action_TA[:, :6], gripper], axis=1).astype(np.float32)
+    return action, np.concatenate(split_libero_state(state_TS), axis=1).astype(np.float32)
+
+
+def keep_as_is(action_TA: np.ndarray, state_TS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For datasets whose actions and states are stored the way the policy uses them."""
+    return action_TA, state_TS
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Feature names inside a step and the treatment of one RLDS dataset.
+
+    Attributes:
+        images: view name -> image feature, in the order the policy sees them; "primary" comes first.
+        action, state, language: names of those features.
+        standardize: (raw action, raw state) of an episode -> (action, proprio), same number of rows.
+        action_mask: which action numbers are normalized; None for all.
+    """
+
+    images: Mapping[str, str] = field(
+        default_factory=lambda: {"primary": "observation/image", "wrist": "observation/wrist_image"}
+    )
+    action: str = "action"
+    state: str = "observation/state"
+    language: str = "language_instruction"
+    standardize: Standardize = keep_as_is
+    action_mask: tuple[bool, ...] | None = None
+
+
+LIBERO_SPEC = DatasetSpec(standardize=libero_transform, action_mask=(True,) * 6 + (False,))
+# Joint positions of two arms; the policy sees the head camera and both wrists.
+ALOHA_SPEC = DatasetSpec(
+    images={
+        "primary": "observation/image",
+        "left_wrist": "observation/left_wrist_image",
+        "right_wrist": "observation/right_wrist_image",
+    },
+)
+
+_LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+
+DATASETS: dict[str, DatasetSpec] = {
+    **{suite + suffix: LIBERO_SPEC for suite in _LIBERO_SUITES for suffix in ("", "_no_noops")},
+    "aloha1_fold_shorts_20_demos": ALOHA_SPEC,
+    "aloha1_fold_shirt_30_demos": ALOHA_SPEC,
+    "aloha1_scoop_X_into_bowl_45_demos": ALOHA_SPEC,
+    "aloha1_put_X_into_pot_300_demos": ALOHA_SPEC,
+}
+
+# Mixture name -> (dataset, weight) pairs; a dataset is drawn in proportion to weight * number of frames.
+MIXTURES: dict[str, tuple[tuple[str, float], ...]] = {
+    "libero_4_task_suites_no_noops": tuple((f"{suite}_no_noops", 1.0) for suite in _LIBERO_SUITES[:4]),
+}
+
+
+def register_dataset(name: str, spec: DatasetSpec) -> None:
+    """Make a dataset of your own known under `name` (its folder below the data root). Raises ValueError if taken."""
+    if name in DATASETS or name in MIXTURES:
+        raise ValueError(f"dataset {name!r} is already registered")
+    DATASETS[name] = spec
+
+
+def resolve_mixture(data_mix: str) -> tuple[tuple[str, float], ...]:
+    """(dataset, weight) pairs of a mixture name, a dataset name, or a comma list of datasets "a,b" or "a:0.5,b:2".
+
+    Raises:
+        UsageError: an unknown name, a dataset named twice, a weight that is no positive number.
+    """
+    if data_mix in MIXTURES:
+        return MIXTURES[data_mix]
+    pairs: list[tuple[str, float]] = []
+    for part in data_mix.split(","):
+        name, _, weight_text = part.strip().partition(":")
+        if name not in DATASETS:
+            raise unknown_name("dataset_name", name, [*DATASETS, *MIXTURES])
+        try:
+            weight = float(weight_text or 1.0)
+        except ValueError:
+            weight = -1.0
+        if not 0.0 < weight < float("inf"):
+            raise UsageError(f"dataset_name: weight of {name!r} is {weight_text!r}; accepted: a positive number")
+        if name in dict(pairs):
+            raise UsageError(f"dataset_name: {name!r} is named twice; give it a weight ({name}:2) instead")
+        pairs.append((name, weight))
+    return tuple(pairs)

@@ -1,0 +1,61 @@
+"""Statistics of actions and proprioception, and the normalization that uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from prismatic.vla.platforms import NormalizationType
+
+Statistics = dict[str, Any]
+
+
+def _describe(values_ND: np.ndarray) -> dict[str, list[float]]:
+    # float64 sums: float32 ones lose digits over the hundred thousands of frames of a suite.
+    return {
+        "mean": values_ND.mean(axis=0, dtype=np.float64).tolist(),
+        "std": values_ND.std(axis=0, dtype=np.float64).tolist(),
+        "max": values_ND.max(axis=0).tolist(),
+        "min": values_ND.min(axis=0).tolist(),
+        "q01": np.quantile(values_ND.astype(np.float64), 0.01, axis=0).tolist(),
+        "q99": np.quantile(values_ND.astype(np.float64), 0.99, axis=0).tolist(),
+    }
+
+
+def compute_statistics(
+    action_NA: np.ndarray, proprio_NP: np.ndarray, num_trajectories: int, action_mask: tuple[bool, ...] | None
+) -> Statistics:
+    """Statistics over all transitions, in upstream's layout.
+
+    Returns:
+        {"action": {mean, std, max, min, q01, q99, mask}, "proprio": {the same without mask}, "num_transitions",
+        "num_trajectories"}; lists of one number for each dimension, JSON-ready. The mask says which action numbers are
+        normalized.
+    """
+    mask = action_mask or (True,) * action_NA.shape[1]
+    return {
+        "action": {**_describe(action_NA), "mask": list(mask)},
+        "proprio": _describe(proprio_NP),
+        "num_transitions": len(action_NA),
+        "num_trajectories": num_trajectories,
+    }
+
+
+def normalize(values: np.ndarray, statistics: Mapping[str, Any], kind: NormalizationType) -> np.ndarray:
+    """Normalize the last axis of `values` as training does; float32.
+
+    bounds_q99 and bounds map [low, high] to [-1, 1] and clip; normal gives zero mean and unit variance. Numbers whose
+    mask is False stay as they are. With bounds, numbers that never change (min == max) become 0, masked or not.
+    Source: upstream's normalize_action_and_proprio.
+    """
+    values = np.asarray(values, dtype=np.float32)
+    mask = np.asarray(statistics.get("mask", np.ones(values.shape[-1], dtype=bool)), dtype=bool)
+    if kind is NormalizationType.NORMAL:
+        mean, std = (np.asarray(statistics[key], dtype=np.float32) for key in ("mean", "std"))
+        return np.where(mask, (values - mean) / (std + np.float32(1e-8)), values).astype(np.float32)
+    low, high = (np.asarray(bound, dtype=np.float32) for bound in kind.bounds(statistics))
+    normalized = np.clip(2 * (values - low) / (high - low + np.float32(1e-8)) - 1, -1.0, 1.0)
+    constant = np.asarray(statistics["min"]) == np.asarray(statistics["max"])
+    return np.where(constant, np.float32(0.0), np.where(mask, normalized, values)).astype(np.float32)
