@@ -6,7 +6,7 @@
         tokenizer and preprocessor files        the processor
         action_head--{step}_checkpoint.pt ...   one state dict per component
         dataset_statistics.json
-        training_state/state.pt                 step, optimizer, schedule, data position, random states (ours, not upstream's)
+        training_state/state.pt                 step, optimizer, schedule, data position, random states; ours alone
 
 The folder is written under another name and renamed when it is complete. Only the main process writes; the model is
 merged into copies, without touching the weights that are being trained.

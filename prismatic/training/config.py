@@ -18,66 +18,64 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 
 @dataclass
 class TrainConfig:
-    # fmt: off
     # Model and data
-    vla_path: str = "openvla/openvla-7b"             # Base checkpoint: local folder or hub id; with --resume a *_chkpt folder
-    data_root_dir: Path = Path("datasets/rlds")      # Folder that holds the RLDS datasets
-    dataset_name: str = "libero_spatial_no_noops"    # A dataset, a comma list of datasets, or a named mixture
-    run_root_dir: Path = Path("runs")                # Checkpoints and logs go below this folder
-    platform: str = "libero"                         # Chunk length, action and proprio sizes: libero | aloha | bridge
-    shuffle_buffer_size: int = 100_000               # Accepted for compatibility: shuffling is exact and needs no buffer
+    vla_path: str = "openvla/openvla-7b"  # Base checkpoint: local folder or hub id; with --resume a *_chkpt folder
+    data_root_dir: Path = Path("datasets/rlds")  # Folder that holds the RLDS datasets
+    dataset_name: str = "libero_spatial_no_noops"  # A dataset, a comma list of datasets, or a named mixture
+    run_root_dir: Path = Path("runs")  # Checkpoints and logs go below this folder
+    platform: str = "libero"  # Chunk length, action and proprio sizes: libero | aloha | bridge
+    shuffle_buffer_size: int = 100_000  # Accepted for compatibility: shuffling is exact and needs no buffer
 
     # Architecture
-    use_l1_regression: bool = True                   # Continuous head trained with the L1 loss
-    use_diffusion: bool = False                      # Continuous head trained by diffusion (DDIM)
-    num_diffusion_steps_train: int = 50              # Diffusion steps during training
-    use_film: bool = False                           # Language conditions the vision backbone (FiLM)
-    num_images_in_input: int = 1                     # 1 primary image, 2 adds the wrist, 3 both wrists
-    use_proprio: bool = False                        # Robot state as one more token
+    use_l1_regression: bool = True  # Continuous head trained with the L1 loss
+    use_diffusion: bool = False  # Continuous head trained by diffusion (DDIM)
+    num_diffusion_steps_train: int = 50  # Diffusion steps during training
+    use_film: bool = False  # Language conditions the vision backbone (FiLM)
+    num_images_in_input: int = 1  # 1 primary image, 2 adds the wrist, 3 both wrists
+    use_proprio: bool = False  # Robot state as one more token
 
     # Optimization
-    batch_size: int = 8                              # Samples per process and forward pass
-    learning_rate: float = 5e-4                      # Peak learning rate (AdamW)
-    weight_decay: float = 0.01                       # AdamW weight decay
-    max_grad_norm: float = 0.0                       # Gradient norm clip; 0 does not clip
-    lr_warmup_steps: int = 0                         # Linear warm-up from a tenth of the rate
-    scheduler: str = "MultiStepLR"                   # MultiStepLR | CosineAnnealingLR
-    num_steps_before_decay: int = 100_000            # MultiStepLR: x0.1 after this many steps
-    grad_accumulation_steps: int = 1                 # Forward passes per optimizer step
-    max_steps: int = 200_000                         # Optimizer steps
-    mixed_precision: str = "auto"                    # auto (bf16 where the device is fast at it) | no | bf16
-    gradient_checkpointing: bool = False             # Recompute the LLM's blocks in the backward pass: less memory, more time
-    use_val_set: bool = False                        # Measure validation losses
-    val_freq: int = 10_000                           # Steps between validations
-    val_time_limit: int = 180                        # Seconds one validation may take
-    seed: int = 42                                   # Seed of initialization, shuffling and augmentation
+    batch_size: int = 8  # Samples per process and forward pass
+    learning_rate: float = 5e-4  # Peak learning rate (AdamW)
+    weight_decay: float = 0.01  # AdamW weight decay
+    max_grad_norm: float = 0.0  # Gradient norm clip; 0 does not clip
+    lr_warmup_steps: int = 0  # Linear warm-up from a tenth of the rate
+    scheduler: str = "MultiStepLR"  # MultiStepLR | CosineAnnealingLR
+    num_steps_before_decay: int = 100_000  # MultiStepLR: x0.1 after this many steps
+    grad_accumulation_steps: int = 1  # Forward passes per optimizer step
+    max_steps: int = 200_000  # Optimizer steps
+    mixed_precision: str = "auto"  # auto (bf16 where the device is fast at it) | no | bf16
+    gradient_checkpointing: bool = False  # Recompute the LLM's blocks in the backward pass: less memory, more time
+    use_val_set: bool = False  # Measure validation losses
+    val_freq: int = 10_000  # Steps between validations
+    val_time_limit: int = 180  # Seconds one validation may take
+    seed: int = 42  # Seed of initialization, shuffling and augmentation
 
     # Checkpoints
-    save_freq: int = 10_000                          # Steps between checkpoints (one is always written at the end)
-    save_specific_steps: str = ""                    # Further steps to save at, as a comma list
-    save_latest_checkpoint_only: bool = False        # Keep one checkpoint, overwritten, in the run's folder
-    resume: bool = False                             # Go on from the checkpoint folder --vla_path
-    resume_step: int | None = None                   # Step of that checkpoint (default: read from it)
-    diffusion_sample_freq: int = 50                  # Steps between sampled-action metrics (diffusion only)
+    save_freq: int = 10_000  # Steps between checkpoints (one is always written at the end)
+    save_specific_steps: str = ""  # Further steps to save at, as a comma list
+    save_latest_checkpoint_only: bool = False  # Keep one checkpoint, overwritten, in the run's folder
+    resume: bool = False  # Go on from the checkpoint folder --vla_path
+    resume_step: int | None = None  # Step of that checkpoint (default: read from it)
+    diffusion_sample_freq: int = 50  # Steps between sampled-action metrics (diffusion only)
 
     # Data loading
-    image_aug: bool = True                           # Random crop and color jitter
-    num_workers: int = 1                             # Loader processes
+    image_aug: bool = True  # Random crop and color jitter
+    num_workers: int = 1  # Loader processes
 
     # LoRA
-    use_lora: bool = True                            # False trains every weight of the model
-    lora_rank: int = 32                              # Rank; alpha is min(rank, 16)
-    lora_dropout: float = 0.0                        # Dropout on LoRA's input
-    merge_lora_during_training: bool = True          # Also write the merged model into every checkpoint
+    use_lora: bool = True  # False trains every weight of the model
+    lora_rank: int = 32  # Rank; alpha is min(rank, 16)
+    lora_dropout: float = 0.0  # Dropout on LoRA's input
+    merge_lora_during_training: bool = True  # Also write the merged model into every checkpoint
 
     # Logging
-    trackers: str = "tensorboard"                    # Comma list of tensorboard | wandb | trackio | none; JSONL is always written
-    wandb_entity: str = ""                           # Weights & Biases entity
-    wandb_project: str = "rocket-vla"                # Weights & Biases project
-    wandb_log_freq: int = 10                         # Steps between log lines, for every logger
-    run_id_note: str | None = None                   # Added at the end of the run's name
-    run_id_override: str | None = None               # The run's name
-    # fmt: on
+    trackers: str = "tensorboard"  # Comma list of tensorboard | wandb | trackio | none; JSONL is always written
+    wandb_entity: str = ""  # Weights & Biases entity
+    wandb_project: str = "rocket-vla"  # Weights & Biases project
+    wandb_log_freq: int = 10  # Steps between log lines, for every logger
+    run_id_note: str | None = None  # Added at the end of the run's name
+    run_id_override: str | None = None  # The run's name
 
     @property
     def objective(self) -> str:

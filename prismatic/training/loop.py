@@ -27,7 +27,7 @@ Batches = Iterator[dict[str, Any]]
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag; restores the previous handlers on exit and at the second signal."""
+    """Turns the first SIGINT or SIGTERM into a flag; the previous handlers are back for a second one, and on exit."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -14,7 +14,7 @@ LOG_FILE = "metrics.jsonl"
 
 
 class MetricAverager:
-    """Running means of device scalars. `add` never waits for the device; `pop` waits once and averages over processes."""
+    """Running means of device scalars: `add` never waits for the device; `pop` waits once, for all processes."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}

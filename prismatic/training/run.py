@@ -28,9 +28,14 @@ from prismatic.training.module import TrainableVLA, count_parameters, same_devic
 from prismatic.training.precision import resolve_precision
 from prismatic.training.schedule import make_optimizer
 from prismatic.util.data_utils import PaddedCollatorForActionPrediction
-from prismatic.util.errors import UsageError
 from prismatic.vla.action_tokenizer import ActionTokenizer
-from prismatic.vla.datasets import MixtureSampler, RLDSBatchTransform, RLDSDataset, make_dataloader
+from prismatic.vla.datasets import (
+    MixtureLoader,
+    MixtureSampler,
+    RLDSBatchTransform,
+    RLDSDataset,
+    make_dataloader,
+)
 from prismatic.vla.platforms import get_platform
 
 
@@ -85,10 +90,17 @@ class TrainingRun:
             seed=config.seed,
         )
 
-    def _batches(self, dataset: RLDSDataset, sampler: MixtureSampler) -> Any:
-        tokenizer = self.processor.tokenizer
+    def _loader(self, dataset: RLDSDataset) -> MixtureLoader:
+        accelerator, tokenizer = self.accelerator, self.processor.tokenizer
+        sampler = MixtureSampler(
+            dataset,
+            self.config.batch_size,
+            self.config.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
         collator = PaddedCollatorForActionPrediction(tokenizer.model_max_length, tokenizer.pad_token_id)
-        return iter(make_dataloader(dataset, sampler, collator, self.config.num_workers))
+        return make_dataloader(dataset, sampler, collator, self.config.num_workers)
 
     def fit(self, auxiliary: nn.Module, auxiliary_coeff: float, targets: Callable[[dict[str, Any]], Any]) -> TrainState:
         """Train to the end (or to a stop) with the given auxiliary loss; checkpoints are written on the way."""
@@ -98,8 +110,8 @@ class TrainingRun:
             self.parts, objective, auxiliary, auxiliary_coeff=auxiliary_coeff, use_film=config.use_film
         )
         optimizer, scheduler = make_optimizer(module.trainable_parameters(), config)
-        sampler = self._sampler(self.dataset)
-        saved = self._restore(module, optimizer, scheduler, sampler)
+        loader = self._loader(self.dataset)
+        random_state = self._restore(module, optimizer, scheduler, loader)
         wrapped, optimizer = accelerator.prepare(module, optimizer)
         self._describe(module)
         writer = CheckpointWriter(
@@ -111,45 +123,31 @@ class TrainingRun:
             latest_only=config.save_latest_checkpoint_only,
             merge=config.merge_lora_during_training,
         )
-        start = self.sources.step
-        consumed = {"batches": start * config.grad_accumulation_steps}
 
         def save(step: int) -> None:
-            consumed["batches"] = step * config.grad_accumulation_steps
-            state = gather_training_state(accelerator, optimizer, scheduler, consumed)
+            state = gather_training_state(accelerator, optimizer, scheduler, loader.state_dict())
             if accelerator.is_main_process:
-                folder = writer.save(step, state)
-                accelerator.print(f"saved {folder}")
+                accelerator.print(f"saved {writer.save(step, state)}")
             accelerator.wait_for_everyone()
 
         if accelerator.log_with:
             accelerator.init_trackers(self.run_dir.name, init_kwargs=self._tracker_options())
-        log = MetricLog(self.run_dir, accelerator, last_step=start)
+        log = MetricLog(self.run_dir, accelerator, last_step=self.sources.step)
         trainer = Trainer(
             config, accelerator, wrapped, optimizer=optimizer, scheduler=scheduler, targets=targets, save=save, log=log
         )
         if config.use_val_set:
             trainer.validate = self._validator(module, targets)
-        batches = self._batches(self.dataset, sampler)
-        if saved is not None:
-            restore_random_state(saved)
-        state = trainer.fit(batches, start)
+        if random_state is not None:
+            restore_random_state(random_state)
+        state = trainer.fit(iter(loader), self.sources.step)
         accelerator.end_training()
         return state
 
-    def _sampler(self, dataset: RLDSDataset) -> MixtureSampler:
-        return MixtureSampler(
-            dataset,
-            self.config.batch_size,
-            self.config.seed,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
-
     def _restore(
-        self, module: TrainableVLA, optimizer: Any, scheduler: Any, sampler: MixtureSampler
+        self, module: TrainableVLA, optimizer: Any, scheduler: Any, loader: MixtureLoader
     ) -> dict[str, Any] | None:
-        """Load a checkpoint's auxiliary weights, optimizer, schedule and data position; its random state is returned."""
+        """Load a checkpoint's auxiliary weights, optimizer, schedule and data position; return its random state."""
         if not self.config.resume or self.sources.checkpoint is None:
             return None
         file = component_file(self.sources.checkpoint, "align_projectors")
@@ -159,14 +157,13 @@ class TrainingRun:
         if state is None:
             self.accelerator.print("the checkpoint has no training_state: optimizer, schedule and data start anew")
             return None
-        if state["num_processes"] != self.accelerator.num_processes:
-            raise UsageError(
-                f"--resume: {self.sources.checkpoint} was written by {state['num_processes']} processes, "
-                f"this run has {self.accelerator.num_processes}; accepted: the same number"
-            )
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-        sampler.load_state_dict(state["sampler"])
+        loader.load_state_dict(state["sampler"])
+        if state["num_processes"] != self.accelerator.num_processes:
+            # The data go on at the same draw; only the random numbers of diffusion and pooling cannot.
+            self.accelerator.print(f"the checkpoint was written by {state['num_processes']} processes")
+            return None
         return state["random"][self.accelerator.process_index]
 
     def _validator(self, module: nn.Module, targets: Callable[[dict[str, Any]], Any]) -> Callable[[], dict[str, float]]:
@@ -175,7 +172,7 @@ class TrainingRun:
         def validate() -> dict[str, float]:
             """Mean losses over one pass of the validation split, or what fits into `val_time_limit`."""
             averages = MetricAverager()
-            batches = self._batches(dataset, self._sampler(dataset))
+            batches = iter(self._loader(dataset))
             processes = self.accelerator.num_processes
             deadline = time.monotonic() + self.config.val_time_limit
             for _ in range(max(1, len(dataset) // (self.config.batch_size * processes))):

@@ -1,7 +1,7 @@
 """Optimizer and learning-rate schedule.
 
-Upstream's warm-up overwrites the decayed rate and its loop runs one step too many; here warm-up and decay are factors of
-one function of the step, so they compose, and step `max_steps - 1` is the last one.
+Upstream's warm-up overwrites the decayed rate and its loop runs one step too many; here warm-up and decay are factors
+of one function of the step, so they compose, and step `max_steps - 1` is the last one.
 """
 
 from __future__ import annotations
