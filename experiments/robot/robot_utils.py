@@ -10,7 +10,7 @@ Gripper conventions met along the way:
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ def set_seed_everywhere(seed: int) -> None:
     import torch
 
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the simulator and user code draw from it
     torch.manual_seed(seed)
 
 
@@ -44,7 +44,7 @@ def normalize_gripper_action(action: Array, binarize: bool = True) -> Array:
 
 
 def invert_gripper_action(action: Array) -> Array:
-    """Flip the sign of the gripper, the last entry of `action` (..., A): the simulator opens at -1. A copy is returned."""
+    """A copy of `action` (..., A) with the sign of the gripper, its last entry, flipped: the simulator opens at -1."""
     inverted = np.array(action, copy=True)
     inverted[..., -1] *= -1.0
     return inverted
@@ -75,7 +75,7 @@ def get_model(cfg: Any, wrap_diffusion_policy_for_droid: bool = False) -> Any:
 def get_action(
     cfg: Any,
     model: Any,
-    obs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    obs: Mapping[str, Any],
     task_label: str,
     processor: Any = None,
     **components: Any,

@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from experiments.robot.libero.results import EpisodeResult
 from experiments.robot.libero.summary import wilson_interval
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class EvalProgress:
@@ -24,7 +28,7 @@ class EvalProgress:
         for result in done:
             self._counts[result.status] += 1
         self._started = time.monotonic()
-        self._bar = None
+        self._bar: Progress | None = None
 
     def __enter__(self) -> EvalProgress:
         if sys.stderr.isatty():

@@ -36,8 +36,8 @@ RENDER_MODES = ("protocol", "fast")
 class Protocol:
     """How an episode is run; part of what makes two runs comparable.
 
-    `max_steps` policy steps at most after `settle_steps` steps of :data:`DUMMY_ACTION`; `open_loop_steps` actions of each
-    chunk are executed; cameras of `image_size` pixels, rendered as `render` says; the simulator seeded with `env_seed`.
+    `max_steps` policy steps at most after `settle_steps` steps of :data:`DUMMY_ACTION`; `open_loop_steps` actions of
+    each chunk are executed; cameras of `image_size` pixels, drawn as `render` says; `env_seed` seeds the simulator.
     """
 
     max_steps: int

@@ -222,13 +222,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         episodes = [load_episodes(run) for run in arguments.runs]
         if arguments.command == "compare":
-            content, to_text = summary.compare(*episodes), summary.comparison_to_markdown
+            content = summary.compare(episodes[0], episodes[1])
+            text = summary.comparison_to_markdown(content)
         else:
-            content, to_text = summary.summarize(_merge(arguments.runs, episodes)), summary.to_markdown
+            content = summary.summarize(_merge(arguments.runs, episodes))
+            text = summary.to_markdown(content)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(content, indent=2) if arguments.json else to_text(content))
+    print(json.dumps(content, indent=2) if arguments.json else text)
     return 0
 
 

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from prismatic.util.errors import UsageError
 
+if TYPE_CHECKING:
+    from experiments.robot.libero.results import EpisodeResult
+
 CONFIDENCE = 0.95
-
-
-class Result(Protocol):
-    """The fields of an episode result that a summary reads."""
-
-    suite: str
-    task_id: int
-    task: str
-    init_state: int
-    status: str
-    steps: int
-    wall_time: float
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -32,7 +23,7 @@ def wilson_interval(successes: int, trials: int, confidence: float = CONFIDENCE)
     return (float(interval.low), float(interval.high))
 
 
-def rate(results: Iterable[Result]) -> dict[str, Any]:
+def rate(results: Iterable[EpisodeResult]) -> dict[str, Any]:
     """Counts, success rate and interval of some episodes. Errors are counted beside the rate, not in it."""
     statuses = [result.status for result in results]
     successes, errors = statuses.count("success"), statuses.count("error")
@@ -47,12 +38,13 @@ def rate(results: Iterable[Result]) -> dict[str, Any]:
     }
 
 
-def summarize(results: Sequence[Result]) -> dict[str, Any]:
+def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
     """Rates per task, per suite and over all episodes.
 
     Returns:
-        {"suites": {suite: {rate..., "mean_steps_of_successes", "seconds_per_episode", "tasks": {id: {"task", rate...}}}},
-        "total": {rate..., "mean_of_suites"}}. `mean_of_suites` is what papers report as the LIBERO average.
+        {"suites": {suite: S}, "total": {R, "mean_of_suites"}} where R is what :func:`rate` returns and S is {R,
+        "mean_steps_of_successes", "seconds_per_episode", "tasks": {id: {"task", R}}}. `mean_of_suites` is what papers
+        report as the LIBERO average.
     """
     suites: dict[str, Any] = {}
     for suite in sorted({result.suite for result in results}):
@@ -101,7 +93,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
-def compare(results_a: Sequence[Result], results_b: Sequence[Result]) -> dict[str, Any]:
+def compare(results_a: Sequence[EpisodeResult], results_b: Sequence[EpisodeResult]) -> dict[str, Any]:
     """Exact McNemar test on the episodes that both runs completed (same suite, task and initial state).
 
     Only episodes that one run solved and the other did not tell the runs apart; under the null hypothesis they split

@@ -156,7 +156,7 @@ def _one_thread_each() -> Iterator[None]:
     """Start a child with one thread a library: a simulator gains nothing from more, and many workers would fight."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
-    os.environ.update({name: "1" for name in names})
+    os.environ.update(dict.fromkeys(names, "1"))
     try:
         yield
     finally:

@@ -423,13 +423,15 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         action_head: Any = None,
         noisy_action_projector: nn.Module | None = None,
         use_film: bool = False,
+        initial_noise: torch.Tensor | None = None,
         **_: Any,
     ) -> tuple[np.ndarray, torch.Tensor]:
         """Action chunks for a batch of prompts (right padded; lengths may differ) and images.
 
         input_ids, attention_mask: (B, S). pixel_values: (B, c*V, H, W). proprio: (B, proprio_dim), or (proprio_dim,)
         for one sample, normalized. An L1 head, a diffusion head (with its `noisy_action_projector`) or, without a head,
-        the action tokens decide the actions. Token 29871 is appended to prompts that do not end in it.
+        the action tokens decide the actions. Token 29871 is appended to prompts that do not end in it. Diffusion
+        starts from `initial_noise` (B, T, A) when given, else from torch's global generator.
 
         Returns un-normalized actions (B, T, A) (float64; units of the data set `unnorm_key`) and the hidden states of
         the action tokens (B, T*A, D). Raises ValueError for an unknown `unnorm_key`.
@@ -443,7 +445,9 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         state = None if proprio is None else torch.as_tensor(proprio, device=patches.device)
         prefix = self._prefix_tokens(patches, state, proprio_projector, None)
         if noisy_action_projector is not None and action_head is not None:
-            normalized, hidden = self._sample_actions(inputs, text, prefix, action_head, noisy_action_projector)
+            normalized, hidden = self._sample_actions(
+                inputs, text, prefix, action_head, noisy_action_projector, initial_noise
+            )
         else:
             normalized, hidden = self._decode_actions(inputs, text, prefix, action_head)
         return self._unnormalize_actions(normalized, statistics), hidden
@@ -497,12 +501,16 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         prefix: torch.Tensor,
         action_head: Any,
         noisy_action_projector: nn.Module,
+        initial_noise: torch.Tensor | None = None,
     ) -> tuple[np.ndarray, torch.Tensor]:
         """Normalized actions (B, T, A) by DDIM from Gaussian noise; images and proprio are encoded once."""
         batch, platform = text.shape[0], self.platform
         dtype = _input_dtype(action_head, text.dtype)
         shape = (batch, platform.chunk, platform.action_dim)
-        actions = torch.randn(shape, device=text.device, dtype=dtype)
+        if initial_noise is None:
+            actions = torch.randn(shape, device=text.device, dtype=dtype)
+        else:
+            actions = initial_noise.to(text.device, dtype)
         hidden = text.new_zeros(())
         for timestep in action_head.noise_scheduler.timesteps:
             steps = timestep.to(text.device).expand(batch)

@@ -1,0 +1,349 @@
+"""From a checkpoint folder to a policy that answers robots, singly as upstream's functions do or in batches.
+
+`get_vla`, `get_processor`, `get_action_head`, `get_proprio_projector`, `get_noisy_action_projector` and `get_vla_action`
+have upstream's signatures; `cfg` is any object with upstream's flags as attributes. :class:`OpenVLAPolicy` is what our
+own rollouts and server use.
+
+Not obvious:
+- Nothing in a checkpoint is executed or changed: own model classes, safetensors or `weights_only` loading.
+- An adapter is merged into its base model in memory, with sums in float32, so it acts as the merged checkpoint does.
+- Weights that a checkpoint lacks are an error, never random numbers.
+- `dataset_statistics.json` replaces the `norm_stats` of config.json.
+- Proprio values outside the statistics' range are clipped; a constant dimension is not zeroed here, as in upstream.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import nn
+
+from experiments.robot.checkpoint import Checkpoint, component_file, open_checkpoint, resolve_unnorm_key
+from experiments.robot.policy import Query
+from prismatic.models.lora import load_lora, strip_module_prefix
+from prismatic.util.errors import UsageError
+from prismatic.vla.datasets.image_transforms import center_crop_box, prepare_policy_image, resize_and_crop
+from prismatic.vla.platforms import LIBERO, NormalizationType, Platform
+from prismatic.vla.prompting import action_prompt
+
+Array = npt.NDArray[Any]
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """ "auto" is this process's GPU when there is one, else the CPU.
+
+    Raises:
+        UsageError: a GPU was asked for and there is none.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError("--device: cuda was asked for, but torch finds no GPU; accepted here: cpu, auto")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 on a GPU (as upstream evaluates) and float32 on the CPU, where bfloat16 is slow."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def normalize_proprio(
+    proprio: Array, norm_stats: Mapping[str, Any], kind: NormalizationType = LIBERO.normalization
+) -> Array:
+    """Proprio state (..., P) to [-1, 1] with the "proprio" statistics of the training data, float64.
+
+    Unlike in training, dimensions that never change in the data are not zeroed; so does upstream's evaluation.
+    """
+    low, high = (np.array(bound) for bound in kind.bounds(norm_stats))
+    mask = np.array(norm_stats.get("mask", np.ones_like(low, dtype=bool)))
+    scaled = 2 * (proprio - low) / (high - low + 1e-8) - 1
+    return np.clip(np.where(mask, scaled, proprio), -1.0, 1.0)
+
+
+def get_vla(cfg: Any) -> nn.Module:
+    """Load the model of `cfg.pretrained_checkpoint`, ready for inference.
+
+    Raises:
+        UsageError: the checkpoint cannot be used.
+    """
+    return _load_vla(_checkpoint_of(cfg), cfg)
+
+
+def get_processor(cfg: Any) -> Any:
+    """Tokenizer and image processor of `cfg.pretrained_checkpoint`."""
+    return _load_processor(_checkpoint_of(cfg))
+
+
+def get_proprio_projector(cfg: Any, llm_dim: int, proprio_dim: int) -> nn.Module:
+    """The trained projector of the robot's state."""
+    from prismatic.models.projectors import ProprioProjector
+
+    projector = ProprioProjector(llm_dim=llm_dim, proprio_dim=proprio_dim)
+    return _load_component(cfg, projector, "proprio_projector", "--use_proprio")
+
+
+def get_noisy_action_projector(cfg: Any, llm_dim: int) -> nn.Module:
+    """The trained projector of noisy actions of a diffusion policy."""
+    from prismatic.models.projectors import NoisyActionProjector
+
+    return _load_component(cfg, NoisyActionProjector(llm_dim=llm_dim), "noisy_action_projector", "--use_diffusion")
+
+
+def get_action_head(cfg: Any, llm_dim: int, action_dim: int = LIBERO.action_dim) -> nn.Module:
+    """The trained L1 or diffusion head, whichever `cfg` asks for.
+
+    Raises:
+        UsageError: `cfg` asks for both or none, or the checkpoint lacks the head.
+    """
+    from prismatic.models.action_heads import DiffusionActionHead, L1RegressionActionHead
+
+    if cfg.use_l1_regression == cfg.use_diffusion:
+        raise UsageError("--use_l1_regression, --use_diffusion: a head needs exactly one of them")
+    if cfg.use_l1_regression:
+        head = L1RegressionActionHead(input_dim=llm_dim, hidden_dim=llm_dim, action_dim=action_dim)
+        return _load_component(cfg, head, "action_head", "--use_l1_regression")
+    diffusion = DiffusionActionHead(
+        input_dim=llm_dim,
+        hidden_dim=llm_dim,
+        action_dim=action_dim,
+        num_diffusion_steps_train=cfg.num_diffusion_steps_train,
+    )
+    diffusion.noise_scheduler.set_timesteps(cfg.num_diffusion_steps_inference)
+    return _load_component(cfg, diffusion, "action_head", "--use_diffusion")
+
+
+def get_vla_action(  # noqa: PLR0913 - upstream's signature
+    cfg: Any,
+    vla: Any,
+    processor: Any,
+    obs: Mapping[str, Any],
+    task_label: str,
+    action_head: nn.Module | None = None,
+    proprio_projector: nn.Module | None = None,
+    noisy_action_projector: nn.Module | None = None,
+    use_film: bool = False,
+) -> list[Array]:
+    """A chunk of actions for one observation: list of T un-normalized actions (A,), gripper 1 = open.
+
+    Args:
+        obs: full_image uint8 (H, W, 3), wrist images under every key containing "wrist", state (P,). Images that have
+            the policy's size already are taken as prepared and only center-cropped. Nothing in it is changed.
+    """
+    size = image_size(vla)
+    names = ["full_image", *(name for name in obs if "wrist" in name)][: cfg.num_images_in_input]
+    images = prepare_images_for_vla([obs[name] for name in names], cfg, size)
+    transform = processor.image_processor.apply_transform
+    pixel_values = torch.cat([transform(Image.fromarray(image)) for image in images])[None]
+    proprio = None
+    if cfg.use_proprio:
+        statistics = vla.norm_stats[cfg.unnorm_key]["proprio"]
+        proprio = normalize_proprio(np.asarray(obs["state"]), statistics, vla.platform.normalization)[None]
+    actions_BTA = _predict(
+        vla,
+        processor,
+        [task_label],
+        pixel_values,
+        unnorm_key=cfg.unnorm_key,
+        proprio=proprio,
+        proprio_projector=proprio_projector,
+        action_head=action_head,
+        noisy_action_projector=noisy_action_projector,
+        use_film=use_film,
+    )
+    return list(actions_BTA[0])
+
+
+def prepare_images_for_vla(images: Sequence[Array], cfg: Any, size: tuple[int, int] = (224, 224)) -> list[Array]:
+    """Images (H, W, 3) as the policy wants them: JPEG and resize unless of `size` already, then the center crop."""
+    prepared = []
+    for image in images:
+        if image.shape[:2] != size:
+            prepared.append(prepare_policy_image(image, size, cfg.center_crop))
+        else:
+            prepared.append(_crop(image, size) if cfg.center_crop else image)
+    return prepared
+
+
+def image_size(vla: Any) -> tuple[int, int]:
+    """(height, width) of the images `vla` takes."""
+    side = vla.config.image_sizes[0]
+    return (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
+
+
+class OpenVLAPolicy:
+    """A loaded checkpoint that answers batches of queries; see :class:`experiments.robot.policy.Policy`.
+
+    Args:
+        vla: model on its device; its `norm_stats` are the checkpoint's.
+        parts: action_head, proprio_projector, noisy_action_projector, as far as the policy has them.
+        cfg: num_images_in_input, center_crop, use_proprio, use_film.
+    """
+
+    def __init__(self, vla: Any, processor: Any, parts: Mapping[str, nn.Module], cfg: Any, unnorm_key: str) -> None:
+        self.vla, self.processor, self.unnorm_key = vla, processor, unnorm_key
+        self.platform: Platform = vla.platform
+        self._parts, self._cfg = dict(parts), cfg
+        self._threads = ThreadPoolExecutor(max_workers=8)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint | str, cfg: Any, unnorm_key: str) -> OpenVLAPolicy:
+        """Load everything that `cfg` asks for: an object with upstream's evaluation flags.
+
+        Raises:
+            UsageError: the checkpoint lacks something or does not fit.
+        """
+        opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+        unnorm_key = resolve_unnorm_key(opened.statistics, unnorm_key, getattr(cfg, "task_suite_name", ""))
+        vla = _load_vla(opened, cfg)
+        parts: dict[str, nn.Module] = {}
+        if cfg.use_l1_regression or cfg.use_diffusion:
+            parts["action_head"] = get_action_head(cfg, vla.llm_dim, vla.platform.action_dim)
+        if cfg.use_proprio:
+            parts["proprio_projector"] = get_proprio_projector(cfg, vla.llm_dim, vla.platform.proprio_dim)
+        if cfg.use_diffusion:
+            parts["noisy_action_projector"] = get_noisy_action_projector(cfg, vla.llm_dim)
+        return cls(vla, _load_processor(opened), parts, cfg, unnorm_key)
+
+    def act(self, queries: Sequence[Query]) -> Array:
+        """Un-normalized action chunks, float64 (B, T, A), gripper 1 = open, for B queries."""
+        views = [[query.image, query.wrist_image][: self._cfg.num_images_in_input] for query in queries]
+        pixels = list(self._threads.map(self._prepare, [image for of_query in views for image in of_query]))
+        count = len(views[0])
+        pixel_values = [torch.cat(pixels[start : start + count]) for start in range(0, len(pixels), count)]
+        arguments: dict[str, Any] = {"unnorm_key": self.unnorm_key, "use_film": self._cfg.use_film, **self._parts}
+        if self._cfg.use_proprio:
+            statistics = self.vla.norm_stats[self.unnorm_key]["proprio"]
+            states = np.stack([query.state for query in queries])
+            arguments["proprio"] = normalize_proprio(states, statistics, self.platform.normalization)
+        if self._cfg.use_diffusion:
+            arguments["initial_noise"] = self._noise(queries)
+        instructions = [query.instruction for query in queries]
+        return _predict(self.vla, self.processor, instructions, torch.stack(pixel_values), **arguments)
+
+    def _prepare(self, image: Array) -> torch.Tensor:
+        prepared = prepare_policy_image(image, image_size(self.vla), self._cfg.center_crop)
+        return self.processor.image_processor.apply_transform(Image.fromarray(prepared))
+
+    def _noise(self, queries: Sequence[Query]) -> torch.Tensor:
+        """Noise (B, T, A) to start diffusion from: each query's own, whatever batch it is in."""
+        shape = (self.platform.chunk, self.platform.action_dim)
+        seeded = (torch.Generator().manual_seed(query.seed) for query in queries)
+        return torch.stack([torch.randn(shape, generator=generator) for generator in seeded])
+
+
+@torch.inference_mode()
+def _predict(
+    vla: Any, processor: Any, instructions: Sequence[str], pixel_values: torch.Tensor, **arguments: Any
+) -> Array:
+    """Action chunks (B, T, A) for B instructions with pixels (B, c*V, H, W)."""
+    device = next(vla.parameters()).device
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "right"
+    text = tokenizer([action_prompt(instruction) for instruction in instructions], padding=True, return_tensors="pt")
+    actions_BTA, _ = vla.predict_action(
+        input_ids=text["input_ids"].to(device),
+        attention_mask=text["attention_mask"].to(device),
+        pixel_values=pixel_values.to(device, vla.vision_backbone.dtype),
+        **arguments,
+    )
+    return actions_BTA
+
+
+def _checkpoint_of(cfg: Any) -> Checkpoint:
+    return open_checkpoint(str(cfg.pretrained_checkpoint), getattr(cfg, "base_checkpoint", "") or None)
+
+
+def _load_processor(checkpoint: Checkpoint) -> Any:
+    from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
+
+    return PrismaticProcessor.from_pretrained(checkpoint.processor_path)
+
+
+def _load_vla(checkpoint: Checkpoint, cfg: Any) -> Any:
+    """Model, adapter, FiLM backbone and statistics of a checkpoint, on its device."""
+    from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+
+    device = resolve_device(getattr(cfg, "device", "auto"))
+    dtype = resolve_dtype(getattr(cfg, "dtype", "auto"), device)
+    quantization = _quantization(cfg, device)
+    loaded: Any = OpenVLAForActionPrediction.from_pretrained(
+        checkpoint.model_path, dtype=dtype, output_loading_info=True, **quantization
+    )
+    vla, info = loaded
+    missing = [key for key in info["missing_keys"] if not (cfg.use_film and key.startswith("vision_backbone."))]
+    if missing or info.get("mismatched_keys"):
+        wrong = ", ".join(str(key) for key in [*missing, *info.get("mismatched_keys", ())][:3])
+        raise UsageError(f"{checkpoint.model_path}: weights missing or of the wrong shape: {wrong}")
+    if checkpoint.adapter_path is not None:
+        vla = _merge_adapter(vla, checkpoint.adapter_path)
+    if cfg.use_film:
+        _load_film(vla, component_file(checkpoint, "vision_backbone", "--use_film"))
+    vla.vision_backbone.set_num_images_in_input(cfg.num_images_in_input)
+    vla.norm_stats = dict(checkpoint.statistics)
+    return vla.eval() if quantization else vla.to(device).eval()
+
+
+def _quantization(cfg: Any, device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for 8- or 4-bit weights."""
+    eight, four = getattr(cfg, "load_in_8bit", False), getattr(cfg, "load_in_4bit", False)
+    if not (eight or four):
+        return {}
+    if device.type != "cuda":
+        raise UsageError(f"--load_in_{'8' if eight else '4'}bit: needs a GPU, found device {device}")
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_8bit=eight, load_in_4bit=four, bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def _merge_adapter(vla: Any, folder: Path) -> Any:
+    """The model with the adapter added into its weights, layer by layer: sums in float32, rounded once."""
+    from peft.tuners.lora import LoraLayer
+
+    try:
+        adapted = load_lora(vla, folder)
+    except ValueError as error:
+        raise UsageError(f"--pretrained_checkpoint: {error}") from error
+    with torch.no_grad():
+        for layer in adapted.modules():
+            if isinstance(layer, LoraLayer):
+                lora: Any = layer
+                weight = lora.get_base_layer().weight
+                weight.copy_(weight.float() + sum(lora.get_delta_weight(name).float() for name in lora.active_adapters))
+    return adapted.unload()
+
+
+def _load_film(vla: Any, file: Path) -> None:
+    from prismatic.models.film_vit_wrapper import load_film_backbone
+
+    try:
+        load_film_backbone(vla, torch.load(file, map_location="cpu", weights_only=True))
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"{file}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _load_component(cfg: Any, module: nn.Module, name: str, flag: str) -> nn.Module:
+    """Load `{name}--*_checkpoint.pt` of the checkpoint into `module`, on the policy's device and in its type."""
+    file = component_file(_checkpoint_of(cfg), name, flag)
+    try:
+        module.load_state_dict(strip_module_prefix(torch.load(file, map_location="cpu", weights_only=True)))
+    except RuntimeError as error:
+        raise UsageError(f"{file}: does not fit the model: {' '.join(str(error).split())[:300]}") from error
+    device = resolve_device(getattr(cfg, "device", "auto"))
+    return module.to(device, resolve_dtype(getattr(cfg, "dtype", "auto"), device)).eval()
+
+
+def _crop(image: Array, size: tuple[int, int]) -> Array:
+    """The center crop alone, for an image that was resized before; rounding as in the whole image path."""
+    planar_3HW = resize_and_crop(image, size, center_crop_box()) * np.float32(255.5 / 255.0)
+    return np.ascontiguousarray(np.minimum(planar_3HW, 255.0).astype(np.uint8).transpose(1, 2, 0))
