@@ -1,0 +1,148 @@
+"""Linear readouts of depth, points and cameras from every layer of the mini teacher, their loss and their scores.
+
+Every layer has its own readout and its own loss while the teacher is trained (deep supervision), so that the middle
+layers know geometry too. The same readouts, fitted to a frozen random aggregator, are the control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.mini.teacher_data import OBJECT
+from experiments.mini.teacher_frames import CAMERA_DIM, ROTATION, TRANSLATION, Targets
+
+POINT_DIM = 3
+_CAMERA_WEIGHT = 0.5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Standardized: log-depth (B, V, G, G), points (B, V, G, G, 3), camera (B, V, K)."""
+
+    depth_BVGG: Tensor
+    points_BVGG3: Tensor
+    camera_BVK: Tensor
+
+
+class Scale(nn.Module):
+    """Mean and deviation of log-depth, points and cameras over the training frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, size in (("depth", 1), ("points", POINT_DIM), ("camera", CAMERA_DIM)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+
+    def fit(self, targets: Targets) -> None:
+        """Measure; a component that never varies gets deviation 1."""
+        raw = {
+            "depth": targets.depth_BVGG.log()[..., None],
+            "points": targets.points_BVGG3,
+            "camera": targets.camera_BVK,
+        }
+        for name, values in raw.items():
+            flat = values.flatten(0, -2)
+            std = flat.std(dim=0)
+            getattr(self, f"{name}_mean").copy_(flat.mean(dim=0))
+            getattr(self, f"{name}_std").copy_(torch.where(std > 1e-4, std, torch.ones_like(std)))
+
+    def standardize(self, targets: Targets) -> Prediction:
+        """The prediction that would be right."""
+        return Prediction(
+            (targets.depth_BVGG.log() - self.depth_mean) / self.depth_std,
+            (targets.points_BVGG3 - self.points_mean) / self.points_std,
+            (targets.camera_BVK - self.camera_mean) / self.camera_std,
+        )
+
+    def restore(self, prediction: Prediction, kinds_BVGG: Tensor) -> Targets:
+        """Back to meters."""
+        return Targets(
+            (prediction.depth_BVGG * self.depth_std + self.depth_mean).exp(),
+            prediction.points_BVGG3 * self.points_std + self.points_mean,
+            kinds_BVGG,
+            prediction.camera_BVK * self.camera_std + self.camera_mean,
+        )
+
+
+class Readout(nn.Module):
+    """One layer's readout: LayerNorm without parameters, then linear; camera token -> camera, patches -> cells.
+
+    Args:
+        channels: of a layer's features (2 * embed_dim).
+        num_special: tokens before the patches, the camera token first.
+        cells: side of the square of cells per patch.
+    """
+
+    def __init__(self, channels: int, num_special: int, cells: int) -> None:
+        super().__init__()
+        self.num_special, self.cells = num_special, cells
+        self.norm = nn.LayerNorm(channels, elementwise_affine=False)
+        self.patch = nn.Linear(channels, cells * cells * (1 + POINT_DIM))
+        self.camera = nn.Linear(channels, CAMERA_DIM)
+
+    def forward(self, tokens_BVPC: Tensor) -> Prediction:
+        tokens = self.norm(tokens_BVPC)
+        patches = self.patch(tokens[:, :, self.num_special :])
+        side = round(patches.shape[2] ** 0.5)
+        grid = patches.unflatten(3, (self.cells, self.cells, -1)).unflatten(2, (side, side))
+        # (B, V, row, column, cell row, cell column, 4) -> (B, V, G, G, 4)
+        grid = grid.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+        return Prediction(grid[..., 0], grid[..., 1:], self.camera(tokens[:, :, 0]))
+
+
+def readout_loss(prediction: Prediction, target: Prediction) -> Tensor:
+    """L1 of standardized log-depth, its differences between neighboring cells, points and camera.
+
+    The differences make small objects count, whose depth differs little from the table's (VGGT has such a term too).
+    """
+    depth = prediction.depth_BVGG - target.depth_BVGG
+    edges = (depth.diff(dim=-1).abs().mean() + depth.diff(dim=-2).abs().mean()) / 2
+    points = F.l1_loss(prediction.points_BVGG3, target.points_BVGG3)
+    camera = F.l1_loss(prediction.camera_BVK, target.camera_BVK)
+    return depth.abs().mean() + edges + points + _CAMERA_WEIGHT * camera
+
+
+def _rotation_angle(first: Tensor, second: Tensor) -> Tensor:
+    """Degrees between rotations given by two columns each (..., 6), the predicted ones made orthonormal."""
+
+    def matrix(columns: Tensor) -> Tensor:
+        x = F.normalize(columns[..., :3], dim=-1)
+        y = F.normalize(columns[..., 3:] - (columns[..., 3:] * x).sum(-1, keepdim=True) * x, dim=-1)
+        return torch.stack((x, y, torch.linalg.cross(x, y)), dim=-1)
+
+    trace = (matrix(first) * matrix(second)).sum(dim=(-2, -1))
+    return torch.rad2deg(torch.acos(((trace - 1) / 2).clamp(-1, 1)))
+
+
+def scores(predicted: Targets, target: Targets) -> dict[str, Tensor]:
+    """Sums and counts of errors, to be added up by :func:`summarize`; the first camera is trivial, so left out."""
+    ratio = torch.maximum(predicted.depth_BVGG / target.depth_BVGG, target.depth_BVGG / predicted.depth_BVGG)
+    relative = (predicted.depth_BVGG - target.depth_BVGG).abs() / target.depth_BVGG
+    distance = (predicted.points_BVGG3 - target.points_BVGG3).norm(dim=-1)
+    on_object = (target.kinds_BVGG == OBJECT).float()
+    moved, true = predicted.camera_BVK[:, 1:], target.camera_BVK[:, 1:]
+    cells, cameras = torch.tensor(float(relative.numel())), torch.tensor(float(moved[..., 0].numel()))
+    return {
+        "abs_rel": torch.stack((relative.sum(), cells)),
+        "abs_rel_third_person": torch.stack((relative[:, 0].sum(), cells / relative.shape[1])),
+        "abs_rel_wrist": torch.stack((relative[:, 1:].sum(), cells * (1 - 1 / relative.shape[1]))),
+        "abs_rel_objects": torch.stack(((relative * on_object).sum(), on_object.sum())),
+        "delta_1.25": torch.stack(((ratio < 1.25).float().sum(), cells)),
+        "delta_1.05": torch.stack(((ratio < 1.05).float().sum(), cells)),
+        "point_error_cm": torch.stack((distance.sum() * 100, cells)),
+        "camera_shift_cm": torch.stack(
+            ((moved[..., TRANSLATION] - true[..., TRANSLATION]).norm(dim=-1).sum() * 100, cameras)
+        ),
+        "camera_turn_deg": torch.stack((_rotation_angle(moved[..., ROTATION], true[..., ROTATION]).sum(), cameras)),
+    }
+
+
+def summarize(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Means of the scores of several batches."""
+    total = {name: sum(batch[name] for batch in batches) for name in batches[0]}
+    return {name: round(float(value[0] / value[1].clamp(min=1)), 5) for name, value in total.items()}
