@@ -77,7 +77,7 @@ class AlignFlags:
             ValueError: layers out of range or out of order, or a combination :class:`AlignConfig` refuses.
         """
         if not self.aligns:
-            return RECIPES["baseline"](num_student_layers, num_teacher_layers)
+            return RECIPES["baseline"]()
         base = RECIPES[self.recipe_name](num_student_layers, num_teacher_layers)
         changes: dict[str, Any] = {
             "coeff": self.align_loss_coeff,
