@@ -73,6 +73,11 @@ def _learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
+def is_filler(token: str) -> bool:
+    """Whether `token` only holds a place in the table of ids."""
+    return re.fullmatch(r"<u\d+>", token) is not None
+
+
 def _vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
     """token -> id for all 32,000 ids."""
     vocab = {token: i for i, token in enumerate(SPECIAL_TOKENS)}

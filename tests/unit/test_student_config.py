@@ -1,0 +1,72 @@
+"""The untrained mini student has OpenVLA-OFT's classes and layout, and answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from experiments.mini.student_config import IMAGE_SIZE, build_student
+
+PROMPT = "In: What action should the robot take to pick up the milk and place it in the basket?\nOut:"
+
+
+@pytest.fixture(scope="module")
+def student():
+    model, processor = build_student(3)
+    return model.eval(), processor
+
+
+def test_sizes(student) -> None:
+    model, _ = student
+    assert model.vision_backbone.get_num_patches() == 36
+    assert model.vision_backbone.get_num_images_in_input() == 2
+    table = model.get_input_embeddings().weight
+    assert table.shape == (32064, model.llm_dim)
+    assert model.get_output_embeddings().weight.data_ptr() == table.data_ptr()
+    blocks = sum(parameter.numel() for parameter in model.parameters()) - table.numel()
+    assert 1e6 < blocks < 5e6
+
+
+def test_seed_decides_the_weights_and_leaves_the_global_generator_alone(student) -> None:
+    before = torch.get_rng_state()
+    again, other = build_student(3)[0], build_student(4)[0]
+    assert torch.equal(torch.get_rng_state(), before)
+    pairs = zip(student[0].state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(mine, same) for mine, same in pairs)
+    name = "language_model.model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(student[0].state_dict()[name], other.state_dict()[name])
+
+
+def test_embeddings_of_ids_that_text_reaches_are_not_zero(student) -> None:
+    model, processor = student
+    table = model.get_input_embeddings().weight
+    ids = processor.tokenizer(f"{PROMPT} zebra 42!").input_ids + list(range(31744, 32000)) + [29871]
+    assert (table[ids].abs().sum(dim=1) > 0).all()
+    assert (table.abs().sum(dim=1) == 0).float().mean() > 0.9
+
+
+def test_predicts_a_chunk_after_a_round_trip_through_files(student, tmp_path: Path) -> None:
+    from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+    from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
+
+    model, processor = student
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = OpenVLAForActionPrediction.from_pretrained(tmp_path).eval()
+    loaded.vision_backbone.set_num_images_in_input(2)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8))
+    inputs = PrismaticProcessor.from_pretrained(tmp_path)(PROMPT, image)
+    assert inputs["input_ids"].tolist() == processor(PROMPT, image)["input_ids"].tolist()
+    statistics = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}
+    answers = []
+    for policy in (model, loaded):
+        policy.norm_stats = policy.config.norm_stats = {"libero": statistics}
+        pixels = torch.cat([inputs["pixel_values"]] * 2, dim=1)
+        actions, _ = policy.predict_action(inputs["input_ids"], inputs["attention_mask"], pixels, "libero")
+        answers.append(np.asarray(actions))
+    assert answers[0].shape[-2:] == (8, 7)
+    np.testing.assert_allclose(answers[0], answers[1], atol=1e-5)
