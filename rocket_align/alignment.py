@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,13 +70,17 @@ class MultiLayerAlignment(nn.ModuleList):
         self.teacher_channels = 2 * teacher_dim
         self.register_load_state_dict_pre_hook(_accept_released_layouts)
 
+    def _member(self, pair: int, member: int) -> AlignmentProjector:
+        return cast(AlignmentProjector, cast(nn.ModuleList, self[pair])[member])
+
     def _project(self, tokens_KBND: Tensor) -> Tensor:
         """(K, B, N, D) -> (E, K, B, N, C) over the ensemble."""
         members = range(self.config.ensemble_size)
         if self.config.projector == "independent":
-            rows = [torch.stack([self[k][e](tokens, 0) for k, tokens in enumerate(tokens_KBND)]) for e in members]
+            pairs = list(enumerate(tokens_KBND))
+            rows = [torch.stack([self._member(k, e)(tokens, 0) for k, tokens in pairs]) for e in members]
         else:
-            rows = [self[0][e].project_pairs(tokens_KBND) for e in members]
+            rows = [self._member(0, e).project_pairs(tokens_KBND) for e in members]
         return torch.stack(rows)
 
     def _targets(self, teacher: TeacherFeatures, num_tokens: int) -> Tensor:

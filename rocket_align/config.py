@@ -71,7 +71,9 @@ class AlignConfig:
         if self.ensemble_size < 1:
             raise ValueError(f"ensemble_size: found {self.ensemble_size}; accepted: 1 or more")
         if self.released_independent_width and self.projector != "independent":
-            raise ValueError(f'released_independent_width: accepted with projector "independent", not {self.projector!r}')
+            raise ValueError(
+                f'released_independent_width: accepted with projector "independent", not {self.projector!r}'
+            )
         self._check_width_ratios()
 
     def _check_choice(self, name: str, kind: object) -> None:

@@ -54,9 +54,7 @@ _BY_POSITION: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "balanced": balanced_layers,
     "e2m_last1": early_to_middle_last,
     "shallow": lambda num_layers, count: tuple(range(count)),
-    "middle": lambda num_layers, count: tuple(
-        range((num_layers - count) // 2, (num_layers - count) // 2 + count)
-    ),
+    "middle": lambda num_layers, count: tuple(range((num_layers - count) // 2, (num_layers - count) // 2 + count)),
     "deep": lambda num_layers, count: tuple(range(num_layers - count, num_layers)),
 }
 _BY_SCORE = {"top": True, "bottom": False}

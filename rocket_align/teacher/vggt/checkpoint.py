@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -64,9 +65,10 @@ def read_weights(path: Path, num_layers: int, prefixes: Iterable[str] = ()) -> d
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ValueError(f"{path}: not readable as VGGT weights ({str(error).splitlines()[0]})") from error
-    except Exception as error:
-        # torch.load raises pickle's own errors for files that hold more than tensors.
-        raise ValueError(f"{path}: not a plain file of tensors; accepted: .safetensors or a torch state dict") from error
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"{path}: not a plain file of tensors; accepted: .safetensors or a torch state dict"
+        ) from error
     if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()):
         raise ValueError(f"{path}: not a dictionary of tensors; accepted: a VGGT state dict")
     return {name: value for name, value in stored.items() if _is_needed(name, num_layers) or name.startswith(also)}
@@ -97,7 +99,9 @@ def load_strictly(module: torch.nn.Module, weights: Mapping[str, Tensor], path: 
     if shapes:
         problems.append(f"wrong shapes: {_some(shapes)}")
     if problems:
-        raise ValueError(f"{path}: {'; '.join(problems)}; accepted: weights for the sizes in {CONFIG_NAME} (VGGT-1B if none)")
+        raise ValueError(
+            f"{path}: {'; '.join(problems)}; accepted: weights for the sizes in {CONFIG_NAME} (VGGT-1B if none)"
+        )
     module.load_state_dict(weights, assign=True)
 
 

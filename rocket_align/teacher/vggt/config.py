@@ -37,12 +37,16 @@ class VGGTConfig:
 
     def __post_init__(self) -> None:
         if self.patch_embed not in get_args(PatchEmbedKind):
-            raise ValueError(f"patch_embed: found {self.patch_embed!r}; accepted: {', '.join(get_args(PatchEmbedKind))}")
+            raise ValueError(
+                f"patch_embed: found {self.patch_embed!r}; accepted: {', '.join(get_args(PatchEmbedKind))}"
+            )
         for name in ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "vit_depth", "vit_num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: found {getattr(self, name)}; accepted: 1 or more")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size: found {self.image_size}; accepted: a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"image_size: found {self.image_size}; accepted: a multiple of patch_size {self.patch_size}"
+            )
         if self.embed_dim % (4 * self.num_heads):
             raise ValueError(
                 f"embed_dim: found {self.embed_dim}; accepted: a multiple of 4 * num_heads = {4 * self.num_heads} "

@@ -1,0 +1,148 @@
+"""The alignment as a module: batching over pairs, loading, refusals, and that nothing waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rocket_align.alignment import MultiLayerAlignment
+from rocket_align.config import AlignConfig
+from rocket_align.loss import cosine_loss
+from rocket_align.pooling import pool_teacher
+from rocket_align.teacher.base import TeacherFeatures
+
+STUDENT, TEACHER, TOKENS = 12, 8, 8
+CONFIG = AlignConfig(student_layers=(1, 2, -1), teacher_layers=(0, 1, -1))
+KINDS = ("matryoshka", "shared", "independent")
+
+
+def inputs(dtype: torch.dtype = torch.float32, pairs: int = 3) -> tuple[list[Tensor], TeacherFeatures]:
+    torch.manual_seed(3)
+    states = [torch.randn(2, 20, STUDENT, dtype=dtype, requires_grad=True) for _ in range(6)]
+    layers = tuple(torch.randn(2, 2, 9, 2 * TEACHER, dtype=dtype) for _ in range(pairs))
+    return states, TeacherFeatures(layers, (3, 3), (42, 42))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_pairs_together_equal_one_pair_at_a_time(kind: str) -> None:
+    alignment = MultiLayerAlignment(replace(CONFIG, projector=kind, ensemble_size=2), STUDENT, TEACHER)
+    states, teacher = inputs()
+    output = alignment(states, 1, TOKENS, teacher)
+    expected = []
+    # -1 is the number of blocks less one: 4 of the states 0 to 5.
+    for pair, layer in enumerate((1, 2, 4)):
+        tokens = states[layer][:, 2 : 2 + TOKENS]
+        target = pool_teacher(teacher.layers[pair], (3, 3), (42, 42), TOKENS, mode="bilinear", position_embedding=True)
+        index = 0 if kind == "independent" else pair
+        expected.append(torch.stack([cosine_loss(member(tokens, index), target) for member in alignment[pair]]).mean())
+    torch.testing.assert_close(output.per_pair, torch.stack(expected).detach())
+    torch.testing.assert_close(output.loss, torch.stack(expected).mean())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_and_every_aligned_state_gets_a_gradient(kind: str) -> None:
+    alignment = MultiLayerAlignment(replace(CONFIG, projector=kind), STUDENT, TEACHER)
+    states, teacher = inputs()
+    output = alignment(states, 1, TOKENS, teacher)
+    assert not output.per_pair.requires_grad
+    output.loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in alignment.parameters())
+    assert [state.grad is not None for state in states] == [False, True, True, False, True, False]
+
+
+def test_widths_follow_the_kind_of_projector() -> None:
+    def widths(**change: object) -> list[tuple[int, ...]]:
+        alignment = MultiLayerAlignment(replace(CONFIG, **change), STUDENT, 50)  # type: ignore[arg-type]
+        return [members[0].widths for members in alignment]
+
+    assert widths() == [(20, 60, 100)] * 3
+    assert widths(widths_increase_with_depth=False) == [(100, 60, 20)] * 3
+    assert widths(width_ratios=(0.1, 0.2, 0.3)) == [(10, 20, 30)] * 3
+    assert widths(projector="shared") == [(100, 100, 100)] * 3
+    assert widths(projector="independent") == [(100,)] * 3
+    assert widths(projector="independent", released_independent_width=True) == [(20,)] * 3
+
+
+def test_baseline_costs_nothing_and_needs_no_teacher() -> None:
+    alignment = MultiLayerAlignment(AlignConfig(coeff=0.0, student_layers=(), teacher_layers=()), STUDENT, TEACHER)
+    states, _ = inputs(torch.bfloat16)
+    output = alignment(states, 1, TOKENS, None)
+    assert output.loss.item() == 0
+    assert output.loss.dtype == torch.float32
+    assert output.per_pair.shape == (0,)
+    assert not list(alignment.parameters())
+    assert not alignment.state_dict()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_student(autocast: bool) -> None:
+    alignment = MultiLayerAlignment(CONFIG, STUDENT, TEACHER)
+    states, teacher = inputs(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = alignment(states, 1, TOKENS, teacher)
+    assert output.loss.dtype == torch.float32
+    assert output.loss.isfinite()
+
+
+class _NoReadBack(TorchDispatchMode):
+    """Fails on the operation with which a tensor's value reaches Python, which on a GPU waits for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise AssertionError(f"{func} reads a value back from the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pooling", ["bilinear", "random"])
+def test_forward_never_waits_for_the_device(kind: str, pooling: str) -> None:
+    alignment = MultiLayerAlignment(replace(CONFIG, projector=kind, pooling=pooling), STUDENT, TEACHER)
+    states, teacher = inputs()
+    with _NoReadBack():
+        output = alignment(states, 1, TOKENS, teacher)
+        with pytest.raises(AssertionError, match="reads a value back"):
+            output.loss.item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_state_dict_round_trip(kind: str, prefix: str) -> None:
+    config = replace(CONFIG, projector=kind, ensemble_size=2)
+    first, second = (MultiLayerAlignment(config, STUDENT, TEACHER) for _ in range(2))
+    second.load_state_dict({prefix + key: value for key, value in first.state_dict().items()})
+    states, teacher = inputs()
+    assert torch.equal(first(states, 1, TOKENS, teacher).loss, second(states, 1, TOKENS, teacher).loss)
+
+
+def test_loads_inside_another_module() -> None:
+    outer = torch.nn.ModuleDict({"alignment": MultiLayerAlignment(CONFIG, STUDENT, TEACHER)})
+    weights = {f"alignment.module.{key}": value for key, value in outer["alignment"].state_dict().items()}
+    outer.load_state_dict(weights)
+
+
+def test_independent_weights_do_not_load_into_a_shared_projector() -> None:
+    independent = MultiLayerAlignment(replace(CONFIG, projector="independent"), STUDENT, TEACHER)
+    shared = MultiLayerAlignment(CONFIG, STUDENT, TEACHER)
+    with pytest.raises(RuntimeError, match="shares one projector"):
+        shared.load_state_dict(independent.state_dict())
+
+
+def _wrong_calls() -> Iterator[tuple[str, dict[str, object]]]:
+    _, teacher = inputs()
+    yield "teacher: found None", {"teacher": None}
+    yield "found 2 layers", {"teacher": teacher._replace(layers=teacher.layers[:2])}
+    yield "vision tokens", {"vision_start": 12}
+    yield "layers", {"hidden_states": inputs()[0][:2]}
+
+
+@pytest.mark.parametrize(("said", "change"), list(_wrong_calls()))
+def test_refusals(said: str, change: dict[str, object]) -> None:
+    states, teacher = inputs()
+    arguments = {"hidden_states": states, "vision_start": 1, "num_vision_tokens": TOKENS, "teacher": teacher, **change}
+    with pytest.raises(ValueError, match=said):
+        MultiLayerAlignment(CONFIG, STUDENT, TEACHER)(**arguments)

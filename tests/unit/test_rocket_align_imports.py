@@ -1,0 +1,44 @@
+"""rocket_align serves any policy: it imports nothing of prismatic, and importing it is cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import rocket_align
+
+FORBIDDEN = {"prismatic", "experiments", "transformers", "peft", "tensorflow"}
+
+
+def imported_packages(source: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_sources_import_nothing_of_the_policy(repo_root: Path) -> None:
+    sources = sorted((repo_root / "rocket_align").rglob("*.py"))
+    assert sources
+    for source in sources:
+        assert not imported_packages(source) & FORBIDDEN, source
+
+
+def test_import_is_fast_and_loads_no_torch(repo_root: Path) -> None:
+    code = "import sys, rocket_align, rocket_align.recipes; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+    assert time.monotonic() - started < 2
+
+
+def test_every_public_name_can_be_imported() -> None:
+    for name in rocket_align.__all__:
+        assert getattr(rocket_align, name) is not None
+    assert dir(rocket_align) == sorted(rocket_align.__all__)
