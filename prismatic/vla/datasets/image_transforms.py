@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from prismatic.vla.datasets.resampling import crop_weights, lanczos_weights, resample
+from prismatic.vla.datasets.resampling import lanczos_axis, lanczos_crop_axis, resample
 
 CROP_AREA = 0.9
 JPEG_QUALITY = 95
@@ -100,18 +100,22 @@ def resize_and_crop(image_HW3: np.ndarray, size: tuple[int, int], crop: CropBox 
 
     Returns planar float32 (3, height, width) on the 0..255 scale, clipped to it.
     """
-    rows = lanczos_weights(image_HW3.shape[0], size[0])
-    columns = lanczos_weights(image_HW3.shape[1], size[1])
-    if crop != FULL_IMAGE:
-        rows = crop_weights(rows, crop.top, crop.height)
-        columns = crop_weights(columns, crop.left, crop.width)
+    (height, width), (in_height, in_width) = size, image_HW3.shape[:2]
+    if crop == FULL_IMAGE:
+        rows, columns = lanczos_axis(in_height, height), lanczos_axis(in_width, width)
+    else:
+        rows = lanczos_crop_axis(in_height, height, crop.top, crop.height)
+        columns = lanczos_crop_axis(in_width, width, crop.left, crop.width)
     planar = resample(image_HW3, rows, columns)
     return np.clip(planar, 0.0, 255.0, out=planar)
 
 
 def _interleave(planar_3HW: np.ndarray) -> np.ndarray:
     """Planar values, already on the scale whose floor is wanted, to uint8 (H, W, 3)."""
-    return np.ascontiguousarray(planar_3HW.astype(np.uint8).transpose(1, 2, 0))
+    image_HW3 = np.empty((*planar_3HW.shape[1:], 3), dtype=np.uint8)
+    for channel, plane in enumerate(planar_3HW):  # less than half the time of a transposed copy
+        np.copyto(image_HW3[..., channel], plane, casting="unsafe")
+    return image_HW3
 
 
 def resize_lanczos(image_HW3: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
