@@ -1,0 +1,169 @@
+"""The real fine-tuning script on real files: every recipe trains, saves and resumes; every objective runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prismatic.training.metrics import read_log
+from prismatic.util.errors import UsageError
+
+RECIPES = ("baseline", "spatial_forcing", "naive", "shared", "rocket")
+
+
+def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Everything that was trained, by file and name."""
+    found = {
+        f"lora/{key}": value for key, value in load_file(checkpoint / "lora_adapter/adapter_model.safetensors").items()
+    }
+    for file in sorted(checkpoint.glob("*--*_checkpoint.pt")):
+        state = torch.load(file, weights_only=True)
+        found |= {f"{file.name.split('--')[0]}/{key}": value for key, value in state.items()}
+    return found
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_trains_and_resumes(recipe: str, finetune: Callable[..., Path], teacher_folder: Path) -> None:
+    teacher = {"vggt_path": str(teacher_folder)} if recipe != "baseline" else {}
+    runs = finetune(recipe=recipe, merge_lora_during_training=False, **teacher)
+    first = runs / "run--2_chkpt"
+    finetune(recipe=recipe, merge_lora_during_training=False, vla_path=str(first), resume=True, max_steps=3, **teacher)
+    rows = read_log(runs / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(0 < row["action_loss"] < 3 for row in rows)
+    pairs = sum(key.startswith("align_loss_pair") for key in rows[0])
+    assert pairs == {"baseline": 0, "spatial_forcing": 1}.get(recipe, 5)
+    before, after = _weights(first), _weights(runs / "run--3_chkpt")
+    assert before.keys() == after.keys()
+    assert {key.split("/")[0] for key in after} == {"lora", "action_head", "proprio_projector"} | (
+        set() if recipe == "baseline" else {"align_projectors"}
+    )
+    for part in {key.split("/")[0] for key in after}:
+        assert any(not torch.equal(before[key], after[key]) for key in after if key.startswith(part)), part
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    finetune: Callable[..., Path], teacher_folder: Path, tmp_path: Path
+) -> None:
+    flags: dict[str, Any] = {"vggt_path": str(teacher_folder), "merge_lora_during_training": False}
+    straight = finetune(run_root_dir=tmp_path / "a", max_steps=4, **flags)
+    finetune(run_root_dir=tmp_path / "b", max_steps=4, save_freq=2, **flags)
+    halfway = tmp_path / "b" / "run--2_chkpt"
+    resumed = finetune(run_root_dir=tmp_path / "c", vla_path=str(halfway), resume=True, max_steps=4, **flags)
+    expected, actual = _weights(straight / "run--4_chkpt"), _weights(resumed / "run--4_chkpt")
+    assert expected.keys() == actual.keys()
+    for key, value in expected.items():
+        assert torch.equal(value, actual[key]), key
+
+
+def test_upstreams_checkpoint_layout(finetune: Callable[..., Path], teacher_folder: Path) -> None:
+    runs = finetune(vggt_path=str(teacher_folder), max_steps=1)
+    folder = runs / "run--1_chkpt"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "lora_adapter",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "dataset_statistics.json",
+        "action_head--1_checkpoint.pt",
+        "proprio_projector--1_checkpoint.pt",
+        "align_projectors--1_checkpoint.pt",
+    }
+    statistics = json.loads((folder / "dataset_statistics.json").read_text())
+    assert set(statistics["libero_spatial_no_noops"]["action"]) == {"mean", "std", "min", "max", "q01", "q99", "mask"}
+    merged = load_file(folder / "model.safetensors")
+    assert not [key for key in merged if "lora" in key or "base_layer" in key]
+    assert "vision_backbone.featurizer.blocks.0.ls1.scale_factor" in merged
+
+
+def test_latest_checkpoint_only_overwrites_one_folder(finetune: Callable[..., Path]) -> None:
+    runs = finetune(max_steps=2, save_freq=1, save_latest_checkpoint_only=True, merge_lora_during_training=False)
+    assert [path.name for path in runs.iterdir()] == ["run"]
+    assert (runs / "run" / "action_head--latest_checkpoint.pt").is_file()
+    assert torch.load(runs / "run/training_state/state.pt", weights_only=True)["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"use_l1_regression": False},
+        {"use_l1_regression": False, "use_diffusion": True, "num_diffusion_steps_train": 10},
+        {"use_film": True},
+        {"use_lora": False},
+        {"num_images_in_input": 1, "use_proprio": False},
+        {"grad_accumulation_steps": 2, "max_grad_norm": 1.0, "gradient_checkpointing": True},
+        {"mixed_precision": "bf16", "scheduler": "CosineAnnealingLR", "lr_warmup_steps": 1},
+    ],
+    ids=lambda flags: "-".join(flags),
+)
+def test_objectives_and_switches_combine_with_rocket(
+    flags: dict[str, Any], finetune: Callable[..., Path], teacher_folder: Path
+) -> None:
+    runs = finetune(vggt_path=str(teacher_folder), merge_lora_during_training=False, **flags)
+    rows = read_log(runs / "run" / "metrics.jsonl")
+    assert len(rows) == 2
+    assert all(torch.isfinite(torch.tensor([row["loss"], row["align_loss"]])).all() for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"use_diffusion": True}, "--use_l1_regression and --use_diffusion"),
+        ({"vla_layers_align": "3,1", "vggt_layers_align": "1,3"}, "--vla_layers_align"),
+        ({"vla_layers_align": "1,40", "vggt_layers_align": "1,3"}, "--vla_layers_align"),
+        ({"pooling_func": "mean"}, "--pooling_func"),
+        ({"dataset_name": "libero_spatal_no_noops"}, "did you mean"),
+        ({"vggt_path": "/no/such/teacher"}, "--vggt_path"),
+        ({"data_root_dir": Path("/no/such/data")}, "--data_root_dir"),
+        ({"scheduler": "StepLR"}, "--scheduler"),
+        ({"save_specific_steps": "ten"}, "--save_specific_steps"),
+        ({"batch_size": 0}, "--batch_size"),
+    ],
+)
+def test_wrong_flags_are_refused_before_any_weights_are_loaded(
+    flags: dict[str, Any],
+    words: str,
+    finetune: Callable[..., Path],
+    teacher_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import prismatic.training.build as build
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(build, "load_vla", fail)
+    with pytest.raises(UsageError) as refusal:
+        finetune(**{"vggt_path": str(teacher_folder), **flags})
+    message = str(refusal.value)
+    assert words in message and "\n" not in message
+
+
+def test_ctrl_c_saves_and_stops(repo_root: Path, student_folder: Path, rlds_root: Path, tmp_path: Path) -> None:
+    command = f"""{sys.executable} vla-scripts/finetune.py --vla_path {student_folder} --data_root_dir {rlds_root}
+        --run_root_dir {tmp_path} --run_id_override run --batch_size 2 --max_steps 100000 --wandb_log_freq 1
+        --lora_rank 4 --num_workers 1 --trackers none --merge_lora_during_training False"""
+    process = subprocess.Popen(command.split(), cwd=repo_root, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while len(read_log(log)) < 2 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    steps = len(read_log(log))
+    assert (tmp_path / f"run--{steps}_chkpt" / "training_state" / "state.pt").is_file()
+    assert "Traceback" not in errors
