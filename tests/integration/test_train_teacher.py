@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def test_learning_rate_warms_up_and_ends_near_zero(data: Path, tmp_path: Path) -
     rates = [learning_rate(cfg, step) for step in range(100)]
     assert rates[0] == 0.1
     assert max(rates) == rates[9] == 1.0
-    assert all(later <= earlier for earlier, later in zip(rates[9:], rates[10:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[9:]))
     assert rates[-1] < 0.001
 
 
