@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from rocket_align.teacher.vggt.aggregator import VGGTAggregator
 from rocket_align.teacher.vggt.checkpoint import save_folder
 from rocket_align.teacher.vggt.config import VGGTConfig
+from rocket_align.teacher.vggt.geometry import VGGTGeometry
 from rocket_align.teacher.vggt.teacher import VGGTTeacher
 
 CONFIG = VGGTConfig(image_size=28, embed_dim=16, depth=3, num_heads=2, vit_depth=1, vit_num_heads=2)
@@ -138,7 +139,15 @@ def test_missing_path() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"image_size": 30}, {"num_heads": 3}, {"patch_embed": "vit"}, {"depth": 0}, {"vit_num_heads": 3}]
+    "change",
+    [
+        {"image_size": 30},
+        {"num_heads": 3},
+        {"patch_embed": "vit"},
+        {"depth": 0},
+        {"vit_num_heads": 3},
+        {"dense_layers": (1, 2)},
+    ],
 )
 def test_sizes_that_cannot_be_built(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="accepted"):
@@ -149,6 +158,26 @@ def test_aggregator_trains() -> None:
     aggregator = VGGTAggregator(replace(CONFIG, patch_embed="conv"))
     aggregator(torch.rand(1, 2, 3, 28, 28))[-1].square().mean().backward()
     assert all(parameter.grad is not None for parameter in aggregator.parameters())
+
+
+def test_dense_layers_beyond_the_model_are_refused() -> None:
+    with pytest.raises(ValueError, match="dense_layers"):
+        VGGTGeometry(CONFIG, heads=["depth"])
+
+
+def test_a_teacher_trained_with_heads_loads_without_them(tmp_path: Path) -> None:
+    config = replace(CONFIG, dense_layers=(0, 1, 1, 2), dense_channels=(8, 8, 8, 8), dense_features=8)
+    model = VGGTGeometry(config, heads=["depth"])
+    depth = model(torch.rand(1, 2, 3, 28, 42)).depth
+    assert depth is not None
+    assert depth.values.shape == (1, 2, 28, 42, 1)
+    depth.values.log().square().mean().backward()
+    assert model.aggregator.camera_token.grad is not None
+    save_folder(tmp_path, config, model.state_dict())
+    teacher = VGGTTeacher.from_pretrained(tmp_path, layers="-1")
+    with torch.no_grad():
+        expected = model.aggregator(torch.ones(1, 1, 3, 28, 28), layers=[2])[0]
+    assert torch.equal(teacher(torch.ones(1, 1, 3, 28, 28)).layers[0], expected)
 
 
 def test_image_sides_must_fit_the_patches() -> None:

@@ -34,8 +34,18 @@ class VGGTConfig:
     vit_num_heads: int = 16
     vit_mlp_ratio: float = 4.0
     vit_num_register_tokens: int = 4
+    # The heads, which are built only when asked for.
+    camera_depth: int = 4
+    camera_num_heads: int = 16
+    dense_layers: tuple[int, ...] = (4, 11, 17, 23)
+    dense_channels: tuple[int, ...] = (256, 512, 1024, 1024)
+    dense_features: int = 256
 
     def __post_init__(self) -> None:
+        for name in ("dense_layers", "dense_channels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if len(getattr(self, name)) != 4:
+                raise ValueError(f"{name}: found {getattr(self, name)}; accepted: four numbers")
         if self.patch_embed not in get_args(PatchEmbedKind):
             raise ValueError(
                 f"patch_embed: found {self.patch_embed!r}; accepted: {', '.join(get_args(PatchEmbedKind))}"
