@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
-
     from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+    from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 
 IMAGE_SIZE = 84
 # depth n gives n - 1 useful blocks: the features are those of the second-to-last block, as in the real model.
@@ -39,6 +38,7 @@ def student_config() -> OpenVLAConfig:
     """The configuration; change a field of the result to try another size."""
     from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 
+    inherited: dict[str, Any] = {"tie_word_embeddings": True}  # a field of transformers' base class
     return OpenVLAConfig(
         vision_backbone_id="dinosiglip-vit-so-224px",
         llm_backbone_id="llama2-7b-pure",
@@ -51,16 +51,15 @@ def student_config() -> OpenVLAConfig:
         image_sizes=[IMAGE_SIZE, IMAGE_SIZE],
         text_config=dict(TEXT_CONFIG),
         pad_token_id=32000,
-        tie_word_embeddings=True,
         norm_stats={},
+        **inherited,
     )
 
 
 def build_processor() -> PrismaticProcessor:
     """Tokenizer and image processor of the mini student."""
-    from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor, PrismaticProcessor
-
     from experiments.mini.make_tokenizer import build_tokenizer
+    from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor, PrismaticProcessor
 
     image_processor = PrismaticImageProcessor(
         use_fused_vision_backbone=True,
@@ -82,7 +81,7 @@ def build_student(seed: int) -> tuple[OpenVLAForActionPrediction, PrismaticProce
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = OpenVLAForActionPrediction(student_config())
+        model: Any = OpenVLAForActionPrediction(student_config())
     model.vision_backbone.set_num_images_in_input(2)
     processor = build_processor()
     fillers = [token_id for token, token_id in processor.tokenizer.get_vocab().items() if is_filler(token)]

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -48,11 +48,12 @@ def parse_tasks(spec: str, flag: str = "tasks") -> list[tuple[str, int]]:
     tasks = []
     for part in spec.split(";"):
         match = re.fullmatch(r"\s*(\w+):([\d,\s-]+)", part)
-        ranges = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", piece) for piece in match[2].split(",")] if match else [None]
-        if match is None or None in ranges:
+        ranges = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", piece) for piece in match[2].split(",")] if match else []
+        found = [piece for piece in ranges if piece is not None]
+        if match is None or len(found) < len(ranges):
             accepted = "SUITE:NUMBERS[;SUITE:NUMBERS], as libero_goal:0-3,8"
             raise UsageError(f"--{flag}: cannot read {part!r}; accepted: {accepted}")
-        for piece in ranges:
+        for piece in found:
             first = int(piece[1])
             tasks += [(match[1], number) for number in range(first, int(piece[2] or first) + 1)]
     return tasks
@@ -228,7 +229,8 @@ def main(cfg: TeacherDataConfig) -> None:
                 frames.append(frame)
                 progress.advance(bar)
             with atomic_path(shard) as temporary:
-                np.savez_compressed(temporary, **{key: np.stack([f[key] for f in frames]) for key in frames[0]})
+                arrays: dict[str, Any] = {key: np.stack([f[key] for f in frames]) for key in frames[0]}
+                np.savez_compressed(temporary, **arrays)
     print(f"{cfg.out}: {len(tasks)} tasks, {len(tasks) * cfg.episodes * cfg.frames} frames")
 
 

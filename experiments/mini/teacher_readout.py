@@ -32,6 +32,13 @@ class Prediction:
 class Scale(nn.Module):
     """Mean and deviation of log-depth, points and cameras over the training frames."""
 
+    depth_mean: Tensor
+    depth_std: Tensor
+    points_mean: Tensor
+    points_std: Tensor
+    camera_mean: Tensor
+    camera_std: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         for name, size in (("depth", 1), ("points", POINT_DIM), ("camera", CAMERA_DIM)):
@@ -144,5 +151,5 @@ def scores(predicted: Targets, target: Targets) -> dict[str, Tensor]:
 
 def summarize(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     """Means of the scores of several batches."""
-    total = {name: sum(batch[name] for batch in batches) for name in batches[0]}
+    total = {name: torch.stack([batch[name] for batch in batches]).sum(dim=0) for name in batches[0]}
     return {name: round(float(value[0] / value[1].clamp(min=1)), 5) for name, value in total.items()}

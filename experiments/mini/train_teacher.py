@@ -176,7 +176,8 @@ class Trainer:
 
         decay = min(self.cfg.ema_decay, self.step / (self.step + _EMA_WARMUP))
         with torch.no_grad():
-            new, old = list(self.model.parameters()), list(self.average.parameters())
+            new: list[torch.Tensor] = list(self.model.parameters())
+            old: list[torch.Tensor] = list(self.average.parameters())
             torch._foreach_lerp_(old, new, 1 - decay)
 
     def evaluate(self) -> dict[str, Any]:
@@ -317,19 +318,20 @@ def main(cfg: TrainTeacherConfig) -> None:
     if (cfg.out / CHECKPOINT).is_file():
         trainer.load(cfg.out / CHECKPOINT)
     _train(trainer)
+    held_out_scores = trainer.evaluate()
     report = {
         "train_frames": len(train),
         "held_out_frames": len(held_out),
         "steps": trainer.step,
         "train_seconds": round(trainer.seconds),
         "control": cfg.control,
-        "held_out": trainer.evaluate(),
+        "held_out": held_out_scores,
     }
     evaluation = json.dumps(report, indent=2) + "\n"
     atomic_write(cfg.out / "evaluation.json", evaluation)
     if cfg.weights is not None:
         _write_weights(trainer, cfg.weights, evaluation)
-    for name, values in report["held_out"].items():
+    for name, values in held_out_scores.items():
         print(f"{name:13}", " ".join(f"{key} {value:.3f}" for key, value in values.items()))
 
 

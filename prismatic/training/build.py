@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from prismatic.training.checkpoint import VISION_COMPONENT, component_file, load_component
 from prismatic.training.config import TrainConfig, load_json
@@ -78,12 +77,12 @@ def load_processor(sources: Sources) -> Any:
     return PrismaticProcessor.from_pretrained(sources.base)
 
 
-def load_vla(config: TrainConfig, sources: Sources, platform: Platform, dtype: torch.dtype) -> nn.Module:
+def load_vla(config: TrainConfig, sources: Sources, platform: Platform, dtype: torch.dtype) -> Any:
     """The base model with LoRA: new, or the checkpoint's when resuming."""
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
     from prismatic.models.lora import add_lora, load_lora
 
-    vla = OpenVLAForActionPrediction.from_pretrained(sources.base, dtype=dtype)
+    vla: Any = OpenVLAForActionPrediction.from_pretrained(sources.base, dtype=dtype)
     vla.vision_backbone.set_num_images_in_input(config.num_images_in_input)
     vla.config.platform = platform.to_dict()
     if config.gradient_checkpointing:
@@ -98,14 +97,14 @@ def load_vla(config: TrainConfig, sources: Sources, platform: Platform, dtype: t
     return vla
 
 
-def _wrap_film(vla: nn.Module) -> None:
+def _wrap_film(vla: Any) -> None:
     from prismatic.models.film_vit_wrapper import FiLMedPrismaticVisionBackbone
 
     base = vla.get_base_model() if hasattr(vla, "get_base_model") else vla
     base.vision_backbone = FiLMedPrismaticVisionBackbone(vision_backbone=base.vision_backbone, llm_dim=base.llm_dim)
 
 
-def build_parts(config: TrainConfig, sources: Sources, vla: nn.Module, platform: Platform) -> PolicyParts:
+def build_parts(config: TrainConfig, sources: Sources, vla: Any, platform: Platform) -> PolicyParts:
     """The policy's heads; weights come from the folder of --vla_path when it holds them, else they are new."""
     from prismatic.models.action_heads import DiffusionActionHead, L1RegressionActionHead
     from prismatic.models.projectors import NoisyActionProjector, ProprioProjector

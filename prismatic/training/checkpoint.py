@@ -67,16 +67,16 @@ def load_component(module: nn.Module, file: Path) -> None:
         raise UsageError(f"{file}: does not fit the model: {' '.join(str(error).split())[:300]}") from None
 
 
-def _save_model(folder: Path, vla: nn.Module, *, merge: bool) -> None:
+def _save_model(folder: Path, vla: Any, *, merge: bool) -> None:
     """LoRA: the adapter and, when asked, the merged model, formed from copies; else the whole model."""
     if not isinstance(vla, PeftModel):
         vla.save_pretrained(folder)
         return
-    vla.save_pretrained(folder / "lora_adapter")
+    vla.save_pretrained(str(folder / "lora_adapter"))
     if merge:
-        base = vla.get_base_model()
-        alpha = vla.peft_config[vla.active_adapter].lora_alpha
-        base.save_pretrained(folder, state_dict=merge_lora_state_dict(base.state_dict(), alpha))
+        base: Any = vla.get_base_model()
+        lora: Any = vla.peft_config[vla.active_adapter]
+        base.save_pretrained(folder, state_dict=merge_lora_state_dict(base.state_dict(), lora.lora_alpha))
 
 
 def _random_state() -> dict[str, Any]:

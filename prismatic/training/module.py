@@ -59,7 +59,7 @@ class TrainableVLA(nn.Module):
         use_film: bool = False,
     ) -> None:
         super().__init__()
-        self.vla = parts.vla
+        self.vla: Any = parts.vla
         self.action_head = parts.action_head
         self.proprio_projector = parts.proprio_projector
         self.noisy_action_projector = parts.noisy_action_projector

@@ -20,10 +20,13 @@ from prismatic.vla.platforms import Platform
 
 @dataclass
 class PolicyParts:
-    """The modules a policy is made of; absent ones are None."""
+    """The modules a policy is made of; absent ones are None.
 
-    vla: nn.Module
-    action_head: nn.Module | None = None
+    `vla` is the model or the PEFT wrapper that passes attributes on to it; `action_head` is an L1 or diffusion head.
+    """
+
+    vla: Any
+    action_head: Any = None
     proprio_projector: nn.Module | None = None
     noisy_action_projector: nn.Module | None = None
 

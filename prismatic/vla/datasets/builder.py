@@ -120,7 +120,7 @@ def open_dataset(data_root_dir: Path, name: str, spec: DatasetSpec, platform: Pl
 
 
 def _names(node: Any, prefix: str = "steps/") -> list[str]:
-    names = []
+    names: list[str] = []
     for key, value in node.items():
         names += _names(value, f"{prefix}{key}/") if hasattr(value, "items") else [prefix + key]
     return names

@@ -185,11 +185,11 @@ class RLDSDataset(Dataset):
         (action,), (proprio,) = _all_transitions(spec, [index])
         future = self.platform.chunk - 1
         lengths = np.diff(index.episode_start)
-        starts = [
+        by_episode = [
             begin + chunk_indices(int(length), 1, future).observations[:, 0]
             for begin, length in zip(index.episode_start[:-1], lengths, strict=True)
         ]
-        starts = np.concatenate(starts).astype(np.int64)
+        starts = np.concatenate(by_episode).astype(np.int64)
         if not len(starts):
             raise UsageError(
                 f"{split.folder}: split {split.split!r}: no episode has the {future + 1} steps of an action chunk "
