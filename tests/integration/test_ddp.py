@@ -1,0 +1,46 @@
+"""Two gloo processes: every trainable part's gradients are averaged, and the data are disjoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from prismatic.training.metrics import read_log
+
+
+def _launch(repo_root: Path, arguments: list[str]) -> None:
+    """Run a Python file in two processes on the CPU, where accelerate takes gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo_root), "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+
+def test_gradients_agree_on_both_ranks(
+    repo_root: Path, student_folder: Path, teacher_folder: Path, rlds_root: Path, tmp_path: Path
+) -> None:
+    worker = repo_root / "tests" / "integration" / "ddp_worker.py"
+    folders = (student_folder, teacher_folder, rlds_root, tmp_path)
+    _launch(repo_root, [str(worker), *map(str, folders)])
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0]["frames"] and not set(map(tuple, ranks[0]["frames"])) & set(map(tuple, ranks[1]["frames"]))
+    assert ranks[0]["local"] != ranks[1]["local"]
+    assert ranks[0]["synchronized"] == ranks[1]["synchronized"]
+    for part in ("lora_", "action_head.", "proprio_projector.", "align_projectors."):
+        mine = {name: norm for name, norm in ranks[0]["synchronized"].items() if part in name}
+        assert any(norm > 0 for norm in mine.values()), part
+
+
+def test_the_script_trains_on_two_processes(
+    repo_root: Path, student_folder: Path, teacher_folder: Path, rlds_root: Path, tmp_path: Path
+) -> None:
+    flags = f"""--vla_path {student_folder} --vggt_path {teacher_folder} --data_root_dir {rlds_root}
+        --run_root_dir {tmp_path} --run_id_override run --num_images_in_input 2 --use_proprio True --batch_size 2
+        --max_steps 2 --num_workers 0
+        --lora_rank 4 --trackers none --merge_lora_during_training False --wandb_log_freq 1"""
+    _launch(repo_root, ["vla-scripts/finetune.py", *flags.split()])
+    assert [row["step"] for row in read_log(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert (tmp_path / "run--2_chkpt" / "align_projectors--2_checkpoint.pt").is_file()
