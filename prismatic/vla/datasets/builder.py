@@ -83,6 +83,7 @@ def open_dataset(data_root_dir: Path, name: str, spec: DatasetSpec, platform: Pl
             actions or states whose width is not the platform's.
     """
     import tensorflow_datasets as tfds
+    from google.protobuf.json_format import Error as ProtobufJSONError
 
     folder = find_version_folder(data_root_dir, name)
     for required in ("dataset_info.json", "features.json"):
@@ -91,7 +92,7 @@ def open_dataset(data_root_dir: Path, name: str, spec: DatasetSpec, platform: Pl
     try:
         info = tfds.builder_from_directory(folder).info
         steps = info.features["steps"].feature
-    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+    except (ProtobufJSONError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(
             f"{folder}: dataset_info.json or features.json is no valid RLDS description: {reason}"

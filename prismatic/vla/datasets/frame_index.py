@@ -188,7 +188,7 @@ def _load(path: Path, identity: dict[str, Any], split: SplitFiles) -> FrameIndex
             if header["fingerprint"] != identity:
                 return None
             arrays = {name: stored[name] for name in _ARRAYS}
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None  # absent, from another version or damaged: built anew
     return FrameIndex(shards=split.shards, instructions=tuple(header["instructions"]), **arrays)
 
