@@ -21,16 +21,31 @@ WEIGHT_NAMES = ("model.safetensors", "model.pt")
 AGGREGATOR_PREFIX = "aggregator."
 # Parts of a VGGT checkpoint that reading features does not need.
 HEAD_PREFIXES = ("camera_head.", "depth_head.", "point_head.", "track_head.")
+# A repository of the model hub, such as facebook/VGGT-1B.
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BLOCK = re.compile(r"aggregator\.(?:frame|global)_blocks\.(\d+)\.")
 
 
+def _download(hub_id: str) -> Path:
+    """The local snapshot of a hub repository, downloaded when it is not there yet."""
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=[CONFIG_NAME, WEIGHT_NAMES[0]]))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{hub_id}: no such file or folder here, and not to be had from the hub: {reason}") from error
+
+
 def find_weights(path: str | Path) -> tuple[Path, VGGTConfig]:
-    """The weight file at `path` (a folder or a file) and its sizes: those of config.json beside it, else VGGT-1B's.
+    """The weight file at `path` (a folder, a file or a hub id) and its sizes: config.json's beside it, else VGGT-1B's.
 
     Raises:
         ValueError: nothing there, naming what is accepted.
     """
     place = Path(path)
+    if not place.exists() and _HUB_ID.fullmatch(str(path)) and not place.parent.is_dir():
+        place = _download(str(path))
     if place.is_dir():
         weights = next((place / name for name in WEIGHT_NAMES if (place / name).is_file()), None)
         if weights is None:

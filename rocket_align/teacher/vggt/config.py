@@ -81,7 +81,7 @@ class VGGTConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> VGGTConfig:
-        """Read a config.json.
+        """Read a config.json: our own, or that of a released VGGT, which names fewer sizes and the heads it has.
 
         Raises:
             ValueError: not JSON, or a field this class does not have.
@@ -91,6 +91,9 @@ class VGGTConfig:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not valid JSON ({error})") from error
         values.pop("model_type", None)
+        if "img_size" in values:
+            values["image_size"] = values.pop("img_size")
+        values = {name: value for name, value in values.items() if not name.startswith("enable_")}
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
