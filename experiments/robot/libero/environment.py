@@ -95,7 +95,7 @@ class LiberoEnv:
         self._model = self._domain.sim.model._model
         self._data = self._domain.sim.data._data
         self._scratch = copy.copy(self._data)  # Kinematics of the sampled moment, for drawing.
-        self._pristine = {name: getattr(self._model, name).copy() for name in _MODEL_FIELDS}
+        self._pristine = self._pristine_model()
         self._pristine_visuals = {name: dict(vis) for name, vis in self._visual_flags()}
         self.reset(None)
 
@@ -223,37 +223,46 @@ class LiberoEnv:
 
     def _rebuild(self, seed: int) -> None:
         """What robosuite's hard reset arrives at, on the model that is already compiled."""
-        import mujoco
-
-        domain = self._domain
         outer_random = np.random.get_state()  # noqa: NPY002 - LIBERO's samplers use the global generator
         try:
             np.random.seed(seed)  # noqa: NPY002
-            for _ in range(_MAX_PLACEMENT_TRIES):
-                mujoco.mj_resetData(self._model, self._data)
-                for name, value in self._pristine.items():
-                    getattr(self._model, name)[:] = value
-                for name, flags in self._visual_flags():
-                    flags.update(self._pristine_visuals[name])
-                self._robot.gripper.current_action = np.zeros(self._robot.gripper.dof)
-                domain.sim.forward()
-                if self._place_objects():
-                    break
-            else:
+            if not any(self._place() for _ in range(_MAX_PLACEMENT_TRIES)):
                 raise RuntimeError(f"{self.task.name}: no valid placement in {_MAX_PLACEMENT_TRIES} tries, seed {seed}")
         finally:
             np.random.set_state(outer_random)  # noqa: NPY002
-        domain.sim.forward()
-        domain.visualize(vis_settings=dict.fromkeys(domain._visualizations, False))
+        self._domain.sim.forward()
+        self._domain.visualize(vis_settings=dict.fromkeys(self._domain._visualizations, False))
 
-    def _place_objects(self) -> bool:
+    def _place(self) -> bool:
+        """Clear the simulation and draw one placement; False if the sampler found no room."""
+        import mujoco
         from robosuite.utils.errors import RandomizationError
 
+        mujoco.mj_resetData(self._model, self._data)
+        for name, value in self._pristine.items():
+            getattr(self._model, name)[:] = value
+        for name, flags in self._visual_flags():
+            flags.update(self._pristine_visuals[name])
+        self._robot.gripper.current_action = np.zeros(self._robot.gripper.dof)
+        self._domain.sim.forward()
         try:
             self._domain._reset_internal()
         except RandomizationError:
             return False
         return True
+
+    def _pristine_model(self) -> dict[str, np.ndarray]:
+        """The model's changeable fields as compiled: fixtures at their files' poses, which the first reset moved.
+
+        LIBERO's sampler needs them there, since it adds a fixture's drawn pose to where its sites are before the move.
+        """
+        fields = {name: getattr(self._model, name).copy() for name in _MODEL_FIELDS}
+        for fixture in self._domain.fixtures_dict.values():
+            element = self._domain.model.worldbody.find(f".//body[@name='{fixture.root_body}']")
+            index = self._model.body(fixture.root_body).id
+            fields["body_pos"][index] = np.fromstring(element.get("pos", "0 0 0"), sep=" ")
+            fields["body_quat"][index] = np.fromstring(element.get("quat", "1 0 0 0"), sep=" ")
+        return fields
 
     def _tick(self, kinematics_qpos: np.ndarray) -> None:
         """Advance robosuite's sensor clock by one physics step; sample when its sensors would."""

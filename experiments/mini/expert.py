@@ -1,0 +1,220 @@
+"""A scripted expert for LIBERO's pick-and-place tasks, from privileged state through the robot's normal actions.
+
+It solves goals of one predicate, "in" or "on", whose object can be grasped from above: all of libero_object, most of
+libero_spatial, some of libero_goal. Drawers, knobs and tasks of two objects are out of its reach.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from experiments.mini.geometry import Scene
+from experiments.mini.grasp import Grasp, plan_grasp
+from experiments.robot.libero.environment import LiberoEnv
+from prismatic.util.errors import UsageError
+
+OPEN, CLOSE = -1.0, 1.0
+MAX_STEPS = 260
+_STEP = 0.05  # Meters of hand motion that an action of 1.0 asks for.
+_TURN = 0.5  # Radians.
+_GAIN = 3.0
+_PHASE_LIMIT = 60
+_STALL_STEPS = 8
+_CLOSE_STEPS, _OPEN_STEPS = 12, 8
+_HOVER, _CLEAR, _ABOVE, _RETREAT = 0.08, 0.03, 0.04, 0.08
+_GRIP_SITE, _FINGERS = "gripper0_grip_site", ("gripper0_leftfinger", "gripper0_rightfinger")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What to put where: `kind` is "in" or "on"; `item` and `target` name bodies or sites of the task."""
+
+    kind: str
+    item: str
+    target: str
+
+
+def read_goal(env: LiberoEnv) -> Goal:
+    """The goal of the environment's task.
+
+    Raises:
+        UsageError: the expert cannot solve this kind of task.
+    """
+    goals = env.domain.parsed_problem["goal_state"]
+    if (
+        len(goals) == 1
+        and len(goals[0]) == 3
+        and goals[0][0] in ("in", "on")
+        and goals[0][1] in env.domain.objects_dict
+    ):
+        return Goal(*goals[0])
+    raise UsageError(
+        f"the scripted expert cannot solve {env.task.suite} task {env.task.task_id} ({env.instruction!r}): its goal is "
+        f"{goals}; it can put one object in or on something"
+    )
+
+
+class Expert:
+    """Acts in `env` from the moment it is made: plans then, and steers by feedback at every step.
+
+    Make it when the objects have settled. `act` gives the clean action for the current state; whoever executes it may
+    add noise, and the next action corrects.
+
+    Raises:
+        UsageError: see :func:`read_goal`.
+    """
+
+    def __init__(self, env: LiberoEnv) -> None:
+        self._env, self._goal = env, read_goal(env)
+        self._model, self._data = env.domain.sim.model._model, env.domain.sim.data._data
+        self._scene = Scene(self._model, self._data)
+        self._item_root = self._scene.root(env.domain.objects_dict[self._goal.item].root_body)
+        self._robot_roots = {self._scene.root(_FINGERS[0]), self._scene.root("robot0_base")}
+        self._target_xy = self._find_target_xy()
+        self.grasp: Grasp = self._plan()
+        self._carry_bottom = self._find_carry_height()
+        self._phases = ("hover", "descend", "close", "lift", "carry", "lower", "open", "retreat")
+        self._phase, self._count = 0, 0
+        self._nearest, self._since_nearest = float("inf"), 0
+        self._release: np.ndarray | None = None
+        self.failed = False
+
+    @property
+    def phase(self) -> str:
+        """Name of the current phase, "done" at the end."""
+        return self._phases[self._phase] if self._phase < len(self._phases) else "done"
+
+    @property
+    def delicate(self) -> bool:
+        """Whether the hand must be precise now, so that noise on the action should be small."""
+        return self.phase in ("descend", "close", "lower", "open")
+
+    @property
+    def done(self) -> bool:
+        """Whether the last phase has ended (or the expert gave up, see `failed`)."""
+        return self.phase == "done" or self.failed
+
+    def act(self) -> np.ndarray:
+        """The clean action (7,) for the current state."""
+        error, limit, tolerance = self._position_error()
+        turn = self._turn_error()
+        arrived = np.linalg.norm(error) < tolerance and (self.phase != "hover" or np.linalg.norm(turn) < 0.12)
+        waiting = {"close": _CLOSE_STEPS, "open": _OPEN_STEPS}.get(self.phase)
+        gripper = CLOSE if self.phase in ("close", "lift", "carry", "lower") else OPEN
+        self._count += 1
+        arrived = arrived or self._stalled(float(np.linalg.norm(error)))
+        if self._count >= waiting if waiting is not None else arrived:
+            self._advance()
+        elif self._count > _PHASE_LIMIT:
+            self.failed = True
+        motion = _GAIN * error / _STEP
+        motion *= min(1.0, limit / max(float(np.linalg.norm(motion)), 1e-9))
+        return np.concatenate([motion, np.clip(turn / _TURN, -0.5, 0.5), [gripper]])
+
+    def _stalled(self, distance: float) -> bool:
+        """Whether something holds the hand up short of its goal, near enough to go on: a support, or the object's top."""
+        if distance < self._nearest - 0.001:
+            self._nearest, self._since_nearest = distance, 0
+        else:
+            self._since_nearest += 1
+        return self._since_nearest >= _STALL_STEPS and distance < {"lower": 0.04, "descend": 0.015}.get(self.phase, 0.0)
+
+    def _advance(self) -> None:
+        if self.phase == "lower":
+            self._release = self._hand_position()
+        self._phase, self._count = self._phase + 1, 0
+        self._nearest, self._since_nearest = float("inf"), 0
+
+    def _hand_position(self) -> np.ndarray:
+        return self._data.site(_GRIP_SITE).xpos.copy()
+
+    def _hand_yaw(self) -> float:
+        along = self._data.site(_GRIP_SITE).xmat.reshape(3, 3) @ self._closing_axis
+        return float(np.arctan2(along[1], along[0]))
+
+    def _turn_error(self) -> np.ndarray:
+        """Rotation vector (3,) from the hand's orientation to "straight down, fingers along the grasp's yaw"."""
+        site = self._data.site(_GRIP_SITE).xmat.reshape(3, 3)
+        closing, approach = site @ self._closing_axis, site[:, 2]
+        wanted = np.array([np.cos(self.grasp.yaw), np.sin(self.grasp.yaw), 0.0])
+        down = np.array([0.0, 0.0, -1.0])
+        current_frame = np.column_stack([closing, np.cross(approach, closing), approach])
+        wanted_frame = np.column_stack([wanted, np.cross(down, wanted), down])
+        return Rotation.from_matrix(wanted_frame @ current_frame.T).as_rotvec()
+
+    def _position_error(self) -> tuple[np.ndarray, float, float]:
+        """Where the hand should go (3,), the largest action norm, and how near is near enough (meters)."""
+        hand = self._hand_position()
+        if self.phase in ("hover", "descend", "close"):
+            goal = self.grasp.position + np.array([0.0, 0.0, _HOVER if self.phase == "hover" else 0.0])
+            return goal - hand, 1.0 if self.phase == "hover" else 0.6, 0.012 if self.phase == "hover" else 0.006
+        if self.phase in ("open", "retreat", "done"):
+            assert self._release is not None
+            rise = 0.0 if self.phase == "open" else _RETREAT
+            return self._release + np.array([0.0, 0.0, rise]) - hand, 1.0, 0.015
+        item = self._scene.points(self._item_root)
+        body = self._data.xpos[self._item_root]
+        lift = self._carry_bottom - item[:, 2].min()
+        if self.phase == "lift":
+            return np.array([0.0, 0.0, lift]), 1.0, 0.02
+        aside = self._target_xy - body[:2]
+        if self.phase == "carry":
+            return np.array([*aside, lift]), 1.0, 0.012
+        return np.array([*aside, self._release_bottom - item[:, 2].min()]), 0.5, 0.008
+
+    def _find_target_xy(self) -> np.ndarray:
+        names = self._env.domain
+        if self._goal.target in names.objects_dict or self._goal.target in names.fixtures_dict:
+            body = names.get_object(self._goal.target).root_body
+            return self._data.body(body).xpos[:2].copy()
+        return self._data.site(self._goal.target).xpos[:2].copy()
+
+    def _obstacles(self) -> dict[int, np.ndarray]:
+        """Points of everything but the robot, the object and the room itself."""
+        skipped = self._robot_roots | {self._item_root, 0}
+        return {root: self._scene.points(root) for root in self._scene.roots() if root not in skipped}
+
+    def _plan(self) -> Grasp:
+        self._closing_axis = self._find_closing_axis()
+        obstacles = list(self._obstacles().values())
+        everything = np.concatenate(obstacles) if obstacles else np.zeros((0, 3))
+        return plan_grasp(self._scene.points(self._item_root), everything, self._hand_yaw())
+
+    def _find_closing_axis(self) -> np.ndarray:
+        """The axis (3,) of the grip site's frame along which the fingers close, signed from right to left finger."""
+        along = self._data.body(_FINGERS[0]).xpos - self._data.body(_FINGERS[1]).xpos
+        in_site = self._data.site(_GRIP_SITE).xmat.reshape(3, 3).T @ along
+        axis = np.zeros(3)
+        nearest = int(np.argmax(np.abs(in_site)))
+        axis[nearest] = np.sign(in_site[nearest])
+        return axis
+
+    def _find_carry_height(self) -> float:
+        """Height of the object's lowest point on its way: above all that stands near the path, the target's rim included."""
+        start = self.grasp.position[:2]
+        path = self._target_xy - start
+        highest = 0.0
+        supports = [0.0]
+        for points in self._obstacles().values():
+            along = np.clip((points[:, :2] - start) @ path / max(float(path @ path), 1e-9), 0.0, 1.0)
+            away = np.linalg.norm(points[:, :2] - start - along[:, None] * path, axis=1)
+            beyond = np.linalg.norm(points[:, :2] - start, axis=1) > 0.06
+            close = points[(away < 0.09) & beyond]
+            highest = max(highest, float(close[:, 2].max()) if len(close) else 0.0)
+            around = np.linalg.norm(points[:, :2] - self._target_xy, axis=1)
+            under = points[around < (0.04 if self._goal.kind == "on" else 0.12)]
+            supports += [float(under[:, 2].max())] if len(under) else []
+        support = max(supports)
+        self._release_bottom = support + (0.006 if self._goal.kind == "on" else -0.03)
+        bottom = float(self._scene.points(self._item_root)[:, 2].min())
+        return max(highest + _CLEAR, support + _ABOVE, bottom + 0.04)
+
+
+def settle(env: LiberoEnv, steps: int = 10) -> None:
+    """Let objects come to rest: `steps` no-op actions with the gripper open, as the evaluation protocol does."""
+    action = np.array([0.0] * 6 + [OPEN])
+    for _ in range(steps):
+        env.step(action)
