@@ -86,7 +86,8 @@ class SinusoidalPositionalEncoding(nn.Module):
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         """(B,) -> (B, dim), float32."""
         half = self.dim // 2
-        exponent = torch.arange(half, device=timesteps.device) * -(math.log(10000) / (half - 1))
+        # Product before quotient: rounding in this order is upstream's, and sampling amplifies any difference.
+        exponent = -math.log(10000) * torch.arange(half, device=timesteps.device) / (half - 1)
         angles = timesteps[:, None] * exponent.exp()[None]
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
 

@@ -247,7 +247,6 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         noisy_action_projector: nn.Module | None = None,
         diffusion_timestep_embeddings: torch.Tensor | None = None,
         use_film: bool = False,
-        **_: Any,
     ) -> PrismaticCausalLMOutputWithPast:
         """One pass over [BOS | patches (| proprio | time) | text].
 
@@ -379,9 +378,8 @@ def _next_token_loss(logits: torch.Tensor, labels: torch.Tensor, num_prefix: int
 
     The logits that predict labels[:, 1:] end at the second-to-last position; labels[:, 0] (BOS) predicts nothing.
     """
-    targets = labels[:, 1:]
-    kept = targets != IGNORE_INDEX
-    return F.cross_entropy(logits[:, num_prefix:-1][kept].float(), targets[kept])
+    relevant = logits[:, num_prefix:-1].float().flatten(0, 1)
+    return F.cross_entropy(relevant, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX)
 
 
 class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
@@ -424,7 +422,7 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         noisy_action_projector: nn.Module | None = None,
         use_film: bool = False,
         initial_noise: torch.Tensor | None = None,
-        **_: Any,
+        do_sample: bool = False,
     ) -> tuple[np.ndarray, torch.Tensor]:
         """Action chunks for a batch of prompts (right padded; lengths may differ) and images.
 
@@ -432,10 +430,13 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         for one sample, normalized. An L1 head, a diffusion head (with its `noisy_action_projector`) or, without a head,
         the action tokens decide the actions. Token 29871 is appended to prompts that do not end in it. Diffusion
         starts from `initial_noise` (B, T, A) when given, else from torch's global generator.
+        do_sample can only be False, decoding is greedy; the argument is there for upstream's callers.
 
         Returns un-normalized actions (B, T, A) (float64; units of the data set `unnorm_key`) and the hidden states of
-        the action tokens (B, T*A, D). Raises ValueError for an unknown `unnorm_key`.
+        the action tokens (B, T*A, D). Raises ValueError for an unknown `unnorm_key` and for do_sample=True.
         """
+        if do_sample:
+            raise ValueError("do_sample: found True; accepted: False, actions are decoded greedily")
         statistics = self.get_action_stats(unnorm_key)
         inputs = self._append_action_tokens(input_ids, _as_bool_mask(attention_mask, input_ids))
         text = self.get_input_embeddings()(inputs.input_ids)
