@@ -1,8 +1,9 @@
 """TFRecord files and the tf.train.Example messages in them, as byte positions.
 
-TFDS can deserialize an episode with NumPy, but only as a whole: every random frame would cost a read and a parse of the
-episode (6 MB for LIBERO, measured 20 times the cost of the frame). It also does not tell where a JPEG lies in the file.
-So TFDS reads the schema and the shard list, and this module finds the bytes; a test compares the two on every value.
+TFDS can deserialize an episode with NumPy, but only as a whole: a random frame would cost reading 5 MB (an episode of
+LIBERO) and 0.6 ms of parsing, against two reads of 20 kB at known places, 0.005 ms. It does not tell where a JPEG lies
+in its file. So TFDS reads the schema and the shard list, and this module finds the bytes; a test compares the two on
+every value.
 
 Layout of a record: length (u64), masked CRC-32C of those 8 bytes (u32), payload, masked CRC-32C of the payload (u32).
 """
