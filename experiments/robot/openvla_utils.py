@@ -1,8 +1,8 @@
 """From a checkpoint folder to a policy that answers robots, singly as upstream's functions do or in batches.
 
-`get_vla`, `get_processor`, `get_action_head`, `get_proprio_projector`, `get_noisy_action_projector` and `get_vla_action`
-have upstream's signatures; `cfg` is any object with upstream's flags as attributes. :class:`OpenVLAPolicy` is what our
-own rollouts and server use.
+`get_vla`, `get_processor`, `get_action_head`, `get_proprio_projector`, `get_noisy_action_projector` and
+`get_vla_action` have upstream's signatures; `cfg` is any object with upstream's flags as attributes.
+:class:`OpenVLAPolicy` is what our own rollouts and server use.
 
 Not obvious:
 - Nothing in a checkpoint is executed or changed: own model classes, safetensors or `weights_only` loading.
@@ -15,6 +15,7 @@ Not obvious:
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -327,7 +328,7 @@ def _load_film(vla: Any, file: Path) -> None:
     from prismatic.models.film_vit_wrapper import load_film_backbone
 
     try:
-        load_film_backbone(vla, torch.load(file, map_location="cpu", weights_only=True))
+        load_film_backbone(vla, _read_state_dict(file))
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"{file}: {' '.join(str(error).split())[:300]}") from error
 
@@ -336,11 +337,19 @@ def _load_component(cfg: Any, module: nn.Module, name: str, flag: str) -> nn.Mod
     """Load `{name}--*_checkpoint.pt` of the checkpoint into `module`, on the policy's device and in its type."""
     file = component_file(_checkpoint_of(cfg), name, flag)
     try:
-        module.load_state_dict(strip_module_prefix(torch.load(file, map_location="cpu", weights_only=True)))
+        module.load_state_dict(strip_module_prefix(_read_state_dict(file)))
     except RuntimeError as error:
         raise UsageError(f"{file}: does not fit the model: {' '.join(str(error).split())[:300]}") from error
     device = resolve_device(getattr(cfg, "device", "auto"))
     return module.to(device, resolve_dtype(getattr(cfg, "dtype", "auto"), device)).eval()
+
+
+def _read_state_dict(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a `torch.save` file; anything but tensors in it is refused without being run."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise UsageError(f"{file}: not a readable file of tensors ({' '.join(str(error).split())[:120]})") from error
 
 
 def _crop(image: Array, size: tuple[int, int]) -> Array:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -50,7 +51,7 @@ _POLICY_FLAGS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked evaluation: how episodes run, which ones, and with which checkpoint (None: a policy given as an object)."""
+    """A checked evaluation: how episodes run, which ones, and the checkpoint (None when the policy is an object)."""
 
     protocol: Protocol
     episodes: tuple[Episode, ...]
@@ -74,6 +75,7 @@ def make_plan(config: Any, *, with_checkpoint: bool = True) -> Plan:
         render=config.render,
         env_seed=config.env_seed,
     )
+    tasks.num_tasks(suite)
     if not with_checkpoint:
         return Plan(protocol, _episodes(config), None, config.unnorm_key)
     checkpoint = open_checkpoint(config.pretrained_checkpoint, config.base_checkpoint or None)
@@ -260,7 +262,7 @@ def run_identity(config: Any, plan: Plan, numerics: Sequence[str]) -> dict[str, 
 
 
 def run_environment(config: Any) -> dict[str, Any]:
-    """What is worth recording but may differ between the parts of a run: where the checkpoint lay, versions, machine."""
+    """What is recorded but may differ between the parts of a run: where the checkpoint lay, versions, machine."""
     packages = ("rocket-vla", "torch", "transformers", "timm", "peft", "numpy")
     return {
         "checkpoint": config.pretrained_checkpoint,
@@ -285,6 +287,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@functools.lru_cache(maxsize=1)
 def _libero_distribution() -> str:
     owners = importlib.metadata.packages_distributions().get("libero", [])
     return ", ".join(f"{owner} {_version(owner)}" for owner in sorted(set(owners)))

@@ -6,8 +6,10 @@ upright picture mirrored left to right. Depth, segmentation and intrinsics use t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes.util
+import importlib
 import os
 import weakref
 from dataclasses import dataclass
@@ -23,12 +25,22 @@ _MAX_GEOMS = 1000
 _COLLISION_GROUP, _VISUAL_GROUP = 0, 1
 
 
+def _load_triton_first() -> None:
+    """Mesa's software renderer and triton, which torch imports late, both bring an LLVM.
+
+    A process in which Mesa's is loaded first dies of a segmentation fault when triton is imported; the other order works.
+    """
+    with contextlib.suppress(ImportError):
+        importlib.import_module("triton._C.libtriton")
+
+
 def choose_renderer() -> str:
     """Set MUJOCO_GL before MuJoCo is imported, unless it is set: EGL if its library is there, else OSMesa.
 
     Raises:
         UsageError: no off-screen OpenGL library is installed.
     """
+    _load_triton_first()
     chosen = os.environ.get("MUJOCO_GL", "").lower().strip()
     if chosen in ("egl", "osmesa", "glfw", "cgl", "wgl"):
         return chosen

