@@ -59,17 +59,17 @@ class FiLMedPrismaticVisionBackbone(nn.Module):
         """Data type of the backbone's weights."""
         return self.vision_backbone.dtype
 
-    def get_num_patches(self) -> int:
-        """Patches of one image."""
-        return self.vision_backbone.get_num_patches()
+    def set_num_images_in_input(self, num_images_in_input: int) -> None:
+        """Say how many images one sample has."""
+        self.vision_backbone.set_num_images_in_input(num_images_in_input)
 
     def get_num_images_in_input(self) -> int:
         """Images (camera views) of one sample."""
         return self.vision_backbone.get_num_images_in_input()
 
-    def set_num_images_in_input(self, num_images_in_input: int) -> None:
-        """Say how many images one sample has."""
-        self.vision_backbone.set_num_images_in_input(num_images_in_input)
+    def get_num_patches(self) -> int:
+        """Patches of one image."""
+        return self.vision_backbone.get_num_patches()
 
     def forward(self, pixel_values: torch.Tensor, language_embeddings: torch.Tensor) -> torch.Tensor:
         """Images (B, c*V, H, W) and mean language embedding (B, llm_dim) -> patch features (B, V*P, C).

@@ -212,25 +212,15 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         self.llm_dim = llm_dim
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embeddings of the language model."""
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embeddings of the language model."""
-        self.language_model.set_input_embeddings(value)
+    # transformers finds the input embeddings by itself, since the Llama is called `language_model`; not so the head.
 
     def get_output_embeddings(self) -> nn.Module:
-        """The language model's head."""
-        return self.language_model.get_output_embeddings()
+        """The language model's head, tokens from hidden states."""
+        return self.language_model.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the language model's head."""
-        self.language_model.set_output_embeddings(new_embeddings)
-
-    def get_decoder(self) -> nn.Module:
-        """The language model without its head."""
-        return self.language_model.model
+        """Give the language model another head."""
+        self.language_model.lm_head = new_embeddings
 
     def forward(  # noqa: PLR0913 - the interface of transformers and of upstream
         self,
@@ -309,7 +299,11 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         """Patches, then the proprio token, then the diffusion time token: (B, P + 0..2, D)."""
         parts = [patches]
         if proprio is not None and proprio_projector is not None:
-            state = proprio.reshape(patches.shape[0], -1).to(_input_dtype(proprio_projector, patches.dtype))
+            found, batch = tuple(proprio.shape), patches.shape[0]
+            width = getattr(proprio_projector, "proprio_dim", found[-1])
+            if proprio.numel() != batch * width:
+                raise ValueError(f"proprio: found shape {found}; accepted: ({batch}, {width}), one state per sample")
+            state = proprio.reshape(batch, width).to(_input_dtype(proprio_projector, patches.dtype))
             parts.append(proprio_projector(state).unsqueeze(1).to(patches.dtype))
         if time_embeddings is not None:
             parts.append(time_embeddings.to(patches.dtype))
