@@ -14,6 +14,7 @@ from scipy.spatial.transform import Rotation
 from experiments.mini.geometry import Scene
 from experiments.mini.grasp import Grasp, plan_grasp
 from experiments.robot.libero.environment import LiberoEnv
+from experiments.robot.libero.tasks import TaskSpec
 from prismatic.util.errors import UsageError
 
 OPEN, CLOSE = -1.0, 1.0
@@ -37,22 +38,21 @@ class Goal:
     target: str
 
 
-def read_goal(env: LiberoEnv) -> Goal:
-    """The goal of the environment's task.
+def read_goal(task: TaskSpec) -> Goal:
+    """The goal of a task, from its file.
 
     Raises:
         UsageError: the expert cannot solve this kind of task.
     """
-    goals = env.domain.parsed_problem["goal_state"]
-    if (
-        len(goals) == 1
-        and len(goals[0]) == 3
-        and goals[0][0] in ("in", "on")
-        and goals[0][1] in env.domain.objects_dict
-    ):
+    from libero.libero.envs.bddl_utils import robosuite_parse_problem
+
+    problem = robosuite_parse_problem(str(task.bddl_path))
+    goals = problem["goal_state"]
+    movable = {name for names in problem["objects"].values() for name in names}
+    if len(goals) == 1 and len(goals[0]) == 3 and goals[0][0] in ("in", "on") and goals[0][1] in movable:
         return Goal(*goals[0])
     raise UsageError(
-        f"the scripted expert cannot solve {env.task.suite} task {env.task.task_id} ({env.instruction!r}): its goal is "
+        f"the scripted expert cannot solve {task.suite} task {task.task_id} ({task.instruction!r}): its goal is "
         f"{goals}; it can put one object in or on something"
     )
 
@@ -68,7 +68,7 @@ class Expert:
     """
 
     def __init__(self, env: LiberoEnv) -> None:
-        self._env, self._goal = env, read_goal(env)
+        self._env, self._goal = env, read_goal(env.task)
         self._model, self._data = env.domain.sim.model._model, env.domain.sim.data._data
         self._scene = Scene(self._model, self._data)
         self._item_root = self._scene.root(env.domain.objects_dict[self._goal.item].root_body)
@@ -101,11 +101,11 @@ class Expert:
         """The clean action (7,) for the current state."""
         error, limit, tolerance = self._position_error()
         turn = self._turn_error()
-        arrived = np.linalg.norm(error) < tolerance and (self.phase != "hover" or np.linalg.norm(turn) < 0.12)
+        arrived = bool(np.linalg.norm(error) < tolerance and (self.phase != "hover" or np.linalg.norm(turn) < 0.12))
         waiting = {"close": _CLOSE_STEPS, "open": _OPEN_STEPS}.get(self.phase)
         gripper = CLOSE if self.phase in ("close", "lift", "carry", "lower") else OPEN
         self._count += 1
-        arrived = arrived or self._stalled(float(np.linalg.norm(error)))
+        arrived = self._stalled(float(np.linalg.norm(error))) or arrived
         if self._count >= waiting if waiting is not None else arrived:
             self._advance()
         elif self._count > _PHASE_LIMIT:
@@ -115,7 +115,7 @@ class Expert:
         return np.concatenate([motion, np.clip(turn / _TURN, -0.5, 0.5), [gripper]])
 
     def _stalled(self, distance: float) -> bool:
-        """Whether something holds the hand up short of its goal, near enough to go on: a support, or the object's top."""
+        """Whether something holds the hand up short of its goal, near enough to go on."""
         if distance < self._nearest - 0.001:
             self._nearest, self._since_nearest = distance, 0
         else:
@@ -193,7 +193,7 @@ class Expert:
         return axis
 
     def _find_carry_height(self) -> float:
-        """Height of the object's lowest point on its way: above all that stands near the path, the target's rim included."""
+        """Height of the object's lowest point on its way: above all near the path, the target's rim included."""
         start = self.grasp.position[:2]
         path = self._target_xy - start
         highest = 0.0

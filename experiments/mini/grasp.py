@@ -18,8 +18,8 @@ _HAND = (0.21, 0.066)  # Along and across the closing direction.
 _FINGER, _FINGER_OFFSET = (0.022, 0.022), 0.048
 _CLEARANCE = 0.012
 _CLEARANCE_COST = 100.0  # Per meter of missing clearance, against radians of rotation.
-# Rotations are taken from this half-open range of half a turn: not symmetric, so that +90 and -90 degrees, which are the
-# same grasp, always become +90.
+# Rotations are taken from this half-open range of half a turn: not symmetric, so that +90 and -90 degrees, which are
+# the same grasp, always become +90.
 _LOWEST_TURN = np.deg2rad(-75.0)
 
 
@@ -33,7 +33,7 @@ class Grasp:
 
 
 def canonical_turn(yaw: float, hand_yaw: float) -> float:
-    """The rotation in [-75, 105) degrees that brings the closing direction from `hand_yaw` to `yaw`, modulo half a turn."""
+    """The rotation in [-75, 105) degrees that brings the closing direction from `hand_yaw` to `yaw` or opposite."""
     return (yaw - hand_yaw - _LOWEST_TURN) % np.pi + _LOWEST_TURN
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -301,7 +300,6 @@ class LiberoEnv:
 
 def _build_domain(task: TaskSpec) -> Any:
     """The task's robosuite environment, with no cameras and no sensors of its own: both are read here instead."""
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):
         from libero.libero.envs.env_wrapper import ControlEnv
 

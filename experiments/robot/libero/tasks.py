@@ -12,6 +12,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def check_installation() -> None:
 @functools.lru_cache(maxsize=1)
 def _benchmark_module() -> Any:
     check_installation()
+    # robosuite warns about its optional private settings on every import.
+    logging.getLogger("robosuite_logs").addFilter(lambda record: record.levelno >= logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             from libero.libero import benchmark

@@ -1,0 +1,246 @@
+"""Collect demonstrations of the scripted expert in LIBERO as an RLDS dataset.
+
+    python -m experiments.mini.collect --suite libero_object --tasks 1,2 --episodes 30 --out data
+
+Object placements come from each task's own sampler, seeded by (seed, suite, task, episode): no official initial state
+is used, so all of them stay unseen for evaluation. The bytes do not depend on the number of workers. An interrupted run
+continues where it stopped: finished episodes wait in `<out>/<name>/.staging-*` until the dataset is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prismatic.util.cli import run
+from prismatic.util.errors import UsageError, unknown_name
+from prismatic.util.files import atomic_write
+
+# Part of what identifies a collection: raise it when the expert, the noise or the rendering changes.
+RECIPE_VERSION = 1
+_POLL_SECONDS = 0.5
+
+
+@dataclass
+class CollectConfig:
+    """Flags of the collection."""
+
+    suite: str = "libero_object"  # task suite
+    tasks: str = "all"  # task numbers, such as 1,2,5-7, or all
+    episodes: int = 30  # successful episodes a task
+    seed: int = 0  # of placements and noise
+    image_size: int = 128  # pixels; the published datasets have 256
+    render: str = "fast"  # fast or protocol
+    noise: bool = True  # perturb the executed action and the start; labels stay clean
+    workers: int = 2  # processes
+    max_attempts: int = 4  # placements tried for one episode before it is given up
+    out: Path = Path("data")  # folder of datasets
+    name: str = ""  # dataset name; default <suite>_no_noops
+
+    def __post_init__(self) -> None:
+        for flag, least in (("episodes", 1), ("image_size", 16), ("workers", 1), ("max_attempts", 1), ("seed", 0)):
+            if getattr(self, flag) < least:
+                raise UsageError(f"--{flag}: {getattr(self, flag)} found; accepted: {least} or more")
+        if self.render not in ("fast", "protocol"):
+            raise unknown_name("--render", self.render, ("fast", "protocol"))
+        self.out = Path(self.out).expanduser()
+        self.name = self.name or f"{self.suite}_no_noops"
+
+    def identity(self) -> dict[str, Any]:
+        """What the bytes of an episode depend on, beside its task and number."""
+        fields = ("suite", "seed", "image_size", "render", "noise", "max_attempts")
+        return {"recipe_version": RECIPE_VERSION, **{name: getattr(self, name) for name in fields}}
+
+    @property
+    def folder(self) -> Path:
+        """The dataset's folder, without the version."""
+        return self.out / self.name
+
+    @property
+    def staging(self) -> Path:
+        """Folder of finished episodes that are in no dataset yet."""
+        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+        return self.folder / f".staging-{digest[:12]}"
+
+    def staged(self, task: int, episode: int) -> Path:
+        """File of one finished episode; a `.json` beside it tells how it went, also if it was given up."""
+        return self.staging / f"task{task:02d}-episode{episode:05d}.example"
+
+
+def parse_tasks(text: str, count: int) -> tuple[int, ...]:
+    """Task numbers from "all" or a list such as "1,2,5-7", in the given order.
+
+    Raises:
+        UsageError: not such a list, a number twice, or one that is not below `count`.
+    """
+    text = text.strip("[]() ")
+    if text == "all":
+        return tuple(range(count))
+    numbers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.strip().partition("-")
+            numbers += range(int(first), int(last or first) + 1)
+    except ValueError:
+        numbers = []
+    if not numbers or len(set(numbers)) < len(numbers) or max(numbers) >= count:
+        raise UsageError(
+            f"--tasks: {text!r} found; accepted: different numbers of 0 to {count - 1}, as 1,2,5-7, or all"
+        )
+    return tuple(numbers)
+
+
+def _collect_block(config: CollectConfig, task: int, episodes: range) -> None:
+    """Work of one process: the given episodes of one task, each stored when it is finished."""
+    from experiments.mini.demonstrate import demonstrate, derive_seed
+    from experiments.robot.libero.environment import LiberoEnv
+    from prismatic.vla.datasets.rlds_writer import serialize_episode
+
+    todo = [number for number in episodes if not config.staged(task, number).with_suffix(".json").exists()]
+    if not todo:
+        return
+    with LiberoEnv(config.suite, task, image_size=config.image_size, render=config.render) as env:
+        for number in todo:
+            start, failures = time.perf_counter(), []
+            report: dict[str, Any] = {"task": task, "episode": number, "steps": 0}
+            for attempt in range(config.max_attempts):
+                seed = derive_seed(config.seed, config.suite, task, number, attempt)
+                source = f"{config.suite}/task{task}/episode{number}/seed{seed}"
+                result = demonstrate(env, seed, source, config.noise)
+                if result.episode is not None:
+                    atomic_write(config.staged(task, number), serialize_episode(result.episode))
+                    report["steps"] = result.steps
+                    break
+                failures.append(result.ended_in)
+            report |= {"failures": failures, "seconds": round(time.perf_counter() - start, 2)}
+            atomic_write(config.staged(task, number).with_suffix(".json"), json.dumps(report))
+
+
+def _blocks(tasks: tuple[int, ...], episodes: int, workers: int) -> list[tuple[int, range]]:
+    """Pieces of work: whole tasks where they divide evenly among the workers (making a simulator takes seconds)."""
+    parts = 1 if len(tasks) % workers == 0 else min(workers, episodes)
+    size = math.ceil(episodes / parts)
+    return [(task, range(first, min(first + size, episodes))) for task in tasks for first in range(0, episodes, size)]
+
+
+def _check_tasks(config: CollectConfig) -> tuple[int, ...]:
+    """Refuse what cannot be collected before anything is started."""
+    from experiments.mini.expert import read_goal
+    from experiments.robot.libero.rendering import choose_renderer
+    from experiments.robot.libero.tasks import get_task, num_tasks
+
+    choose_renderer()
+    tasks = parse_tasks(config.tasks, num_tasks(config.suite))
+    for task in tasks:
+        read_goal(get_task(config.suite, task))
+    return tasks
+
+
+def _run_blocks(config: CollectConfig, blocks: list[tuple[int, range]], total: int) -> None:
+    """Run all blocks, showing progress by counting what lies in the staging folder."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    # Workers read these when they start; every core is used by another worker already.
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    columns = (TextColumn("collect"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(config.workers, len(blocks)), mp_context=context)
+    pending: set[Future[None]] = {pool.submit(_collect_block, config, task, numbers) for task, numbers in blocks}
+    try:
+        with Progress(*columns) as progress:
+            bar = progress.add_task("episodes", total=total)
+            while pending:
+                done, pending = wait(pending, timeout=_POLL_SECONDS)
+                for future in done:
+                    future.result()
+                progress.update(bar, completed=min(total, len(list(config.staging.glob("*.json")))))
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a collection process died (out of memory? try --workers 1); run again to continue"
+        ) from error
+    finally:
+        pool.shutdown(wait=not pending, cancel_futures=True)
+
+
+def _summarize(config: CollectConfig, tasks: tuple[int, ...]) -> dict[str, Any]:
+    """Per task: episodes kept, attempts, failures, mean length and time."""
+    per_task = {}
+    for task in tasks:
+        files = [config.staged(task, number).with_suffix(".json") for number in range(config.episodes)]
+        reports = [json.loads(file.read_text()) for file in files]
+        kept = [report for report in reports if report["steps"]]
+        failures = [phase for report in reports for phase in report["failures"]]
+        per_task[str(task)] = {
+            "episodes": len(kept),
+            "attempts": len(kept) + len(failures),
+            "failures": failures,
+            "mean_steps": round(sum(report["steps"] for report in kept) / max(1, len(kept)), 1),
+            "mean_seconds": round(sum(report["seconds"] for report in reports) / max(1, len(reports)), 2),
+        }
+    return {"identity": config.identity(), "episodes_asked": config.episodes, "tasks": per_task}
+
+
+def _existing(config: CollectConfig) -> dict[str, Any] | None:
+    """Summary of the dataset that is there, if it came from the same recipe.
+
+    Raises:
+        UsageError: another dataset of this name is there.
+    """
+    summary = config.folder / "1.0.0" / "collection.json"
+    if not (config.folder / "1.0.0" / "dataset_info.json").exists():
+        return None
+    found: dict[str, Any] = json.loads(summary.read_text()) if summary.exists() else {}
+    if found.get("identity") != config.identity():
+        raise UsageError(f"--name: {config.folder} holds another dataset; choose another --name or --out, or remove it")
+    return found
+
+
+def collect(config: CollectConfig) -> Path:
+    """Collect what is missing and write the dataset; returns its folder.
+
+    Raises:
+        UsageError: a wrong flag, another dataset in the way, or a task that the expert never solved.
+    """
+    from prismatic.vla.datasets.rlds_writer import RLDSWriter
+
+    found = _existing(config)
+    tasks = _check_tasks(config)
+    writer = RLDSWriter(config.out, config.name, image_size=config.image_size)
+    if found and list(found["tasks"]) == [str(task) for task in tasks] and found["episodes_asked"] == config.episodes:
+        print(f"{writer.folder} is complete already")
+        return writer.folder
+    config.staging.mkdir(parents=True, exist_ok=True)
+    _run_blocks(config, _blocks(tasks, config.episodes, config.workers), len(tasks) * config.episodes)
+    summary = _summarize(config, tasks)
+    never = [task for task, row in summary["tasks"].items() if not row["episodes"]]
+    if never:
+        raise UsageError(f"--tasks: the expert never solved task {', '.join(never)} of {config.suite}; leave it out")
+    paths = [config.staged(task, number) for task in tasks for number in range(config.episodes)]
+    folder = writer.write_payloads([path for path in paths if path.exists()])
+    atomic_write(folder / "collection.json", json.dumps(summary, indent=2))
+    shutil.rmtree(config.staging)
+    for task, row in summary["tasks"].items():
+        counts = f"{row['episodes']} episodes in {row['attempts']} attempts"
+        print(f"task {task}: {counts}, {row['mean_steps']} steps on average")
+    print(f"wrote {folder}")
+    return folder
+
+
+def main(config: CollectConfig) -> None:
+    """Entry point of the command line."""
+    collect(config)
+
+
+if __name__ == "__main__":
+    run(CollectConfig, main)
