@@ -18,7 +18,8 @@ WIDTH = 64
 
 def load_student(golden_dir: Path, num_images: int = 2) -> OpenVLAForActionPrediction:
     """The reference checkpoint in float32."""
-    vla = OpenVLAForActionPrediction.from_pretrained(golden_dir / "openvla_tiny", dtype=torch.float32)
+    weights = golden_dir / "openvla_tiny" / "model.safetensors"
+    vla = OpenVLAForActionPrediction.from_pretrained(weights.parent, dtype=torch.float32)
     vla.vision_backbone.set_num_images_in_input(num_images)
     return vla.eval()
 

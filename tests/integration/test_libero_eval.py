@@ -33,7 +33,6 @@ def small(folder: Path, **changes: Any) -> GenerateConfig:
         "num_trials_per_task": 2,
         "max_steps": 12,
         "env_img_res": 64,
-        "render": "fast",
         "num_workers": 1,
         "local_log_dir": str(folder),
         "run_name": "run",
@@ -44,7 +43,8 @@ def small(folder: Path, **changes: Any) -> GenerateConfig:
 @pytest.fixture(scope="module")
 def checkpoint(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    shutil.copytree(golden_dir / "openvla_tiny", folder)
+    weights = golden_dir / "openvla_tiny" / "model.safetensors"
+    shutil.copytree(weights.parent, folder)
     shutil.copytree(golden_dir / "finetuned_ckpt_files", folder, dirs_exist_ok=True)
     (folder / "noisy_action_projector--7_checkpoint.pt").unlink()  # The head is the L1 one.
     return folder

@@ -53,7 +53,8 @@ def settings(folder: Path, **changes: Any) -> SimpleNamespace:
 def merged(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with the component files that upstream's training saved."""
     folder = tmp_path_factory.mktemp("merged") / "checkpoint"
-    shutil.copytree(golden_dir / "openvla_tiny", folder)
+    weights = golden_dir / "openvla_tiny" / "model.safetensors"
+    shutil.copytree(weights.parent, folder)
     shutil.copytree(golden_dir / "finetuned_ckpt_files", folder, dirs_exist_ok=True)
     return folder
 
