@@ -28,7 +28,7 @@ _COLLISION_GROUP, _VISUAL_GROUP = 0, 1
 def _load_triton_first() -> None:
     """Mesa's software renderer and triton, which torch imports late, both bring an LLVM.
 
-    A process in which Mesa's is loaded first dies of a segmentation fault when triton is imported; the other order works.
+    With Mesa's loaded first, importing triton is a segmentation fault; the other order works.
     """
     with contextlib.suppress(ImportError):
         importlib.import_module("triton._C.libtriton")
