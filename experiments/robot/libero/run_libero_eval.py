@@ -36,35 +36,41 @@ EXIT_ERRORS = 3
 
 @dataclass
 class GenerateConfig:
-    """OpenVLA-OFT's evaluation flags, and ours from `task_ids` on."""
+    """OpenVLA-OFT's evaluation flags, and ours at the end."""
 
-    model_family: str = "openvla"
+    # What is evaluated
     pretrained_checkpoint: str = ""  # Checkpoint folder or hub id (owner/name)
+    model_family: str = "openvla"
+    unnorm_key: str = ""  # Dataset whose statistics un-normalize actions; default: the suite, then suite_no_noops
+    num_images_in_input: int = 2  # 1: third-person camera; 2: wrist camera too
+    center_crop: bool = True  # The policy was trained with image augmentation
+    use_proprio: bool = True  # The policy takes the robot's state
+    use_film: bool = False  # The policy was trained with FiLM
     use_l1_regression: bool = True  # Continuous actions from the L1 head
     use_diffusion: bool = False  # Continuous actions from the diffusion head; neither: discrete action tokens
     num_diffusion_steps_train: int = 50
     num_diffusion_steps_inference: int = 50
-    use_film: bool = False  # The policy was trained with FiLM
-    num_images_in_input: int = 2  # 1: third-person camera; 2: wrist camera too
-    use_proprio: bool = True  # The policy takes the robot's state
-    center_crop: bool = True  # The policy was trained with image augmentation
-    num_open_loop_steps: int = 8  # Actions of a chunk to execute before the policy is asked again
     lora_rank: int = 32  # Accepted for compatibility; the rank is read from the adapter
-    unnorm_key: str = ""  # Dataset whose statistics un-normalize actions; default: the suite, then suite_no_noops
     load_in_8bit: bool = False
     load_in_4bit: bool = False
+
+    # The protocol
     task_suite_name: str = "libero_spatial"  # libero_spatial, _object, _goal, _10, _90, or another installed suite
-    num_steps_wait: int = 10  # Steps for objects to settle before an episode
     num_trials_per_task: int = 50
-    initial_states_path: str = "DEFAULT"  # DEFAULT, or a JSON file of initial states
+    num_open_loop_steps: int = 8  # Actions of a chunk to execute before the policy is asked again
+    num_steps_wait: int = 10  # Steps for objects to settle before an episode
     env_img_res: int = 256  # Side of the rendered images in pixels
-    run_id_note: str | None = None  # Appended to the default run name
+    initial_states_path: str = "DEFAULT"  # DEFAULT, or a JSON file of initial states
+    seed: int = 7  # Of the policy's randomness (diffusion noise)
+
+    # Where results go
     local_log_dir: str = "./runs/eval"  # Folder of all results
+    run_id_note: str | None = None  # Appended to the default run name
     use_wandb: bool = False
     wandb_entity: str | None = None
     wandb_project: str | None = None
-    seed: int = 7  # Of the policy's randomness (diffusion noise)
 
+    # Ours
     task_ids: str = ""  # Tasks to run, as in 0,3,7 or 0-4; default: all
     num_workers: int = 0  # Simulator processes; 1: in this process, one episode at a time; 0: as the machine carries
     render: str = "protocol"  # protocol; fast: no antialiasing and shadows, thinned meshes (not for published numbers)
