@@ -1,6 +1,6 @@
 """Pretrain the mini student by behavior cloning, with the fine-tuning script itself, and export it.
 
-    python -m experiments.mini.pretrain_student --data_root_dir DATA --dataset_name libero_object_no_noops --work runs/mini
+    python -m experiments.mini.pretrain_student --data_root_dir DATA --work runs/mini_student
 
 All weights train (no LoRA, no alignment). The run is resumable: the same command goes on at its last checkpoint. The
 export is what the repository ships: weights rounded to bfloat16, heads, processor, statistics and a card.
@@ -29,10 +29,10 @@ class PretrainConfig:
     """The settings that made the shipped weights are the defaults."""
 
     data_root_dir: Path = Path("data/pretrain")  # Folder of the demonstrations (RLDS)
-    dataset_name: str = "libero_object_no_noops,libero_spatial_no_noops"  # Datasets, comma list
+    dataset_name: str = "libero_object_no_noops"  # Datasets, comma list
     work: Path = Path("runs/mini_student")  # Initial weights, checkpoints and logs
     out: Path = ROOT / "experiments" / "mini" / "weights" / "student"  # The exported model
-    max_steps: int = 6000  # Optimizer steps
+    max_steps: int = 3000  # Optimizer steps
     batch_size: int = 32  # Samples per step
     learning_rate: float = 1e-3  # Peak learning rate
     weight_decay: float = 0.05  # AdamW weight decay
@@ -81,7 +81,7 @@ def training_flags(config: PretrainConfig) -> list[str]:
         "max_steps": config.max_steps,
         "save_freq": config.save_freq,
         "seed": config.seed,
-        "num_workers": 0,
+        "num_workers": 1,
         "wandb_log_freq": 50,
     }
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]

@@ -1,0 +1,47 @@
+"""Commands run side by side: real processes, their logs, their results."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from experiments.mini.jobs import Job, JobFailed, JobRunner
+
+
+def _writes(path: Path, text: str = "done") -> tuple[str, ...]:
+    return ("-c", f"print('working'); open({str(path)!r}, 'a').write({text!r})")
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> JobRunner:
+    return JobRunner(tmp_path / "logs", Console(file=io.StringIO()))
+
+
+def test_runs_jobs_and_keeps_their_logs(runner: JobRunner, tmp_path: Path) -> None:
+    jobs = [Job(name, _writes(tmp_path / name), tmp_path / name) for name in ("one", "two", "three")]
+    runner.run(jobs, parallel=2)
+    assert all((tmp_path / job.name).read_text() == "done" for job in jobs)
+    log = (tmp_path / "logs" / "one.log").read_text().splitlines()
+    assert log[0].startswith("$ ") and log[1] == "working"
+    assert set(runner.seconds) == {"one", "two", "three"}
+
+
+def test_a_job_whose_result_exists_is_skipped(runner: JobRunner, tmp_path: Path) -> None:
+    job = Job("once", _writes(tmp_path / "result"), tmp_path / "result")
+    runner.run([job], parallel=1)
+    runner.run([job], parallel=1)
+    assert (tmp_path / "result").read_text() == "done"
+
+
+def test_a_failed_job_names_its_log_and_shows_its_end(runner: JobRunner, tmp_path: Path) -> None:
+    job = Job("broken", ("-c", "import sys; print('the reason'); sys.exit(5)"), tmp_path / "never")
+    with pytest.raises(JobFailed, match=r"broken ended with code 5(?s:.*)the reason"):
+        runner.run([job], parallel=1)
+
+
+def test_a_job_without_its_result_has_failed(runner: JobRunner, tmp_path: Path) -> None:
+    with pytest.raises(JobFailed, match="ended with code 0"):
+        runner.run([Job("empty", ("-c", "pass"), tmp_path / "never")], parallel=1)
