@@ -7,6 +7,7 @@ read "all-linear" more narrowly, hence the explicit names.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,8 @@ def load_lora(model: OpenVLAForActionPrediction, folder: str | Path, is_trainabl
     """`model` wrapped by PEFT with the adapter in `folder`.
 
     Older PEFT also wrote the frozen base weight of the adapted head (`lm_head.base_layer.weight`) into the file; such a
-    file loads like one without. Raises ValueError when the file lacks weights of an adapter or has unknown ones.
+    file loads like one without. Adapters trained with FiLM load into the plain model; FiLM goes around it later.
+    Raises ValueError when the file lacks weights of an adapter or has unknown ones.
     """
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
     from peft.utils import load_peft_weights
@@ -67,7 +69,7 @@ def load_lora(model: OpenVLAForActionPrediction, folder: str | Path, is_trainabl
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trainable
     weights = load_peft_weights(str(folder), device="cpu")
-    weights = {key: value for key, value in weights.items() if ".base_layer." not in key}
+    weights = {name_without_film(key): value for key, value in weights.items() if ".base_layer." not in key}
     peft_model = get_peft_model(model, config)
     result: Any = set_peft_model_state_dict(peft_model, weights)
     missing = [key for key in result.missing_keys if _LORA_A in key or _LORA_B in key]
@@ -78,6 +80,12 @@ def load_lora(model: OpenVLAForActionPrediction, folder: str | Path, is_trainabl
             f"({names}); accepted: an adapter of this model"
         )
     return peft_model
+
+
+def name_without_film(name: str) -> str:
+    """The name of a weight in the plain model, for a name inside the FiLM wrapper of the vision backbone."""
+    plain = name.replace("vision_backbone.vision_backbone.", "vision_backbone.")
+    return plain if plain == name else re.sub(r"(\.blocks\.\d+)\.block\.", r"\1.", plain)
 
 
 def strip_module_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,263 @@
+"""Merging a LoRA adapter into its base model on disk: tensor by tensor, so memory holds a tensor and never a model.
+
+Not obvious:
+- Each sum is formed in float32 and rounded once to the type of the file.
+- An adapter trained with FiLM names the vision weights as inside the FiLM wrapper; its vision LoRA is merged as well.
+  The FiLM layers themselves stay in `vision_backbone--*_checkpoint.pt`, which such a policy loads over the merged
+  weights.
+- The base model's folder is only read. The result appears when it is complete, the index before the shards, so that an
+  interrupted move is recognized and never taken for a model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prismatic.models.lora import merge_lora_state_dict, name_without_film
+from prismatic.util.errors import UsageError
+from prismatic.util.files import atomic_write
+from prismatic.util.tensor_files import WEIGHTS_INDEX, TensorFiles, TensorSpec, write_model
+
+WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
+ADAPTER_PATTERNS = ("adapter_model.safetensors", "adapter_model.bin")
+_PEFT_PREFIX = "base_model.model."
+# From the base model, as far as the checkpoint lacks them: what loading the merged folder needs beside weights.
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+# PEFT settings whose meaning is more than "add alpha / rank * B @ A", and the values that ask for nothing.
+_PLAIN_SETTINGS: Mapping[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "modules_to_save": (None, []),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "alpha_pattern": ({}, None),
+    "layer_replication": (None,),
+}
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """A PEFT adapter on disk: `pairs` maps the name of a base weight to the names of its A and B."""
+
+    files: TensorFiles
+    pairs: Mapping[str, tuple[str, str]]
+    alpha: float
+    rank_stabilized: bool
+
+    @classmethod
+    def open(cls, folder: Path) -> LoraAdapter:
+        """Read the configuration and headers of the adapter in `folder`.
+
+        Raises:
+            UsageError: no adapter, a kind that is not plain LoRA, or an A without its B.
+        """
+        settings = _read_json(folder / "adapter_config.json")
+        for name, plain in _PLAIN_SETTINGS.items():
+            if name in settings and settings[name] not in plain:
+                raise UsageError(f"{folder}/adapter_config.json: {name} is {settings[name]!r}; accepted: {plain[0]!r}")
+        files = TensorFiles(weight_files(folder, ADAPTER_PATTERNS))
+        pairs = {}
+        for name_a in (name for name in files.specs if ".lora_A." in name):
+            name_b = name_a.replace(".lora_A.", ".lora_B.")
+            if name_b not in files.specs:
+                raise UsageError(f"{folder}: {name_a} has no lora_B; accepted: a whole adapter")
+            target = name_without_film(name_a.split(".lora_A.")[0].removeprefix(_PEFT_PREFIX))
+            pairs[f"{target}.weight"] = (name_a, name_b)
+        others = [name for name in files.specs if ".lora_A." not in name and ".base_layer." not in name]
+        if not pairs or len(others) != len(pairs):
+            found = next((name for name in others if ".lora_B." not in name), "no lora_A / lora_B pair")
+            raise UsageError(f"{folder}: {found} found; accepted: pairs of lora_A and lora_B weights")
+        return cls(files, pairs, float(settings["lora_alpha"]), bool(settings.get("use_rslora")))
+
+    def check_fits(self, base: TensorFiles, folder: Path) -> None:
+        """Raise UsageError unless every pair has its weight, of the right shape, among `base`."""
+        for target, (name_a, name_b) in self.pairs.items():
+            if target not in base.specs:
+                raise UsageError(f"--base_checkpoint: {folder} has no {target}, which the adapter changes")
+            shape_a, shape_b = self.files.specs[name_a].shape, self.files.specs[name_b].shape
+            shape = base.specs[target].shape
+            if (shape_b[0], math.prod(shape_a[1:]), shape_a[0]) != (shape[0], math.prod(shape[1:]), shape_b[1]):
+                raise UsageError(
+                    f"--base_checkpoint: {target} is {shape} in {folder}, but the adapter was trained for "
+                    f"{(shape_b[0], *shape_a[1:])} (A {shape_a}, B {shape_b})"
+                )
+
+    def differs_from(self, base: TensorFiles) -> str | None:
+        """Name of a frozen weight that the adapter's file carries along and `base` has with other values, or None."""
+        for name in self.files.specs:
+            target = name_without_film(name.removeprefix(_PEFT_PREFIX)).replace(".base_layer.", ".")
+            if ".base_layer." in name and target in base.specs:
+                carried, own = self.files.read(name), base.read(target)
+                if carried.shape != own.shape or not torch.equal(carried.to(own.dtype), own):
+                    return target
+        return None
+
+    def merged(self, target: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`weight` with the adapter's update added in float32, as `dtype`."""
+        if target not in self.pairs:
+            return weight.to(dtype)
+        lora_a, lora_b = (self.files.read(name) for name in self.pairs[target])
+        name = target.removesuffix(".weight")
+        state = {
+            f"{name}.base_layer.weight": weight.float(),
+            f"{name}.lora_A.default.weight": lora_a,
+            f"{name}.lora_B.default.weight": lora_b,
+        }
+        alpha = self.alpha * math.sqrt(lora_a.shape[0]) if self.rank_stabilized else self.alpha
+        return merge_lora_state_dict(state, alpha)[target].to(dtype)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge wrote. `suspicious` names a weight that says the adapter was trained on another base model."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    num_merged: int
+    num_bytes: int
+    suspicious: str | None
+
+
+def merge_checkpoint(
+    base: Path, checkpoint: Path, output: Path, *, max_shard_bytes: int, dtype: torch.dtype | None, overwrite: bool
+) -> MergeReport:
+    """Merge `checkpoint`/lora_adapter into the model in `base`; the result in `output` is a checkpoint of its own.
+
+    Args:
+        output: may be `checkpoint` itself, as upstream has it; another folder gets copies of the component files too.
+        dtype: of all floating-point weights; None keeps those of the base model.
+        overwrite: replace merged weights that are in `output` already.
+
+    Raises:
+        UsageError: folders or files that do not fit together; nothing is written then.
+    """
+    if output.resolve() == base.resolve():
+        raise UsageError(f"--output_dir: {output} is the base model, which is never changed; accepted: another folder")
+    if _weights_in(output) and not overwrite:
+        raise UsageError(f"{output}: holds merged weights; accepted: --overwrite True, or another --output_dir")
+    adapter = LoraAdapter.open(checkpoint / "lora_adapter")
+    weights = TensorFiles(weight_files(base, WEIGHT_PATTERNS))
+    adapter.check_fits(weights, base)
+    specs = [replace(spec, dtype=_target_type(spec, dtype)) for spec in weights.specs.values()]
+    config = _merged_config(base, checkpoint)
+    _check_space(output, sum(spec.num_bytes for spec in specs))
+
+    def read(name: str) -> torch.Tensor:
+        return adapter.merged(name, weights.read(name), _target_type(weights.specs[name], dtype))
+
+    parent = output if output.is_dir() else output.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".merging-"))
+    try:
+        atomic_write(temporary / "config.json", json.dumps(config, indent=2) + "\n")
+        files = write_model(temporary, specs, read, max_shard_bytes)
+        _copy_companions(base, checkpoint, output, temporary)
+        _move(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return MergeReport(
+        folder=output,
+        files=tuple(output / file.name for file in files),
+        num_merged=len(adapter.pairs),
+        num_bytes=sum(spec.num_bytes for spec in specs),
+        suspicious=adapter.differs_from(weights),
+    )
+
+
+def weight_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The weight files of a folder: those of the first pattern that matches any, complete as their index says.
+
+    Raises:
+        UsageError: none, or some are missing.
+    """
+    for index in sorted(folder.glob("*.index.json")):
+        missing = {name for name in _read_json(index)["weight_map"].values() if not (folder / name).is_file()}
+        if missing:
+            raise UsageError(f"{folder}: {index.name} names files that are missing: {', '.join(sorted(missing))}")
+    for pattern in patterns:
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise UsageError(f"{folder}: found no weights; accepted: {', '.join(patterns)}")
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    patterns = (*WEIGHT_PATTERNS, WEIGHTS_INDEX, "pytorch_model.bin.index.json")
+    return sorted({file for pattern in patterns for file in folder.glob(pattern)})
+
+
+def _target_type(spec: TensorSpec, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
+
+
+def _merged_config(base: Path, checkpoint: Path) -> dict[str, Any]:
+    """The base model's configuration with the platform that the run was trained for, where the run tells it."""
+    config = _read_json(base / "config.json")
+    run_config = checkpoint / "run_config.json"
+    if run_config.is_file() and (platform := _read_json(run_config).get("platform")):
+        from prismatic.vla.platforms import get_platform
+
+        config["platform"] = get_platform(platform).to_dict()
+    return config
+
+
+def _check_space(output: Path, needed: int) -> None:
+    existing = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UsageError(f"--output_dir: {existing} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed")
+
+
+def _copy_companions(base: Path, checkpoint: Path, output: Path, temporary: Path) -> None:
+    """Copy what the merged folder needs beside weights and does not hold yet."""
+    if output.resolve() != checkpoint.resolve():
+        replaced = {file.name for file in _weights_in(checkpoint)} | {"config.json"}
+        for file in checkpoint.iterdir():
+            if file.is_file() and file.name not in replaced and not (output / file.name).exists():
+                shutil.copy2(file, temporary / file.name)
+    if not (checkpoint / "preprocessor_config.json").is_file():
+        for name in _PROCESSOR_FILES:
+            if (base / name).is_file() and not (checkpoint / name).is_file():
+                shutil.copyfile(base / name, temporary / name)
+
+
+def _move(temporary: Path, output: Path) -> None:
+    """Move a complete folder to `output`, which may exist: old weights go first, the index comes before shards."""
+    if not output.exists():
+        temporary.chmod(0o755)
+        temporary.replace(output)
+        return
+    for old in _weights_in(output):
+        old.unlink()
+    for entry in sorted(temporary.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name)):
+        entry.replace(output / entry.name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

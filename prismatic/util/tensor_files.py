@@ -1,0 +1,170 @@
+"""Weight files read and written one tensor at a time, so that memory holds a tensor and never a model.
+
+Reads safetensors and (memory-mapped, `weights_only`) torch.save files; writes safetensors, in shards when large, with
+the names and the index that `from_pretrained` of transformers looks for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from prismatic.util.errors import UsageError
+from prismatic.util.files import atomic_path, atomic_write
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor in a file, as its header tells."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFiles:
+    """The tensors of several weight files by name; nothing but headers is read before :meth:`read`.
+
+    Raises:
+        UsageError: a file is damaged, holds something other than tensors, or two files hold the same name.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.specs: dict[str, TensorSpec] = {}
+        self._files: dict[str, Path] = {}
+        self._mapped: dict[Path, Mapping[str, Any]] = {}
+        for file in files:
+            for spec in self._headers(file):
+                if spec.name in self.specs:
+                    raise UsageError(f"{file}: {spec.name} is also in {self._files[spec.name].name}; accepted: once")
+                self.specs[spec.name], self._files[spec.name] = spec, file
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU. Safetensors files are opened anew each time, so that their pages can be dropped."""
+        file = self._files[name]
+        if file in self._mapped:
+            return self._mapped[file][name]
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    def _headers(self, file: Path) -> list[TensorSpec]:
+        if file.suffix != ".safetensors":
+            return self._map(file)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+                return [
+                    TensorSpec(name, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                    for name, part in slices.items()
+                ]
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{file}: not a readable safetensors file ({' '.join(str(error).split())})") from error
+        except KeyError as error:
+            raise UsageError(f"{file}: data type {error} found; accepted: {', '.join(_DTYPES)}") from error
+
+    def _map(self, file: Path) -> list[TensorSpec]:
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+            raise UsageError(
+                f"{file}: not a readable file of tensors ({' '.join(str(error).split())[:120]})"
+            ) from error
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise UsageError(f"{file}: holds other things than tensors; accepted: a state dict")
+        self._mapped[file] = tensors
+        return [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+
+
+def parse_size(text: str, flag: str) -> int:
+    """Bytes of "5GB", "200 MB" or "1GiB".
+
+    Raises:
+        UsageError: something else, or zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)?\s*", text, re.IGNORECASE)
+    size = int(float(match.group(1)) * _UNITS[(match.group(2) or "").upper()]) if match else 0
+    if size < 1:
+        raise UsageError(f"{flag}: {text!r} found; accepted: a size such as 5GB or 200MB")
+    return size
+
+
+def write_model(
+    folder: Path, specs: Iterable[TensorSpec], read: Callable[[str], torch.Tensor], max_shard_bytes: int
+) -> list[Path]:
+    """Write `model.safetensors`, or shards of at most `max_shard_bytes` with an index; returns the files.
+
+    `read` gives each tensor in turn; its result must have the shape and type that `specs` announce.
+    A tensor larger than `max_shard_bytes` gets a shard of its own.
+    """
+    shards: list[list[TensorSpec]] = [[]]
+    for spec in specs:
+        used = sum(other.num_bytes for other in shards[-1])
+        if shards[-1] and used + spec.num_bytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(spec)
+    if len(shards) == 1:
+        return [_write_file(folder / WEIGHTS, shards[0], read)]
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    files = [_write_file(folder / name, shard, read) for name, shard in zip(names, shards)]
+    index = {
+        "metadata": {"total_size": sum(spec.num_bytes for shard in shards for spec in shard)},
+        "weight_map": {spec.name: name for name, shard in zip(names, shards) for spec in shard},
+    }
+    atomic_write(folder / WEIGHTS_INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return [*files, folder / WEIGHTS_INDEX]
+
+
+def _write_file(path: Path, specs: Sequence[TensorSpec], read: Callable[[str], torch.Tensor]) -> Path:
+    """One safetensors file: length of the header, header (JSON), data. Wide types first keeps every tensor aligned."""
+    ordered = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for spec in ordered:
+        start, end = end, end + spec.num_bytes
+        header[spec.name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        for spec in ordered:
+            tensor = read(spec.name)
+            if tensor.shape != spec.shape or tensor.dtype != spec.dtype:
+                raise ValueError(f"{spec.name}: announced {spec.shape} {spec.dtype}, got {tensor.shape} {tensor.dtype}")
+            stream.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return path
