@@ -27,7 +27,7 @@ from prismatic.util.errors import UsageError, unknown_name
 from prismatic.util.files import atomic_write
 
 # Part of what identifies a collection: raise it when the expert, the noise or the rendering changes.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 _POLL_SECONDS = 0.5
 
 

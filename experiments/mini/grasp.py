@@ -18,6 +18,7 @@ _HAND = (0.21, 0.066)  # Along and across the closing direction.
 _FINGER, _FINGER_OFFSET = (0.022, 0.022), 0.048
 _CLEARANCE = 0.012
 _CLEARANCE_COST = 100.0  # Per meter of missing clearance, against radians of rotation.
+_SHIFT_COST = 10.0  # Per meter off the middle.
 # Rotations are taken from this half-open range of half a turn: not symmetric, so that +90 and -90 degrees, which are
 # the same grasp, always become +90.
 _LOWEST_TURN = np.deg2rad(-75.0)
@@ -49,13 +50,24 @@ def _clearance(position: np.ndarray, yaw: float, obstacles: np.ndarray) -> float
     return min(distances)
 
 
-def _best(candidates: list[tuple[np.ndarray, float]], hand_yaw: float, obstacles: np.ndarray) -> Grasp:
-    """The candidate (position, yaw) of least turn plus missing clearance; the earlier one on ties."""
+@dataclass(frozen=True)
+class _Candidate:
+    position: np.ndarray
+    yaw: float
+    cost: float  # In radians of rotation.
+
+
+def _turned(position: np.ndarray, yaw: float, hand_yaw: float) -> _Candidate:
+    return _Candidate(position, yaw, abs(canonical_turn(yaw, hand_yaw)))
+
+
+def _best(candidates: list[_Candidate], hand_yaw: float, obstacles: np.ndarray) -> Grasp:
+    """The candidate of least cost plus missing clearance; the earlier one on ties."""
     best: tuple[float, Grasp] | None = None
-    for position, yaw in candidates:
-        turn = canonical_turn(yaw, hand_yaw)
-        clearance = _clearance(position, yaw, obstacles)
-        cost = abs(turn) + _CLEARANCE_COST * max(0.0, _CLEARANCE - clearance)
+    for candidate in candidates:
+        position, turn = candidate.position, canonical_turn(candidate.yaw, hand_yaw)
+        clearance = _clearance(position, candidate.yaw, obstacles)
+        cost = candidate.cost + _CLEARANCE_COST * max(0.0, _CLEARANCE - clearance)
         if best is None or cost < best[0] - 1e-6:
             best = (cost, Grasp(position, hand_yaw + turn, clearance))
     assert best is not None
@@ -80,9 +92,9 @@ def plan_grasp(item: np.ndarray, obstacles: np.ndarray, hand_yaw: float) -> Gras
     widths = [np.ptp(extent_along(band[:, :2], a)) for a in np.linspace(0, np.pi, 24, endpoint=False)]
     if max(widths) < MAX_WIDTH and max(widths) < _ROUND * min(widths):
         turns = sorted(np.deg2rad(np.arange(-75, 105, 15)), key=lambda turn: (abs(turn), turn))
-        return _best([(position, hand_yaw + turn) for turn in turns], hand_yaw, obstacles)
+        return _best([_turned(position, hand_yaw + turn, hand_yaw) for turn in turns], hand_yaw, obstacles)
     axes = [(sides[0], angle), (sides[1], angle + np.pi / 2)]
-    narrow = [(position, yaw) for width, yaw in sorted(axes) if width < MAX_WIDTH]
+    narrow = [_turned(position, yaw, hand_yaw) for width, yaw in sorted(axes) if width < MAX_WIDTH]
     # The narrow side, unless it is hardly narrower than the other.
     if len(narrow) == 2 and min(sides) < 0.85 * max(sides):
         narrow = narrow[:1]
@@ -91,16 +103,17 @@ def plan_grasp(item: np.ndarray, obstacles: np.ndarray, hand_yaw: float) -> Gras
     return _rim_grasp(item, obstacles, hand_yaw, top)
 
 
-def _askew(grasps: list[tuple[np.ndarray, float]], band: np.ndarray) -> list[tuple[np.ndarray, float]]:
+def _askew(grasps: list[_Candidate], band: np.ndarray) -> list[_Candidate]:
     """Second choices where a neighbor is in the hand's way: turned a little and nearer to one end of the object."""
     result = []
-    for position, yaw in grasps:
-        across = np.array([-np.sin(yaw), np.cos(yaw), 0.0])
+    for grasp in grasps:
+        across = np.array([-np.sin(grasp.yaw), np.cos(grasp.yaw), 0.0])
+        length = np.ptp(extent_along(band, grasp.yaw + np.pi / 2))
         for turn in np.deg2rad([0, 10, -10, 20, -20]):
             for shift in (0.0, 0.012, -0.012, 0.022, -0.022):
-                length = np.ptp(extent_along(band, yaw + np.pi / 2))
-                if np.ptp(extent_along(band, yaw + turn)) < MAX_WIDTH and abs(shift) < length / 2 - 0.012:
-                    result.append((position + shift * across, yaw + turn))
+                if np.ptp(extent_along(band, grasp.yaw + turn)) < MAX_WIDTH and abs(shift) < length / 2 - 0.012:
+                    cost = grasp.cost + abs(turn) + _SHIFT_COST * abs(shift)
+                    result.append(_Candidate(grasp.position + shift * across, grasp.yaw + turn, cost))
     return result
 
 
@@ -115,5 +128,5 @@ def _rim_grasp(item: np.ndarray, obstacles: np.ndarray, hand_yaw: float, top: fl
         for side in (np.pi, 0.0):
             yaw = hand_yaw + turn + side
             spot = center + radius * np.array([np.cos(yaw), np.sin(yaw)])
-            candidates.append((np.array([*spot, top - 0.018]), yaw))
+            candidates.append(_turned(np.array([*spot, top - 0.018]), yaw, hand_yaw))
     return _best(candidates, hand_yaw, obstacles)

@@ -150,16 +150,20 @@ class LiberoEnv:
         Raises:
             ValueError: wrong shape or not finite.
         """
+        import mujoco
+
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
             raise ValueError(f"action: expected {ACTION_DIM} finite numbers, got {action}")
         domain = self._domain
         domain.timestep += 1
+        domain.sim.forward()
         for substep in range(int(domain.control_timestep / domain.model_timestep)):
-            domain.sim.forward()
+            # The controller brings positions and velocities up to date before it computes torques, so only the second
+            # half of MuJoCo's step is left to do. robosuite does the first half three times, to the same result.
             domain._pre_action(action, substep == 0)
             kinematics_qpos = self._data.qpos.copy()
-            domain.sim.step()
+            mujoco.mj_step2(self._model, self._data)
             self._tick(kinematics_qpos)
         domain.cur_time += domain.control_timestep
         domain._post_process()

@@ -1,0 +1,182 @@
+"""The simulator wrapper against LIBERO's own environment: same states and pixels, cheap resets, lazy drawing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+pytest.importorskip("libero", reason="LIBERO is not installed")
+
+from experiments.robot.libero.environment import CAMERAS, LiberoEnv, Observation
+from prismatic.util.errors import UsageError
+
+SIZE = 64
+# Task 9 of libero_spatial has fixtures that every reset moves, and objects that stand on them.
+SUITE, TASK = "libero_spatial", 9
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[LiberoEnv]:
+    with LiberoEnv(SUITE, TASK, image_size=SIZE, camera_depths=True) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def actions() -> np.ndarray:
+    return np.random.default_rng(0).uniform(-1, 1, (6, 7))
+
+
+def snapshot(env: LiberoEnv) -> tuple[np.ndarray, ...]:
+    """Everything the physics holds and everything the policy sees."""
+    data, seen = env.domain.sim.data._data, env.observe()
+    physics = (data.qpos, data.qvel, data.qacc_warmstart, env.domain.sim.model._model.body_pos)
+    return tuple(np.copy(part) for part in (*physics, seen.image, seen.wrist_image, seen.state, seen.joint_state))
+
+
+def equal(first: tuple[np.ndarray, ...], second: tuple[np.ndarray, ...]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def reference_environment(env: LiberoEnv):
+    """LIBERO's own environment, as upstream's evaluation makes it."""
+    from libero.libero.envs import OffScreenRenderEnv
+
+    reference = OffScreenRenderEnv(
+        bddl_file_name=str(env.task.bddl_path), camera_heights=SIZE, camera_widths=SIZE, hard_reset=True
+    )
+    # Every hard reset appends the same samplers once more; start from none, as a new environment does.
+    reference.env.object_property_initializers.clear()
+    return reference
+
+
+def assert_same(seen: Observation, expected: dict[str, np.ndarray]) -> None:
+    from robosuite.utils.transform_utils import quat2axisangle
+
+    assert np.array_equal(seen.image, expected["agentview_image"][::-1, ::-1])
+    assert np.array_equal(seen.wrist_image, expected["robot0_eye_in_hand_image"][::-1, ::-1])
+    turn = quat2axisangle(expected["robot0_eef_quat"].copy())
+    state = np.concatenate([expected["robot0_eef_pos"], turn, expected["robot0_gripper_qpos"]])
+    assert np.array_equal(seen.state, state)
+    assert np.array_equal(seen.joint_state, expected["robot0_joint_pos"])
+
+
+def test_states_and_pixels_are_those_of_libero(env: LiberoEnv, actions: np.ndarray) -> None:
+    reference = reference_environment(env)
+    try:
+        reference.seed(0)
+        reference.reset()
+        expected = reference.set_init_state(env.init_states[3])
+        for action in actions[:2]:
+            env.step(action)  # History that the reset must forget.
+        env.reset(env.init_states[3], seed=0)
+        assert_same(env.observe(), expected)
+        for number, action in enumerate(actions):
+            expected, _, expected_done, _ = reference.step(action)
+            assert env.step(action) == expected_done
+            if number % 2:
+                assert_same(env.observe(), expected)
+        assert np.array_equal(env.domain.sim.data.qpos, reference.sim.data.qpos)
+        assert np.array_equal(env.domain.sim.data.qvel, reference.sim.data.qvel)
+
+        # Without an initial state: the placement that LIBERO's sampler draws, fixtures included.
+        reference.env.object_property_initializers.clear()
+        reference.seed(11)
+        env.close()  # robosuite frees its old context's objects in whatever context is current; ours opens again.
+        expected = reference.reset()
+        env.reset(None, seed=11)
+        assert np.array_equal(env.domain.sim.data.qpos, reference.sim.data.qpos)
+        assert_same(env.observe(), expected)
+    finally:
+        env.close()
+        reference.close()
+
+
+def test_reset_forgets_history(env: LiberoEnv, actions: np.ndarray) -> None:
+    runs = []
+    for history in range(3):
+        env.reset(None, seed=5 + history)
+        for action in actions[:history]:
+            env.step(action)
+        env.reset(env.init_states[1], seed=2)
+        for action in actions:
+            env.step(action)
+        runs.append(snapshot(env))
+    assert equal(runs[0], runs[1]) and equal(runs[0], runs[2])
+
+
+def test_seed_moves_fixtures_and_leaves_numpys_generator_alone(env: LiberoEnv) -> None:
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    env.reset(env.init_states[0], seed=0)
+    first = env.domain.sim.model.body_pos.copy()
+    env.reset(env.init_states[0], seed=1)
+    assert not np.array_equal(first, env.domain.sim.model.body_pos)
+    assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_drawing_changes_nothing(env: LiberoEnv, actions: np.ndarray) -> None:
+    results = []
+    for looks in (False, True):
+        env.reset(env.init_states[0])
+        for action in actions:
+            if looks:
+                env.observe()
+                env.observe_geometry()
+            env.step(action)
+        results.append(snapshot(env))
+    assert equal(*results)
+
+
+def test_geometry_is_metric_and_in_line_with_the_picture(env: LiberoEnv) -> None:
+    """Pixels seen by both cameras meet in space: world points from depth lie on the object they are labelled as."""
+    env.reset(env.init_states[0])
+    model, data = env.domain.sim.model._model, env.domain.sim.data._data
+    seen = 0
+    for name, view in env.observe_geometry().items():
+        assert view.depth.shape == (SIZE, SIZE) and view.segmentation.shape == (SIZE, SIZE, 2)
+        camera = model.camera(name).id
+        assert np.allclose(view.camera_to_world[:3, 3], data.cam_xpos[camera])
+        rows, columns = np.mgrid[:SIZE, :SIZE] + 0.5
+        rays = np.stack([columns, rows, np.ones_like(rows)], axis=-1) @ np.linalg.inv(view.intrinsics).T
+        points = (rays * view.depth[..., None]) @ view.camera_to_world[:3, :3].T + view.camera_to_world[:3, 3]
+        for item in env.domain.objects_dict.values():
+            geoms = [g for g in range(model.ngeom) if model.body(model.geom_bodyid[g]).name.startswith(item.name)]
+            mask = (view.segmentation[..., 1] == 5) & np.isin(view.segmentation[..., 0], geoms)
+            if mask.sum() < 8:
+                continue
+            seen += 1
+            center = np.median(points[mask], axis=0)
+            assert np.linalg.norm(center - data.body(item.root_body).xpos) < 0.09, (name, item.name)
+    assert seen >= 3
+
+
+def test_fast_drawing_looks_alike_and_leaves_physics_alone(env: LiberoEnv, actions: np.ndarray) -> None:
+    env.reset(env.init_states[0])
+    for action in actions:
+        env.step(action)
+    slow = snapshot(env)
+    with LiberoEnv(SUITE, TASK, image_size=SIZE, render="fast") as quick:
+        quick.reset(quick.init_states[0])
+        for action in actions:
+            quick.step(action)
+        fast = snapshot(quick)
+        assert equal(slow[:4], fast[:4]) and equal(slow[6:], fast[6:])
+        for index in (4, 5):
+            difference = np.abs(slow[index].astype(float) - fast[index])
+            assert 0 < difference.mean() < 12
+        quick.close()
+        quick.close()
+
+
+def test_wrong_calls_are_refused(env: LiberoEnv) -> None:
+    with pytest.raises(UsageError, match=r"init_state: .*shape \(\d+,\), got \(3,\)"):
+        env.reset(np.zeros(3))
+    with pytest.raises(ValueError, match="7 finite numbers"):
+        env.step(np.full(7, np.nan))
+    blind = copy.copy(env)
+    blind.camera_depths = False
+    with pytest.raises(UsageError, match="camera_depths=True"):
+        blind.observe_geometry()
+    assert set(env.observe_geometry()) == set(CAMERAS)

@@ -1,0 +1,72 @@
+"""Flags of the collection and how the work is divided."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.mini.collect import CollectConfig, _blocks, parse_tasks
+from experiments.mini.demonstrate import derive_seed, is_no_op
+from prismatic.util.cli import parse
+from prismatic.util.errors import UsageError
+
+
+def test_flags_as_documented() -> None:
+    flags = (
+        "--suite libero_goal --tasks 1,2 --episodes 3 --seed 4 --image_size 64 --render protocol --workers 5 --out d"
+    )
+    config = parse(CollectConfig, flags.split())
+    assert (config.suite, config.tasks, config.episodes, config.seed) == ("libero_goal", "1,2", 3, 4)
+    assert (config.image_size, config.render, config.workers, config.out) == (64, "protocol", 5, Path("d"))
+    assert config.name == "libero_goal_no_noops"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--render pretty", r"--render: unknown value 'pretty'.*accepted: fast, protocol"),
+        ("--episodes 0", r"--episodes: 0 found; accepted: 1 or more"),
+        ("--workers -2", r"--workers: -2 found; accepted: 1 or more"),
+        ("--suit libero_goal", r"--suit: unknown flag \(did you mean --suite\?\)"),
+    ],
+)
+def test_wrong_flags(flags: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse(CollectConfig, flags.split())
+
+
+def test_task_lists() -> None:
+    assert parse_tasks("all", 3) == (0, 1, 2)
+    assert parse_tasks("5,1,7-9", 10) == (5, 1, 7, 8, 9)
+    for wrong in ("", "1,x", "1,1", "10", "3-1", "-1"):
+        with pytest.raises(UsageError, match=r"--tasks: .* accepted: different numbers of 0 to 9"):
+            parse_tasks(wrong, 10)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "episodes", "workers"), [((1,), 5, 2), ((1, 4), 3, 2), ((1, 4, 6), 7, 2), ((0,), 1, 8)]
+)
+def test_work_is_covered_once(tasks: tuple[int, ...], episodes: int, workers: int) -> None:
+    pieces = [(task, number) for task, numbers in _blocks(tasks, episodes, workers) for number in numbers]
+    assert sorted(pieces) == [(task, number) for task in tasks for number in range(episodes)]
+
+
+def test_identity_ignores_what_does_not_change_the_bytes(tmp_path: Path) -> None:
+    base = CollectConfig(out=tmp_path)
+    assert CollectConfig(out=tmp_path, workers=9, tasks="3", episodes=1).staging == base.staging
+    assert CollectConfig(out=tmp_path, seed=1).staging != base.staging
+    assert CollectConfig(out=tmp_path, image_size=64).staging != base.staging
+
+
+def test_seeds_are_fixed_forever() -> None:
+    assert derive_seed(0, "libero_object", 1, 0, 0) == 4067113132
+    assert derive_seed(1, 23) != derive_seed(12, 3)
+
+
+def test_no_op_is_upstreams() -> None:
+    still = np.array([5e-5, 0, 0, 0, 0, 0, -1.0])
+    assert is_no_op(still, None) and is_no_op(still, still)
+    assert not is_no_op(still, np.array([0, 0, 0, 0, 0, 0, 1.0]))
+    assert not is_no_op(np.array([2e-4, 0, 0, 0, 0, 0, -1.0]), still)
