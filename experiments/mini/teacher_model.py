@@ -13,6 +13,7 @@ from rocket_align.teacher.vggt.config import VGGTConfig
 if TYPE_CHECKING:
     from experiments.mini.train_teacher import TrainTeacherConfig
 
+NUM_VIEWS = 2
 # Nearly zero, as upstream starts them, is a slow start for a short training.
 _TOKEN_STD = 0.02
 
@@ -50,7 +51,7 @@ class TeacherModel(nn.Module):
         self.readouts = nn.ModuleList(
             Readout(2 * config.embed_dim, config.num_special_tokens, cells) for _ in range(config.depth)
         )
-        self.scale = Scale()
+        self.scale = Scale(NUM_VIEWS, config.grid_size * cells)
 
     def forward(self, images_BV3HW: Tensor) -> list[Prediction]:
         """Images in [0, 1] -> each layer's prediction."""

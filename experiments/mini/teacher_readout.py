@@ -17,51 +17,55 @@ from experiments.mini.teacher_data import OBJECT
 from experiments.mini.teacher_frames import CAMERA_DIM, ROTATION, TRANSLATION, Targets
 
 POINT_DIM = 3
+NUM_KINDS = 4
 _CAMERA_WEIGHT = 0.5
+_KIND_WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Standardized: log-depth (B, V, G, G), points (B, V, G, G, 3), camera (B, V, K)."""
+    """Standardized depth (B, V, G, G), points (B, V, G, G, 3), camera (B, V, K); kinds as logits (B, V, G, G, 4)."""
 
     depth_BVGG: Tensor
     points_BVGG3: Tensor
     camera_BVK: Tensor
+    kinds_BVGGC: Tensor | None = None
 
 
 class Scale(nn.Module):
-    """Mean and deviation of log-depth, points and cameras over the training frames."""
+    """Mean of every cell and deviation of every view over the training frames: readouts predict the rest.
 
-    depth_mean: Tensor
-    depth_std: Tensor
-    points_mean: Tensor
-    points_std: Tensor
-    camera_mean: Tensor
-    camera_std: Tensor
+    Most of a fixed scene's depth is the same in every frame. Given for free, it neither hides in the loss what the
+    picture tells nor costs training time.
 
-    def __init__(self) -> None:
+    Args:
+        views: V.
+        grid: cells along a side, G.
+    """
+
+    def __init__(self, views: int, grid: int) -> None:
         super().__init__()
-        for name, size in (("depth", 1), ("points", POINT_DIM), ("camera", CAMERA_DIM)):
-            self.register_buffer(f"{name}_mean", torch.zeros(size))
-            self.register_buffer(f"{name}_std", torch.ones(size))
+        shapes = {"depth": (grid, grid, 1), "points": (grid, grid, POINT_DIM), "camera": (CAMERA_DIM,)}
+        for name, shape in shapes.items():
+            self.register_buffer(f"{name}_mean", torch.zeros(views, *shape))
+            self.register_buffer(f"{name}_std", torch.ones(views, *(1 for _ in shape[:-1]), shape[-1]))
 
     def fit(self, targets: Targets) -> None:
         """Measure; a component that never varies gets deviation 1."""
-        raw = {
-            "depth": targets.depth_BVGG.log()[..., None],
-            "points": targets.points_BVGG3,
-            "camera": targets.camera_BVK,
-        }
+        depth = targets.depth_BVGG.log()[..., None]
+        raw = {"depth": depth, "points": targets.points_BVGG3, "camera": targets.camera_BVK}
         for name, values in raw.items():
-            flat = values.flatten(0, -2)
-            std = flat.std(dim=0)
-            getattr(self, f"{name}_mean").copy_(flat.mean(dim=0))
+            mean = values.mean(dim=0)
+            over = tuple(range(1, mean.ndim - 1))
+            variance = (values - mean).square().mean(dim=0)
+            std = (variance.mean(dim=over, keepdim=True) if over else variance).sqrt()
+            getattr(self, f"{name}_mean").copy_(mean)
             getattr(self, f"{name}_std").copy_(torch.where(std > 1e-4, std, torch.ones_like(std)))
 
     def standardize(self, targets: Targets) -> Prediction:
         """The prediction that would be right."""
         return Prediction(
-            (targets.depth_BVGG.log() - self.depth_mean) / self.depth_std,
+            ((targets.depth_BVGG.log()[..., None] - self.depth_mean) / self.depth_std)[..., 0],
             (targets.points_BVGG3 - self.points_mean) / self.points_std,
             (targets.camera_BVK - self.camera_mean) / self.camera_std,
         )
@@ -69,7 +73,7 @@ class Scale(nn.Module):
     def restore(self, prediction: Prediction, kinds_BVGG: Tensor) -> Targets:
         """Back to meters."""
         return Targets(
-            (prediction.depth_BVGG * self.depth_std + self.depth_mean).exp(),
+            (prediction.depth_BVGG[..., None] * self.depth_std + self.depth_mean)[..., 0].exp(),
             prediction.points_BVGG3 * self.points_std + self.points_mean,
             kinds_BVGG,
             prediction.camera_BVK * self.camera_std + self.camera_mean,
@@ -89,7 +93,7 @@ class Readout(nn.Module):
         super().__init__()
         self.num_special, self.cells = num_special, cells
         self.norm = nn.LayerNorm(channels, elementwise_affine=False)
-        self.patch = nn.Linear(channels, cells * cells * (1 + POINT_DIM))
+        self.patch = nn.Linear(channels, cells * cells * (1 + POINT_DIM + NUM_KINDS))
         self.camera = nn.Linear(channels, CAMERA_DIM)
 
     def forward(self, tokens_BVPC: Tensor) -> Prediction:
@@ -97,21 +101,32 @@ class Readout(nn.Module):
         patches = self.patch(tokens[:, :, self.num_special :])
         side = round(patches.shape[2] ** 0.5)
         grid = patches.unflatten(3, (self.cells, self.cells, -1)).unflatten(2, (side, side))
-        # (B, V, row, column, cell row, cell column, 4) -> (B, V, G, G, 4)
+        # (B, V, row, column, cell row, cell column, values) -> (B, V, G, G, values)
         grid = grid.transpose(3, 4).flatten(4, 5).flatten(2, 3)
-        return Prediction(grid[..., 0], grid[..., 1:], self.camera(tokens[:, :, 0]))
+        points, kinds = grid[..., 1 : 1 + POINT_DIM], grid[..., 1 + POINT_DIM :]
+        return Prediction(grid[..., 0], points, self.camera(tokens[:, :, 0]), kinds)
 
 
-def readout_loss(prediction: Prediction, target: Prediction) -> Tensor:
-    """L1 of standardized log-depth, its differences between neighboring cells, points and camera.
+def readout_loss(prediction: Prediction, target: Prediction, kinds_BVGG: Tensor) -> Tensor:
+    """Huber loss of standardized log-depth, its differences between neighboring cells, points and camera; kinds.
 
     The differences make small objects count, whose depth differs little from the table's (VGGT has such a term too).
+    Telling robot, objects and fixtures apart is not VGGT's task; it stands in for the semantic pretraining that
+    VGGT's patch embedding brings along, and makes learning from scratch several times faster.
     """
     depth = prediction.depth_BVGG - target.depth_BVGG
-    edges = (depth.diff(dim=-1).abs().mean() + depth.diff(dim=-2).abs().mean()) / 2
-    points = F.l1_loss(prediction.points_BVGG3, target.points_BVGG3)
-    camera = F.l1_loss(prediction.camera_BVK, target.camera_BVK)
-    return depth.abs().mean() + edges + points + _CAMERA_WEIGHT * camera
+    edges = (_huber(depth.diff(dim=-1)) + _huber(depth.diff(dim=-2))) / 2
+    points = _huber(prediction.points_BVGG3 - target.points_BVGG3)
+    camera = _huber(prediction.camera_BVK - target.camera_BVK)
+    geometry = _huber(depth) + edges + points + _CAMERA_WEIGHT * camera
+    if prediction.kinds_BVGGC is None:
+        return geometry
+    kinds = F.cross_entropy(prediction.kinds_BVGGC.flatten(0, 3), kinds_BVGG.flatten().long())
+    return geometry + _KIND_WEIGHT * kinds
+
+
+def _huber(error: Tensor) -> Tensor:
+    return F.smooth_l1_loss(error, torch.zeros_like(error))
 
 
 def _rotation_angle(first: Tensor, second: Tensor) -> Tensor:

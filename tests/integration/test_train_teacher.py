@@ -85,12 +85,12 @@ def test_resumed_run_gives_the_weights_of_an_uninterrupted_one(
 
 
 def test_training_lowers_the_loss_and_saves_a_teacher(data: Path, tmp_path: Path) -> None:
-    main(_config(data, tmp_path / "run", steps=60, weights=tmp_path / "weights", ema_decay=0.5))
+    main(_config(data, tmp_path / "run", steps=80, weights=tmp_path / "weights", ema_decay=0.5))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.7 * losses[0]
     report = json.loads((tmp_path / "weights" / "evaluation.json").read_text())
     assert report["held_out_frames"] == 12
-    assert report["held_out"]["layer_1"]["abs_rel"] < report["held_out"]["mean_of_view"]["abs_rel"]
+    assert report["held_out"]["layer_1"]["abs_rel"] < 0.85 * report["held_out"]["mean_of_cell"]["abs_rel"]
     teacher = VGGTTeacher.from_pretrained(tmp_path / "weights", layers="0,-1")
     features = teacher(torch.rand(1, 2, 3, 40, 40))
     assert features.grid_hw == (2, 2)

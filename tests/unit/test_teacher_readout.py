@@ -27,6 +27,7 @@ def test_cells_of_a_patch_form_its_square() -> None:
     prediction = readout(tokens)
     assert prediction.depth_BVGG.shape == (1, 1, 6, 6)
     assert prediction.points_BVGG3.shape == (1, 1, 6, 6, 3)
+    assert prediction.kinds_BVGGC.shape == (1, 1, 6, 6, 4)
     assert prediction.camera_BVK.shape == (1, 1, CAMERA_DIM)
     # Patch 2 of a 2 x 2 grid is the lower left one: changing it changes only that quarter.
     other = tokens.clone()
@@ -35,29 +36,34 @@ def test_cells_of_a_patch_form_its_square() -> None:
     assert changed[0, 0, 3:, :3].all()
     assert changed.sum() == 9
     # Within a patch, cells are in row-major order.
-    alone = readout.patch(readout.norm(tokens[0, 0, 2])).unflatten(0, (9, 4))[:, 0]
+    alone = readout.patch(readout.norm(tokens[0, 0, 2])).unflatten(0, (9, 8))[:, 0]
     torch.testing.assert_close(prediction.depth_BVGG[0, 0, :3, :3].flatten(), alone)
 
 
 def test_scale_standardizes_and_restores() -> None:
-    targets, scale = _targets(), Scale()
+    targets, scale = _targets(), Scale(views=2, grid=6)
     scale.fit(targets)
     standard = scale.standardize(targets)
-    assert abs(float(standard.depth_BVGG.mean())) < 1e-5
-    torch.testing.assert_close(standard.points_BVGG3.flatten(0, -2).std(dim=0), torch.ones(3))
+    # Every cell has mean 0, every view has deviation 1.
+    torch.testing.assert_close(standard.depth_BVGG.mean(dim=0), torch.zeros(2, 6, 6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(standard.points_BVGG3.square().mean(dim=(0, 2, 3)), torch.ones(2, 3))
     restored = scale.restore(standard, targets.kinds_BVGG)
     torch.testing.assert_close(restored.depth_BVGG, targets.depth_BVGG)
     torch.testing.assert_close(restored.camera_BVK, targets.camera_BVK)
 
 
 def test_loss_is_zero_only_for_the_right_answer() -> None:
-    targets, scale = _targets(), Scale()
+    targets, scale = _targets(), Scale(views=2, grid=6)
     scale.fit(targets)
     wanted = scale.standardize(targets)
-    assert float(readout_loss(wanted, wanted)) == 0
+    assert float(readout_loss(wanted, wanted, targets.kinds_BVGG)) == 0
     shifted = Prediction(wanted.depth_BVGG + 0.5, wanted.points_BVGG3, wanted.camera_BVK)
     # A constant shift is an error of depth, not of its differences.
-    torch.testing.assert_close(readout_loss(shifted, wanted), torch.tensor(0.5))
+    torch.testing.assert_close(readout_loss(shifted, wanted, targets.kinds_BVGG), torch.tensor(0.125))
+    # Equal logits for four kinds cost log 4.
+    unsure = Prediction(wanted.depth_BVGG, wanted.points_BVGG3, wanted.camera_BVK, torch.zeros(4, 2, 6, 6, 4))
+    loss = readout_loss(unsure, wanted, targets.kinds_BVGG)
+    torch.testing.assert_close(loss, 0.3 * torch.tensor(4.0).log())
 
 
 def test_scores_of_known_errors() -> None:
