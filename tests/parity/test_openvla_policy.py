@@ -137,6 +137,35 @@ def test_an_adapter_acts_as_the_merged_model(golden_dir: Path, tmp_path: Path) -
         torch.testing.assert_close(state[key].float(), golden[key].float(), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["plain model", "model saved with the wrapper"])
+def test_a_film_checkpoint(golden_dir: Path, merged: Path, tmp_path: Path, layout: str) -> None:
+    """The vision weights come from `vision_backbone--*`, whatever names the model's own file has."""
+    from safetensors.torch import save_file
+
+    folder = Path(shutil.copytree(merged, tmp_path / "film"))
+    golden = load_torch_file(golden_dir / "forward_film.safetensors")
+    prefix = "weights."
+    backbone = {f"module.{key.removeprefix(prefix)}": golden[key] for key in golden if key.startswith(prefix)}
+    torch.save(backbone, folder / "vision_backbone--7_checkpoint.pt")
+    if layout != "plain model":
+        weights = load_torch_file(folder / "model.safetensors")
+        kept = {key: value for key, value in weights.items() if not key.startswith("vision_backbone.")}
+        wrapped = {f"vision_backbone.{key.removeprefix('module.')}": value for key, value in backbone.items()}
+        save_file({**kept, **wrapped}, folder / "model.safetensors", metadata={"format": "pt"})
+    cfg = settings(folder, use_film=True)
+    vla = get_vla(cfg)
+    inputs = load_torch_file(golden_dir / "predict_action.safetensors")
+    actions, _ = vla.predict_action(
+        *(inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")),
+        "libero_tiny",
+        proprio=inputs["proprio"],
+        proprio_projector=get_proprio_projector(cfg, vla.llm_dim, 8),
+        action_head=get_action_head(cfg, vla.llm_dim),
+        use_film=True,
+    )
+    np.testing.assert_allclose(actions[0], golden["predict_action.actions"].numpy(), atol=1e-4)
+
+
 def test_a_batch_answers_as_each_query_alone(merged: Path, queries: list[Query]) -> None:
     policy = OpenVLAPolicy.from_checkpoint(str(merged), settings(merged), "libero_tiny")
     together = policy.act(queries)
