@@ -26,13 +26,13 @@ class TrainConfig:
     platform: str = "libero"  # Chunk length, action and proprio sizes: libero | aloha | bridge
     shuffle_buffer_size: int = 100_000  # Accepted for compatibility: shuffling is exact and needs no buffer
 
-    # Architecture
-    use_l1_regression: bool = True  # Continuous head trained with the L1 loss
-    use_diffusion: bool = False  # Continuous head trained by diffusion (DDIM)
-    num_diffusion_steps_train: int = 50  # Diffusion steps during training
-    use_film: bool = False  # Language conditions the vision backbone (FiLM)
+    # Inputs and heads
     num_images_in_input: int = 1  # 1 primary image, 2 adds the wrist, 3 both wrists
     use_proprio: bool = False  # Robot state as one more token
+    use_film: bool = False  # Language conditions the vision backbone (FiLM)
+    use_l1_regression: bool = True  # Continuous head trained with the L1 loss
+    use_diffusion: bool = False  # Continuous head trained by diffusion (DDIM); neither: discrete action tokens
+    num_diffusion_steps_train: int = 50  # Diffusion steps during training
 
     # Optimization
     batch_size: int = 8  # Samples per process and forward pass
@@ -57,7 +57,7 @@ class TrainConfig:
     save_latest_checkpoint_only: bool = False  # Keep one checkpoint, overwritten, in the run's folder
     resume: bool = False  # Go on from the checkpoint folder --vla_path
     resume_step: int | None = None  # Step of that checkpoint (default: read from it)
-    diffusion_sample_freq: int = 50  # Steps between sampled-action metrics (diffusion only)
+    diffusion_sample_freq: int = 50  # Accepted for compatibility: no actions are sampled during training
 
     # Data loading
     image_aug: bool = True  # Random crop and color jitter
