@@ -68,7 +68,12 @@ class MultiLayerAlignment(nn.ModuleList):
             super().__init__([members(widths)] * pairs if pairs else [])
         self.config = config
         self.teacher_channels = 2 * teacher_dim
-        self.register_load_state_dict_pre_hook(_accept_released_layouts)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Overridden as torch allows; the public hook for it is newer than the torch 2.2 that OpenVLA-OFT pins.
+        *_, errors = args
+        _accept_released_layouts(self, state_dict, prefix, errors)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _member(self, pair: int, member: int) -> AlignmentProjector:
         return cast(AlignmentProjector, cast(nn.ModuleList, self[pair])[member])
@@ -137,14 +142,7 @@ class MultiLayerAlignment(nn.ModuleList):
 
 
 def _accept_released_layouts(
-    module: MultiLayerAlignment,
-    state_dict: dict[str, Any],
-    prefix: str,
-    metadata: dict[str, Any],
-    strict: bool,
-    missing: list[str],
-    unexpected: list[str],
-    errors: list[str],
+    module: MultiLayerAlignment, state_dict: dict[str, Any], prefix: str, errors: list[str]
 ) -> None:
     """Rename `module.` keys, and give every pair of a shared projector its tensors; refuse pairs that disagree."""
     wrapped = prefix + "module."

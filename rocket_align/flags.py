@@ -1,9 +1,8 @@
 """The released command-line flags of the alignment and what they mean as an :class:`AlignConfig`.
 
 A flag left at None takes the recipe's value, so a recipe and a hand-set flag combine as one expects. Imports no torch.
+Annotations are not postponed here: draccus 0.8, which OpenVLA-OFT pins, cannot read postponed ones of a base class.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,0 +1,61 @@
+"""Command line of the injection: `python -m patches apply|check|revert PATH`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Started inside a checkout of OpenVLA-OFT, Python would take that one's `prismatic`.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from patches.checkout import SCRIPT, Checkout
+from prismatic.util.errors import UsageError
+
+
+def apply(checkout: Checkout) -> int:
+    before = checkout.state
+    checkout.apply()
+    said = {"absent": "injected", "outdated": "brought up to date", "applied": "was there already"}
+    print(f"{checkout.root}: alignment {said[before]}")
+    return 0
+
+
+def check(checkout: Checkout) -> int:
+    said = {
+        "absent": f"no alignment; every place it needs is in {SCRIPT}",
+        "outdated": "an alignment that is incomplete or of another version; `apply` brings it up to date",
+        "applied": "alignment injected and intact",
+    }
+    print(f"{checkout.root}: {said[checkout.state]}")
+    return 0 if checkout.state == "applied" else 1
+
+
+def revert(checkout: Checkout) -> int:
+    print(f"{checkout.root}: {'alignment taken out' if checkout.revert() else 'there was no alignment'}")
+    return 0
+
+
+COMMANDS = {"apply": apply, "check": check, "revert": revert}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 `check` found none or an outdated one, 2 the checkout or the command line is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m patches", description="Put rocket_align into a checkout of moojink/openvla-oft, or take it out."
+    )
+    parser.add_argument(
+        "command", choices=COMMANDS, help="apply (may be repeated), check (exit code 0: there) or revert"
+    )
+    parser.add_argument("path", help="top folder of the checkout")
+    arguments = parser.parse_args(argv)
+    try:
+        return COMMANDS[arguments.command](Checkout(arguments.path))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

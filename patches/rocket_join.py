@@ -1,0 +1,196 @@
+"""Joins `rocket_align` to OpenVLA-OFT's fine-tuning script; `python -m patches apply` copies it beside that script.
+
+It knows of the script only what the injected lines hand over: the configuration, the policy in its DDP wrapper, the
+processor, the hidden states and the pixels of a batch. Needs torch 2.2 or later.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rocket_align.alignment import MultiLayerAlignment
+from rocket_align.flags import AlignFlags
+from rocket_align.teacher.base import Teacher, TeacherFeatures
+from rocket_align.teacher.preprocess import unnormalize_views
+from rocket_align.teacher.vggt.checkpoint import find_weights
+from rocket_align.teacher.vggt.teacher import VGGTTeacher
+
+COMPONENT = "align_projectors"
+
+
+def _refuse(error: ValueError) -> NoReturn:
+    """End the process as this project's command lines do: one line, exit code 2."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2) from error
+
+
+def check_flags(config: AlignFlags) -> None:
+    """Refuse wrong flags, or a teacher that is not there, before anything large is loaded.
+
+    Raises:
+        SystemExit: code 2, after one line on standard error.
+    """
+    try:
+        config.validate_alignment()
+        if config.aligns:
+            find_weights(config.vggt_path)
+    except ValueError as error:
+        _refuse(error)
+
+
+class RocketJoin:
+    """The alignment of one training run. Without alignment (the baseline) every method does nothing.
+
+    Args:
+        alignment: the projectors, on the policy's device. Wrapped in DDP here when several processes train, and called
+            through that wrapper, so that their gradients are averaged.
+        teacher: makes features of `alignment.config.teacher_layers`; None when there is no pair.
+        num_vision_tokens: tokens of all images in the policy's sequence.
+        mean, std: what the first three channels of each image were normalized with.
+        channels_per_view: channels of one image in `pixel_values`.
+    """
+
+    def __init__(
+        self,
+        alignment: MultiLayerAlignment,
+        teacher: Teacher | None,
+        *,
+        num_vision_tokens: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        channels_per_view: int,
+    ) -> None:
+        self.alignment = alignment
+        self.config = alignment.config
+        self.teacher = teacher
+        self.num_vision_tokens = num_vision_tokens
+        self.mean, self.std, self.channels_per_view = mean, std, channels_per_view
+        self.wrapped: nn.Module = alignment
+        if self.config.num_pairs and torch.distributed.is_available() and torch.distributed.is_initialized():
+            # No device_ids: inputs are where they should be. This also gives every rank the first one's weights.
+            self.wrapped = DistributedDataParallel(alignment, gradient_as_bucket_view=True)
+
+    @classmethod
+    def build(cls, config: Any, vla: nn.Module, processor: Any) -> RocketJoin:
+        """Load the teacher and make the projectors; when resuming, restore them.
+
+        Args:
+            config: the script's configuration, with the fields of `AlignFlags`.
+            vla: the policy, in DDP and PEFT or bare.
+            processor: its processor, for the image normalization.
+
+        Raises:
+            SystemExit: code 2 after one line, for layers the models lack or weights that do not fit.
+        """
+        policy: Any = getattr(vla, "module", vla)
+        device = next(policy.parameters()).device
+        images, backbone = processor.image_processor, policy.vision_backbone
+        try:
+            if config.aligns:
+                sizes = find_weights(config.vggt_path)[1]
+                align = config.align_config(policy.config.text_config.num_hidden_layers, sizes.depth)
+                teacher = VGGTTeacher.from_pretrained(
+                    config.vggt_path,
+                    align.teacher_layers,
+                    device=device,
+                    dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+                )
+                alignment = MultiLayerAlignment(align, policy.llm_dim, teacher.embed_dim).to(device)
+                if config.resume:
+                    _restore(alignment, Path(config.vla_path), config.resume_step)
+            else:
+                teacher, alignment = None, MultiLayerAlignment(config.align_config(0, 0), policy.llm_dim, 0)
+        except ValueError as error:
+            _refuse(error)
+        return cls(
+            alignment,
+            teacher,
+            num_vision_tokens=backbone.get_num_patches() * backbone.get_num_images_in_input(),
+            mean=tuple(images.means[0]),
+            std=tuple(images.stds[0]),
+            channels_per_view=3 * len(images.means),
+        )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer has to update."""
+        return list(self.alignment.parameters())
+
+    def _features(self, pixels_BCHW: Tensor) -> TeacherFeatures | None:
+        if self.teacher is None:
+            return None
+        views = unnormalize_views(pixels_BCHW, self.mean, self.std, channels_per_view=self.channels_per_view)
+        return self.teacher(views)
+
+    def add_loss(
+        self, loss: Tensor, metrics: dict[str, float], hidden_states: tuple[Tensor, ...], pixel_values: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Total loss = action loss + coefficient * alignment loss, and the metrics with the alignment's.
+
+        `loss_value` stays the action loss, so that runs with and without alignment can be compared.
+
+        Args:
+            loss: the action loss.
+            metrics: the script's.
+            hidden_states: L + 1 tensors (B, S, D), embeddings first.
+            pixel_values: (B, V * channels_per_view, H, W), on any device.
+        """
+        if not self.config.num_pairs:
+            return loss, metrics
+        device = hidden_states[0].device
+        features = self._features(pixel_values.to(device))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            output = self.wrapped(
+                hidden_states, vision_start=1, num_vision_tokens=self.num_vision_tokens, teacher=features
+            )
+        total = loss + self.config.coeff * output.loss
+        # One transfer for all of them, where one `.item()` each would wait for the device as many times.
+        values = torch.stack([total.detach().float(), output.loss.detach().float(), *output.per_pair.float()]).tolist()
+        return total, {**metrics, **dict(zip(self._metric_names(), values))}
+
+    def _metric_names(self) -> list[str]:
+        return ["total_loss", "align_loss", *(f"align_loss_pair_{pair}" for pair in range(self.config.num_pairs))]
+
+    def add_queues(self, recent_metrics: dict[str, deque[float]]) -> None:
+        """Make room for the alignment's metrics among those that the script averages and logs."""
+        if self.config.num_pairs:
+            length = next(iter(recent_metrics.values())).maxlen
+            recent_metrics.update({name: deque(maxlen=length) for name in self._metric_names()})
+
+    def save(self, path: str | Path) -> None:
+        """On the main process, write the projectors to `path`: to a temporary name first, then renamed."""
+        if not self.config.num_pairs or int(os.environ.get("RANK", "0")) != 0:
+            return
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            torch.save(self.alignment.state_dict(), temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _restore(alignment: MultiLayerAlignment, folder: Path, step: int | None) -> None:
+    """Load the projectors of a checkpoint; one without any starts them anew.
+
+    Raises:
+        ValueError: weights of another alignment, naming the file.
+    """
+    names = [f"{COMPONENT}--{name}_checkpoint.pt" for name in (step, "latest")]
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        print(f"{folder}: no {names[0]}; the projectors start anew")
+        return
+    try:
+        alignment.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: does not fit the alignment that the flags describe ({reason})") from error
