@@ -31,14 +31,14 @@ system-check: ## Check Python and the OpenGL libraries of the simulator (install
 	@if [ -z "$(PYTHON)" ]; then echo "no Python 3.10 to 3.13 found: install one or name it, as in: make PYTHON=/path/to/python3.11" >&2; exit 1; fi
 	@$(PYTHON) $(SYSTEM_CHECK) --install
 
-venv install: system-check $(INSTALLED) ## Create .venv and install the project with simulator and test tools
+venv install: system-check $(INSTALLED) ## Create .venv and install the project with simulator, server and test tools
 
 $(INSTALLED): pyproject.toml | system-check
 	@echo "Creating $(VENV) and installing torch, the simulator and the project (a few minutes, up to 8 GB with CUDA)"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install --quiet --upgrade "pip>=24"
 	@$(PIP) install --quiet $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "torch>=2.6" "torchvision>=0.21"
-	@$(PIP) install --quiet --editable ".[sim,dev]"
+	@$(PIP) install --quiet --editable ".[sim,serve,dev]"
 	@touch $@
 
 demo: install ## Collect demonstrations, fine-tune with and without alignment, evaluate in LIBERO (CPU, minutes)

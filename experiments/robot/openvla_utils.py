@@ -215,15 +215,20 @@ class OpenVLAPolicy:
             parts["noisy_action_projector"] = get_noisy_action_projector(cfg, vla.llm_dim)
         return cls(vla, _load_processor(opened), parts, cfg, unnorm_key)
 
-    def act(self, queries: Sequence[Query]) -> Array:
-        """Un-normalized action chunks, float64 (B, T, A), gripper 1 = open, for B queries."""
-        views = [[query.image, query.wrist_image][: self._cfg.num_images_in_input] for query in queries]
+    def act(self, queries: Sequence[Query], unnorm_key: str | None = None) -> Array:
+        """Un-normalized action chunks, float64 (B, T, A), gripper 1 = open, for B queries.
+
+        `unnorm_key` names other statistics than the policy's own.
+        """
+        key = unnorm_key or self.unnorm_key
+        used = self._cfg.num_images_in_input
+        views = [[query.image, query.wrist_image, *query.extra_images][:used] for query in queries]
         pixels = list(self._threads.map(self._prepare, [image for of_query in views for image in of_query]))
         count = len(views[0])
         pixel_values = [torch.cat(pixels[start : start + count]) for start in range(0, len(pixels), count)]
-        arguments: dict[str, Any] = {"unnorm_key": self.unnorm_key, "use_film": self._cfg.use_film, **self._parts}
+        arguments: dict[str, Any] = {"unnorm_key": key, "use_film": self._cfg.use_film, **self._parts}
         if self._cfg.use_proprio:
-            statistics = self.vla.norm_stats[self.unnorm_key]["proprio"]
+            statistics = self.vla.norm_stats[key]["proprio"]
             states = np.stack([query.state for query in queries])
             arguments["proprio"] = normalize_proprio(states, statistics, self.platform.normalization)
         if self._cfg.use_diffusion:

@@ -20,6 +20,7 @@ class Query:
         state: (8,) end-effector position (m), orientation (axis-angle, rad), two finger positions (m).
         instruction: what to do, in words.
         seed: for policies that sample: the same query with the same seed must get the same answer.
+        extra_images: further cameras, for policies of more than two views (a second wrist).
     """
 
     image: npt.NDArray[np.uint8]
@@ -27,6 +28,7 @@ class Query:
     state: npt.NDArray[np.float64]
     instruction: str
     seed: int = 0
+    extra_images: tuple[npt.NDArray[np.uint8], ...] = ()
 
 
 class Policy(Protocol):

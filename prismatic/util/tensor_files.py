@@ -166,5 +166,5 @@ def _write_file(path: Path, specs: Sequence[TensorSpec], read: Callable[[str], t
             tensor = read(spec.name)
             if tensor.shape != spec.shape or tensor.dtype != spec.dtype:
                 raise ValueError(f"{spec.name}: announced {spec.shape} {spec.dtype}, got {tensor.shape} {tensor.dtype}")
-            stream.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return path

@@ -1,0 +1,162 @@
+"""From what a client sent to a query of the policy: every field checked, wrong ones named in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from experiments.robot.policy import Query
+from prismatic.vla.platforms import Platform
+
+MAX_SIDE = 4096  # pixels of an image
+MAX_INSTRUCTION = 1000  # characters
+# Names that openpi's clients use, in our (upstream's) words.
+_OPENPI_NAMES = {"prompt": "instruction", "image": "full_image", "wrist_image": "wrist_image", "state": "state"}
+
+
+class RequestError(ValueError):
+    """A request that cannot be answered; the message is one line for the client."""
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What a served policy takes and gives.
+
+    Attributes:
+        name: the checkpoint, for people.
+        num_images: camera views: full_image first, then wrist views.
+        image_size: (height, width) of the images inside the policy; other sizes are resized as in evaluation.
+        unnorm_keys: data sets whose statistics can un-normalize actions; `unnorm_key` is the default, "" for none.
+    """
+
+    name: str
+    platform: Platform
+    num_images: int
+    image_size: tuple[int, int]
+    use_proprio: bool
+    unnorm_keys: tuple[str, ...]
+    unnorm_key: str = ""
+
+    def metadata(self) -> dict[str, Any]:
+        """What `GET /metadata` answers and a WebSocket client gets first."""
+        return {
+            "policy": self.name,
+            "platform": self.platform.name,
+            "action_horizon": self.platform.chunk,
+            "action_dim": self.platform.action_dim,
+            "gripper": "as in the training data; LIBERO: last action dimension in [0, 1], 1 = open",
+            "num_images": self.num_images,
+            "image_size": list(self.image_size),
+            "state_dim": self.platform.proprio_dim if self.use_proprio else 0,
+            "unnorm_keys": list(self.unnorm_keys),
+            "unnorm_key": self.unnorm_key,
+        }
+
+
+@dataclass(frozen=True)
+class Request:
+    """One checked request: the query, and the data set whose statistics un-normalize the answer."""
+
+    query: Query
+    unnorm_key: str
+
+
+def parse_request(payload: Any, spec: PolicySpec) -> Request:
+    """Check upstream's payload {full_image, wrist images, state, instruction}, with optional unnorm_key and seed.
+
+    Every key that contains "wrist" is a view, in the order sent; views beyond the policy's number are dropped, as
+    upstream does. Fields that the policy does not use may be missing.
+
+    Raises:
+        RequestError: a field is missing or wrong.
+    """
+    if not isinstance(payload, Mapping):
+        raise RequestError(f"payload: found {type(payload).__name__}; accepted: an object with full_image, instruction")
+    names = ["full_image", *(name for name in payload if isinstance(name, str) and "wrist" in name)]
+    names = [name for name in names if name in payload][: spec.num_images]
+    if len(names) < spec.num_images or "full_image" not in names:
+        raise RequestError(
+            f"full_image and {spec.num_images - 1} wrist images are needed; "
+            f"found fields: {', '.join(str(name)[:40] for name in list(payload)[:12]) or 'none'}"
+        )
+    images = [_image(name, payload[name]) for name in names]
+    query = Query(
+        image=images[0],
+        wrist_image=images[1] if len(images) > 1 else images[0],
+        extra_images=tuple(images[2:]),
+        state=_state(payload.get("state"), spec),
+        instruction=_instruction(payload.get("instruction")),
+        seed=_seed(payload.get("seed")),
+    )
+    return Request(query, _unnorm_key(payload.get("unnorm_key"), spec))
+
+
+def from_openpi(payload: Any) -> Any:
+    """openpi's observation {observation/image, observation/wrist_image, observation/state, prompt} in our names."""
+    if not isinstance(payload, Mapping):
+        return payload
+    renamed = {}
+    for key, value in payload.items():
+        plain = key.removeprefix("observation/") if isinstance(key, str) else key
+        renamed[_OPENPI_NAMES.get(plain, plain)] = value
+    return renamed
+
+
+def _image(name: str, value: Any) -> np.ndarray[Any, Any]:
+    if not isinstance(value, np.ndarray):
+        raise RequestError(f"{name}: found {type(value).__name__}; accepted: a uint8 array (height, width, 3)")
+    sides = value.shape[:2]
+    if (
+        value.dtype != np.uint8
+        or value.ndim != 3
+        or value.shape[2] != 3
+        or not 1 <= min(sides) <= max(sides) <= MAX_SIDE
+    ):
+        raise RequestError(
+            f"{name}: found {value.dtype} {value.shape}; accepted: uint8 (height, width, 3), sides up to {MAX_SIDE}"
+        )
+    return value
+
+
+def _state(value: Any, spec: PolicySpec) -> np.ndarray[Any, Any]:
+    size = spec.platform.proprio_dim
+    if not spec.use_proprio:
+        return np.zeros(size)
+    try:
+        state = np.asarray([] if value is None else value, dtype=np.float64)
+        found = "nothing" if value is None else f"shape {state.shape}"
+    except (TypeError, ValueError):
+        state, found = np.empty(0), f"{type(value).__name__} that is no array of numbers"
+    if state.shape != (size,) or not np.isfinite(state).all():
+        found = "values that are not finite" if state.shape == (size,) else found
+        raise RequestError(f"state: found {found}; accepted: {size} finite numbers, not normalized")
+    return state
+
+
+def _instruction(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > MAX_INSTRUCTION:
+        found = f"{len(value)} characters" if isinstance(value, str) else type(value).__name__
+        raise RequestError(f"instruction: found {found}; accepted: a text of 1 to {MAX_INSTRUCTION} characters")
+    return value
+
+
+def _seed(value: Any) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**63:
+        raise RequestError(f"seed: found {str(value)[:40]}; accepted: a whole number from 0 to 2**63 - 1")
+    return int(value)
+
+
+def _unnorm_key(value: Any, spec: PolicySpec) -> str:
+    accepted = ", ".join(spec.unnorm_keys)
+    if value is None or value == "":
+        if not spec.unnorm_key:
+            raise RequestError(f"unnorm_key: not given, and the server has no default; accepted: {accepted}")
+        return spec.unnorm_key
+    if value not in spec.unnorm_keys:
+        raise RequestError(f"unnorm_key: found {str(value)[:60]!r}; accepted: {accepted}")
+    return str(value)

@@ -1,0 +1,286 @@
+"""The policy server: OpenVLA-OFT's `POST /act` and openpi's WebSocket protocol on one port.
+
+    POST /act       {full_image, wrist_image ..., state, instruction [, unnorm_key, seed]}, arrays as json_numpy writes
+                    them, or {"encoded": "that as a JSON string"}. Answers the chunk as a list of arrays (A,), in the
+                    second form as a JSON string. Wrong requests get 4xx and {"detail": reason}, a failing policy 500.
+    GET  /metadata  what the policy takes and gives
+    GET  /health    "ok" once the policy is loaded; needs no token (also /healthz)
+    WS   /          msgpack: the server sends the metadata, then answers each observation with {"actions": (T, A),
+                    "server_timing": {"infer_ms"}}. Text instead of bytes is an error message, the connection stays.
+
+Not obvious:
+- An image of the policy's own size counts as prepared by the client (as upstream has it) and is only cropped; others go
+  through the evaluation's JPEG and resizing.
+- Actions are answered as the policy was trained: in LIBERO the gripper is in [0, 1] and 1 is open. openpi's LIBERO
+  client hands actions to the simulator as they are, where -1 is open: for it there is `websocket_gripper="libero"`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import uvicorn
+from fastapi import FastAPI, HTTPException, WebSocket, WebSocketDisconnect
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from PIL import Image
+
+from experiments.robot.openvla_utils import OpenVLAPolicy, image_size, prepare_images_for_vla
+from experiments.robot.policy import Query
+from experiments.robot.robot_utils import invert_gripper_action, normalize_gripper_action
+from experiments.robot.serving.access import refusal
+from experiments.robot.serving.batching import Batcher, Overloaded, ServablePolicy
+from experiments.robot.serving.observation import PolicySpec, RequestError, from_openpi, parse_request
+from experiments.robot.serving.wire import WireError, from_json, from_msgpack, to_json, to_msgpack
+from prismatic.util.errors import UsageError
+
+
+class ServedPolicy(OpenVLAPolicy):
+    """A policy for clients that may have prepared their images, as upstream's ALOHA client does."""
+
+    def _prepare(self, image: Any) -> torch.Tensor:
+        (prepared,) = prepare_images_for_vla([image], self._cfg, image_size(self.vla))
+        return self.processor.image_processor.apply_transform(Image.fromarray(prepared))
+
+    def spec(self, name: str, unnorm_key: str) -> PolicySpec:
+        """What clients are told; `unnorm_key` is the default for requests without one, "" for none."""
+        return PolicySpec(
+            name=name,
+            platform=self.platform,
+            num_images=self._cfg.num_images_in_input,
+            image_size=image_size(self.vla),
+            use_proprio=self._cfg.use_proprio,
+            unnorm_keys=tuple(sorted(self.vla.norm_stats)),
+            unnorm_key=unnorm_key,
+        )
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How to serve.
+
+    Port 0 takes any free port. `max_request_bytes` limits one request or WebSocket message. `websocket_gripper` is
+    "policy" or "libero" (-1 open, +1 closed).
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8777
+    token: str | None = None
+    max_batch: int = 16
+    max_wait_s: float = 0.003
+    max_request_bytes: int = 32 * 2**20
+    websocket_gripper: str = "policy"
+
+
+def create_app(batcher: Batcher, spec: PolicySpec, settings: ServerSettings) -> FastAPI:
+    """The web application around a running batcher."""
+    app = FastAPI(title="policy server", docs_url=None, redoc_url=None, openapi_url=None)
+
+    def check_access(request: HTTPRequest) -> None:
+        if refused := refusal(request.headers, settings.token):
+            raise HTTPException(*refused)
+
+    async def health() -> PlainTextResponse:
+        return PlainTextResponse("ok")
+
+    async def metadata(request: HTTPRequest) -> JSONResponse:
+        check_access(request)
+        return JSONResponse(spec.metadata())
+
+    async def act(request: HTTPRequest) -> Response:
+        check_access(request)
+        body = await _read_body(request, settings.max_request_bytes)
+        try:
+            payload, encoded = _decode_payload(body)
+            actions_TA = await _infer(batcher, spec, payload)
+        except (WireError, RequestError) as error:
+            raise HTTPException(400, str(error)) from None
+        except Overloaded as error:
+            raise HTTPException(503, str(error)) from None
+        except _PolicyFailed as error:
+            raise HTTPException(500, str(error)) from None
+        text = to_json(list(actions_TA))
+        return Response(to_json(text) if encoded else text, media_type="application/json")
+
+    async def session(websocket: WebSocket) -> None:
+        if refused := refusal(websocket.headers, settings.token):
+            await websocket.send_denial_response(PlainTextResponse(refused[1], status_code=refused[0]))
+            return
+        await websocket.accept()
+        with contextlib.suppress(WebSocketDisconnect):
+            await websocket.send_bytes(to_msgpack(spec.metadata()))
+            while True:
+                await _answer_message(websocket, batcher, spec, settings.websocket_gripper)
+
+    for path in ("/health", "/healthz"):
+        app.add_api_route(path, health, methods=["GET"], response_model=None)
+    app.add_api_route("/metadata", metadata, methods=["GET"], response_model=None)
+    app.add_api_route("/act", act, methods=["POST"], response_model=None)
+    app.add_api_websocket_route("/", session)
+    return app
+
+
+class _PolicyFailed(RuntimeError):
+    """The policy raised; details are in the server's log only."""
+
+
+async def _infer(batcher: Batcher, spec: PolicySpec, payload: Any) -> Any:
+    request = parse_request(payload, spec)
+    future = batcher.submit(request)
+    try:
+        return await asyncio.wrap_future(future)
+    except (Overloaded, asyncio.CancelledError):
+        raise
+    except Exception as error:
+        raise _PolicyFailed(f"the policy failed ({type(error).__name__}); the server's log says more") from None
+
+
+def _decode_payload(body: bytes) -> tuple[Any, bool]:
+    """(payload, whether it came as upstream's doubly encoded form)."""
+    payload = from_json(body)
+    if isinstance(payload, dict) and "encoded" in payload:
+        if not isinstance(payload["encoded"], str):
+            raise RequestError(f"encoded: found {type(payload['encoded']).__name__}; accepted: JSON text as a string")
+        return from_json(payload["encoded"]), True
+    return payload, False
+
+
+async def _read_body(request: HTTPRequest, limit: int) -> bytes:
+    """The request's body; one that is too large is refused without being kept."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise HTTPException(413, f"request of more than {limit} bytes; smaller images will do")
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _answer_message(websocket: WebSocket, batcher: Batcher, spec: PolicySpec, gripper: str) -> None:
+    message = await websocket.receive()
+    if message["type"] == "websocket.disconnect":
+        raise WebSocketDisconnect(message.get("code", 1000))
+    start = time.perf_counter()
+    try:
+        if message.get("bytes") is None:
+            raise RequestError("message: found text; accepted: msgpack bytes")
+        actions_TA = await _infer(batcher, spec, from_openpi(from_msgpack(message["bytes"])))
+    except (WireError, RequestError, Overloaded, _PolicyFailed) as error:
+        await websocket.send_text(str(error))
+        return
+    if gripper == "libero":
+        actions_TA = invert_gripper_action(normalize_gripper_action(actions_TA))
+    timing = {"infer_ms": 1000 * (time.perf_counter() - start)}
+    await websocket.send_bytes(to_msgpack({"actions": actions_TA, "server_timing": timing}))
+
+
+class PolicyServer:
+    """A server to run: in this thread (:meth:`run`) or, as a context manager, in a thread of its own.
+
+    Args:
+        bound: socket from :func:`bind_address`; by default the settings' address is bound here.
+
+    Raises:
+        UsageError: the address cannot be bound.
+    """
+
+    def __init__(
+        self,
+        policy: ServablePolicy,
+        spec: PolicySpec,
+        settings: ServerSettings,
+        bound: socket.socket | None = None,
+    ) -> None:
+        self.settings = settings
+        self._socket = bound or bind_address(settings.host, settings.port)
+        self._socket.listen(128)  # From here on clients get through; they wait until the server runs.
+        self.port: int = self._socket.getsockname()[1]
+        self.batcher = Batcher(policy, max_batch=settings.max_batch, max_wait_s=settings.max_wait_s)
+        app = create_app(self.batcher, spec, settings)
+        app.router.lifespan_context = self._lifespan(app.router.lifespan_context)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            ws="websockets-sansio",
+            ws_max_size=settings.max_request_bytes,
+            server_header=False,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self.run, name="server", daemon=True)
+        self._ready = threading.Event()
+
+    @property
+    def url(self) -> str:
+        """Where the server can be reached from this machine."""
+        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
+        return f"http://{host}:{self.port}"
+
+    def run(self) -> None:
+        """Serve until :meth:`stop`, SIGINT or SIGTERM."""
+        try:
+            self._server.run(sockets=[self._socket])
+        finally:
+            self.batcher.close()
+            self._socket.close()
+
+    def stop(self) -> None:
+        """Ask :meth:`run` to return."""
+        self._server.should_exit = True
+
+    def _lifespan(self, inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        @contextlib.asynccontextmanager
+        async def lifespan(app: Any) -> AsyncIterator[Any]:
+            async with inner(app) as state:
+                self._ready.set()
+                yield state
+
+        return lifespan
+
+    def __enter__(self) -> PolicyServer:
+        self._thread.start()
+        self._ready.wait(timeout=60)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self._thread.join(timeout=60)
+
+
+def warm_up(policy: ServablePolicy, spec: PolicySpec) -> None:
+    """Ask once for an action, so that the first client does not wait for lazy initialization, and errors show early."""
+    black = np.zeros((*spec.image_size, 3), dtype=np.uint8)
+    extra: Sequence[Any] = [black] * max(0, spec.num_images - 2)
+    query = Query(black, black, np.zeros(spec.platform.proprio_dim), "do nothing", extra_images=tuple(extra))
+    policy.act([query], spec.unnorm_key or spec.unnorm_keys[0])
+
+
+def bind_address(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, which does not listen yet: taken before a large policy is loaded.
+
+    Raises:
+        UsageError: no such address, or the port is in use.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError, OverflowError) as error:
+        raise UsageError(f"--host: {host!r} is no address of this machine ({error})") from None
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise UsageError(f"--port: {host}:{port} cannot be used ({getattr(error, 'strerror', error)})") from None
+    return bound

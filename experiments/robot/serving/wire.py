@@ -1,0 +1,136 @@
+"""NumPy arrays as JSON (the `json_numpy` package's form) and as msgpack (openpi's form), without pickle on either side.
+
+    json     {"__numpy__": base64 of the bytes, "dtype": "<f4", "shape": [2, 3]}
+    msgpack  {b"__ndarray__": True, b"data": bytes, b"dtype": "<f4", b"shape": [2, 3]}; scalars b"__npgeneric__"
+
+Decoding is for data from strangers: only plain numbers, sizes that match, one line about what is wrong. Needs NumPy
+and, for msgpack alone, the msgpack package, so that a robot's computer can use it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+from typing import Any
+
+import numpy as np
+
+_KINDS = "biuf"  # bool, integers, floats: no objects, records, dates or strings
+
+
+class WireError(ValueError):
+    """What arrived cannot be decoded."""
+
+
+def to_json(value: Any) -> str:
+    """JSON text of a value that may hold arrays and NumPy scalars."""
+    return json.dumps(value, default=_array_to_json, separators=(",", ":"), allow_nan=False)
+
+
+def from_json(text: str | bytes) -> Any:
+    """The value in a JSON text, arrays restored (read-only).
+
+    Raises:
+        WireError: not JSON, or an array that is no array.
+    """
+    try:
+        return json.loads(text, object_hook=_array_from_json)
+    except WireError:
+        raise
+    except RecursionError:
+        raise WireError("not readable as JSON: nested too deeply") from None
+    except ValueError as error:
+        raise WireError(f"not readable as JSON: {error}") from None
+
+
+def to_msgpack(value: Any) -> bytes:
+    """msgpack bytes of a value that may hold arrays and NumPy scalars."""
+    import msgpack
+
+    return msgpack.packb(value, default=_array_to_msgpack)
+
+
+def from_msgpack(data: bytes) -> Any:
+    """The value in msgpack bytes, arrays restored (read-only).
+
+    Raises:
+        WireError: not msgpack, or an array that is no array.
+    """
+    import msgpack
+
+    try:
+        return msgpack.unpackb(data, object_hook=_array_from_msgpack)
+    except WireError:
+        raise
+    except (msgpack.UnpackException, ValueError, RecursionError) as error:
+        raise WireError(f"not readable as msgpack: {error or type(error).__name__}") from None
+
+
+def _array_to_json(value: Any) -> Any:
+    if not isinstance(value, np.ndarray | np.generic):
+        raise TypeError(f"{type(value).__name__} cannot be sent; accepted: JSON values, arrays and NumPy scalars")
+    array = _checked(value)
+    return {"__numpy__": base64.b64encode(array.tobytes()).decode(), "dtype": array.dtype.str, "shape": array.shape}
+
+
+def _array_from_json(value: dict[str, Any]) -> Any:
+    if "__numpy__" not in value:
+        return value
+    try:
+        data = base64.b64decode(value["__numpy__"], validate=True)
+    except (binascii.Error, TypeError, ValueError):
+        raise WireError("an array's __numpy__ is not base64") from None
+    return _decode(data, value.get("dtype"), value.get("shape"))
+
+
+def _array_to_msgpack(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        array = _checked(value)
+        return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape}
+    if isinstance(value, np.generic):
+        return {b"__npgeneric__": True, b"data": _checked(value).item(), b"dtype": value.dtype.str}
+    raise TypeError(f"{type(value).__name__} cannot be sent; accepted: msgpack values, arrays and NumPy scalars")
+
+
+def _array_from_msgpack(value: dict[Any, Any]) -> Any:
+    if b"__ndarray__" in value:
+        return _decode(value.get(b"data"), value.get(b"dtype"), value.get(b"shape"))
+    if b"__npgeneric__" in value:
+        number = value.get(b"data")
+        if not isinstance(number, bool | int | float):
+            raise WireError("a NumPy scalar's data is no number")
+        try:
+            return _dtype(value.get(b"dtype")).type(number)
+        except (OverflowError, ValueError):
+            raise WireError(f"a NumPy scalar does not fit its dtype {value.get(b'dtype')!r}") from None
+    return value
+
+
+def _checked(value: Any) -> Any:
+    if value.dtype.kind not in _KINDS:
+        raise TypeError(f"arrays of {value.dtype} cannot be sent; accepted: bool, integers, floats")
+    return value
+
+
+def _dtype(name: Any) -> np.dtype[Any]:
+    try:
+        dtype = np.dtype(name) if isinstance(name, str) else None
+    except (TypeError, ValueError, SyntaxError):
+        dtype = None
+    if dtype is None or dtype.kind not in _KINDS or dtype.subdtype is not None:
+        raise WireError(f"an array's dtype is {str(name)[:40]!r}; accepted: bool, integers, floats such as '<f4'")
+    return dtype
+
+
+def _decode(data: Any, name: Any, shape: Any) -> Any:
+    """The array, or for the empty shape the NumPy scalar."""
+    dtype = _dtype(name)
+    sizes = isinstance(shape, list | tuple) and all(type(size) is int and size >= 0 for size in shape)
+    if not sizes or len(shape) > 8:
+        raise WireError(f"an array's shape is {str(shape)[:60]}; accepted: a list of sizes")
+    if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
+        found = len(data) if isinstance(data, bytes) else type(data).__name__
+        raise WireError(f"an array of shape {list(shape)} and dtype {dtype.str} has {found} bytes of data")
+    return np.frombuffer(data, dtype).reshape(shape)[()]

@@ -1,0 +1,128 @@
+"""Serve a policy to robots over the network: OpenVLA-OFT's HTTP protocol and openpi's WebSocket protocol on one port.
+
+    python vla-scripts/deploy.py --pretrained_checkpoint CKPT --unnorm_key libero_spatial_no_noops
+
+The server listens on this machine alone unless `--host` says otherwise. A token is asked for when the environment
+variable POLICY_SERVER_TOKEN or `--token_file` holds one. `experiments/robot/serving/server.py` describes the protocols.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from prismatic.util.cli import run
+from prismatic.util.errors import UsageError, unknown_name
+
+
+@dataclass
+class DeployConfig:
+    """OpenVLA-OFT's server flags, and ours from `base_checkpoint` on."""
+
+    host: str = "127.0.0.1"  # Address to listen on; 0.0.0.0: all of this machine's
+    port: int = 8777  # 0: any free port
+    model_family: str = "openvla"
+    pretrained_checkpoint: str = ""  # Checkpoint folder or hub id (owner/name)
+    use_l1_regression: bool = True  # Continuous actions from the L1 head
+    use_diffusion: bool = False  # Continuous actions from the diffusion head; neither: discrete action tokens
+    num_diffusion_steps_train: int = 50
+    num_diffusion_steps_inference: int = 50
+    use_film: bool = False  # The policy was trained with FiLM
+    num_images_in_input: int = 2  # Camera views: full_image, then wrist images
+    use_proprio: bool = True  # The policy takes the robot's state
+    center_crop: bool = True  # The policy was trained with image augmentation
+    lora_rank: int = 32  # Accepted for compatibility; the rank is read from the adapter
+    unnorm_key: str = ""  # Statistics for requests that name none; default: the only one, else requests must name it
+    use_relative_actions: bool = (
+        False  # Accepted for compatibility; turning them into absolute ones is the client's part
+    )
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    seed: int = 7  # Of torch; diffusion noise depends on the request's seed alone
+
+    base_checkpoint: str = ""  # Base model of a checkpoint that holds only a LoRA adapter; default: what it says
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # auto (bfloat16 on a GPU, float32 on CPU), float32 or bfloat16
+    token_file: str = ""  # File with the token that clients must send; default: POLICY_SERVER_TOKEN, else no token
+    max_batch: int = 16  # Most requests answered in one forward pass
+    max_wait_ms: float = 3.0  # How long a request waits for others to share a forward pass
+    max_request_mb: float = 32.0  # Larger requests are refused
+    websocket_gripper: str = "policy"  # policy: as trained; libero: -1 = open, as openpi's LIBERO client expects
+
+
+def check(config: DeployConfig) -> None:
+    """Refuse wrong flags before anything is loaded.
+
+    Raises:
+        UsageError: a flag has a value that cannot work.
+    """
+    if config.model_family != "openvla":
+        raise unknown_name("--model_family", config.model_family, ["openvla"])
+    if config.use_l1_regression and config.use_diffusion:
+        raise UsageError("--use_l1_regression, --use_diffusion: both are True; accepted: one of them, or none")
+    choices = {
+        "device": ("auto", "cpu", "cuda"),
+        "dtype": ("auto", "float32", "bfloat16"),
+        "websocket_gripper": ("policy", "libero"),
+    }
+    for flag, accepted in choices.items():
+        if getattr(config, flag) not in accepted:
+            raise unknown_name(f"--{flag}", getattr(config, flag), accepted)
+    if not 0 <= config.port < 2**16:
+        raise UsageError(f"--port: {config.port} found; accepted: 0 to 65535")
+    for flag in ("num_images_in_input", "max_batch", "max_request_mb"):
+        if not getattr(config, flag) > 0:
+            raise UsageError(f"--{flag}: {getattr(config, flag)} found; accepted: a number above 0")
+    if not 0 <= config.max_wait_ms <= 1000:
+        raise UsageError(f"--max_wait_ms: {config.max_wait_ms} found; accepted: 0 to 1000")
+    try:
+        import fastapi  # noqa: F401 - is it there?
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"the server needs {error.name}: pip install 'rocket-vla[serve]'") from None
+
+
+def main(config: DeployConfig) -> int:
+    """Load the policy and serve it until interrupted; returns 0."""
+    check(config)
+    from experiments.robot.checkpoint import open_checkpoint, resolve_unnorm_key
+    from experiments.robot.robot_utils import set_seed_everywhere
+    from experiments.robot.serving.access import read_token
+
+    token = read_token(config.token_file)
+    checkpoint = open_checkpoint(config.pretrained_checkpoint, config.base_checkpoint or None)
+    keys = sorted(checkpoint.statistics)
+    default_key = config.unnorm_key or (keys[0] if len(keys) == 1 else "")
+    if default_key:
+        default_key = resolve_unnorm_key(checkpoint.statistics, default_key, "")
+    from experiments.robot.serving.server import PolicyServer, ServedPolicy, ServerSettings, bind_address, warm_up
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    address = bind_address(config.host, config.port)
+    set_seed_everywhere(config.seed)
+    policy = ServedPolicy.from_checkpoint(checkpoint, config, default_key or keys[0])
+    spec = policy.spec(Path(config.pretrained_checkpoint).name, default_key)
+    settings = ServerSettings(
+        host=config.host,
+        port=config.port,
+        token=token,
+        max_batch=config.max_batch,
+        max_wait_s=config.max_wait_ms / 1000,
+        max_request_bytes=int(config.max_request_mb * 1e6),
+        websocket_gripper=config.websocket_gripper,
+    )
+    server = PolicyServer(policy, spec, settings, address)
+    warm_up(policy, spec)
+    if token is None and config.host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"warning: anyone who reaches {config.host} can use this server: no token is set", file=sys.stderr)
+    print(f"serving {spec.name} at {server.url} (POST /act; WebSocket /); stop with Ctrl-C", flush=True)
+    server.run()
+    return 0
+
+
+if __name__ == "__main__":
+    run(DeployConfig, main)
