@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What a reader brings along or a run creates, as opposed to files of the repository.
-OUTSIDE = ("runs", "runs/", "datasets/", "data/", ".venv", "facebook/", "openvla/")
+OUTSIDE = ("/", "../", "runs", "runs/", "datasets/", "data/", ".venv", "facebook/", "openvla/")
 
 
 def shell_commands() -> list[list[str]]:
