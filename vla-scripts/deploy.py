@@ -21,29 +21,32 @@ from prismatic.util.errors import UsageError, unknown_name
 
 @dataclass
 class DeployConfig:
-    """OpenVLA-OFT's server flags, and ours from `base_checkpoint` on."""
+    """OpenVLA-OFT's server flags, and ours at the end."""
 
-    host: str = "127.0.0.1"  # Address to listen on; 0.0.0.0: all of this machine's
-    port: int = 8777  # 0: any free port
-    model_family: str = "openvla"
+    # What is served
     pretrained_checkpoint: str = ""  # Checkpoint folder or hub id (owner/name)
+    model_family: str = "openvla"
+    unnorm_key: str = ""  # Statistics for requests that name none; default: the only one, else requests must name it
+    num_images_in_input: int = 2  # Camera views: full_image, then wrist images
+    center_crop: bool = True  # The policy was trained with image augmentation
+    use_proprio: bool = True  # The policy takes the robot's state
+    use_film: bool = False  # The policy was trained with FiLM
     use_l1_regression: bool = True  # Continuous actions from the L1 head
     use_diffusion: bool = False  # Continuous actions from the diffusion head; neither: discrete action tokens
     num_diffusion_steps_train: int = 50
     num_diffusion_steps_inference: int = 50
-    use_film: bool = False  # The policy was trained with FiLM
-    num_images_in_input: int = 2  # Camera views: full_image, then wrist images
-    use_proprio: bool = True  # The policy takes the robot's state
-    center_crop: bool = True  # The policy was trained with image augmentation
     lora_rank: int = 32  # Accepted for compatibility; the rank is read from the adapter
-    unnorm_key: str = ""  # Statistics for requests that name none; default: the only one, else requests must name it
-    use_relative_actions: bool = (
-        False  # Accepted for compatibility; turning them into absolute ones is the client's part
-    )
     load_in_8bit: bool = False
     load_in_4bit: bool = False
     seed: int = 7  # Of torch; diffusion noise depends on the request's seed alone
+    # Accepted for compatibility; turning relative actions into absolute ones is the client's part
+    use_relative_actions: bool = False
 
+    # Where it listens
+    host: str = "127.0.0.1"  # Address to listen on; 0.0.0.0: all of this machine's
+    port: int = 8777  # 0: any free port
+
+    # Ours
     base_checkpoint: str = ""  # Base model of a checkpoint that holds only a LoRA adapter; default: what it says
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # auto (bfloat16 on a GPU, float32 on CPU), float32 or bfloat16
