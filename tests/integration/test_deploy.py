@@ -245,7 +245,7 @@ def test_token_and_gripper_of_the_simulator(policy: ServedPolicy, queries: list[
             connect(uri, additional_headers={"Authorization": "Api-Key guess"})
         assert denied.value.response.status_code == 401
         with connect(uri, additional_headers={"Authorization": f"Api-Key {token}"}) as socket:
-            socket.recv()
+            assert from_msgpack(socket.recv())["gripper"] == "-1 = open, +1 = closed"
             socket.send(to_msgpack(observation(queries[0])))
             found = from_msgpack(socket.recv())["actions"]
         np.testing.assert_allclose(found, invert_gripper_action(normalize_gripper_action(actions)), atol=1e-6)

@@ -118,7 +118,8 @@ def create_app(batcher: Batcher, spec: PolicySpec, settings: ServerSettings) -> 
             return
         await websocket.accept()
         with contextlib.suppress(WebSocketDisconnect):
-            await websocket.send_bytes(to_msgpack(spec.metadata()))
+            simulator = {"gripper": "-1 = open, +1 = closed"} if settings.websocket_gripper == "libero" else {}
+            await websocket.send_bytes(to_msgpack({**spec.metadata(), **simulator}))
             while True:
                 await _answer_message(websocket, batcher, spec, settings.websocket_gripper)
 
