@@ -43,6 +43,13 @@ class Scale(nn.Module):
         grid: cells along a side, G.
     """
 
+    depth_mean: Tensor
+    depth_std: Tensor
+    points_mean: Tensor
+    points_std: Tensor
+    camera_mean: Tensor
+    camera_std: Tensor
+
     def __init__(self, views: int, grid: int) -> None:
         super().__init__()
         shapes = {"depth": (grid, grid, 1), "points": (grid, grid, POINT_DIM), "camera": (CAMERA_DIM,)}
