@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from experiments.mini.teacher_readout import Prediction, Readout, Scale
 from rocket_align.teacher.vggt.aggregator import VGGTAggregator
+from rocket_align.teacher.vggt.checkpoint import AGGREGATOR_PREFIX, find_weights, load_strictly, read_weights
 from rocket_align.teacher.vggt.config import VGGTConfig
 
 if TYPE_CHECKING:
     from experiments.mini.train_teacher import TrainTeacherConfig
 
+READOUT_NAME = "readout.safetensors"
 NUM_VIEWS = 2
 # Nearly zero, as upstream starts them, is a slow start for a short training.
 _TOKEN_STD = 0.02
@@ -57,3 +61,22 @@ class TeacherModel(nn.Module):
         """Images in [0, 1] -> each layer's prediction."""
         features = self.aggregator(images_BV3HW, keep_special=True)
         return [readout(tokens) for readout, tokens in zip(self.readouts, features, strict=True)]
+
+
+def load_model(folder: str | Path) -> TeacherModel:
+    """The trained aggregator with its readouts, frozen, from the folder that `train_teacher` writes.
+
+    Raises:
+        ValueError: a file is missing or does not fit (rocket_align's messages).
+    """
+    weights_path, config = find_weights(folder)
+    readout_path = Path(folder) / READOUT_NAME
+    if not readout_path.is_file():
+        raise ValueError(f"{readout_path}: no such file; accepted: a folder written by experiments.mini.train_teacher")
+    readouts = load_file(readout_path)
+    cells = readouts["scale.depth_mean"].shape[1] // config.grid_size
+    model = TeacherModel(config, cells)
+    aggregator = read_weights(weights_path, config.depth)
+    named = {"aggregator." + name.removeprefix(AGGREGATOR_PREFIX): value for name, value in aggregator.items()}
+    load_strictly(model, {**named, **readouts}, weights_path)
+    return model.requires_grad_(False).eval()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint.pt"
 _SCALE_FRAMES = 1024
+_EXAMPLES = 8
 _EMA_WARMUP = 10
 
 
@@ -43,7 +44,7 @@ class TrainTeacherConfig:
     data: Path
     # Folder for checkpoint.pt, log.jsonl and evaluation.json
     out: Path
-    # Folder for config.json, model.safetensors, readout.safetensors and evaluation.json; none are written if absent
+    # Folder for the teacher: config.json, model.safetensors, its readouts, scores and examples; not written if absent
     weights: Path | None = None
     train_tasks: str = "libero_object:0-7;libero_spatial:0-7;libero_goal:0,8"
     held_out_tasks: str = "libero_object:8-9;libero_spatial:8-9"
@@ -292,18 +293,37 @@ def _train(trainer: Trainer) -> None:
 
 
 def _write_weights(trainer: Trainer, folder: Path, evaluation: str) -> None:
-    import torch
     from safetensors.torch import save_file
 
+    from experiments.mini.teacher_model import READOUT_NAME
     from rocket_align.teacher.vggt.checkpoint import AGGREGATOR_PREFIX, save_folder
 
     average = trainer.average
     weights = {AGGREGATOR_PREFIX + name: value for name, value in average.aggregator.state_dict().items()}
     save_folder(folder, average.aggregator.config, weights)
-    with atomic_path(folder / "readout.safetensors") as temporary:
+    with atomic_path(folder / READOUT_NAME) as temporary:
         heads = {**average.readouts.state_dict(prefix="readouts."), **average.scale.state_dict(prefix="scale.")}
-        save_file({name: value.to(torch.float32).contiguous() for name, value in heads.items()}, temporary)
+        save_file({name: value.contiguous() for name, value in heads.items()}, temporary)
+    _write_examples(trainer, folder)
     atomic_write(folder / "evaluation.json", evaluation)
+
+
+def _write_examples(trainer: Trainer, folder: Path) -> None:
+    """A few held-out frames as the model sees them, with their depth: enough to see that the weights work."""
+    import numpy as np
+    import torch
+
+    from experiments.mini.teacher_frames import crop_images, draw_crops, geometry
+
+    frames = trainer.held_out
+    chosen = torch.linspace(0, len(frames) - 1, min(_EXAMPLES, len(frames))).long()
+    crops = draw_crops(len(chosen), frames.images.shape[1], None)
+    targets = geometry(frames, chosen, crops, trainer.grid)
+    images = (crop_images(frames.images[chosen], crops) * 255).round().to(torch.uint8)
+    with atomic_path(folder / "examples.npz") as temporary:
+        np.savez_compressed(
+            temporary, images=images.numpy(), depths=targets.depth_BVGG.half().numpy(), kinds=targets.kinds_BVGG.numpy()
+        )
 
 
 def main(cfg: TrainTeacherConfig) -> None:
