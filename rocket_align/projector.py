@@ -27,6 +27,14 @@ def matryoshka_widths(hidden_dim: int, num_layers: int, ratios: Sequence[float] 
     return tuple(max(1, int(hidden_dim * ratio)) for ratio in ratios)
 
 
+def _autocasts(device_type: str) -> bool:
+    """Whether autocast is on; before torch 2.4, each kind of device has a query of its own."""
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except TypeError:
+        return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
+
+
 class AlignmentProjector(nn.Module):
     """p(x) = W2 GELU(W1 norm(x)), where a pair uses the first hidden units of W1 and W2 only (nested prefixes).
 
@@ -63,7 +71,7 @@ class AlignmentProjector(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def _normalize(self, tokens: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(tokens.device.type):
+        if not _autocasts(tokens.device.type):
             tokens = tokens.to(self.fc1.weight.dtype)
         return self.vlm_norm(tokens)
 
