@@ -5,6 +5,7 @@ the injection looks for them; everything else is written for the tests. It is co
 """
 
 import os
+import sys
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,12 @@ def wrap_ddp(module, device_id, find_unused=False):
     return DDP(module, find_unused_parameters=find_unused)
 
 
+def say(line):
+    """Print in one write, so that the lines of two processes do not mix."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def random_batch(generator):
     pixels = torch.randn(2, 6 * VIEWS, SIDE, SIDE, generator=generator)
     ids = torch.randint(0, 32, (2, 5), generator=generator)
@@ -120,13 +127,13 @@ def run_validation(vla, action_head, val_batches, num_patches):
     with torch.no_grad():
         found = [run_forward_pass(vla, action_head, batch, num_patches)[1] for batch in val_batches]
     for name in found[0]:
-        print(f"validation {name} {sum(metrics[name] for metrics in found) / len(found):.6f}")
+        say(f"validation {name} {sum(metrics[name] for metrics in found) / len(found):.6f}")
 
 
 @draccus.wrap()
 def finetune(cfg: FinetuneConfig) -> None:
     """Train and print."""
-    print("building")
+    say("building")
     dist.init_process_group("gloo")
     torch.manual_seed(dist.get_rank())
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -157,7 +164,7 @@ def finetune(cfg: FinetuneConfig) -> None:
         optimizer.zero_grad()
         step = (batch_idx + 1) // cfg.grad_accumulation_steps + (cfg.resume_step or 0)
         shown = " ".join(f"{name}={sum(values) / len(values):.6f}" for name, values in recent_metrics.items())
-        print(f"rank {os.environ['RANK']} step {step} gradient {sum(norms):.6f} {shown}", flush=True)
+        say(f"rank {os.environ['RANK']} step {step} gradient {sum(norms):.6f} {shown}")
         if step % cfg.save_freq == 0:
             save_training_checkpoint(
                 cfg=cfg,

@@ -78,10 +78,6 @@ def test_trains_saves_and_resumes(patched: Path, teacher_folder: Path, tmp_path:
     # One step of AdamW at 1e-2 from the saved weights, where new ones would lie anywhere.
     assert (third["0.0.fc1.weight"] - saved[1]["0.0.fc1.weight"]).abs().max() < 0.011
 
-    other = launch(patched, *aligned, *resume, "--use_vlm_norm", "False", processes=1)
-    assert other.returncode != 0
-    assert "align_projectors--2_checkpoint.pt: does not fit" in other.stderr
-
 
 def test_trains_without_alignment(patched: Path, tmp_path: Path) -> None:
     done = launch(patched, "--run_root_dir", str(tmp_path), "--max_steps", "1", processes=1)
@@ -90,16 +86,8 @@ def test_trains_without_alignment(patched: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("align_projectors*"))
 
 
-@pytest.mark.parametrize(
-    ("flags", "reason"),
-    [
-        (["--recipe", "rocket"], "--vggt_path: empty"),
-        (["--vggt_path", "/nowhere"], "no such folder or file: /nowhere"),
-        (["--align_loss_coeff=-1"], "--align_loss_coeff"),
-    ],
-)
-def test_wrong_flags_are_refused_first(patched: Path, flags: list[str], reason: str) -> None:
-    done = launch(patched, *flags, processes=0)
+def test_wrong_flags_are_refused_first(patched: Path) -> None:
+    done = launch(patched, "--vggt_path", "/nowhere", processes=0)
     assert done.returncode == 2
-    assert reason in done.stderr and done.stderr.count("\n") == 1
+    assert done.stderr == "error: --vggt_path: no such folder or file: /nowhere\n"
     assert "building" not in done.stdout

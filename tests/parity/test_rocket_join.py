@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from patches.rocket_join import RocketJoin
+from patches.rocket_join import RocketJoin, check_flags
 from rocket_align.flags import AlignFlags
 from rocket_align.teacher.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from rocket_align.teacher.vggt.checkpoint import save_folder
@@ -119,3 +119,26 @@ def test_without_alignment_nothing_changes(tmp_path: Path) -> None:
     assert join.parameters() == []
     join.save(tmp_path / "align_projectors--1_checkpoint.pt")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [({"recipe": "rocket"}, "--vggt_path: empty"), ({"align_loss_coeff": -1.0}, "--align_loss_coeff")],
+)
+def test_wrong_flags_end_the_process(flags: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        check_flags(ScriptConfig(**flags))
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and reason in message and message.count("\n") == 1
+
+
+def test_projectors_that_do_not_fit_are_refused(
+    teacher_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "align_projectors--7_checkpoint.pt"
+    torch.save({"0.0.fc1.weight": torch.zeros(2, 2)}, path)
+    config = ScriptConfig(vggt_path=str(teacher_path), vla_path=str(tmp_path), resume=True, resume_step=7)
+    with pytest.raises(SystemExit) as ended:
+        RocketJoin.build(config, Policy(), PROCESSOR)
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and f"{path}: does not fit" in message and message.count("\n") == 1
