@@ -66,4 +66,4 @@ def test_card_states_the_scores_of_the_evaluation() -> None:
     card = (FOLDER / "README.md").read_text()
     for layer in range(6):
         assert f"{report['held_out'][f'layer_{layer}']['abs_rel']:.3f}" in card
-    assert str(report["steps"]) in card
+    assert f"{report['steps']:,} steps" in card
