@@ -33,7 +33,7 @@ class DemoConfig:
     suite: str = "libero_object"  # Task suite
     tasks: str = "7,9"  # Tasks, comma list; the shipped student saw none of these
     episodes: int = 25  # Demonstrations per task
-    max_steps: int = 400  # Fine-tuning steps of each run
+    max_steps: int = 200  # Fine-tuning steps of each run
     batch_size: int = 32  # Samples per step
     learning_rate: float = 2e-3  # Peak learning rate
     seeds: str = "0,1"  # Fine-tuning seeds, comma list

@@ -72,7 +72,9 @@ class JobRunner:
         todo = [job for job in jobs if not job.result.exists()]
         for job in jobs:
             if job not in todo:
-                self.console.print(f"[dim]{job.name}: already done ({job.result})[/dim]", highlight=False)
+                self.console.print(
+                    f"[dim]{job.name}: already done ({job.result})[/dim]", highlight=False, soft_wrap=True
+                )
         threads = max(1, (os.cpu_count() or 1) // max(1, min(parallel, len(todo) or 1)))
         watcher = threading.Event()
         display = threading.Thread(target=self._show, args=(watcher,), daemon=True)
@@ -108,7 +110,7 @@ class JobRunner:
         self.seconds[job.name] = time.monotonic() - state.started
         if code != 0 or not job.result.exists():
             raise JobFailed(f"{job.name} ended with code {code}; its log: {state.log}\n{_tail(state.log, 15)}")
-        self.console.print(f"{job.name}: done in {self.seconds[job.name]:.0f} s", highlight=False)
+        self.console.print(f"{job.name}: done in {self.seconds[job.name]:.0f} s", highlight=False, soft_wrap=True)
 
     def _terminate(self) -> None:
         with self._lock:
@@ -126,7 +128,7 @@ class JobRunner:
             with self._lock:
                 lines = [f"  {name}: {_tail(state.log, 1)}" for name, state in self._running.items()]
             for line in lines:
-                self.console.print(line, highlight=False, markup=False)
+                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 2))

@@ -183,7 +183,7 @@ class Trainer:
 
     def _report(self, line: str) -> None:
         if self.accelerator.is_main_process:
-            self._console.print(line, highlight=False)
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def _progress(self) -> Progress:
         columns = (
