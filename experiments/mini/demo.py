@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.mini.jobs import Job, JobFailed, JobRunner
+from experiments.mini.jobs import Job, JobFailed, JobRunner, start_or_resume
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 
@@ -100,7 +100,7 @@ def train_job(config: DemoConfig, method: str, seed: int) -> Job:
     run_id = f"{method}-seed{seed}"
     flags = {
         "recipe": method,
-        "vla_path": WEIGHTS / "student",
+        **start_or_resume(config.out / "runs" / run_id, lambda: WEIGHTS / "student"),
         "vggt_path": WEIGHTS / "teacher",
         "data_root_dir": config.out / "data",
         "dataset_name": f"{config.suite}_no_noops",
@@ -113,6 +113,7 @@ def train_job(config: DemoConfig, method: str, seed: int) -> Job:
         "scheduler": "CosineAnnealingLR",
         "lr_warmup_steps": 20,
         "max_steps": config.max_steps,
+        "save_freq": 100,
         "max_grad_norm": 1.0,
         "seed": seed,
         "num_workers": 0,

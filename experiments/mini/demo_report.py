@@ -131,8 +131,8 @@ def draw_picture(config: DemoConfig, seeds: Sequence[int], outcomes: Sequence[Ou
     from matplotlib import pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(10, 5.4), layout="constrained")
-    grid = figure.add_gridspec(2, 3, height_ratios=(1.5, 1))
+    figure = plt.figure(figsize=(10, 5.6), layout="constrained")
+    grid = figure.add_gridspec(2, 3, height_ratios=(1.15, 1))
     _draw_losses(figure.add_subplot(grid[0, 0]), config, seeds, "action_loss", "action loss (L1, normalized)")
     _draw_losses(figure.add_subplot(grid[0, 1]), config, seeds, "align_loss", "alignment loss (1 - cosine)")
     _draw_success(figure.add_subplot(grid[0, 2]), outcomes)
@@ -174,9 +174,12 @@ def _draw_frames(axes: Axes, config: DemoConfig, seeds: Sequence[int]) -> None:
     if chosen is None:
         axes.set_title("no video")
         return
-    axes.imshow(np.concatenate(_frames(chosen), axis=1))
+    frames = _frames(chosen)
+    # A frame shows both cameras side by side; here the third-person views stand above the wrist's.
+    views = [np.concatenate(np.split(frame, 2, axis=1), axis=0) for frame in frames]
+    axes.imshow(np.concatenate(views, axis=1), interpolation="bilinear")
     outcome = "success" if "success" in chosen.name else "failure"
-    axes.set_title(f"a rollout of the ROCKET policy, start to end ({outcome})")
+    axes.set_title(f"a rollout of the ROCKET policy, both cameras, start to end ({outcome})")
 
 
 def _frames(video: Path) -> list[Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,23 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from prismatic.training.folders import last_checkpoint
+
 ROOT = Path(__file__).resolve().parents[2]
 REFRESH_SECONDS = 1.0
 PLAIN_REPORT_SECONDS = 20.0
+
+
+def start_or_resume(run_dir: Path, initial_model: Callable[[], Path]) -> dict[str, object]:
+    """The fine-tuning script's flags that go on at a run's last checkpoint, or start it anew.
+
+    What a run left that was stopped before its first checkpoint is removed, since the script refuses to overwrite it.
+    """
+    checkpoint = last_checkpoint(run_dir)
+    if checkpoint is not None:
+        return {"vla_path": checkpoint, "resume": True}
+    shutil.rmtree(run_dir, ignore_errors=True)
+    return {"vla_path": initial_model(), "resume": False}
 
 
 class JobFailed(RuntimeError):

@@ -9,13 +9,14 @@ export is what the repository ships: weights rounded to bfloat16, heads, process
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments.mini.jobs import start_or_resume
+from prismatic.training.folders import last_checkpoint
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write
@@ -40,12 +41,6 @@ class PretrainConfig:
     save_freq: int = 500  # Steps between checkpoints
 
 
-def last_checkpoint(work: Path) -> Path | None:
-    """The checkpoint folder with the highest step, or None."""
-    steps = {int(re.sub(r"\D", "", path.name.split("--")[1])): path for path in work.glob(f"{RUN_ID}--*_chkpt")}
-    return steps[max(steps)] if steps else None
-
-
 def initialize(config: PretrainConfig) -> Path:
     """A randomly initialized student on disk."""
     from experiments.mini.student_config import build_student
@@ -60,12 +55,10 @@ def initialize(config: PretrainConfig) -> Path:
 
 def training_flags(config: PretrainConfig) -> list[str]:
     """The fine-tuning script's flags, resuming where a checkpoint is found."""
-    resumed = last_checkpoint(config.work)
     values = {
         "recipe": "baseline",
         "use_lora": False,
-        "vla_path": resumed or initialize(config),
-        "resume": resumed is not None,
+        **start_or_resume(config.work / RUN_ID, lambda: initialize(config)),
         "data_root_dir": config.data_root_dir,
         "dataset_name": config.dataset_name,
         "run_root_dir": config.work,
@@ -109,13 +102,13 @@ def main(config: PretrainConfig) -> int:
     """Train (or go on) and export; returns the training script's exit code."""
     if not config.data_root_dir.is_dir():
         raise UsageError(f"--data_root_dir: no such folder: {config.data_root_dir}")
-    finished = last_checkpoint(config.work)
+    finished = last_checkpoint(config.work / RUN_ID)
     if finished is None or f"--{config.max_steps}_" not in finished.name:
         command = [sys.executable, "vla-scripts/finetune.py", *training_flags(config)]
         code = subprocess.run(command, cwd=ROOT, check=False).returncode
         if code != 0:
             return code
-    checkpoint = last_checkpoint(config.work)
+    checkpoint = last_checkpoint(config.work / RUN_ID)
     assert checkpoint is not None
     export(checkpoint, config.out)
     print(f"exported {checkpoint} to {config.out}")

@@ -26,6 +26,7 @@ from peft import PeftModel
 from torch import nn
 
 from prismatic.models.lora import merge_lora_state_dict, strip_module_prefix
+from prismatic.training.folders import checkpoint_folder
 from prismatic.training.module import TrainableVLA
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write
@@ -34,11 +35,6 @@ STATE_FILE = Path("training_state") / "state.pt"
 # Attribute of TrainableVLA -> name of the component's file, as upstream names them.
 COMPONENTS = ("action_head", "proprio_projector", "noisy_action_projector", "align_projectors")
 VISION_COMPONENT = "vision_backbone"
-
-
-def checkpoint_folder(run_dir: Path, step: int, *, latest_only: bool) -> Path:
-    """Where the checkpoint of `step` goes: beside the run's folder, or in it when only the latest is kept."""
-    return run_dir if latest_only else run_dir.with_name(f"{run_dir.name}--{step}_chkpt")
 
 
 def component_file(folder: Path, component: str) -> Path | None:

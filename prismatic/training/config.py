@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from prismatic.training.folders import LOG_FILE
 from prismatic.util.errors import UsageError, unknown_name
 
 SCHEDULERS = ("MultiStepLR", "CosineAnnealingLR")
@@ -119,7 +121,10 @@ class TrainConfig:
         if self.num_images_in_input not in (1, 2, 3):
             raise UsageError(f"--num_images_in_input: {self.num_images_in_input} found; accepted: 1, 2 or 3")
         self._validate_numbers()
-        _ = self.extra_save_steps, self.tracker_names
+        _ = self.extra_save_steps
+        for name in self.tracker_names:
+            if importlib.util.find_spec(name) is None:
+                raise UsageError(f"--trackers: {name} is not installed; accepted: none, or after pip install {name}")
         self._validate_paths()
 
     def _validate_numbers(self) -> None:
@@ -137,6 +142,9 @@ class TrainConfig:
     def _validate_paths(self) -> None:
         if not Path(self.data_root_dir).is_dir():
             raise UsageError(f"--data_root_dir: no such folder: {self.data_root_dir}")
+        run_dir = Path(self.run_root_dir) / self.run_id()
+        if not self.resume and (run_dir / LOG_FILE).is_file():
+            raise UsageError(f"--run_id_override: {run_dir} holds a run; accepted: another name, or --resume True")
         local = Path(self.vla_path)
         if self.resume and not (local / "training_state").is_dir() and not (local / "lora_adapter").is_dir():
             raise UsageError(f"--resume: {local} is no checkpoint folder (a ...--STEP_chkpt with training_state/)")

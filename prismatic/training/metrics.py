@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-LOG_FILE = "metrics.jsonl"
+from prismatic.training.folders import LOG_FILE
 
 
 class MetricAverager:
