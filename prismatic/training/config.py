@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from prismatic.util.errors import UsageError, unknown_name
 
 SCHEDULERS = ("MultiStepLR", "CosineAnnealingLR")
 PRECISIONS = ("auto", "no", "bf16")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 
 
@@ -148,7 +150,7 @@ class TrainConfig:
         local = Path(self.vla_path)
         if self.resume and not (local / "training_state").is_dir() and not (local / "lora_adapter").is_dir():
             raise UsageError(f"--resume: {local} is no checkpoint folder (a ...--STEP_chkpt with training_state/)")
-        if not local.is_dir() and (local.is_absolute() or str(self.vla_path).count("/") != 1 or local.parts[0] == "."):
+        if not local.is_dir() and not HUB_ID.fullmatch(str(self.vla_path)):
             raise UsageError(
                 f"--vla_path: no such folder: {self.vla_path} (and it is no hub id such as openvla/openvla-7b)"
             )

@@ -1,0 +1,81 @@
+"""Training flags: what needs no model is checked before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments.mini.jobs import start_or_resume
+from prismatic.training.config import TrainConfig
+from prismatic.training.folders import last_checkpoint
+from prismatic.util.errors import UsageError
+
+
+def _config(tmp_path: Path, **flags: object) -> TrainConfig:
+    model = tmp_path / "model"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text("{}")
+    settings = {"vla_path": str(model), "data_root_dir": tmp_path, "run_root_dir": tmp_path / "runs", **flags}
+    return TrainConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_defaults_with_existing_folders_are_accepted(tmp_path: Path) -> None:
+    _config(tmp_path).validate()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"use_diffusion": True}, "--use_l1_regression and --use_diffusion"),
+        ({"scheduler": "CosineAnealingLR"}, "did you mean 'CosineAnnealingLR'"),
+        ({"mixed_precision": "fp16"}, "--mixed_precision"),
+        ({"num_images_in_input": 4}, "--num_images_in_input: 4 found; accepted: 1, 2 or 3"),
+        ({"learning_rate": 0.0}, "--learning_rate"),
+        ({"lora_dropout": -0.1}, "--lora_dropout"),
+        ({"trackers": "tensorbord"}, "did you mean 'tensorboard'"),
+        ({"trackers": "trackio"}, "trackio is not installed"),
+        ({"save_specific_steps": "1,two"}, "--save_specific_steps"),
+        ({"vla_path": "./nowhere"}, "--vla_path"),
+        ({"resume": True}, "--resume"),
+    ],
+)
+def test_wrong_values_are_one_line(flags: dict[str, object], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as refusal:
+        _config(tmp_path, **flags).validate()
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_hub_id_is_not_looked_for_on_disk(tmp_path: Path) -> None:
+    _config(tmp_path, vla_path="openvla/openvla-7b").validate()
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    log = tmp_path / "runs" / "mine" / "metrics.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text("{}\n")
+    with pytest.raises(UsageError, match=r"mine holds a run; accepted: another name, or --resume True"):
+        _config(tmp_path, run_id_override="mine").validate()
+
+
+def test_the_run_name_follows_upstreams_pattern() -> None:
+    config = TrainConfig(vla_path="openvla/openvla-7b", dataset_name="libero_goal_no_noops", run_id_note="try")
+    expected = "openvla-7b+libero_goal_no_noops+b8+lr-0.0005+lora-r32+dropout-0.0--image_aug--try"
+    assert config.run_id() == expected
+
+
+def test_the_last_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) -> None:
+    for name in ("run--9_chkpt", "run--100_chkpt", "run-b--500_chkpt", ".run--900_chkpt.7.tmp"):
+        (tmp_path / name).mkdir()
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run--100_chkpt"
+    assert last_checkpoint(tmp_path / "other") is None
+
+
+def test_a_stopped_run_goes_on_or_starts_anew(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    assert start_or_resume(run, lambda: tmp_path / "model") == {"vla_path": tmp_path / "model", "resume": False}
+    assert not run.exists()
+    (tmp_path / "run--5_chkpt").mkdir()
+    assert start_or_resume(run, lambda: tmp_path / "model") == {"vla_path": tmp_path / "run--5_chkpt", "resume": True}
