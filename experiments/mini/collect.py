@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -111,6 +112,8 @@ def _collect_block(config: CollectConfig, task: int, episodes: range) -> None:
         return
     with LiberoEnv(config.suite, task, image_size=config.image_size, render=config.render) as env:
         for number in todo:
+            if not _parent_lives():
+                return
             start, failures = time.perf_counter(), []
             report: dict[str, Any] = {"task": task, "episode": number, "steps": 0}
             for attempt in range(config.max_attempts):
@@ -124,6 +127,12 @@ def _collect_block(config: CollectConfig, task: int, episodes: range) -> None:
                 failures.append(result.ended_in)
             report |= {"failures": failures, "seconds": round(time.perf_counter() - start, 2)}
             atomic_write(config.staged(task, number).with_suffix(".json"), json.dumps(report))
+
+
+def _parent_lives() -> bool:
+    """Whether the process that shows progress still runs; without it nobody would stop this one."""
+    parent = multiprocessing.parent_process()
+    return parent is None or parent.is_alive()
 
 
 def _blocks(tasks: tuple[int, ...], episodes: int, workers: int) -> list[tuple[int, range]]:
@@ -158,13 +167,17 @@ def _run_blocks(config: CollectConfig, blocks: list[tuple[int, range]], total: i
     pool = ProcessPoolExecutor(min(config.workers, len(blocks)), mp_context=context)
     pending: set[Future[None]] = {pool.submit(_collect_block, config, task, numbers) for task, numbers in blocks}
     try:
-        with Progress(*columns) as progress:
-            bar = progress.add_task("episodes", total=total)
+        with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
+            bar, shown = progress.add_task("episodes", total=total), 0
             while pending:
                 done, pending = wait(pending, timeout=_POLL_SECONDS)
                 for future in done:
                     future.result()
-                progress.update(bar, completed=min(total, len(list(config.staging.glob("*.json")))))
+                finished = min(total, len(list(config.staging.glob("*.json"))))
+                progress.update(bar, completed=finished)
+                if progress.disable and finished > shown:
+                    print(f"{finished}/{total} episodes", flush=True)
+                    shown = finished
     except BrokenProcessPool as error:
         raise RuntimeError(
             "a collection process died (out of memory? try --workers 1); run again to continue"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from prismatic.util.errors import UsageError
+from prismatic.util.files import read_json
 
 COMPONENTS = ("action_head", "proprio_projector", "noisy_action_projector", "vision_backbone")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -146,23 +147,6 @@ def component_file(checkpoint: Checkpoint, name: str, flag: str) -> Path:
         present = ", ".join(sorted(checkpoint.components)) or "none"
         raise UsageError(f"{flag}: {checkpoint.path} has no {name}--*_checkpoint.pt (components present: {present})")
     return checkpoint.components[name]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UsageError: the file is missing, is not JSON, or is not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def _base_model(path: Path, base_checkpoint: str | None) -> Path:

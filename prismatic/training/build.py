@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from prismatic.training.checkpoint import VISION_COMPONENT, component_file, load_component
-from prismatic.training.config import TrainConfig, load_json
+from prismatic.training.config import TrainConfig
 from prismatic.training.objectives import (
     DiffusionObjective,
     DiscreteObjective,
@@ -19,6 +19,7 @@ from prismatic.training.objectives import (
     PolicyParts,
 )
 from prismatic.util.errors import UsageError
+from prismatic.util.files import read_json
 from prismatic.vla.platforms import Platform
 
 LORA_FOLDER = "lora_adapter"
@@ -55,7 +56,7 @@ def find_sources(config: TrainConfig) -> Sources:
     adapter = folder / LORA_FOLDER / "adapter_config.json"
     base = str(folder)
     if config.use_lora and adapter.is_file():
-        base = str(load_json(adapter).get("base_model_name_or_path") or "")
+        base = str(read_json(adapter).get("base_model_name_or_path") or "")
         if not base:
             raise UsageError(
                 f"{adapter}: names no base_model_name_or_path; accepted: the base model's folder or hub id"

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,20 +167,3 @@ class TrainConfig:
         if self.image_aug:
             name += "--image_aug"
         return f"{name}--{self.run_id_note}" if self.run_id_note else name
-
-
-def load_json(path: Path) -> dict:
-    """Read a JSON object.
-
-    Raises:
-        UsageError: the file is missing or holds no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: holds a {type(content).__name__}; accepted: a JSON object")
-    return content

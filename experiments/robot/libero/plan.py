@@ -21,7 +21,6 @@ from experiments.robot.checkpoint import (
     Checkpoint,
     component_file,
     open_checkpoint,
-    read_json,
     resolve_unnorm_key,
 )
 from experiments.robot.libero import tasks
@@ -29,6 +28,7 @@ from experiments.robot.libero.protocol import RENDER_MODES, Episode, Protocol, m
 from experiments.robot.libero.rendering import choose_renderer
 from experiments.robot.robot_utils import MODEL_FAMILIES
 from prismatic.util.errors import UsageError, unknown_name
+from prismatic.util.files import read_json
 from prismatic.vla.platforms import get_platform
 
 SAVE_VIDEOS = ("none", "failures", "all")

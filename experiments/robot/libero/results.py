@@ -26,10 +26,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-from experiments.robot.checkpoint import read_json
 from experiments.robot.libero import summary
 from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_write
+from prismatic.util.files import atomic_write, read_json
 
 STATUSES = ("success", "failure", "error")
 
