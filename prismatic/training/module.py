@@ -44,7 +44,7 @@ class TrainableVLA(nn.Module):
     Args:
         parts: the model and its heads.
         objective: the action loss.
-        auxiliary: the auxiliary loss; one without terms (a baseline) costs nothing.
+        auxiliary: an :class:`AuxiliaryLoss`; one without terms (a baseline) costs nothing.
         auxiliary_coeff: its weight in the total loss.
         use_film: the model conditions its vision on language.
     """
@@ -119,13 +119,6 @@ def count_parameters(module: nn.Module | None) -> tuple[int, int]:
         return 0, 0
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-
-
-def freeze(module: nn.Module) -> nn.Module:
-    """Turn gradients off and switch to evaluation mode."""
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    return module.eval()
 
 
 def same_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

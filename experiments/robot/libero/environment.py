@@ -30,7 +30,6 @@ from prismatic.util.errors import UsageError, unknown_name
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 ACTION_DIM = 7
-NO_OP = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 _CONTROL_HZ = 20
 _MAX_PLACEMENT_TRIES = 100
 # What resets, placement and visual effects write into the model itself.

@@ -1,0 +1,35 @@
+"""The demo from end to end at its smallest: real simulator, real training, real rollouts, a report; then nothing anew."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def _demo(repo_root: Path, out: Path) -> str:
+    flags = f"--out {out} --tasks 9 --episodes 2 --max_steps 2 --batch_size 4 --trials 1 --seeds 0 --parallel 2"
+    command = [sys.executable, "-m", "experiments.mini.demo", *flags.split()]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.sim
+def test_the_demo_runs_and_does_nothing_twice(repo_root: Path, tmp_path: Path) -> None:
+    printed = _demo(repo_root, tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    for label in ("before fine-tuning", "without alignment", "ROCKET"):
+        assert label in printed and f"| {label} |" in report
+    assert (tmp_path / "report.png").stat().st_size > 20_000
+    for method in ("baseline", "rocket"):
+        assert (tmp_path / "runs" / f"{method}-seed0--2_chkpt" / "model.safetensors").is_file()
+        lines = (tmp_path / "eval" / f"{method}-seed0" / "episodes.jsonl").read_text().splitlines()
+        assert [json.loads(line)["status"] for line in lines][0] in ("success", "failure")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    again = _demo(repo_root, tmp_path)
+    assert again.count("already done") == 7
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
