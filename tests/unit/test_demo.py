@@ -95,3 +95,10 @@ def test_a_missing_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(demo, "WEIGHTS", tmp_path)
     with pytest.raises(UsageError, match=r"student: no model\.safetensors"):
         demo.main(_config(tmp_path / "out"))
+
+
+def test_the_time_of_a_seed_comes_from_the_commands_that_ran() -> None:
+    seconds = {"collect": 130.0, "train-baseline-seed0": 195.0, "train-rocket-seed0": 212.0}
+    seconds |= {"evaluate-baseline-seed0": 85.0, "evaluate-rocket-seed0": 83.0, "evaluate-untouched": 144.0}
+    assert demo.seconds_of_a_seed(seconds) == 212.0 + 85.0
+    assert demo.seconds_of_a_seed({}) == 0.0
