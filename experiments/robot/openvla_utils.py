@@ -15,7 +15,6 @@ Not obvious:
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +28,8 @@ from torch import nn
 
 from experiments.robot.checkpoint import Checkpoint, component_file, open_checkpoint, resolve_unnorm_key
 from experiments.robot.policy import Query
-from prismatic.models.lora import load_lora, strip_module_prefix
+from prismatic.models.components import load_component, read_state_dict
+from prismatic.models.lora import load_lora
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets.image_transforms import center_crop_box, prepare_policy_image, resize_and_crop
 from prismatic.vla.platforms import LIBERO, NormalizationType, Platform
@@ -333,28 +333,16 @@ def _load_film(vla: Any, file: Path) -> None:
     from prismatic.models.film_vit_wrapper import load_film_backbone
 
     try:
-        load_film_backbone(vla, _read_state_dict(file))
+        load_film_backbone(vla, read_state_dict(file))
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"{file}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _load_component(cfg: Any, module: nn.Module, name: str, flag: str) -> nn.Module:
     """Load `{name}--*_checkpoint.pt` of the checkpoint into `module`, on the policy's device and in its type."""
-    file = component_file(_checkpoint_of(cfg), name, flag)
-    try:
-        module.load_state_dict(strip_module_prefix(_read_state_dict(file)))
-    except RuntimeError as error:
-        raise UsageError(f"{file}: does not fit the model: {' '.join(str(error).split())[:300]}") from error
+    load_component(module, component_file(_checkpoint_of(cfg), name, flag))
     device = resolve_device(getattr(cfg, "device", "auto"))
     return module.to(device, resolve_dtype(getattr(cfg, "dtype", "auto"), device)).eval()
-
-
-def _read_state_dict(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a `torch.save` file; anything but tensors in it is refused without being run."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise UsageError(f"{file}: not a readable file of tensors ({' '.join(str(error).split())[:120]})") from error
 
 
 def _crop(image: Array, size: tuple[int, int]) -> Array:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from prismatic.training.checkpoint import VISION_COMPONENT, component_file, load_component
+from prismatic.models.components import load_component
+from prismatic.training.checkpoint import VISION_COMPONENT, component_file, load_training_state
 from prismatic.training.config import TrainConfig
 from prismatic.training.objectives import (
     DiffusionObjective,
@@ -46,10 +47,8 @@ def find_sources(config: TrainConfig) -> Sources:
     folder = Path(config.vla_path)
     step = config.resume_step
     if step is None:
-        from prismatic.training.checkpoint import load_training_state
-
         named = re.search(r"--(\d+)_chkpt$", folder.name)
-        state = load_training_state(folder)
+        state = load_training_state(folder, lazily=True)
         if state is None and named is None:
             raise UsageError(f"--resume_step: {folder} does not tell its step; accepted: the step as a number")
         step = int(state["step"]) if state is not None else int(named.group(1))  # type: ignore[union-attr]

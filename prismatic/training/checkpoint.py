@@ -23,9 +23,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
 
-from prismatic.models.lora import merge_lora_state_dict, strip_module_prefix
+from prismatic.models.lora import merge_lora_state_dict
 from prismatic.training.folders import checkpoint_folder
 from prismatic.training.module import TrainableVLA
 from prismatic.util.errors import UsageError
@@ -48,19 +47,6 @@ def component_file(folder: Path, component: str) -> Path | None:
         names = ", ".join(path.name for path in found)
         raise UsageError(f"{folder}: several checkpoints of {component} ({names}); accepted: one")
     return found[0] if found else None
-
-
-def load_component(module: nn.Module, file: Path) -> None:
-    """Load a component's state dict, saved with or without DDP's `module.` prefix.
-
-    Raises:
-        UsageError: keys or shapes do not fit the module.
-    """
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    try:
-        module.load_state_dict(strip_module_prefix(state))
-    except RuntimeError as error:
-        raise UsageError(f"{file}: does not fit the model: {' '.join(str(error).split())[:300]}") from None
 
 
 def _save_model(folder: Path, vla: Any, *, merge: bool) -> None:
@@ -176,7 +162,10 @@ def gather_training_state(
     }
 
 
-def load_training_state(folder: Path) -> dict[str, Any] | None:
-    """The `training_state` of a checkpoint folder, or None for a checkpoint of upstream's, which has none."""
+def load_training_state(folder: Path, *, lazily: bool = False) -> dict[str, Any] | None:
+    """The `training_state` of a checkpoint folder, or None for a checkpoint of upstream's, which has none.
+
+    `lazily` leaves tensors on disk until they are used: for who wants a number, not the optimizer's moments.
+    """
     file = folder / STATE_FILE
-    return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=lazily) if file.is_file() else None

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prismatic.training.train_utils import get_current_action_mask, get_next_actions_mask
+from prismatic.training.train_utils import get_all_actions_mask, get_current_action_mask, get_next_actions_mask
 from prismatic.vla.platforms import Platform
 
 
@@ -50,7 +50,7 @@ def action_hidden_states(hidden_BSD: Tensor, labels_BS: Tensor, platform: Platfo
     """
     text_BSD = hidden_BSD[:, num_prefix:-1]
     shifted = labels_BS[:, 1:]
-    mask = get_current_action_mask(shifted, platform.action_dim) | get_next_actions_mask(shifted, platform.action_dim)
+    mask = get_all_actions_mask(shifted, platform.action_dim)
     batch, _, width = hidden_BSD.shape
     return text_BSD[mask].reshape(batch, platform.chunk * platform.action_dim, width)
 
@@ -61,7 +61,7 @@ def chunk_l1_metrics(predicted_BTA: Tensor, actions_BTA: Tensor) -> dict[str, Te
     return {"curr_action_l1_loss": error[:, 0].mean(), "next_actions_l1_loss": error[:, 1:].mean()}
 
 
-def _num_prefix(parts: PolicyParts, batch: dict[str, Any], output: Any) -> int:
+def _num_prefix(batch: dict[str, Any], output: Any) -> int:
     """Tokens between BOS and the text: the sequence the LLM saw minus the text the caller gave."""
     return output.hidden_states[-1].shape[1] - batch["input_ids"].shape[1]
 
@@ -80,7 +80,7 @@ class L1Objective:
         assert parts.action_head is not None
         actions = batch["actions"].float()
         hidden = action_hidden_states(
-            output.hidden_states[-1], batch["labels"], self.platform, _num_prefix(parts, batch, output)
+            output.hidden_states[-1], batch["labels"], self.platform, _num_prefix(batch, output)
         )
         predicted = parts.action_head.predict_action(hidden).float()
         return F.l1_loss(predicted, actions), chunk_l1_metrics(predicted, actions)
@@ -106,7 +106,7 @@ class DiffusionObjective:
     def loss(self, parts: PolicyParts, batch: dict[str, Any], output: Any) -> tuple[Tensor, dict[str, Tensor]]:
         assert parts.action_head is not None
         hidden = action_hidden_states(
-            output.hidden_states[-1], batch["labels"], self.platform, _num_prefix(parts, batch, output)
+            output.hidden_states[-1], batch["labels"], self.platform, _num_prefix(batch, output)
         )
         predicted = parts.action_head.predict_noise(hidden).reshape(batch["diffusion_noise"].shape)
         return F.mse_loss(predicted.float(), batch["diffusion_noise"].float()), {}
@@ -124,7 +124,7 @@ class DiscreteObjective:
         return {}
 
     def loss(self, parts: PolicyParts, batch: dict[str, Any], output: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        prefix = _num_prefix(parts, batch, output)
+        prefix = _num_prefix(batch, output)
         predicted = output.logits[:, prefix:-1].argmax(dim=-1)
         truth = batch["labels"][:, 1:]
         bins = torch.as_tensor(self.action_tokenizer.bin_centers, device=truth.device, dtype=torch.float32)

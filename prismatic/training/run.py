@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 
+from prismatic.models.components import load_component
 from prismatic.training.build import build_parts, find_sources, load_processor, load_vla, make_objective
 from prismatic.training.checkpoint import (
     CheckpointWriter,
     component_file,
     gather_training_state,
-    load_component,
     load_training_state,
     restore_random_state,
 )

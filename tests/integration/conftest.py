@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,19 +11,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from script_loader import load_finetune_script
 
 
 @pytest.fixture(scope="session")
-def finetune_script(repo_root: Path) -> ModuleType:
-    """vla-scripts/finetune.py, whose folder's name is no module name."""
-    spec = importlib.util.spec_from_file_location("finetune_script", repo_root / "vla-scripts" / "finetune.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def finetune_script() -> ModuleType:
+    """vla-scripts/finetune.py."""
+    return load_finetune_script()
 
 
 @pytest.fixture(scope="session")

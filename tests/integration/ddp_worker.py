@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from script_loader import load_finetune_script
 
 from prismatic.training.module import TrainableVLA
 from prismatic.training.objectives import L1Objective
@@ -22,12 +22,7 @@ def _norms(module: torch.nn.Module) -> dict[str, float]:
 
 def main(student: str, teacher: str, data: str, out: str) -> None:
     """Build the run exactly as the script does, take one backward pass without and one with synchronization."""
-    path = Path(__file__).resolve().parents[2] / "vla-scripts" / "finetune.py"
-    spec = importlib.util.spec_from_file_location("finetune_script", path)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script
-    spec.loader.exec_module(script)
+    script = load_finetune_script()
     config = script.FinetuneConfig(
         vla_path=student,
         vggt_path=teacher,

@@ -14,7 +14,12 @@ from prismatic.training.metrics import read_log
 def _launch(repo_root: Path, arguments: list[str]) -> None:
     """Run a Python file in two processes on the CPU, where accelerate takes gloo."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo_root), "ACCELERATE_USE_CPU": "true"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(repo_root), str(repo_root / "tests")]),
+        "ACCELERATE_USE_CPU": "true",
+    }
     result = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
 

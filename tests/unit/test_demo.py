@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from script_loader import load_finetune_script
 
 from experiments.mini import demo, demo_report
 from experiments.robot.libero.run_libero_eval import GenerateConfig
@@ -46,29 +47,16 @@ def test_methods_differ_in_the_recipe_alone(tmp_path: Path) -> None:
     assert words[0] ^ words[1] == {"baseline", "rocket", "baseline-seed0", "rocket-seed0"}
 
 
-def test_every_command_parses(tmp_path: Path, finetune_flags: type) -> None:
+def test_every_command_parses(tmp_path: Path) -> None:
     config = _config(tmp_path)
     from experiments.mini.collect import CollectConfig
 
     cli.parse(CollectConfig, demo.collect_job(config).arguments[2:])
-    cli.parse(finetune_flags, demo.train_job(config, "rocket", 1).arguments[1:])
+    cli.parse(load_finetune_script().FinetuneConfig, demo.train_job(config, "rocket", 1).arguments[1:])
     for run in (demo.UNTOUCHED, "rocket-seed0"):
         cli.parse(GenerateConfig, demo.evaluate_job(config, run).arguments[1:])
     video = cli.parse(GenerateConfig, demo.video_job(config, "rocket-seed0").arguments[1:])
     assert (video.num_trials_per_task, video.save_videos, video.run_name) == (1, "all", "video-rocket-seed0")
-
-
-@pytest.fixture
-def finetune_flags(repo_root: Path) -> type:
-    import importlib.util
-    import sys
-
-    spec = importlib.util.spec_from_file_location("finetune_flags", repo_root / "vla-scripts" / "finetune.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.FinetuneConfig
 
 
 def test_the_report_adds_up_result_files(tmp_path: Path) -> None:

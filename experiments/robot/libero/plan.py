@@ -24,8 +24,8 @@ from experiments.robot.checkpoint import (
     resolve_unnorm_key,
 )
 from experiments.robot.libero import tasks
-from experiments.robot.libero.protocol import RENDER_MODES, Episode, Protocol, max_steps_for, parse_task_ids
-from experiments.robot.libero.rendering import choose_renderer
+from experiments.robot.libero.protocol import Episode, Protocol, max_steps_for, parse_task_ids
+from experiments.robot.libero.rendering import RENDER_MODES, choose_renderer
 from experiments.robot.robot_utils import MODEL_FAMILIES
 from prismatic.util.errors import UsageError, unknown_name
 from prismatic.util.files import read_json

@@ -29,7 +29,6 @@ Array = npt.NDArray[Any]
 # Longest demonstration of the suite, rounded up (upstream's table).
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 DUMMY_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
-RENDER_MODES = ("protocol", "fast")
 
 
 @dataclass(frozen=True)
