@@ -29,6 +29,8 @@ class TrainConfig:
     platform: str = "libero"  # Chunk length, action and proprio sizes: libero | aloha | bridge
     shuffle_buffer_size: int = 100_000  # Accepted for compatibility: shuffling is exact and needs no buffer
 
+    data_fraction: float = 1.0  # Part of the training episodes to use, drawn with the seed for every instruction
+
     # Inputs and heads
     num_images_in_input: int = 1  # 1 primary image, 2 adds the wrist, 3 both wrists
     use_proprio: bool = False  # Robot state as one more token
@@ -139,6 +141,8 @@ class TrainConfig:
         for name in ("lr_warmup_steps", "num_workers", "max_grad_norm", "weight_decay", "lora_dropout"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: 0 or more")
+        if not 0 < self.data_fraction <= 1:
+            raise UsageError(f"--data_fraction: {self.data_fraction} found; accepted: above 0, at most 1")
 
     def _validate_paths(self) -> None:
         if not Path(self.data_root_dir).is_dir():

@@ -88,6 +88,7 @@ class TrainingRun:
             train=train,
             platform=self.platform,
             seed=config.seed,
+            fraction=config.data_fraction,
         )
 
     def _loader(self, dataset: RLDSDataset) -> MixtureLoader:

@@ -24,6 +24,7 @@ from prismatic.vla.datasets.frame_index import FrameIndex, cache_folder, fingerp
 from prismatic.vla.datasets.image_transforms import AugmentDraw, AugmentRanges, PolicyImageTransform, decode_image
 from prismatic.vla.datasets.specs import DATASETS, DatasetSpec, resolve_mixture
 from prismatic.vla.datasets.statistics import Statistics, compute_statistics, normalize
+from prismatic.vla.datasets.subset import choose_episodes
 from prismatic.vla.platforms import LIBERO, Platform
 
 _MAX_OPEN_SHARDS = 32
@@ -149,6 +150,7 @@ class RLDSDataset(Dataset):
         train: bool = True,
         platform: Platform = LIBERO,
         seed: int = 0,
+        fraction: float = 1.0,
     ) -> None:
         """Open all datasets of `data_mix` (a dataset, a comma list or a mixture name) below `data_root_dir`.
 
@@ -157,11 +159,14 @@ class RLDSDataset(Dataset):
             resize_resolution: (height, width) of the images.
             image_aug: random crop and colors; the transform is `self.image_transform`.
             train: split "train", else "val".
+            fraction: use this part of every dataset's training episodes (see `choose_episodes`); the statistics stay
+                those of all of them, so that runs on more and on less data act in the same units.
 
         Raises:
             UsageError: an unknown name, a missing folder, or data that are damaged or do not fit the platform.
         """
         self.batch_transform, self.platform, self.seed = batch_transform, platform, int(seed)
+        self.fraction = fraction if train else 1.0
         size = (int(resize_resolution[0]), int(resize_resolution[1]))
         self.image_transform = PolicyImageTransform(size, AugmentRanges() if image_aug else None)
         self.dataset_statistics: dict[str, Statistics] = {}
@@ -185,9 +190,10 @@ class RLDSDataset(Dataset):
         (action,), (proprio,) = _all_transitions(spec, [index])
         future = self.platform.chunk - 1
         lengths = np.diff(index.episode_start)
+        instructions = [index.instructions[index.language[begin]] for begin in index.episode_start[:-1]]
         by_episode = [
-            begin + chunk_indices(int(length), 1, future).observations[:, 0]
-            for begin, length in zip(index.episode_start[:-1], lengths, strict=True)
+            index.episode_start[episode] + chunk_indices(int(lengths[episode]), 1, future).observations[:, 0]
+            for episode in choose_episodes(instructions, self.fraction, self.seed)
         ]
         starts = np.concatenate(by_episode).astype(np.int64)
         if not len(starts):
