@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.mini.jobs import Job, JobFailed, JobRunner, start_or_resume
+from experiments.jobs import Job, JobFailed, JobRunner, start_or_resume
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 

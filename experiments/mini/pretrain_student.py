@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.mini.jobs import start_or_resume
+from experiments.jobs import start_or_resume
 from prismatic.training.folders import last_checkpoint
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError

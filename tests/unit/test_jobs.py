@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments.mini.jobs import Job, JobFailed, JobRunner
+from experiments.jobs import Chain, Job, JobFailed, JobRunner
 
 
 def _writes(path: Path, text: str = "done") -> tuple[str, ...]:
@@ -45,3 +45,23 @@ def test_a_failed_job_names_its_log_and_shows_its_end(runner: JobRunner, tmp_pat
 def test_a_job_without_its_result_has_failed(runner: JobRunner, tmp_path: Path) -> None:
     with pytest.raises(JobFailed, match="ended with code 0"):
         runner.run([Job("empty", ("-c", "pass"), tmp_path / "never")], parallel=1)
+
+
+def test_a_failing_chain_ends_alone(runner: JobRunner, tmp_path: Path) -> None:
+    finished: list[str] = []
+    broken = Job("broken", ("-c", "raise SystemExit(1)"), tmp_path / "never")
+    chains = [
+        Chain((broken, Job("after", _writes(tmp_path / "after"), tmp_path / "after")), lambda: finished.append("bad")),
+        Chain((Job("well", _writes(tmp_path / "well"), tmp_path / "well"),), lambda: finished.append("good")),
+    ]
+    failures = runner.run_chains(chains, parallel=1)
+    assert [str(failure).split()[0] for failure in failures] == ["broken"]
+    assert finished == ["good"] and not (tmp_path / "after").exists()
+
+
+def test_nothing_starts_after_a_failure_unless_asked(runner: JobRunner, tmp_path: Path) -> None:
+    broken = Job("broken", ("-c", "raise SystemExit(1)"), tmp_path / "never")
+    later = Job("later", _writes(tmp_path / "later"), tmp_path / "later")
+    with pytest.raises(JobFailed, match="broken"):
+        runner.run([broken, later], parallel=1)
+    assert not (tmp_path / "later").exists()

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from prismatic.training.folders import last_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 REFRESH_SECONDS = 1.0
 PLAIN_REPORT_SECONDS = 20.0
 
@@ -37,7 +37,7 @@ def start_or_resume(run_dir: Path, initial_model: Callable[[], Path]) -> dict[st
 
 
 class JobFailed(RuntimeError):
-    """A command of the demo ended with an error; the message names its log."""
+    """A command ended with an error; the message names its log."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,19 @@ class Job:
     name: str
     arguments: tuple[str, ...]
     result: Path
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Jobs that need one another, in order; `finish` is called once they are all done."""
+
+    jobs: tuple[Job, ...]
+    finish: Callable[[], None] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether every job's result is there."""
+        return all(job.result.exists() for job in self.jobs)
 
 
 @dataclass
@@ -84,24 +97,54 @@ class JobRunner:
         Raises:
             JobFailed: one ended with a code other than 0, or without its result.
         """
-        todo = [job for job in jobs if not job.result.exists()]
-        for job in jobs:
-            if job not in todo:
-                self.console.print(
-                    f"[dim]{job.name}: already done ({job.result})[/dim]", highlight=False, soft_wrap=True
-                )
-        threads = max(1, (os.cpu_count() or 1) // max(1, min(parallel, len(todo) or 1)))
+        failures = self.run_chains([Chain((job,)) for job in jobs], parallel, keep_going=False)
+        if failures:
+            raise failures[0]
+
+    def run_chains(self, chains: Sequence[Chain], parallel: int, *, keep_going: bool = True) -> list[JobFailed]:
+        """Run chains side by side, the jobs of a chain one after the other; what is done is skipped.
+
+        Args:
+            keep_going: a failed job ends its own chain alone; otherwise nothing is started after it.
+
+        Returns:
+            the failures.
+        """
+        todo = sum(not chain.done for chain in chains)
+        threads = max(1, (os.cpu_count() or 1) // max(1, min(parallel, todo or 1)))
+        failures: list[JobFailed] = []
         watcher = threading.Event()
         display = threading.Thread(target=self._show, args=(watcher,), daemon=True)
         display.start()
+
+        def run_chain(chain: Chain) -> None:
+            try:
+                for job in chain.jobs:
+                    if failures and not keep_going:
+                        return
+                    self._run_or_skip(job, threads)
+                if chain.finish is not None:
+                    chain.finish()
+            except JobFailed as failure:
+                failures.append(failure)
+                if not keep_going:
+                    self._terminate()
+
         try:
             with ThreadPoolExecutor(parallel) as pool:
-                for outcome in [pool.submit(self._run_one, job, threads) for job in todo]:
+                for outcome in [pool.submit(run_chain, chain) for chain in chains]:
                     outcome.result()
         finally:
             watcher.set()
             self._terminate()
             display.join()
+        return failures
+
+    def _run_or_skip(self, job: Job, threads: int) -> None:
+        if job.result.exists():
+            self.console.print(f"[dim]{job.name}: already done ({job.result})[/dim]", highlight=False, soft_wrap=True)
+        else:
+            self._run_one(job, threads)
 
     def _run_one(self, job: Job, threads: int) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
