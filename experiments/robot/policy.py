@@ -21,6 +21,8 @@ class Query:
         instruction: what to do, in words.
         seed: for policies that sample: the same query with the same seed must get the same answer.
         extra_images: further cameras, for policies of more than two views (a second wrist).
+        prepared: images that have the policy's size are prepared already (upstream's ALOHA client resizes its own)
+            and only cropped. Else every image takes the way of the evaluation: JPEG, resize, crop.
     """
 
     image: npt.NDArray[np.uint8]
@@ -29,9 +31,13 @@ class Query:
     instruction: str
     seed: int = 0
     extra_images: tuple[npt.NDArray[np.uint8], ...] = ()
+    prepared: bool = False
 
 
 class Policy(Protocol):
-    """Answers several robots at once: B queries in, un-normalized action chunks (B, T, A) out, gripper 1 = open."""
+    """Answers several robots at once: B queries in, un-normalized action chunks (B, T, A) out, gripper 1 = open.
 
-    def act(self, queries: Sequence[Query]) -> npt.NDArray[Any]: ...
+    A policy that can fail for one robot alone (a remote one) may return a list with an exception in that one's place.
+    """
+
+    def act(self, queries: Sequence[Query]) -> npt.NDArray[Any] | Sequence[npt.NDArray[Any] | Exception]: ...

@@ -158,6 +158,14 @@ def test_a_query_that_raises_does_not_take_its_batch_along() -> None:
     assert isinstance(bad, str) and bad.startswith("policy: ValueError: too far")
 
 
+def test_an_exception_in_place_of_an_answer_is_an_error_of_its_episode_alone() -> None:
+    queries = [Query(IMAGE, IMAGE, np.full(8, position), "go") for position in (0.0, 1.0, 0.0)]
+    policy = Picky(TimeoutError("no answer within 2 s"))
+    good, bad, also_good = ask(policy, queries, 8)
+    assert isinstance(good, np.ndarray) and isinstance(also_good, np.ndarray)
+    assert bad == "policy: TimeoutError: no answer within 2 s"
+
+
 def test_too_few_answers_are_an_error() -> None:
     class Short:
         def act(self, queries: Sequence[Query]) -> np.ndarray:

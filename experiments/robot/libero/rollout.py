@@ -220,6 +220,9 @@ def ask(policy: Policy, queries: Sequence[Query], open_loop_steps: int) -> list[
         return [ask(policy, [query], open_loop_steps)[0] for query in queries]
     answers: list[Array | str] = []
     for chunk in chunks:
+        if isinstance(chunk, Exception):
+            answers.append(f"policy: {describe_error(chunk)}")
+            continue
         try:
             answers.append(np.ascontiguousarray(checked_chunk(chunk, open_loop_steps, ACTION_DIM)[:open_loop_steps]))
         except (ValueError, TypeError) as error:
