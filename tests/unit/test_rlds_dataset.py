@@ -17,7 +17,8 @@ import tensorflow_datasets as tfds
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets import FrameDraw, RLDSDataset, prepare_policy_image
 from prismatic.vla.datasets.builder import open_dataset
-from prismatic.vla.datasets.frame_index import cache_folder, load_frame_index
+from prismatic.vla.datasets.episode_table import cache_folder
+from prismatic.vla.datasets.frame_index import load_frame_index
 from prismatic.vla.datasets.image_transforms import decode_image
 from prismatic.vla.datasets.specs import DATASETS, LIBERO_SPEC, DatasetSpec, register_dataset, resolve_mixture
 from prismatic.vla.datasets.statistics import normalize

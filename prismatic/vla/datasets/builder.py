@@ -6,11 +6,13 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets.specs import DatasetSpec
 from prismatic.vla.platforms import Platform
+
+SplitT = TypeVar("SplitT")
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _names(node: Any, prefix: str = "steps/") -> list[str]:
     return names
 
 
-def choose_split(splits: Mapping[str, SplitFiles], name: str, train: bool) -> SplitFiles:
+def choose_split(splits: Mapping[str, SplitT], name: str, train: bool) -> SplitT:
     """The "train" split, or the "val" split when `train` is False.
 
     Raises:

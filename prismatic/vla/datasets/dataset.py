@@ -1,4 +1,4 @@
-"""RLDS datasets as one map-style dataset: any frame of any dataset of a mixture, read from disk when asked for."""
+"""Robot datasets as one map-style dataset: any frame of any dataset of a mixture, read from disk when asked for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,16 +16,15 @@ from torch.utils.data import Dataset
 
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
-from prismatic.vla.datasets.builder import SplitFiles, choose_split, open_dataset
+from prismatic.vla.datasets.builder import choose_split
 from prismatic.vla.datasets.chunking import chunk_indices
-from prismatic.vla.datasets.frame_index import FrameIndex, cache_folder, fingerprint, load_frame_index
-from prismatic.vla.datasets.image_transforms import AugmentDraw, AugmentRanges, PolicyImageTransform, decode_image
+from prismatic.vla.datasets.episode_table import EpisodeTable, Split, cache_folder
+from prismatic.vla.datasets.formats import find_splits
+from prismatic.vla.datasets.image_transforms import AugmentDraw, AugmentRanges, PolicyImageTransform
 from prismatic.vla.datasets.specs import DATASETS, DatasetSpec, resolve_mixture
 from prismatic.vla.datasets.statistics import Statistics, compute_statistics, normalize
 from prismatic.vla.datasets.subset import choose_episodes
 from prismatic.vla.platforms import LIBERO, Platform
-
-_MAX_OPEN_SHARDS = 32
 
 
 class FrameDraw(NamedTuple):
@@ -46,55 +43,18 @@ class MixturePart(NamedTuple):
     weight: float
 
 
-class _ShardReader:
-    """Reads byte ranges of shards; keeps a few files open, none of them across pickling."""
-
-    def __init__(self, shards: tuple[Path, ...]) -> None:
-        self.shards = shards
-        self._open: OrderedDict[int, int] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"shards": self.shards, "_open": OrderedDict()}
-
-    def read(self, shard: int, start: int, size: int) -> bytes:
-        descriptor = self._open.get(shard)
-        if descriptor is None:
-            if len(self._open) >= _MAX_OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1])
-            descriptor = self._open[shard] = os.open(self.shards[shard], os.O_RDONLY)
-        self._open.move_to_end(shard)
-        # pread has no file position, so forked loader workers may share a descriptor.
-        return os.pread(descriptor, size, start)
-
-
 @dataclass
 class _Source:
     """One dataset of the mixture, normalized."""
 
     name: str
-    index: FrameIndex
-    reader: _ShardReader
-    views: tuple[str, ...]
+    index: EpisodeTable
     action: np.ndarray
     proprio: np.ndarray
     starts: np.ndarray
 
-    def image(self, view: int, frame: int) -> np.ndarray:
-        """The decoded image (H, W, 3) of a frame; raises UsageError when its bytes are no image."""
-        index, episode = self.index, self.index.episode_of(frame)
-        shard = int(index.episode_shard[episode])
-        try:
-            encoded = self.reader.read(shard, int(index.image_start[view, frame]), int(index.image_size[view, frame]))
-            return decode_image(encoded)
-        except (OSError, ValueError) as error:
-            step = frame - int(index.episode_start[episode])
-            raise UsageError(
-                f"{self.reader.shards[shard]}: record {int(index.episode_record[episode])}: "
-                f"step {step}: image {self.views[view]}: {' '.join(str(error).split())}"
-            ) from error
 
-
-def _all_transitions(spec: DatasetSpec, indices: list[FrameIndex]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _all_transitions(spec: DatasetSpec, indices: list[EpisodeTable]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """(actions, proprios) of each split, standardized episode by episode."""
     actions, proprios = [], []
     for index in indices:
@@ -109,16 +69,16 @@ def _all_transitions(spec: DatasetSpec, indices: list[FrameIndex]) -> tuple[list
 
 
 def _statistics(
-    name: str, spec: DatasetSpec, splits: dict[str, SplitFiles], loaded: dict[str, FrameIndex]
+    name: str, spec: DatasetSpec, splits: Mapping[str, Split], loaded: Mapping[str, EpisodeTable]
 ) -> Statistics:
     """Statistics over all splits (as upstream), from their JSON cache or computed now."""
-    identity = [fingerprint(spec, splits[split]) for split in sorted(splits)]
+    identity = [splits[split].fingerprint() for split in sorted(splits)]
     key = json.dumps([identity, spec.standardize.__qualname__, spec.action_mask], sort_keys=True)
     folder = cache_folder(next(iter(splits.values())).folder)
     path = folder / f"dataset_statistics_{hashlib.sha256(key.encode()).hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):  # not there yet, or damaged
         return json.loads(path.read_text())[name]
-    indices = [loaded.get(split) or load_frame_index(spec, splits[split]) for split in sorted(splits)]
+    indices = [loaded.get(split) or splits[split].load() for split in sorted(splits)]
     actions, proprios = _all_transitions(spec, indices)
     episodes = sum(index.num_episodes for index in indices)
     statistics = compute_statistics(np.concatenate(actions), np.concatenate(proprios), episodes, spec.action_mask)
@@ -128,7 +88,7 @@ def _statistics(
 
 
 class RLDSDataset(Dataset):
-    """Random access to the samples of an RLDS dataset or mixture.
+    """Random access to the samples of a dataset or mixture, in RLDS or LeRobot format (told from the files).
 
     A sample is a frame with its whole action chunk inside the episode. `dataset[FrameDraw(frame, epoch)]` depends on
     nothing but the seed, the frame and the epoch, so any number of loader workers gives the same samples;
@@ -183,9 +143,9 @@ class RLDSDataset(Dataset):
 
     def _open(self, root: Path, name: str, train: bool) -> _Source:
         spec = DATASETS[name]
-        splits = open_dataset(root, name, spec, self.platform)
+        splits = find_splits(root, name, spec, self.platform)
         split = choose_split(splits, name, train)
-        index = load_frame_index(spec, split)
+        index = split.load()
         statistics = self.dataset_statistics[name] = _statistics(name, spec, splits, {split.split: index})
         (action,), (proprio,) = _all_transitions(spec, [index])
         future = self.platform.chunk - 1
@@ -205,8 +165,6 @@ class RLDSDataset(Dataset):
         return _Source(
             name=name,
             index=index,
-            reader=_ShardReader(index.shards),
-            views=tuple(spec.images),
             action=normalize(action, statistics["action"], kind),
             proprio=normalize(proprio, statistics["proprio"], kind),
             starts=starts,
@@ -227,7 +185,7 @@ class RLDSDataset(Dataset):
         draw = self._as_draw(key)
         source, start = self._locate(draw.frame)
         images = {
-            f"image_{name}": self.image_transform.train(source.image(view, start), augment)[None]
+            f"image_{name}": self.image_transform.train(source.index.image(view, start), augment)[None]
             for view, (name, augment) in enumerate(self.augmentation(draw).items())
         }
         timestep = start - int(source.index.episode_start[source.index.episode_of(start)])
@@ -245,7 +203,9 @@ class RLDSDataset(Dataset):
         """
         draw = self._as_draw(key)
         source, _ = self._locate(draw.frame)
-        views = source.views if getattr(self.batch_transform, "use_wrist_image", True) else source.views[:1]
+        views = source.index.views
+        if not getattr(self.batch_transform, "use_wrist_image", True):
+            views = views[:1]
         return {
             name: self.image_transform.draw(np.random.default_rng((self.seed, draw.epoch, draw.frame, view)))
             for view, name in enumerate(views)

@@ -9,10 +9,8 @@ costs some 80 bytes here; images are never kept.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
-import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,8 @@ import numpy as np
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
 from prismatic.vla.datasets.builder import SplitFiles
+from prismatic.vla.datasets.episode_table import ByteReader, EpisodeTable, cache_folder
+from prismatic.vla.datasets.image_transforms import decode_image
 from prismatic.vla.datasets.specs import DatasetSpec
 from prismatic.vla.datasets.tfrecord import Example, MalformedExample, read_records
 
@@ -30,40 +30,38 @@ FORMAT_VERSION = 1
 
 
 @dataclass
-class FrameIndex:
-    """One split of one dataset; E episodes, F frames in file order, V views.
+class FrameIndex(EpisodeTable):
+    """One split of an RLDS dataset, in file order; V views.
 
     Attributes:
         shards: the TFRecord files.
-        action: raw actions (F, A); state: raw states (F, S); both float32.
         image_start: byte offset of the encoded image in its shard (V, F) int64; image_size: its bytes (V, F) int32.
-        language: number of the frame's instruction in `instructions` (F,) int32.
-        episode_start: first frame of every episode, and F at the end (E + 1,) int64.
         episode_shard, episode_record: the episode's shard number and its record in there (E,) int32.
     """
 
     shards: tuple[Path, ...]
-    action: np.ndarray
-    state: np.ndarray
     image_start: np.ndarray
     image_size: np.ndarray
-    language: np.ndarray
-    instructions: tuple[str, ...]
-    episode_start: np.ndarray
     episode_shard: np.ndarray
     episode_record: np.ndarray
 
-    @property
-    def num_frames(self) -> int:
-        return len(self.action)
+    def __post_init__(self) -> None:
+        self._reader = ByteReader(self.shards)
 
-    @property
-    def num_episodes(self) -> int:
-        return len(self.episode_start) - 1
-
-    def episode_of(self, frame: int) -> int:
-        """Number of the episode that holds the frame."""
-        return int(np.searchsorted(self.episode_start, frame, side="right")) - 1
+    def image(self, view: int, frame: int) -> np.ndarray:
+        """The decoded image (H, W, 3) of a frame; raises UsageError when its bytes are no image."""
+        episode = self.episode_of(frame)
+        shard = int(self.episode_shard[episode])
+        try:
+            return decode_image(
+                self._reader.read(shard, int(self.image_start[view, frame]), int(self.image_size[view, frame]))
+            )
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{self.shards[shard]}: record {int(self.episode_record[episode])}: "
+                f"step {frame - int(self.episode_start[episode])}: image {self.views[view]}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
 
 
 _ARRAYS = (
@@ -146,6 +144,7 @@ def _build(spec: DatasetSpec, split: SplitFiles) -> FrameIndex:
     shard_and_record = np.array(columns.places, dtype=np.int32)
     return FrameIndex(
         shards=split.shards,
+        views=tuple(spec.images),
         action=np.concatenate(columns.action),
         state=np.concatenate(columns.state),
         image_start=np.concatenate(columns.image_start, axis=1),
@@ -171,17 +170,7 @@ def fingerprint(spec: DatasetSpec, split: SplitFiles) -> dict[str, Any]:
     }
 
 
-def cache_folder(folder: Path) -> Path:
-    """Where caches about the dataset in `folder` go: there if it may be written, else below the user's cache folder."""
-    # Mode bits are asked too, since for root every folder is writable.
-    if os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222:
-        return folder
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return base / "rocket-align" / "datasets" / f"{folder.parent.name}-{digest}"
-
-
-def _load(path: Path, identity: dict[str, Any], split: SplitFiles) -> FrameIndex | None:
+def _load(path: Path, identity: dict[str, Any], spec: DatasetSpec, split: SplitFiles) -> FrameIndex | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             header = json.loads(bytes(stored["header"]))
@@ -190,7 +179,8 @@ def _load(path: Path, identity: dict[str, Any], split: SplitFiles) -> FrameIndex
             arrays = {name: stored[name] for name in _ARRAYS}
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None  # absent, from another version or damaged: built anew
-    return FrameIndex(shards=split.shards, instructions=tuple(header["instructions"]), **arrays)
+    instructions = tuple(header["instructions"])
+    return FrameIndex(shards=split.shards, views=tuple(spec.images), instructions=instructions, **arrays)
 
 
 def _save(path: Path, identity: dict[str, Any], index: FrameIndex) -> None:
@@ -216,8 +206,30 @@ def load_frame_index(spec: DatasetSpec, split: SplitFiles) -> FrameIndex:
             )
     identity = fingerprint(spec, split)
     cache = cache_folder(split.folder) / f"frame_index-{split.split}.npz"
-    index = _load(cache, identity, split)
+    index = _load(cache, identity, spec, split)
     if index is None:
         index = _build(spec, split)
         _save(cache, identity, index)
     return index
+
+
+@dataclass(frozen=True)
+class RLDSSplit:
+    """One split of an RLDS dataset behind the protocol of all formats."""
+
+    spec: DatasetSpec
+    files: SplitFiles
+
+    @property
+    def folder(self) -> Path:
+        return self.files.folder
+
+    @property
+    def split(self) -> str:
+        return self.files.split
+
+    def fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self.spec, self.files)
+
+    def load(self) -> FrameIndex:
+        return load_frame_index(self.spec, self.files)

@@ -1,0 +1,104 @@
+"""What the loader needs of a data set's files, whichever format they have."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+_MAX_OPEN_FILES = 32
+
+
+@dataclass
+class EpisodeTable(ABC):
+    """The episodes of one split, all numbers in memory, images read when asked for; E episodes, F frames.
+
+    Attributes:
+        action: raw actions (F, A); state: raw states (F, S); both float32, gripper as the RLDS data have it.
+        language: number of the frame's instruction in `instructions` (F,) int32.
+        episode_start: first frame of every episode, and F at the end (E + 1,) int64.
+        views: names of the views, in the order the policy sees them.
+    """
+
+    action: np.ndarray
+    state: np.ndarray
+    language: np.ndarray
+    instructions: tuple[str, ...]
+    episode_start: np.ndarray
+    views: tuple[str, ...]
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.action)
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self.episode_start) - 1
+
+    def episode_of(self, frame: int) -> int:
+        """Number of the episode that holds the frame."""
+        return int(np.searchsorted(self.episode_start, frame, side="right")) - 1
+
+    @abstractmethod
+    def image(self, view: int, frame: int) -> np.ndarray:
+        """The image of a frame, uint8 (H, W, 3), rotated by 180 degrees as the policies expect it.
+
+        Raises:
+            UsageError: its file is gone or damaged; names file and frame.
+        """
+
+
+class Split(Protocol):
+    """One split of a data set that was found on disk, its schema checked, its episodes not read yet."""
+
+    @property
+    def folder(self) -> Path:
+        """The data set's folder."""
+
+    @property
+    def split(self) -> str:
+        """Its name, such as "train"."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything the episodes depend on, JSON-ready; two equal fingerprints mean the same table."""
+
+    def load(self) -> EpisodeTable:
+        """Read the episodes (or their cached index)."""
+
+
+class ByteReader:
+    """Reads byte ranges of files; keeps a few of them open, none across pickling."""
+
+    def __init__(self, files: tuple[Path, ...]) -> None:
+        self.files = files
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"files": self.files, "_open": OrderedDict()}
+
+    def read(self, file: int, start: int, size: int) -> bytes:
+        """The `size` bytes from `start` on of file number `file`; fewer where it ends."""
+        descriptor = self._open.get(file)
+        if descriptor is None:
+            if len(self._open) >= _MAX_OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            descriptor = self._open[file] = os.open(self.files[file], os.O_RDONLY)
+        self._open.move_to_end(file)
+        # pread has no file position, so forked loader workers may share a descriptor.
+        return os.pread(descriptor, size, start)
+
+
+def cache_folder(folder: Path) -> Path:
+    """Where caches about the dataset in `folder` go: there if it may be written, else below the user's cache folder."""
+    # Mode bits are asked too, since for root every folder is writable.
+    if os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222:
+        return folder
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return base / "rocket-align" / "datasets" / f"{folder.parent.name}-{digest}"

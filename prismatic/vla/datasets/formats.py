@@ -1,0 +1,25 @@
+"""Which format a dataset on disk has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prismatic.vla.datasets.builder import open_dataset
+from prismatic.vla.datasets.episode_table import Split
+from prismatic.vla.datasets.frame_index import RLDSSplit
+from prismatic.vla.datasets.specs import DatasetSpec
+from prismatic.vla.platforms import Platform
+
+
+def find_splits(data_root_dir: Path, name: str, spec: DatasetSpec, platform: Platform) -> dict[str, Split]:
+    """The splits of the dataset in `data_root_dir/name`: LeRobot when it holds meta/info.json, else RLDS.
+
+    Raises:
+        UsageError: a missing folder, unreadable metadata, or a schema that does not fit `spec` and `platform`.
+    """
+    if (data_root_dir / name / "meta" / "info.json").is_file():
+        from prismatic.vla.datasets.lerobot.split import open_lerobot
+
+        return dict(open_lerobot(data_root_dir / name, spec, platform))
+    rlds = open_dataset(data_root_dir, name, spec, platform)
+    return {split: RLDSSplit(spec, files) for split, files in rlds.items()}
