@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rocket_align.config import AlignConfig
+from rocket_align.layer_file import layers_for_models, read_layer_file
 from rocket_align.layers import LayerConvention, resolve_layers
 from rocket_align.recipes import RECIPES
 
@@ -21,6 +22,7 @@ class AlignFlags:
     recipe: str | None = None  # rocket | shared | naive | spatial_forcing | baseline; rocket when there is a teacher
     vla_layers_align: str | None = None  # Student layers, comma list; -1 is the last state but one, as released
     vggt_layers_align: str | None = None  # Teacher blocks as a comma list; -1 is the last block
+    align_layers_file: str = ""  # Both lists from a file that select_layers.py wrote
     align_loss_type: str = "cosine"  # Distance between student and teacher features: cosine
     align_loss_coeff: float | None = None  # Weight of the alignment in the total loss
     pooling_func: str | None = None  # Teacher grid to student grid: bilinear | random
@@ -64,10 +66,22 @@ class AlignFlags:
             raise ValueError(f"--ensemble_size: {self.ensemble_size} found; accepted: 1 or more")
         if self.align_loss_coeff is not None and self.align_loss_coeff < 0:
             raise ValueError(f"--align_loss_coeff: {self.align_loss_coeff} found; accepted: 0 or more")
+        self._validate_layers_file()
         if self.aligns and not self.vggt_path:
             raise ValueError(f"--vggt_path: empty, but --recipe {self.recipe_name} needs a teacher")
         if self.aligns and self.vggt_path.startswith((".", "/")) and not Path(self.vggt_path).exists():
             raise ValueError(f"--vggt_path: no such folder or file: {self.vggt_path}")
+
+    def _validate_layers_file(self) -> None:
+        if not self.align_layers_file:
+            return
+        given = [f"--{name}" for name in ("vla_layers_align", "vggt_layers_align") if getattr(self, name) is not None]
+        if given:
+            raise ValueError(f"--align_layers_file: {' and '.join(given)} given too; accepted: the file or the lists")
+        try:
+            read_layer_file(self.align_layers_file)
+        except ValueError as error:
+            raise ValueError(f"--align_layers_file: {error}") from None
 
     def align_config(self, num_student_layers: int, num_teacher_layers: int) -> AlignConfig:
         """The recipe for models of these depths, with the flags that were given put over it.
@@ -92,6 +106,9 @@ class AlignFlags:
             changes["student_layers"] = self._layers("vla_layers_align", num_student_layers, "released")
         if self.vggt_layers_align is not None:
             changes["teacher_layers"] = self._layers("vggt_layers_align", num_teacher_layers, "python")
+        if self.align_layers_file:
+            pairs = self._layers_of_file(num_student_layers, num_teacher_layers)
+            changes["student_layers"], changes["teacher_layers"] = pairs
         if self.projector_width_ratios is not None:
             changes["width_ratios"] = self._ratios(self.projector_width_ratios)
         if changes["projector"] == "independent" and self.use_matryoshka:
@@ -103,6 +120,12 @@ class AlignFlags:
             return resolve_layers(str(getattr(self, flag)).strip("[]() "), num_layers, convention=convention)
         except ValueError as error:
             raise ValueError(f"--{flag}: {error}") from None
+
+    def _layers_of_file(self, num_student_layers: int, num_teacher_layers: int) -> tuple[tuple[int, ...], ...]:
+        try:
+            return layers_for_models(self.align_layers_file, num_student_layers, num_teacher_layers)
+        except ValueError as error:
+            raise ValueError(f"--align_layers_file: {error}") from None
 
     @staticmethod
     def _ratios(text: str) -> tuple[float, ...]:
