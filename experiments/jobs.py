@@ -60,7 +60,7 @@ class Chain:
     """Jobs that need one another, in order; `finish` is called once they are all done."""
 
     jobs: tuple[Job, ...]
-    finish: Callable[[], None] | None = None
+    finish: Callable[[], object] | None = None
 
     @property
     def done(self) -> bool:

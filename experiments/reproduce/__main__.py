@@ -1,0 +1,172 @@
+"""Run the paper's tables and figures, and report what there is.
+
+    python -m experiments.reproduce list
+    python -m experiments.reproduce run table8 [--profile mini|paper] [--out DIR] [--dry_run] ...
+    python -m experiments.reproduce report [--profile mini|paper]
+
+What is done is skipped: run again after an interruption, and run one table after another, since they share policies.
+Exit codes: 0 done, 1 a command failed (its log is named), 2 wrong flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from experiments.jobs import Chain, Job, JobRunner
+from experiments.reproduce.arms import Arm
+from experiments.reproduce.profiles import PROFILES, Profile
+from experiments.reproduce.stages import Workplace, arm_jobs, collect_job
+from experiments.reproduce.studies import STUDIES, Study
+from prismatic.util.errors import UsageError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.reproduce", description="The paper's experiments.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="name the tables and figures")
+    run = commands.add_parser("run", help="run what a table or figure needs")
+    run.add_argument("study", nargs="+", help="table2 ... figure8, see list")
+    run.add_argument("--profile", default="mini", help="mini: shipped models on a CPU; paper: published settings")
+    run.add_argument("--out", type=Path, help="datasets, runs and logs (default: runs/reproduce/PROFILE)")
+    run.add_argument("--vla_path", default="", help="base model instead of the profile's")
+    run.add_argument("--teacher_path", default="", help="teacher instead of the profile's")
+    run.add_argument("--data_root_dir", type=Path, help="RLDS data (the mini profile makes its own)")
+    run.add_argument("--seeds", default="", help="fine-tuning seeds, comma list, instead of the profile's")
+    run.add_argument("--arms", default="", help="only these arms, comma list")
+    run.add_argument("--processes", type=int, default=0, help="GPUs of one command (default: 1 mini, 4 paper)")
+    run.add_argument("--parallel", type=int, default=0, help="commands side by side (default: cores; paper 1)")
+    run.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
+    report = commands.add_parser("report", help="write report.md and report.html from the result files")
+    report.add_argument("--profile", default="mini")
+    report.add_argument("--out", type=Path, help="folder of the report (default: beside the result files)")
+    return parser
+
+
+def make_workplace(arguments: argparse.Namespace) -> Workplace:
+    """Profile and folders from the flags; raises UsageError."""
+    profile = PROFILES.get(arguments.profile)
+    if profile is None:
+        raise UsageError(f"--profile: {arguments.profile!r} found; accepted: {', '.join(PROFILES)}")
+    try:
+        seeds = tuple(int(part) for part in arguments.seeds.split(",") if part.strip()) or profile.seeds
+    except ValueError:
+        raise UsageError(f"--seeds: {arguments.seeds!r} found; accepted: numbers, such as 0,1") from None
+    profile = replace(
+        profile,
+        vla_path=arguments.vla_path or profile.vla_path,
+        teacher_path=arguments.teacher_path or profile.teacher_path,
+        seeds=seeds,
+    )
+    out = (arguments.out or Path("runs/reproduce") / profile.name).resolve()
+    data = arguments.data_root_dir
+    if data is None:
+        if not profile.collects:
+            raise UsageError("--data_root_dir: missing; accepted: the folder that holds the RLDS datasets")
+        data = out / "data"
+    return Workplace(profile, out, data.resolve(), processes=arguments.processes or (1 if profile.collects else 4))
+
+
+def choose_studies(names: Sequence[str]) -> tuple[Study, ...]:
+    """The studies of these names ("all": every supported one); raises UsageError."""
+    if list(names) == ["all"]:
+        return tuple(study for study in STUDIES.values() if not study.unsupported)
+    for name in names:
+        if name not in STUDIES:
+            raise UsageError(f"study: {name!r} found; accepted: all, {', '.join(STUDIES)}")
+        if STUDIES[name].unsupported:
+            raise UsageError(f"{name} cannot be run: {STUDIES[name].unsupported}")
+    return tuple(STUDIES[name] for name in names)
+
+
+def make_chains(
+    studies: Sequence[Study], place: Workplace, wanted: frozenset[str], *, prepare: bool = True
+) -> tuple[Chain, ...]:
+    """The commands of every arm and seed; studies that share an arm share its commands.
+
+    Seed by seed, so that a run that is cut short has compared all arms on the first seeds.
+    """
+    from experiments.reproduce.records import write_record
+
+    profile = place.profile
+    jobs: dict[tuple[int, str], dict[str, Job]] = {}
+    arms: dict[str, Arm] = {}
+    for seed in profile.seeds:
+        for study in studies:
+            for arm in study.arms(profile):
+                if wanted and arm.name not in wanted:
+                    continue
+                arms[arm.name] = arm
+                of_arm = jobs.setdefault((seed, arm.name), {})
+                of_arm.update({job.name: job for job in arm_jobs(place, study, arm, seed, prepare=prepare)})
+
+    def chain(seed: int, name: str) -> Chain:
+        commands = tuple(jobs[seed, name].values())
+        return Chain(commands, lambda: write_record(place, arms[name], seed, commands))
+
+    return tuple(chain(seed, name) for seed, name in jobs)
+
+
+def choose_arms(text: str, studies: Sequence[Study], profile: Profile) -> frozenset[str]:
+    """Arm names from `--arms`; raises UsageError for one that no chosen study has."""
+    wanted = frozenset(name.strip() for name in text.split(",") if name.strip())
+    known = {arm.name for study in studies for arm in study.arms(profile)}
+    if wanted - known:
+        raise UsageError(f"--arms: {', '.join(sorted(wanted - known))} found; accepted: {', '.join(sorted(known))}")
+    return wanted
+
+
+def run_studies(arguments: argparse.Namespace) -> int:
+    """Run (or print) the commands of the chosen studies; returns the exit code."""
+    from rich.console import Console
+
+    studies, place, console = choose_studies(arguments.study), make_workplace(arguments), Console()
+    wanted = choose_arms(arguments.arms, studies, place.profile)
+    chains = make_chains(studies, place, wanted, prepare=not arguments.dry_run)
+    makes_data = place.profile.collects and arguments.data_root_dir is None
+    if arguments.dry_run:
+        first = [collect_job(place)] if makes_data else []
+        for job in (*first, *(job for chain in chains for job in chain.jobs)):
+            console.print(f"python {shlex.join(job.arguments)}", highlight=False, soft_wrap=True, markup=False)
+        return 0
+    runner = JobRunner(place.out / "logs", console)
+    cores = min(4, os.cpu_count() or 1)
+    failures = runner.run_chains([Chain((collect_job(place),))], 1) if makes_data else []
+    if not failures:
+        failures = runner.run_chains(chains, arguments.parallel or (cores if place.processes == 1 else 1))
+    for failure in failures:
+        console.print(str(failure), style="red", markup=False, highlight=False)
+    return 1 if failures else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        if arguments.command == "list":
+            for study in STUDIES.values():
+                print(
+                    f"{study.name:8} {study.title}" + (f" (not run: {study.unsupported})" if study.unsupported else "")
+                )
+            return 0
+        if arguments.command == "run":
+            return run_studies(arguments)
+        from experiments.reproduce.report import write_report
+
+        print(f"report: {write_report(arguments.profile, arguments.out)}")
+        return 0
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

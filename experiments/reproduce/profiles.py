@@ -1,0 +1,121 @@
+"""The two scales a study runs at: models, data, budgets and protocol. Methods are defined elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One scale.
+
+    Attributes:
+        vla_path, teacher_path: models; student_depth, teacher_depth: their numbers of blocks.
+        dataset_name: fine-tuned on.
+        train: flags of every fine-tuning.
+        final_step: the checkpoint that tables report.
+        curve_steps: the checkpoints of Table 9 and Figure 3.
+        seeds: fine-tuning seeds.
+        suites: evaluated, one results folder each.
+        evaluate: flags of every evaluation.
+        plus: flags of every LIBERO-Plus evaluation.
+        pairs, selection_count: layer pairs compared in Table 4; layers chosen in Table 5.
+        data_fractions: Table 6.
+        collects: demonstrations are made by the scripted expert first.
+        analysis: flags of every analysis.
+    """
+
+    name: str
+    vla_path: str
+    teacher_path: str
+    student_depth: int
+    teacher_depth: int
+    dataset_name: str
+    train: Mapping[str, object]
+    final_step: int
+    curve_steps: tuple[int, ...]
+    seeds: tuple[int, ...]
+    suites: tuple[str, ...]
+    evaluate: Mapping[str, object]
+    plus: Mapping[str, object]
+    pairs: tuple[int, ...]
+    selection_count: int
+    data_fractions: tuple[float, ...]
+    collects: bool = False
+    analysis: Mapping[str, object] = field(default_factory=dict)
+
+
+MINI = Profile(
+    name="mini",
+    vla_path="experiments/mini/weights/student",
+    teacher_path="experiments/mini/weights/teacher",
+    student_depth=6,
+    teacher_depth=6,
+    dataset_name="libero_object_no_noops",
+    train={
+        "num_images_in_input": 2,
+        "use_proprio": True,
+        "batch_size": 16,
+        "learning_rate": 2e-3,
+        "scheduler": "CosineAnnealingLR",
+        "lr_warmup_steps": 20,
+        "max_steps": 200,
+        "save_freq": 200,
+        "max_grad_norm": 1.0,
+        "num_workers": 0,
+    },
+    final_step=200,
+    curve_steps=(40, 80, 120, 200),
+    seeds=(0, 1, 2),
+    suites=("libero_object",),
+    evaluate={
+        "task_ids": "7,9",
+        "num_trials_per_task": 20,
+        "env_img_res": 128,
+        "render": "fast",
+        "num_workers": 1,
+    },
+    plus={
+        "env_img_res": 128,
+        "render": "fast",
+        "num_workers": 1,
+    },
+    pairs=(2, 4, 6),
+    selection_count=3,
+    data_fractions=(0.1, 0.25, 1.0),
+    collects=True,
+)
+
+PAPER = Profile(
+    name="paper",
+    vla_path="openvla/openvla-7b",
+    teacher_path="facebook/VGGT-1B",
+    student_depth=32,
+    teacher_depth=24,
+    dataset_name="libero_4_task_suites_no_noops",
+    train={
+        "num_images_in_input": 2,
+        "use_proprio": True,
+        "batch_size": 8,
+        "learning_rate": 5e-4,
+        "num_steps_before_decay": 10_000,
+        "max_steps": 50_005,
+        "save_freq": 5_000,
+        "lora_rank": 32,
+        "num_workers": 4,
+        # Evaluation reads adapter and base; ten merged checkpoints of 15 GB a run would fill most disks.
+        "merge_lora_during_training": False,
+    },
+    final_step=50_000,
+    curve_steps=(10_000, 20_000, 30_000, 50_000),
+    seeds=(42,),
+    suites=("libero_spatial", "libero_object", "libero_goal", "libero_10"),
+    evaluate={"num_trials_per_task": 50},
+    plus={},
+    pairs=(4, 8, 16, 24),
+    selection_count=8,
+    data_fractions=(0.01, 0.05, 0.1, 1.0),
+)
+
+PROFILES = {profile.name: profile for profile in (MINI, PAPER)}

@@ -1,0 +1,120 @@
+"""Result files: everything a report may quote about one arm and seed, in one small JSON file.
+
+Files lie in `results/{profile}/{arm}-seed{seed}.json` and belong to the repository; checkpoints, data and logs do not.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments.jobs import ROOT, Job
+from experiments.reproduce.arms import Arm
+from experiments.reproduce.stages import Workplace
+from prismatic.training.metrics import read_log
+from prismatic.util.files import atomic_write, read_json
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("rocket-vla", "torch", "transformers", "timm", "peft", "accelerate", "numpy", "mujoco", "robosuite")
+FORMAT_VERSION = 1
+
+
+def record_path(place: Workplace, arm: Arm, seed: int, results: Path = RESULTS) -> Path:
+    """The result file of an arm and seed."""
+    return results / place.profile.name / f"{place.run_id(arm, seed)}.json"
+
+
+def write_record(place: Workplace, arm: Arm, seed: int, jobs: Iterable[Job], results: Path = RESULTS) -> Path:
+    """Gather what is on disk about an arm and seed, whichever study asked for it, and write its result file."""
+    run_id = place.run_id(arm, seed)
+    path = record_path(place, arm, seed, results)
+    checkpoint = place.checkpoint(arm, seed, place.profile.final_step)
+    earlier = read_json(path) if path.is_file() else {}
+    record = {
+        "format_version": FORMAT_VERSION,
+        "arm": arm.name,
+        "label": arm.label,
+        "seed": seed,
+        "profile": place.profile.name,
+        "commands": {**earlier.get("commands", {}), **{job.name: _portable(place, job.arguments) for job in jobs}},
+        "code": earlier.get("code") or code_version(),
+        "versions": earlier.get("versions") or package_versions(),
+        "configuration": _portable(place, read_json(checkpoint / "run_config.json")),
+        "training": training_curves(place.out / "runs" / run_id),
+        "evaluations": [evaluation_record(folder) for folder in sorted((place.out / "eval").glob(f"{run_id}-step*"))],
+        "analyses": {
+            file.stem: _portable(place, read_json(file))
+            for file in sorted((place.out / "analysis").glob(f"*-{run_id}/*.json"))
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def training_curves(run_dir: Path) -> dict[str, list[float]]:
+    """Column by column what `metrics.jsonl` holds; {} when there is none."""
+    rows = [row for row in read_log(run_dir / "metrics.jsonl") if "loss" in row]
+    names = sorted({name for row in rows for name in row})
+    return {name: [round(float(row.get(name, float("nan"))), 6) for row in rows] for name in names}
+
+
+def evaluation_record(folder: Path) -> dict[str, Any]:
+    """One evaluation: its identity, and (task, initial state, status, steps, seconds) of every episode."""
+    from experiments.robot.libero.results import load_episodes
+
+    config = read_json(folder / "config.json")
+    episodes = sorted(load_episodes(folder), key=lambda result: result.key)
+    fields = ("task_id", "init_state", "status", "steps")
+    return {
+        "name": folder.name,
+        "step": int(folder.name.rpartition("-step")[2].split("-")[0]),
+        "suite": config["identity"]["suite"],
+        "identity": config["identity"],
+        "tasks": {str(result.task_id): result.task for result in episodes},
+        "columns": [*fields, "seconds"],
+        "episodes": [[*(getattr(result, name) for name in fields), round(result.wall_time, 2)] for result in episodes],
+    }
+
+
+def code_version() -> dict[str, Any]:
+    """Commit of the checkout, and whether files differ from it; {} outside of a git checkout."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        changed = bool(_git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"commit": commit, "changed": changed}
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions that influence numbers, and the machine's kind."""
+    versions = {"python": platform.python_version(), "machine": platform.machine(), "cores": str(os.cpu_count())}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _portable(place: Workplace, value: Any) -> Any:
+    """The value with this machine's folders cut from paths."""
+    if isinstance(value, dict):
+        return {key: _portable(place, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(place, item) for item in value]
+    if isinstance(value, str):
+        for folder in (place.out.resolve(), ROOT):
+            value = value.replace(f"{folder}{os.sep}", "").replace(str(folder), ".")
+    return value

@@ -1,0 +1,165 @@
+"""The commands behind a study: demonstrations, layer selection, fine-tuning, rollouts, analyses.
+
+Everything is a command of this repository that can be run by hand; its log begins with the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiments.jobs import Job, start_or_resume
+from experiments.reproduce.arms import Arm
+from experiments.reproduce.profiles import Profile
+from experiments.reproduce.studies import Analysis, Study
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a profile runs.
+
+    Attributes:
+        out: datasets, runs, evaluations and logs.
+        data_root_dir: RLDS data.
+        processes: GPUs; 1 starts the scripts without accelerate's launcher.
+        train, evaluate: flags put over the profile's.
+    """
+
+    profile: Profile
+    out: Path
+    data_root_dir: Path
+    processes: int = 1
+    train: Mapping[str, object] = field(default_factory=dict)
+    evaluate: Mapping[str, object] = field(default_factory=dict)
+
+    def run_id(self, arm: Arm, seed: int) -> str:
+        """Name of a fine-tuning run."""
+        return f"{arm.name}-seed{seed}"
+
+    def checkpoint(self, arm: Arm, seed: int, step: int) -> Path:
+        """Folder of a checkpoint."""
+        return self.out / "runs" / f"{self.run_id(arm, seed)}--{step}_chkpt"
+
+    def layers_file(self, arm: Arm) -> Path:
+        """What select_layers.py writes for an arm."""
+        return self.out / "layers" / f"{arm.name}.json"
+
+    def launched(self, script: str, flags: Mapping[str, object]) -> tuple[str, ...]:
+        """Arguments of the interpreter that run a script on all processes."""
+        launcher: tuple[str, ...] = ()
+        if self.processes > 1:
+            launcher = ("-m", "accelerate.commands.launch", "--num_processes", str(self.processes))
+        return (*launcher, script, *as_arguments(flags))
+
+
+def as_arguments(flags: Mapping[str, object]) -> Iterator[str]:
+    """Flags as a command line takes them."""
+    for name, value in flags.items():
+        yield f"--{name}"
+        yield str(value)
+
+
+def collect_job(place: Workplace) -> Job:
+    """The mini profile's demonstrations."""
+    flags = {
+        "suite": "libero_object",
+        "tasks": place.profile.evaluate["task_ids"],
+        "episodes": 25,
+        "seed": 1,
+        "image_size": 128,
+        "render": "fast",
+        "workers": 2,
+        "out": place.data_root_dir,
+        "name": place.profile.dataset_name,
+    }
+    result = place.data_root_dir / place.profile.dataset_name / "1.0.0" / "dataset_info.json"
+    return Job("collect", ("-m", "experiments.mini.collect", *as_arguments(flags)), result)
+
+
+def select_job(place: Workplace, arm: Arm) -> Job:
+    """Choose an arm's layers before training."""
+    flags = {
+        "vla_path": place.profile.vla_path,
+        "vggt_path": place.profile.teacher_path,
+        "data_root_dir": place.data_root_dir,
+        "dataset_name": place.profile.dataset_name,
+        **arm.selection,
+        "out": place.layers_file(arm),
+    }
+    arguments = ("vla-scripts/select_layers.py", *as_arguments(flags))
+    return Job(f"select-{arm.name}", arguments, place.layers_file(arm))
+
+
+def train_job(place: Workplace, arm: Arm, seed: int, *, prepare: bool = True) -> Job:
+    """LoRA fine-tuning of an arm; with `prepare` an unfinished run is resumed, or cleared when it has no checkpoint."""
+    profile, run_id = place.profile, place.run_id(arm, seed)
+    start: dict[str, object] = {"vla_path": profile.vla_path}
+    if prepare:
+        start = start_or_resume(place.out / "runs" / run_id, lambda: Path(profile.vla_path))
+        start["vla_path"] = start["vla_path"] if start["resume"] else profile.vla_path
+    flags = {
+        **start,
+        "vggt_path": profile.teacher_path,
+        "data_root_dir": place.data_root_dir,
+        "dataset_name": profile.dataset_name,
+        "run_root_dir": place.out / "runs",
+        "run_id_override": run_id,
+        "seed": seed,
+        **profile.train,
+        "save_specific_steps": ",".join(map(str, profile.curve_steps)),
+        **arm.flags,
+        **({"align_layers_file": place.layers_file(arm)} if arm.selection else {}),
+        **place.train,
+    }
+    result = place.checkpoint(arm, seed, profile.final_step) / "config.json"
+    return Job(f"train-{run_id}", place.launched("vla-scripts/finetune.py", flags), result)
+
+
+def evaluation_name(place: Workplace, arm: Arm, seed: int, step: int, suite: str) -> str:
+    """Name of the results folder of one evaluation."""
+    return f"{place.run_id(arm, seed)}-step{step}-{suite}"
+
+
+def evaluate_job(place: Workplace, arm: Arm, seed: int, step: int, suite: str) -> Job:
+    """Rollouts of one checkpoint in one suite."""
+    profile = place.profile
+    name = evaluation_name(place, arm, seed, step, suite)
+    flags = {
+        "pretrained_checkpoint": place.checkpoint(arm, seed, step),
+        "task_suite_name": suite,
+        **(profile.plus if suite == "libero_plus" else profile.evaluate),
+        "local_log_dir": place.out / "eval",
+        "run_name": name,
+        **place.evaluate,
+    }
+    arguments = place.launched("experiments/robot/libero/run_libero_eval.py", flags)
+    return Job(f"evaluate-{name}", arguments, place.out / "eval" / name / "summary.json")
+
+
+def analysis_job(place: Workplace, analysis: Analysis, seed: int) -> Job:
+    """One analysis of one arm."""
+    profile = place.profile
+    out = place.out / "analysis" / f"{analysis.command}-{place.run_id(analysis.arm, seed)}"
+    flags = {
+        "checkpoint": place.checkpoint(analysis.arm, seed, profile.final_step),
+        "vggt_path": profile.teacher_path,
+        "data_root_dir": place.data_root_dir,
+        **profile.analysis,
+        "out_dir": out,
+    }
+    arguments = ("vla-scripts/analyze.py", analysis.command, *as_arguments(flags))
+    return Job(f"analyze-{out.name}", arguments, out / f"{analysis.command}.json")
+
+
+def arm_jobs(place: Workplace, study: Study, arm: Arm, seed: int, *, prepare: bool = True) -> tuple[Job, ...]:
+    """All commands of one arm and seed, in order."""
+    profile = place.profile
+    steps = profile.curve_steps if study.curve else (profile.final_step,)
+    suites = (*profile.suites, "libero_plus") if study.plus else profile.suites
+    jobs = [select_job(place, arm)] if arm.selection else []
+    jobs.append(train_job(place, arm, seed, prepare=prepare))
+    jobs += [evaluate_job(place, arm, seed, step, suite) for suite in suites for step in steps]
+    if seed == profile.seeds[0]:
+        jobs += [analysis_job(place, analysis, seed) for analysis in study.analyses if analysis.arm == arm]
+    return tuple(jobs)
