@@ -78,17 +78,23 @@ class MultiLayerAlignment(nn.ModuleList):
     def _member(self, pair: int, member: int) -> AlignmentProjector:
         return cast(AlignmentProjector, cast(nn.ModuleList, self[pair])[member])
 
-    def _project(self, tokens_KBND: Tensor) -> Tensor:
-        """(K, B, N, D) -> (E, K, B, N, C) over the ensemble."""
+    def project_pair(self, tokens_BND: Tensor, pair: int, member: int = 0) -> Tensor:
+        """Any tokens (B, N, D) through the projector of one pair: (B, N, C)."""
+        if self.config.projector == "independent":
+            return self._member(pair, member)(tokens_BND, 0)
+        return self._member(0, member)(tokens_BND, pair)
+
+    def project(self, tokens_KBND: Tensor) -> Tensor:
+        """Each pair's tokens through its projectors: (K, B, N, D) -> (E, K, B, N, C) over the ensemble."""
         members = range(self.config.ensemble_size)
         if self.config.projector == "independent":
             pairs = list(enumerate(tokens_KBND))
-            rows = [torch.stack([self._member(k, e)(tokens, 0) for k, tokens in pairs]) for e in members]
+            rows = [torch.stack([self.project_pair(tokens, k, e) for k, tokens in pairs]) for e in members]
         else:
             rows = [self._member(0, e).project_pairs(tokens_KBND) for e in members]
         return torch.stack(rows)
 
-    def _targets(self, teacher: TeacherFeatures, num_tokens: int) -> Tensor:
+    def targets(self, teacher: TeacherFeatures, num_tokens: int) -> Tensor:
         """Pooled teacher features (K, B, N, C)."""
         found = [tuple(features.shape[-1:]) for features in teacher.layers]
         if found != [(self.teacher_channels,)] * self.config.num_pairs:
@@ -132,13 +138,26 @@ class MultiLayerAlignment(nn.ModuleList):
         if not self.config.num_pairs:
             zero = hidden_states[0].new_zeros((), dtype=torch.float32)
             return AlignOutput(zero, zero.new_zeros(0))
+        losses = self.pair_losses(hidden_states, vision_start, num_vision_tokens, teacher)
+        return AlignOutput(losses.mean(), losses.detach())
+
+    def student_tokens(self, hidden_states: Sequence[Tensor], vision_start: int, num_vision_tokens: int) -> Tensor:
+        """The aligned tokens (K, B, N, D), taken as `forward` takes them."""
+        layers = resolve_layers(self.config.student_layers, len(hidden_states) - 1, convention="released")
+        return vision_tokens(hidden_states, layers, vision_start, num_vision_tokens, shift=self.config.shift)
+
+    def pair_losses(
+        self,
+        hidden_states: Sequence[Tensor],
+        vision_start: int,
+        num_vision_tokens: int,
+        teacher: TeacherFeatures | None,
+    ) -> Tensor:
+        """(K,) losses with gradient, averaged over the ensemble; arguments and refusals of `forward`."""
         if teacher is None:
             raise ValueError(f"teacher: found None; accepted: features of layers {self.config.teacher_layers}")
-        layers = resolve_layers(self.config.student_layers, len(hidden_states) - 1, convention="released")
-        tokens = vision_tokens(hidden_states, layers, vision_start, num_vision_tokens, shift=self.config.shift)
-        targets = self._targets(teacher, num_vision_tokens)
-        losses = cosine_loss(self._project(tokens), targets).mean(dim=0)
-        return AlignOutput(losses.mean(), losses.detach())
+        tokens = self.student_tokens(hidden_states, vision_start, num_vision_tokens)
+        return cosine_loss(self.project(tokens), self.targets(teacher, num_vision_tokens)).mean(dim=0)
 
 
 def _accept_released_layouts(

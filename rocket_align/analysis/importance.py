@@ -12,11 +12,17 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def residual_stream(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+def residual_stream(blocks: Sequence[nn.Module], last: nn.Module | None = None) -> Iterator[list[Tensor]]:
     """Record the residual stream of every forward pass inside the context.
 
     The list is emptied when the first block starts, and then holds the inputs of all blocks and the output of the last:
     L + 1 tensors (B, S, D). A model's own `hidden_states` differ in the last, which stands after the final norm.
+
+    Args:
+        blocks: in the order of their execution.
+        last: module whose output ends the stream, if not the last block; it is brought to the first state's shape.
+            (A layer of VGGT is a frame block and a global block: `blocks` are the frame blocks, `last` the last global
+            block, which sees the tokens of all views as one sequence.)
     """
     states: list[Tensor] = []
 
@@ -26,10 +32,11 @@ def residual_stream(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
         states.append((args[0] if args else kwargs["hidden_states"]).detach())
 
     def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        states.append((output[0] if isinstance(output, tuple) else output).detach())
+        state = (output[0] if isinstance(output, tuple) else output).detach()
+        states.append(state.reshape(states[0].shape))
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-    handles.append(blocks[-1].register_forward_hook(after))
+    handles.append((blocks[-1] if last is None else last).register_forward_hook(after))
     try:
         yield states
     finally:

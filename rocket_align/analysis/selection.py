@@ -49,6 +49,19 @@ def ranked_layers(scores: Sequence[float], count: int, *, highest: bool) -> tupl
     return tuple(sorted(chosen))
 
 
+def windowed_layers(scores: Sequence[float], window: int, count: int, *, highest: bool) -> tuple[int, ...]:
+    """`count` blocks from the best windows of consecutive blocks, whose scores are given by first block.
+
+    Windows are taken in the order of `ranked_layers`; each adds those of its blocks that are not chosen yet, shallow
+    ones first, until there are enough. With `window` equal to `count` this is the one best window.
+    """
+    order = sorted(range(len(scores)), key=lambda start: scores[start])
+    chosen: list[int] = []
+    for start in reversed(order) if highest else order:
+        chosen += [layer for layer in range(start, start + window) if layer not in chosen]
+    return tuple(sorted(chosen[:count]))
+
+
 _BY_POSITION: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "uniform": balanced_layers,
     "balanced": balanced_layers,
@@ -62,7 +75,7 @@ STRATEGIES = (*_BY_POSITION, *_BY_SCORE)
 
 
 def select_layers(
-    strategy: str, *, num_layers: int, count: int, scores: Sequence[float] | None = None
+    strategy: str, *, num_layers: int, count: int, scores: Sequence[float] | None = None, window: int = 1
 ) -> tuple[int, ...]:
     """Ascending 0-based blocks chosen by a named strategy.
 
@@ -71,10 +84,12 @@ def select_layers(
             last), "shallow", "middle", "deep" (consecutive), "top" or "bottom" (highest or lowest scores).
         num_layers: blocks of the model.
         count: blocks wanted; more than there are selects all.
-        scores: one number per block, for "top" and "bottom"; NaN is refused.
+        scores: for "top" and "bottom": one number per block, or per window by its first block; NaN is refused.
+        window: consecutive blocks that each score is about.
 
     Raises:
-        ValueError: an unknown strategy, a count below 1, or scores that are missing or do not fit.
+        ValueError: an unknown strategy, a count below 1, a window that does not fit, or scores that are missing or do
+            not fit.
     """
     if strategy not in STRATEGIES:
         close = difflib.get_close_matches(strategy, STRATEGIES, n=1)
@@ -86,7 +101,12 @@ def select_layers(
         return tuple(range(num_layers))
     if strategy in _BY_POSITION:
         return _BY_POSITION[strategy](num_layers, count)
-    if scores is None or len(scores) != num_layers or any(math.isnan(score) for score in scores):
+    if not 1 <= window <= num_layers:
+        raise ValueError(f"window: found {window}; accepted: 1 to {num_layers} blocks")
+    expected = num_layers - window + 1
+    if scores is None or len(scores) != expected or any(math.isnan(score) for score in scores):
         found = "none" if scores is None else f"{len(scores)}, or NaN among them"
-        raise ValueError(f"scores: found {found}; accepted: {num_layers} numbers for strategy {strategy!r}")
+        raise ValueError(f"scores: found {found}; accepted: {expected} numbers for strategy {strategy!r}")
+    if window > 1:
+        return windowed_layers(scores, window, count, highest=_BY_SCORE[strategy])
     return ranked_layers(scores, count, highest=_BY_SCORE[strategy])
