@@ -151,7 +151,7 @@ class JobRunner:
         state = _Running(time.monotonic(), self.logs / f"{job.name}.log")
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": str(threads),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
             "TOKENIZERS_PARALLELISM": "false",
         }
