@@ -1,4 +1,4 @@
-"""Serve a policy to robots over the network: OpenVLA-OFT's HTTP protocol and openpi's WebSocket protocol on one port.
+"""Serve a policy to robots and harnesses on one port: HTTP as OpenVLA-OFT, WebSocket as openpi and as vla-eval.
 
     python vla-scripts/deploy.py --pretrained_checkpoint CKPT --unnorm_key libero_spatial_no_noops
 
@@ -108,7 +108,7 @@ def main(config: DeployConfig) -> int:
     address = bind_address(config.host, config.port)
     set_seed_everywhere(config.seed)
     policy = ServedPolicy.from_checkpoint(checkpoint, config, default_key or keys[0])
-    spec = policy.spec(Path(config.pretrained_checkpoint).name, default_key)
+    spec = policy.spec(Path(config.pretrained_checkpoint).name, default_key, checkpoint.fingerprint())
     settings = ServerSettings(
         host=config.host,
         port=config.port,
@@ -122,7 +122,7 @@ def main(config: DeployConfig) -> int:
     warm_up(policy, spec)
     if token is None and config.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"warning: anyone who reaches {config.host} can use this server: no token is set", file=sys.stderr)
-    print(f"serving {spec.name} at {server.url} (POST /act; WebSocket /); stop with Ctrl-C", flush=True)
+    print(f"serving {spec.name} at {server.url} (POST /act; WebSocket /, /vla-eval); stop with Ctrl-C", flush=True)
     server.run()
     return 0
 

@@ -223,7 +223,8 @@ class OpenVLAPolicy:
         key = unnorm_key or self.unnorm_key
         used = self._cfg.num_images_in_input
         views = [[query.image, query.wrist_image, *query.extra_images][:used] for query in queries]
-        pixels = list(self._threads.map(self._prepare, [image for of_query in views for image in of_query]))
+        prepared = [query.prepared for query, of_query in zip(queries, views) for _ in of_query]
+        pixels = list(self._threads.map(self._prepare, [image for of_query in views for image in of_query], prepared))
         count = len(views[0])
         pixel_values = [torch.cat(pixels[start : start + count]) for start in range(0, len(pixels), count)]
         arguments: dict[str, Any] = {"unnorm_key": key, "use_film": self._cfg.use_film, **self._parts}
@@ -236,9 +237,13 @@ class OpenVLAPolicy:
         instructions = [query.instruction for query in queries]
         return _predict(self.vla, self.processor, instructions, torch.stack(pixel_values), **arguments)
 
-    def _prepare(self, image: Array) -> torch.Tensor:
-        prepared = prepare_policy_image(image, image_size(self.vla), self._cfg.center_crop)
-        return self.processor.image_processor.apply_transform(Image.fromarray(prepared))
+    def _prepare(self, image: Array, prepared: bool) -> torch.Tensor:
+        size = image_size(self.vla)
+        if prepared:
+            (ready,) = prepare_images_for_vla([image], self._cfg, size)
+        else:
+            ready = prepare_policy_image(image, size, self._cfg.center_crop)
+        return self.processor.image_processor.apply_transform(Image.fromarray(ready))
 
     def _noise(self, queries: Sequence[Query]) -> torch.Tensor:
         """Noise (B, T, A) to start diffusion from: each query's own, whatever batch it is in."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ class PolicySpec:
         num_images: camera views: full_image first, then wrist views.
         image_size: (height, width) of the images inside the policy; other sizes are resized as in evaluation.
         unnorm_keys: data sets whose statistics can un-normalize actions; `unnorm_key` is the default, "" for none.
+        checkpoint_hash: of every file that influences the policy, "" when unknown.
+        settings: what else influences its answers, for the records of whoever evaluates it.
     """
 
     name: str
@@ -39,6 +41,8 @@ class PolicySpec:
     use_proprio: bool
     unnorm_keys: tuple[str, ...]
     unnorm_key: str = ""
+    checkpoint_hash: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, Any]:
         """What `GET /metadata` answers and a WebSocket client gets first."""
@@ -48,11 +52,14 @@ class PolicySpec:
             "action_horizon": self.platform.chunk,
             "action_dim": self.platform.action_dim,
             "gripper": "as in the training data; LIBERO: last action dimension in [0, 1], 1 = open",
+            "gripper_open": 1,
             "num_images": self.num_images,
             "image_size": list(self.image_size),
             "state_dim": self.platform.proprio_dim if self.use_proprio else 0,
             "unnorm_keys": list(self.unnorm_keys),
             "unnorm_key": self.unnorm_key,
+            "checkpoint_hash": self.checkpoint_hash,
+            "settings": dict(self.settings),
         }
 
 
@@ -65,7 +72,7 @@ class Request:
 
 
 def parse_request(payload: Any, spec: PolicySpec) -> Request:
-    """Check upstream's payload {full_image, wrist images, state, instruction}, with optional unnorm_key and seed.
+    """Check upstream's payload {full_image, wrist images, state, instruction}; optional: unnorm_key, seed, prepared.
 
     Every key that contains "wrist" is a view, in the order sent; views beyond the policy's number are dropped, as
     upstream does. Fields that the policy does not use may be missing.
@@ -90,6 +97,7 @@ def parse_request(payload: Any, spec: PolicySpec) -> Request:
         state=_state(payload.get("state"), spec),
         instruction=_instruction(payload.get("instruction")),
         seed=_seed(payload.get("seed")),
+        prepared=_flag("prepared", payload.get("prepared", True)),
     )
     return Request(query, _unnorm_key(payload.get("unnorm_key"), spec))
 
@@ -141,6 +149,12 @@ def _instruction(value: Any) -> str:
         found = f"{len(value)} characters" if isinstance(value, str) else type(value).__name__
         raise RequestError(f"instruction: found {found}; accepted: a text of 1 to {MAX_INSTRUCTION} characters")
     return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise RequestError(f"{name}: found {str(value)[:40]!r}; accepted: true, false")
+    return bool(value)
 
 
 def _seed(value: Any) -> int:

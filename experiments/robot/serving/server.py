@@ -1,16 +1,18 @@
 """The policy server: OpenVLA-OFT's `POST /act` and openpi's WebSocket protocol on one port.
 
-    POST /act       {full_image, wrist_image ..., state, instruction [, unnorm_key, seed]}, arrays as json_numpy writes
-                    them, or {"encoded": "that as a JSON string"}. Answers the chunk as a list of arrays (A,), in the
-                    second form as a JSON string. Wrong requests get 4xx and {"detail": reason}, a failing policy 500.
+    POST /act       {full_image, wrist_image ..., state, instruction [, unnorm_key, seed, prepared]}, arrays as
+                    json_numpy writes them, or {"encoded": "that as a JSON string"}. Answers the chunk as a list of
+                    arrays (A,), in the second form as a JSON string. Wrong requests get 4xx and {"detail": reason}, a
+                    failing policy 500.
     GET  /metadata  what the policy takes and gives
     GET  /health    "ok" once the policy is loaded; needs no token (also /healthz)
     WS   /          msgpack: the server sends the metadata, then answers each observation with {"actions": (T, A),
                     "server_timing": {"infer_ms"}}. Text instead of bytes is an error message, the connection stays.
+    WS   /vla-eval  vla-eval's protocol, see `vla_eval.py`
 
 Not obvious:
 - An image of the policy's own size counts as prepared by the client (as upstream has it) and is only cropped; others go
-  through the evaluation's JPEG and resizing.
+  through the evaluation's JPEG and resizing. A client whose cameras have that size by chance sends `prepared: false`.
 - Actions are answered as the policy was trained: in LIBERO the gripper is in [0, 1] and 1 is open. openpi's LIBERO
   client hands actions to the simulator as they are, where -1 is open: for it there is `websocket_gripper="libero"`.
 """
@@ -28,32 +30,40 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, WebSocket, WebSocketDisconnect
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from PIL import Image
 
-from experiments.robot.openvla_utils import OpenVLAPolicy, image_size, prepare_images_for_vla
+from experiments.robot.openvla_utils import OpenVLAPolicy, image_size
 from experiments.robot.policy import Query
 from experiments.robot.robot_utils import invert_gripper_action, normalize_gripper_action
 from experiments.robot.serving.access import refusal
 from experiments.robot.serving.batching import Batcher, Overloaded, ServablePolicy
 from experiments.robot.serving.observation import PolicySpec, RequestError, from_openpi, parse_request
+from experiments.robot.serving.vla_eval import VlaEvalSession
 from experiments.robot.serving.wire import WireError, from_json, from_msgpack, to_json, to_msgpack
 from prismatic.util.errors import UsageError
 
+# Flags of the server that change answers, so that who evaluates it from afar can record them.
+_RECORDED_FLAGS = (
+    "use_l1_regression",
+    "use_diffusion",
+    "num_diffusion_steps_train",
+    "num_diffusion_steps_inference",
+    "use_film",
+    "center_crop",
+    "load_in_8bit",
+    "load_in_4bit",
+)
+
 
 class ServedPolicy(OpenVLAPolicy):
-    """A policy for clients that may have prepared their images, as upstream's ALOHA client does."""
+    """A loaded checkpoint that can say what it takes and gives."""
 
-    def _prepare(self, image: Any) -> torch.Tensor:
-        (prepared,) = prepare_images_for_vla([image], self._cfg, image_size(self.vla))
-        return self.processor.image_processor.apply_transform(Image.fromarray(prepared))
-
-    def spec(self, name: str, unnorm_key: str) -> PolicySpec:
+    def spec(self, name: str, unnorm_key: str, checkpoint_hash: str = "") -> PolicySpec:
         """What clients are told; `unnorm_key` is the default for requests without one, "" for none."""
+        parameter = next(self.vla.parameters())
         return PolicySpec(
             name=name,
             platform=self.platform,
@@ -62,6 +72,11 @@ class ServedPolicy(OpenVLAPolicy):
             use_proprio=self._cfg.use_proprio,
             unnorm_keys=tuple(sorted(self.vla.norm_stats)),
             unnorm_key=unnorm_key,
+            checkpoint_hash=checkpoint_hash,
+            settings={
+                **{flag: getattr(self._cfg, flag, None) for flag in _RECORDED_FLAGS},
+                "numerics": [parameter.device.type, str(parameter.dtype).removeprefix("torch.")],
+            },
         )
 
 
@@ -107,7 +122,7 @@ def create_app(batcher: Batcher, spec: PolicySpec, settings: ServerSettings) -> 
             raise HTTPException(400, str(error)) from None
         except Overloaded as error:
             raise HTTPException(503, str(error)) from None
-        except _PolicyFailed as error:
+        except PolicyFailed as error:
             raise HTTPException(500, str(error)) from None
         text = to_json(list(actions_TA))
         return Response(to_json(text) if encoded else text, media_type="application/json")
@@ -118,20 +133,40 @@ def create_app(batcher: Batcher, spec: PolicySpec, settings: ServerSettings) -> 
             return
         await websocket.accept()
         with contextlib.suppress(WebSocketDisconnect):
-            simulator = {"gripper": "-1 = open, +1 = closed"} if settings.websocket_gripper == "libero" else {}
+            simulator = {"gripper": "-1 = open, +1 = closed", "gripper_open": -1}
+            simulator = simulator if settings.websocket_gripper == "libero" else {}
             await websocket.send_bytes(to_msgpack({**spec.metadata(), **simulator}))
             while True:
                 await _answer_message(websocket, batcher, spec, settings.websocket_gripper)
+
+    async def harness(websocket: WebSocket) -> None:
+        if refused := refusal(websocket.headers, settings.token):
+            await websocket.send_denial_response(PlainTextResponse(refused[1], status_code=refused[0]))
+            return
+        await websocket.accept()
+        talk = VlaEvalSession(spec, lambda payload: _infer(batcher, spec, payload))
+        with contextlib.suppress(WebSocketDisconnect):
+            while True:
+                message = await websocket.receive()
+                if message["type"] == "websocket.disconnect":
+                    return
+                try:
+                    answer = await talk.answer(message.get("bytes"))
+                except (Overloaded, PolicyFailed) as error:
+                    answer = talk.error(str(error))
+                if answer is not None:
+                    await websocket.send_bytes(answer)
 
     for path in ("/health", "/healthz"):
         app.add_api_route(path, health, methods=["GET"], response_model=None)
     app.add_api_route("/metadata", metadata, methods=["GET"], response_model=None)
     app.add_api_route("/act", act, methods=["POST"], response_model=None)
     app.add_api_websocket_route("/", session)
+    app.add_api_websocket_route("/vla-eval", harness)
     return app
 
 
-class _PolicyFailed(RuntimeError):
+class PolicyFailed(RuntimeError):
     """The policy raised; details are in the server's log only."""
 
 
@@ -139,11 +174,14 @@ async def _infer(batcher: Batcher, spec: PolicySpec, payload: Any) -> Any:
     request = parse_request(payload, spec)
     future = batcher.submit(request)
     try:
-        return await asyncio.wrap_future(future)
+        actions_TA = await asyncio.wrap_future(future)
     except (Overloaded, asyncio.CancelledError):
         raise
     except Exception as error:
-        raise _PolicyFailed(f"the policy failed ({type(error).__name__}); the server's log says more") from None
+        raise PolicyFailed(f"the policy failed ({type(error).__name__}); the server's log says more") from None
+    if not np.isfinite(actions_TA).all():
+        raise PolicyFailed("the policy answered values that are not finite numbers")  # Nothing for a robot.
+    return actions_TA
 
 
 def _decode_payload(body: bytes) -> tuple[Any, bool]:
@@ -176,7 +214,7 @@ async def _answer_message(websocket: WebSocket, batcher: Batcher, spec: PolicySp
         if message.get("bytes") is None:
             raise RequestError("message: found text; accepted: msgpack bytes")
         actions_TA = await _infer(batcher, spec, from_openpi(from_msgpack(message["bytes"])))
-    except (WireError, RequestError, Overloaded, _PolicyFailed) as error:
+    except (WireError, RequestError, Overloaded, PolicyFailed) as error:
         await websocket.send_text(str(error))
         return
     if gripper == "libero":

@@ -1,22 +1,25 @@
-"""NumPy arrays as JSON (the `json_numpy` package's form) and as msgpack (openpi's form), without pickle on either side.
+"""NumPy arrays as JSON (the `json_numpy` package's form) and as msgpack, without pickle on either side.
 
-    json     {"__numpy__": base64 of the bytes, "dtype": "<f4", "shape": [2, 3]}
-    msgpack  {b"__ndarray__": True, b"data": bytes, b"dtype": "<f4", b"shape": [2, 3]}; scalars b"__npgeneric__"
+    json             {"__numpy__": base64 of the bytes, "dtype": "<f4", "shape": [2, 3]}
+    msgpack, openpi  {b"__ndarray__": True, b"data": bytes, b"dtype": "<f4", b"shape": [2, 3]}; scalars b"__npgeneric__"
+    msgpack, vla-eval   the same with text keys, and {"__image__": True, "format": "png", "data": bytes} for pictures
 
 Decoding is for data from strangers: only plain numbers, sizes that match, one line about what is wrong. Needs NumPy
-and, for msgpack alone, the msgpack package, so that a robot's computer can use it.
+and, for msgpack alone, the msgpack package (for vla-eval's pictures Pillow), so that a robot's computer can use it.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import io
 import json
 import math
 from typing import Any
 
 import numpy as np
 
+MAX_PICTURE_SIDE = 4096  # pixels
 _KINDS = "biuf"  # bool, integers, floats: no objects, records, dates or strings
 
 
@@ -52,8 +55,15 @@ def to_msgpack(value: Any) -> bytes:
     return msgpack.packb(value, default=_array_to_msgpack)
 
 
+def to_vla_eval(value: Any) -> bytes:
+    """msgpack bytes as vla-eval's clients read them."""
+    import msgpack
+
+    return msgpack.packb(value, default=_array_to_vla_eval)
+
+
 def from_msgpack(data: bytes) -> Any:
-    """The value in msgpack bytes, arrays restored (read-only).
+    """The value in msgpack bytes of openpi or vla-eval, arrays and pictures restored (read-only).
 
     Raises:
         WireError: not msgpack, or an array that is no array.
@@ -105,7 +115,40 @@ def _array_from_msgpack(value: dict[Any, Any]) -> Any:
             return _dtype(value.get(b"dtype")).type(number)
         except (OverflowError, ValueError):
             raise WireError(f"a NumPy scalar does not fit its dtype {value.get(b'dtype')!r}") from None
+    if "__ndarray__" in value:
+        return _decode(value.get("data"), value.get("dtype"), value.get("shape"))
+    if "__image__" in value:
+        return _decode_picture(value)
     return value
+
+
+def _array_to_vla_eval(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{type(value).__name__} cannot be sent; accepted: msgpack values and arrays")
+    array = _checked(value)
+    return {"__ndarray__": True, "data": array.tobytes(), "dtype": array.dtype.str, "shape": array.shape}
+
+
+def _decode_picture(value: dict[Any, Any]) -> Any:
+    """uint8 (H, W, 3) of a picture that vla-eval's client packed as raw bytes, PNG or JPEG."""
+    if value.get("format") == "raw":
+        return _decode(value.get("data"), value.get("dtype"), value.get("shape"))
+    from PIL import Image, UnidentifiedImageError
+
+    data = value.get("data")
+    if not isinstance(data, bytes):
+        raise WireError(f"a picture's data is {type(data).__name__}; accepted: bytes of a PNG or JPEG file")
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
+            if (
+                max(picture.size) > MAX_PICTURE_SIDE
+            ):  # Before anything is unpacked: a small file can hold a huge picture.
+                raise WireError(f"a picture of {picture.size} pixels; accepted: sides up to {MAX_PICTURE_SIDE}")
+            return np.asarray(picture.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, WireError):
+            raise
+        raise WireError("a picture is neither a PNG nor a JPEG file") from None
 
 
 def _checked(value: Any) -> Any:
