@@ -21,6 +21,16 @@ class TeacherFeatures(NamedTuple):
     image_hw: tuple[int, int]
 
 
+class AlignmentTargets(NamedTuple):
+    """Targets that are pooled already, as a feature store gives them.
+
+    Attributes:
+        pooled_KBNC: one target per layer pair, sample and student token; position embedding included where wanted.
+    """
+
+    pooled_KBNC: Tensor
+
+
 class Teacher(Protocol):
     """Images (B, V, 3, H, W) in [0, 1] -> features."""
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,27 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rocket_align.teacher.files import CONFIG_NAME, local_copy, replacing
 from rocket_align.teacher.vggt.config import VGGTConfig
 
-CONFIG_NAME = "config.json"
 WEIGHT_NAMES = ("model.safetensors", "model.pt")
 AGGREGATOR_PREFIX = "aggregator."
 # Parts of a VGGT checkpoint that reading features does not need.
 HEAD_PREFIXES = ("camera_head.", "depth_head.", "point_head.", "track_head.")
-# A repository of the model hub, such as facebook/VGGT-1B.
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BLOCK = re.compile(r"aggregator\.(?:frame|global)_blocks\.(\d+)\.")
-
-
-def _download(hub_id: str) -> Path:
-    """The local snapshot of a hub repository, downloaded when it is not there yet."""
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=[CONFIG_NAME, WEIGHT_NAMES[0]]))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{hub_id}: no such file or folder here, and not to be had from the hub: {reason}") from error
 
 
 def find_weights(path: str | Path) -> tuple[Path, VGGTConfig]:
@@ -43,9 +28,7 @@ def find_weights(path: str | Path) -> tuple[Path, VGGTConfig]:
     Raises:
         ValueError: nothing there, naming what is accepted.
     """
-    place = Path(path)
-    if not place.exists() and _HUB_ID.fullmatch(str(path)) and not place.parent.is_dir():
-        place = _download(str(path))
+    place = local_copy(path)
     if place.is_dir():
         weights = next((place / name for name in WEIGHT_NAMES if (place / name).is_file()), None)
         if weights is None:
@@ -128,13 +111,8 @@ def save_folder(folder: str | Path, config: VGGTConfig, weights: Mapping[str, Te
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as temporary:
-        parts = [Path(temporary) / CONFIG_NAME, Path(temporary) / WEIGHT_NAMES[0]]
-        parts[0].write_text(config.to_json(), encoding="utf-8")
-        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, parts[1])
-        # The weights last: a folder that has them is complete.
-        for part in parts:
-            part.chmod(0o644)
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
-            part.replace(target / part.name)
+    with replacing(target / CONFIG_NAME) as file:
+        file.write_text(config.to_json(), encoding="utf-8")
+    # The weights last: a folder that has them is complete.
+    with replacing(target / WEIGHT_NAMES[0]) as file:
+        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, file)

@@ -1,0 +1,126 @@
+"""Which teacher a folder, file or hub id holds, and how to load it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from rocket_align.teacher.files import CONFIG_NAME, PREPROCESSOR_NAME, files_hash, local_copy
+
+if TYPE_CHECKING:
+    import torch
+
+    from rocket_align.teacher.vggt.teacher import VGGTTeacher
+    from rocket_align.teacher.vit import ViTTeacher
+
+# Teacher -> the model types its config.json may have; VGGT's released one has none.
+TEACHER_TYPES = {
+    "vggt": ("vggt", None),
+    "depth_anything": ("depth_anything",),
+    "dinov2": ("dinov2", "dinov2_with_registers"),
+}
+
+
+class TeacherInfo(NamedTuple):
+    """What is known of a teacher before its weights are loaded.
+
+    Attributes:
+        kind: a key of `TEACHER_TYPES`.
+        depth: blocks whose features can be aligned.
+        channels: channels of a feature; :class:`MultiLayerAlignment` takes half of it as `teacher_dim`.
+    """
+
+    kind: str
+    depth: int
+    channels: int
+
+
+def detect_kind(path: str | Path, kind: str = "auto") -> str:
+    """`kind`, checked against the model type in config.json; "auto" goes by the latter.
+
+    Raises:
+        ValueError: an unknown kind, or another model than `kind` says; one line.
+    """
+    if kind != "auto" and kind not in TEACHER_TYPES:
+        close = difflib.get_close_matches(kind, TEACHER_TYPES, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"teacher type: found {kind!r}{hint}; accepted: auto, {', '.join(TEACHER_TYPES)}")
+    place = local_copy(path)
+    config = (place if place.is_dir() else place.parent) / CONFIG_NAME
+    model_type = None
+    if config.is_file():
+        try:
+            values = json.loads(config.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{config}: not valid JSON ({error})") from error
+        model_type = values.get("model_type") if isinstance(values, dict) else None
+    found = next((name for name, types in TEACHER_TYPES.items() if model_type in types), None)
+    if found is None:
+        accepted = ", ".join(str(name) for types in TEACHER_TYPES.values() for name in types if name)
+        raise ValueError(f"{config}: model_type {model_type!r} is no teacher known here; accepted: {accepted}")
+    if kind not in ("auto", found):
+        raise ValueError(f"teacher type: found {kind!r}, but {place} holds {found}; accepted: auto or {found}")
+    return found
+
+
+def describe_teacher(path: str | Path, kind: str = "auto") -> TeacherInfo:
+    """Kind and sizes of the teacher at `path`, from its configuration alone.
+
+    Raises:
+        ValueError: no teacher there; one line.
+    """
+    kind = detect_kind(path, kind)
+    if kind == "vggt":
+        from rocket_align.teacher.vggt.checkpoint import find_weights
+
+        sizes = find_weights(path)[1]
+        return TeacherInfo(kind, sizes.depth, 2 * sizes.embed_dim)
+    from rocket_align.teacher.vit import read_backbone_config, weight_files
+
+    folder = local_copy(path)
+    config = read_backbone_config(folder)
+    weight_files(folder)
+    return TeacherInfo(kind, int(config.num_hidden_layers), int(config.hidden_size))
+
+
+def load_teacher(
+    path: str | Path,
+    layers: str | Sequence[int],
+    kind: str = "auto",
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> VGGTTeacher | ViTTeacher:
+    """The frozen teacher at `path`, cut after the last of `layers`; float32 unless `dtype` is given.
+
+    Raises:
+        ValueError: nothing usable there, or layers out of range; one line.
+    """
+    import torch
+
+    from rocket_align.teacher.vggt.teacher import VGGTTeacher
+    from rocket_align.teacher.vit import ViTTeacher
+
+    cls = VGGTTeacher if detect_kind(path, kind) == "vggt" else ViTTeacher
+    return cls.from_pretrained(path, layers, dtype=dtype or torch.float32, device=device)
+
+
+def teacher_hash(path: str | Path) -> str:
+    """SHA-256 over all files that decide a teacher's features: weights, configuration, preprocessing.
+
+    The same weights in another file format have another hash.
+    """
+    place = local_copy(path)
+    if detect_kind(path) == "vggt":
+        from rocket_align.teacher.vggt.checkpoint import find_weights
+
+        weights = [find_weights(path)[0]]
+    else:
+        from rocket_align.teacher.vit import weight_files
+
+        weights = weight_files(place)
+    beside = [weights[0].parent / name for name in (CONFIG_NAME, PREPROCESSOR_NAME)]
+    return files_hash([*weights, *(file for file in beside if file.is_file())])
