@@ -78,6 +78,12 @@ class MultiLayerAlignment(nn.ModuleList):
     def _member(self, pair: int, member: int) -> AlignmentProjector:
         return cast(AlignmentProjector, cast(nn.ModuleList, self[pair])[member])
 
+    def projector_of(self, pair: int, member: int = 0) -> tuple[AlignmentProjector, int]:
+        """A pair's projector and how many of its hidden units the pair uses."""
+        independent = self.config.projector == "independent"
+        projector = self._member(pair if independent else 0, member)
+        return projector, projector.widths[0 if independent else pair]
+
     def project_pair(self, tokens_BND: Tensor, pair: int, member: int = 0) -> Tensor:
         """Any tokens (B, N, D) through the projector of one pair: (B, N, C)."""
         if self.config.projector == "independent":

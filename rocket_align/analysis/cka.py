@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-def _prepared_gram(x_ND: Tensor, debiased: bool) -> Tensor:
+def prepared_gram(x_ND: Tensor, debiased: bool) -> Tensor:
     """A float64 Gram matrix such that CKA is the cosine of two of them (as vectors)."""
     if x_ND.ndim != 2:
         raise ValueError(f"features: found shape {tuple(x_ND.shape)}; accepted: (samples, channels)")
@@ -53,14 +53,14 @@ def linear_cka(x: Tensor, y: Tensor, debiased: bool = False) -> Tensor:
     """
     if len(x) != len(y):
         raise ValueError(f"features: found {len(x)} and {len(y)} samples; accepted: the same samples twice")
-    return _cosine(_prepared_gram(x, debiased), _prepared_gram(y, debiased))
+    return _cosine(prepared_gram(x, debiased), prepared_gram(y, debiased))
 
 
 def cka_map(students: Sequence[Tensor], teachers: Sequence[Tensor], debiased: bool = False) -> Tensor:
     """`linear_cka` of every student layer with every teacher layer: (len(students), len(teachers)), each Gram once."""
-    columns = [_prepared_gram(features, debiased) for features in teachers]
+    columns = [prepared_gram(features, debiased) for features in teachers]
     rows = []
     for features in students:
-        gram = _prepared_gram(features, debiased)
+        gram = prepared_gram(features, debiased)
         rows.append(torch.stack([_cosine(gram, column) for column in columns]))
     return torch.stack(rows)

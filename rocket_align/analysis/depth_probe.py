@@ -1,0 +1,132 @@
+"""What a layer knows of depth, read out by ridge regression whose data are streamed (the paper's Figure 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class RidgeProbe:
+    """Linear regression of outputs on features from the normal equations: memory does not grow with the samples.
+
+    Features are standardized with the training data's mean and deviation; the mean output is the intercept.
+
+    Args:
+        ridge: weight of the penalty per sample, in units of a standardized feature's variance.
+
+    Raises:
+        ValueError: a penalty that is not above zero.
+    """
+
+    def __init__(self, ridge: float = 1e-3) -> None:
+        if not ridge > 0:
+            raise ValueError(f"ridge: found {ridge}; accepted: a number above 0")
+        self.ridge = ridge
+        self.samples = 0
+        self._offset: Tensor | None = None
+
+    def update(self, features_NC: Tensor, outputs_NK: Tensor) -> None:
+        """Add training data.
+
+        Raises:
+            ValueError: not as many outputs as features.
+        """
+        if len(features_NC) != len(outputs_NK):
+            raise ValueError(f"probe: found {len(features_NC)} features and {len(outputs_NK)} outputs; accepted: pairs")
+        features, outputs = features_NC.double(), outputs_NK.double()
+        if self._offset is None:
+            self._offset = features.mean(dim=0)
+            width, targets = features.shape[1], outputs.shape[1]
+            self._feature_sum, self._output_sum = features.new_zeros(width), features.new_zeros(targets)
+            self._squares, self._cross = features.new_zeros(width, width), features.new_zeros(width, targets)
+        features = features - self._offset
+        self._feature_sum += features.sum(dim=0)
+        self._output_sum += outputs.sum(dim=0)
+        self._squares += features.T @ features
+        self._cross += features.T @ outputs
+        self.samples += len(features)
+
+    def solve(self) -> LinearReadout:
+        """The readout of all data so far.
+
+        Raises:
+            ValueError: no data.
+        """
+        if self._offset is None:
+            raise ValueError("probe: found no data; accepted: at least one batch")
+        mean, output_mean = self._feature_sum / self.samples, self._output_sum / self.samples
+        covariance = self._squares / self.samples - torch.outer(mean, mean)
+        scale = covariance.diagonal().clamp(min=0).sqrt()
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        correlation = covariance / torch.outer(scale, scale)
+        cross = (self._cross / self.samples - torch.outer(mean, output_mean)) / scale[:, None]
+        penalty = self.ridge * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+        weights = torch.linalg.solve(correlation + penalty, cross) / scale[:, None]
+        return LinearReadout(weights, output_mean - (mean + self._offset) @ weights)
+
+
+@dataclass(frozen=True)
+class LinearReadout:
+    """Outputs = features @ weights + intercept."""
+
+    weights: Tensor
+    intercept: Tensor
+
+    def __call__(self, features_NC: Tensor) -> Tensor:
+        """(N, K) float64."""
+        return features_NC.double() @ self.weights + self.intercept
+
+
+class DepthErrors:
+    """Errors of predicted depth, streamed.
+
+    AbsRel: mean of |predicted - true| / true. delta1: share of max(predicted / true, true / predicted) below 1.25.
+    """
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._relative = 0.0
+        self._within = 0.0
+
+    def update(self, predicted: Tensor, true: Tensor) -> None:
+        """Add depths of the same shape, in the same unit, above zero."""
+        predicted, true = predicted.double(), true.double()
+        ratio = torch.maximum(predicted / true, true / predicted)
+        self._relative += float(((predicted - true).abs() / true).sum())
+        self._within += float((ratio < 1.25).sum())
+        self.samples += true.numel()
+
+    def result(self) -> dict[str, float]:
+        """{"abs_rel": ..., "delta1": ...}.
+
+        Raises:
+            ValueError: no data.
+        """
+        if not self.samples:
+            raise ValueError("depth: found none; accepted: at least one batch")
+        return {"abs_rel": self._relative / self.samples, "delta1": self._within / self.samples}
+
+
+def patch_depths(depth_BVHW: Tensor, grid_hw: tuple[int, int], cells: int) -> Tensor:
+    """Depth of cells x cells blocks of every patch, as the mean log-depth of a block: (B, V, P, cells * cells).
+
+    Raises:
+        ValueError: a depth that is not above zero.
+    """
+    if not bool((depth_BVHW > 0).all()):
+        raise ValueError("depth: found values of zero or less; accepted: distances along the optical axis, above zero")
+    height, width = grid_hw
+    size = (height * cells, width * cells)
+    log_depth = F.adaptive_avg_pool2d(depth_BVHW.float().log().flatten(0, 1)[:, None], size)
+    blocks = log_depth.reshape(-1, height, cells, width, cells).permute(0, 1, 3, 2, 4)
+    return blocks.reshape(*depth_BVHW.shape[:2], height * width, cells * cells)
+
+
+def depth_map(values_BVPK: Tensor, grid_hw: tuple[int, int], cells: int) -> Tensor:
+    """The inverse arrangement: (B, V, P, cells * cells) -> (B, V, height * cells, width * cells)."""
+    height, width = grid_hw
+    blocks = values_BVPK.unflatten(3, (cells, cells)).unflatten(2, (height, width))
+    return blocks.permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)
