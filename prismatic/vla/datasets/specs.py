@@ -65,9 +65,12 @@ ALOHA_SPEC = DatasetSpec(
 )
 
 _LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+# Folders of the hub's data: openvla/modified_libero_rlds; lerobot/*_image and IPEC-COMMUNITY/*_lerobot.
+_LIBERO_SUFFIXES = ("", "_no_noops", "_image", "_no_noops_1.0.0_lerobot")
 
 DATASETS: dict[str, DatasetSpec] = {
-    **{suite + suffix: LIBERO_SPEC for suite in _LIBERO_SUITES for suffix in ("", "_no_noops")},
+    **{suite + suffix: LIBERO_SPEC for suite in _LIBERO_SUITES for suffix in _LIBERO_SUFFIXES},
+    "libero": LIBERO_SPEC,  # four suites in one: lerobot/libero, physical-intelligence/libero
     "aloha1_fold_shorts_20_demos": ALOHA_SPEC,
     "aloha1_fold_shirt_30_demos": ALOHA_SPEC,
     "aloha1_scoop_X_into_bowl_45_demos": ALOHA_SPEC,

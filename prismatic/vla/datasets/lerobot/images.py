@@ -1,0 +1,112 @@
+"""Images of a LeRobot dataset by frame number: out of videos, or out of a file of packed images.
+
+A video frame costs a seek to the key frame before it and the decoding from there on; LeRobot writes a key frame every
+second frame. Memory is bounded: a few videos stay open, no frame is kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from prismatic.util.errors import UsageError
+from prismatic.vla.datasets.episode_table import ByteReader
+from prismatic.vla.datasets.image_transforms import decode_image
+from prismatic.vla.datasets.lerobot.metadata import require
+
+_MAX_OPEN_VIDEOS = 8
+
+
+class ImageStore(Protocol):
+    """The images of one view."""
+
+    def image(self, frame: int) -> np.ndarray:
+        """The image (H, W, 3) of a frame of the split; raises UsageError."""
+
+
+class PackedImages:
+    """Encoded images in one file; `start` and `size` (F,) say where each frame's lies."""
+
+    def __init__(self, file: Path, start: np.ndarray, size: np.ndarray) -> None:
+        self.start, self.size = start, size
+        self._reader = ByteReader((file,))
+
+    def image(self, frame: int) -> np.ndarray:
+        """The decoded image of a frame."""
+        try:
+            return decode_image(self._reader.read(0, int(self.start[frame]), int(self.size[frame])))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self._reader.files[0]}: frame {frame}: {' '.join(str(error).split())}") from error
+
+
+@dataclass
+class VideoImages:
+    """Frames of videos.
+
+    Attributes:
+        files: the videos; file: number of each frame's video in there (F,).
+        seconds: each frame's time in its video (F,) float64.
+        fps: frames a second.
+    """
+
+    files: tuple[Path, ...]
+    file: np.ndarray
+    seconds: np.ndarray
+    fps: float
+    _open: OrderedDict[int, Any] = field(default_factory=OrderedDict, init=False, repr=False)
+    _owner: int = field(default=0, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def image(self, frame: int) -> np.ndarray:
+        """The decoded frame."""
+        av = require("av")
+        number, seconds = int(self.file[frame]), float(self.seconds[frame])
+        path = self.files[number]
+        try:
+            found = self._decode(self._container(number), seconds)
+        except (av.FFmpegError, OSError) as error:
+            raise UsageError(f"{path}: at {seconds:.3f} s: {' '.join(str(error).split())}") from error
+        if found is None:
+            raise UsageError(f"{path}: no frame at {seconds:.3f} s (truncated, or not {self.fps:g} frames a second?)")
+        return np.asarray(found.to_ndarray(format="rgb24"))
+
+    def _decode(self, container: Any, seconds: float) -> Any:
+        """The frame whose time is nearest to `seconds`; None when that is half a frame or more away."""
+        stream = container.streams.video[0]
+        half = 0.5 / self.fps
+        # From a key frame not after the wanted one; a video whose index puts it later is decoded from its beginning.
+        for begin in (seconds + half / 2, 0.0):
+            container.seek(int(begin / stream.time_base), stream=stream)
+            first = True
+            for frame in container.decode(stream):
+                if frame.time >= seconds + half:
+                    if first and begin > 0.0:
+                        break
+                    return None
+                if frame.time > seconds - half:
+                    return frame
+                first = False
+            else:
+                return None
+        return None
+
+    def _container(self, number: int) -> Any:
+        """The opened video; a forked process opens its own, since a file position cannot be shared."""
+        if self._owner != os.getpid():
+            self._open, self._owner = OrderedDict(), os.getpid()
+        container = self._open.get(number)
+        if container is None:
+            if len(self._open) >= _MAX_OPEN_VIDEOS:
+                self._open.popitem(last=False)[1].close()
+            container = self._open[number] = require("av").open(str(self.files[number]))
+            # Loader workers are the parallelism; decoder threads would only add memory and delay.
+            container.streams.video[0].codec_context.thread_count = 1
+        self._open.move_to_end(number)
+        return container

@@ -1,0 +1,198 @@
+"""The folder `meta/` of a LeRobot dataset: features, tasks, and where each episode's rows and videos lie.
+
+Versions 2.0 and 2.1 keep one Parquet file and one video per camera for each episode, and JSON lines; version 3.0 puts
+many episodes into one file, and keeps Parquet tables that say where an episode begins.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prismatic.util.errors import UsageError
+from prismatic.util.files import read_json
+
+VERSIONS = ("v2.0", "v2.1", "v3.0")
+_PACKAGES = {"pyarrow": "pyarrow", "av": "PyAV"}
+
+
+@dataclass(frozen=True)
+class VideoPlace:
+    """A video file and the time (seconds) at which an episode begins in it."""
+
+    file: Path
+    begin: float
+
+
+@dataclass(frozen=True)
+class EpisodePlace:
+    """Where one episode lies: its number, its steps, its Parquet file and its video for each camera feature."""
+
+    number: int
+    length: int
+    rows: Path
+    videos: Mapping[str, VideoPlace]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """A LeRobot dataset's description.
+
+    Attributes:
+        features: name -> {"dtype", "shape", ...}.
+        tasks: task number -> instruction.
+        splits: split name -> episode numbers.
+    """
+
+    folder: Path
+    version: str
+    fps: float
+    features: Mapping[str, Mapping[str, Any]]
+    tasks: Mapping[int, str]
+    splits: Mapping[str, range]
+    episodes: tuple[EpisodePlace, ...]
+
+
+def require(module: str) -> Any:
+    """Import pyarrow or av.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(
+            f"LeRobot data need {_PACKAGES[module.split('.')[0]]} ({error}); "
+            f'install it with: pip install "rocket-vla[lerobot]"'
+        ) from error
+
+
+def read_rows(path: Path, columns: list[str] | None = None) -> Any:
+    """A Parquet file (or some columns of it) as a pyarrow table.
+
+    Raises:
+        UsageError: the file is missing or damaged, or lacks a column.
+    """
+    parquet, arrow = require("pyarrow.parquet"), require("pyarrow")
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file, but the folder meta/ lists it (incomplete copy?)")
+    try:
+        file = parquet.ParquetFile(path)
+        missing = [name for name in columns or () if name not in file.schema_arrow.names]
+        if missing:
+            raise UsageError(f"{path}: no column {missing[0]!r}; found: {', '.join(file.schema_arrow.names)}")
+        return file.read(columns=columns)
+    except (arrow.ArrowInvalid, OSError) as error:
+        raise UsageError(f"{path}: no readable Parquet file ({' '.join(str(error).split())[:160]})") from error
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; accepted: a LeRobot dataset folder") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UsageError(f"{path}: line {number}: not valid JSON ({error})") from None
+
+
+def _tasks(folder: Path, version: str) -> dict[int, str]:
+    if version != "v3.0":
+        return {int(row["task_index"]): str(row["task"]) for row in _json_lines(folder / "meta" / "tasks.jsonl")}
+    table = read_rows(folder / "meta" / "tasks.parquet")
+    # The instruction is the data frame's index: its column is called "task" or has pandas' name for an unnamed index.
+    texts = [name for name in table.column_names if name != "task_index"]
+    name = "task" if "task" in texts else next(iter(texts), "")
+    if "task_index" not in table.column_names or not name:
+        raise UsageError(
+            f"{folder / 'meta' / 'tasks.parquet'}: columns {table.column_names}; accepted: task, task_index"
+        )
+    numbers, instructions = table["task_index"].to_pylist(), table[name].to_pylist()
+    return {int(number): str(text) for number, text in zip(numbers, instructions, strict=True)}
+
+
+def _episodes_v2(folder: Path, info: Mapping[str, Any], cameras: list[str]) -> Iterator[EpisodePlace]:
+    for row in _json_lines(folder / "meta" / "episodes.jsonl"):
+        number = int(row["episode_index"])
+        names = {"episode_chunk": number // int(info["chunks_size"]), "episode_index": number}
+        videos = {
+            camera: VideoPlace(folder / str(info["video_path"]).format(video_key=camera, **names), 0.0)
+            for camera in cameras
+        }
+        yield EpisodePlace(number, int(row["length"]), folder / str(info["data_path"]).format(**names), videos)
+
+
+def _episodes_v3(folder: Path, info: Mapping[str, Any], cameras: list[str]) -> Iterator[EpisodePlace]:
+    files = sorted((folder / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
+    if not files:
+        raise UsageError(f"{folder / 'meta' / 'episodes'}: no chunk-*/file-*.parquet (incomplete copy?)")
+    columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+    for camera in cameras:
+        columns += [f"videos/{camera}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+    for file in files:
+        for row in read_rows(file, columns).to_pylist():
+            rows = str(info["data_path"]).format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
+            videos = {
+                camera: VideoPlace(
+                    folder
+                    / str(info["video_path"]).format(
+                        video_key=camera,
+                        chunk_index=row[f"videos/{camera}/chunk_index"],
+                        file_index=row[f"videos/{camera}/file_index"],
+                    ),
+                    float(row[f"videos/{camera}/from_timestamp"]),
+                )
+                for camera in cameras
+            }
+            yield EpisodePlace(int(row["episode_index"]), int(row["length"]), folder / rows, videos)
+
+
+def _splits(info: Mapping[str, Any], path: Path, count: int) -> dict[str, range]:
+    splits = {}
+    for name, text in (info.get("splits") or {"train": f"0:{count}"}).items():
+        first, _, last = str(text).partition(":")
+        if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
+            raise UsageError(f"{path}: split {name!r} is {text!r}; accepted: episodes as FIRST:LAST, such as 0:{count}")
+        splits[name] = range(int(first), int(last))
+    return splits
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The description of the dataset in `folder`.
+
+    Raises:
+        UsageError: another version, or a missing or damaged file of `meta/`; names it.
+    """
+    path = folder / "meta" / "info.json"
+    info = read_json(path)
+    version = str(info.get("codebase_version"))
+    if version not in VERSIONS:
+        raise UsageError(
+            f"{path}: codebase_version {version!r}; accepted: {', '.join(VERSIONS)} (LeRobot's scripts convert others)"
+        )
+    try:
+        features = info["features"]
+        cameras = [name for name, feature in features.items() if feature["dtype"] == "video"]
+        find = _episodes_v3 if version == "v3.0" else _episodes_v2
+        episodes = sorted(find(folder, info, cameras), key=lambda episode: episode.number)
+        return Metadata(
+            folder=folder,
+            version=version,
+            fps=float(info["fps"]),
+            features=features,
+            tasks=_tasks(folder, version),
+            splits=_splits(info, path, len(episodes)),
+            episodes=tuple(episodes),
+        )
+    except KeyError as error:
+        raise UsageError(f"{folder / 'meta'}: entry {error} is missing (version {version})") from error
+    except (TypeError, AttributeError) as error:
+        raise UsageError(f"{path}: no valid LeRobot description ({' '.join(str(error).split())})") from error
