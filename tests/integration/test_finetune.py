@@ -167,3 +167,26 @@ def test_ctrl_c_saves_and_stops(repo_root: Path, student_folder: Path, rlds_root
     steps = len(read_log(log))
     assert (tmp_path / f"run--{steps}_chkpt" / "training_state" / "state.pt").is_file()
     assert "Traceback" not in errors
+
+
+def test_lerobot_data_give_the_same_losses_as_rlds(finetune: Callable[..., Path], tmp_path: Path) -> None:
+    """Two steps on the same episodes: the golden data set as RLDS, and rewritten as LeRobot with the same JPEGs."""
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from prismatic.vla.datasets.tfrecord import Example, read_records
+    from tests.lerobot_files import LeRobotFiles
+
+    name, episodes = "libero_spatial_no_noops", []
+    for shard in sorted((tmp_path / "rlds" / name / "1.0.0").glob("*-train.tfrecord-*")):
+        for record in read_records(shard):
+            example = Example(record.payload)
+            texts = ("language_instruction", "observation/image", "observation/wrist_image")
+            features: dict[str, Any] = {f"steps/{key}": example.byte_strings(f"steps/{key}") for key in texts}
+            for key, width in (("action", 7), ("observation/state", 8)):
+                features[f"steps/{key}"] = example.floats(f"steps/{key}").reshape(-1, width)
+            episodes.append(features)
+    LeRobotFiles(tmp_path / "lerobot" / name, "v3.0").write(episodes)
+    losses = []
+    for root in ("rlds", "lerobot"):
+        runs = finetune(data_root_dir=tmp_path / root, run_root_dir=tmp_path / f"runs_{root}", recipe="baseline")
+        losses.append([row["action_loss"] for row in read_log(runs / "run" / "metrics.jsonl")])
+    assert len(losses[0]) == 2 and losses[0] == losses[1]
