@@ -11,7 +11,7 @@ import torch
 
 from prismatic.models.components import load_component
 from prismatic.training.checkpoint import VISION_COMPONENT, component_file, load_training_state
-from prismatic.training.config import TrainConfig
+from prismatic.training.config import HUB_ID, TrainConfig
 from prismatic.training.objectives import (
     DiffusionObjective,
     DiscreteObjective,
@@ -55,11 +55,13 @@ def find_sources(config: TrainConfig) -> Sources:
     adapter = folder / LORA_FOLDER / "adapter_config.json"
     base = str(folder)
     if config.use_lora and adapter.is_file():
-        base = str(read_json(adapter).get("base_model_name_or_path") or "")
+        base = config.base_checkpoint or str(read_json(adapter).get("base_model_name_or_path") or "")
         if not base:
             raise UsageError(
                 f"{adapter}: names no base_model_name_or_path; accepted: the base model's folder or hub id"
             )
+        if not Path(base).is_dir() and not HUB_ID.fullmatch(base):
+            raise UsageError(f"{adapter}: no such base model: {base}; accepted: another one with --base_checkpoint")
     return Sources(base, folder, step)
 
 

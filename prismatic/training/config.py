@@ -62,6 +62,7 @@ class TrainConfig:
     save_latest_checkpoint_only: bool = False  # Keep one checkpoint, overwritten, in the run's folder
     resume: bool = False  # Go on from the checkpoint folder --vla_path
     resume_step: int | None = None  # Step of that checkpoint (default: read from it)
+    base_checkpoint: str = ""  # With --resume: the base model, when it is not where the adapter says
     diffusion_sample_freq: int = 50  # Accepted for compatibility: no actions are sampled during training
 
     # Data loading

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,11 @@ class TrainingRun:
         )
         collator = PaddedCollatorForActionPrediction(tokenizer.model_max_length, tokenizer.pad_token_id)
         return make_dataloader(dataset, sampler, collator, self.config.num_workers)
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """The training data in training's order, endless, on the device; for who looks instead of training."""
+        for batch in self._loader(self.dataset):
+            yield same_device(batch, self.device)
 
     def fit(self, auxiliary: nn.Module, auxiliary_coeff: float, targets: Callable[[dict[str, Any]], Any]) -> TrainState:
         """Train to the end (or to a stop) with the given auxiliary loss; checkpoints are written on the way."""
