@@ -1,0 +1,82 @@
+"""CKA map of student states and teacher blocks with the best one-to-one matching (the paper's Figure 8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.analysis.config import CkaConfig
+from experiments.analysis.report import heatmap, new_figure, save_figure, write_json
+from experiments.analysis.subject import Join, Pass, Subject
+from rocket_align.analysis.matching import match_layers
+from rocket_align.analysis.streaming_cka import Estimator, StreamingCKA
+
+MATCHED = "#D55E00"
+
+
+def layer_features(subject: Subject, seen: Pass, rows: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Features (samples, channels) of all states of the student and all blocks of the teacher, row by row the same
+    vision token (or sample): teacher patches are pooled to the student's tokens as the alignment pools them."""
+    assert subject.every_layer is not None
+    students = subject.student_states(seen).float()
+    teachers = subject.every_layer.targets(seen.teacher, seen.num_vision_tokens).float()
+    if rows == "samples":
+        return list(students.mean(dim=2)), list(teachers.mean(dim=2))
+    return list(students.flatten(1, 2)), list(teachers.flatten(1, 2))
+
+
+def measure_cka(subject: Subject, rows: str, *, debiased: bool, estimator: Estimator) -> Tensor:
+    """The map, (student states, teacher blocks), on the CPU."""
+    cka = StreamingCKA(debiased=debiased, estimator=estimator)
+    for seen in subject.passes():
+        with torch.no_grad():
+            cka.update(*layer_features(subject, seen, rows))
+    return cka.result().cpu()
+
+
+def measure(config: CkaConfig, folder: str, join: Join) -> dict[str, Any]:
+    """One checkpoint's part of the report."""
+    subject = Subject(config, folder, join, teacher_layers="all")
+    values = measure_cka(subject, config.rows, debiased=config.debiased, estimator=config.estimator)  # type: ignore[arg-type]
+    pairs = match_layers(values)
+    return {
+        **subject.describe(),
+        "cka": values,
+        "matching": [{"student": s, "teacher": t, "cka": values[s, t]} for s, t in pairs],
+        "matched_mean": sum(values[s, t] for s, t in pairs) / len(pairs),
+    }
+
+
+def main(config: CkaConfig, join: Join) -> int:
+    """Measure, write cka.json and cka.png."""
+    parts = [measure(config, folder, join) for folder in config.checkpoints]
+    settings = {"rows": config.rows, "debiased": config.debiased, "estimator": config.estimator}
+    write_json(config.out_dir / "cka.json", {"analysis": "cka", **settings, "subjects": parts})
+    draw(config, parts)
+    for part in parts:
+        print(f"{part['label']}: mean CKA of the matched layers {float(part['matched_mean']):.3f}")
+    return 0
+
+
+def draw(config: CkaConfig, parts: list[dict[str, Any]]) -> None:
+    """Maps side by side on one scale, matched layers in boxes."""
+    from matplotlib.patches import Rectangle
+
+    states, blocks = parts[0]["cka"].shape
+    width = max(2.6, 0.9 + 0.24 * min(blocks, 24))
+    figure = new_figure(0.6 + width * len(parts), max(2.4, 0.8 + 0.2 * min(states, 33)))
+    grid = figure.subplots(1, len(parts), squeeze=False)[0]
+    top = max(float(part["cka"].max()) for part in parts)
+    for axes, part in zip(grid, parts):
+        labels = [str(state) for state in range(len(part["cka"]))]
+        columns = [str(block) for block in range(part["cka"].shape[1])]
+        image = heatmap(axes, part["cka"], limits=(0.0, top), rows=labels, columns=columns)
+        for pair in part["matching"]:
+            box = Rectangle((pair["teacher"] - 0.5, pair["student"] - 0.5), 1, 1, fill=False, ec=MATCHED, lw=1.6)
+            axes.add_patch(box)
+        axes.set(title=part["label"], xlabel="teacher block", ylabel="student state" if axes is grid[0] else "")
+    kind = "debiased" if config.debiased else "biased"
+    figure.colorbar(image, ax=list(grid), label=f"linear CKA ({kind}), matched in boxes", pad=0.02)
+    save_figure(figure, config.out_dir / "cka.png")

@@ -1,0 +1,160 @@
+"""Flags of the analysis commands and of the layer selection. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from prismatic.util.errors import UsageError, unknown_name
+
+
+@dataclass
+class SubjectFlags:
+    """What is measured: models, data, and how much of it. Flags left out are those of the checkpoint's own run."""
+
+    checkpoint: str = ""  # Checkpoint folders (...--STEP_chkpt) as a comma list, or a base model
+    base_checkpoint: str = ""  # The base model, when it is not where the checkpoint's adapter says
+    vggt_path: str | None = None  # The 3D teacher: a folder, a weights file, or a hub id
+    teacher_path: str | None = None  # Another teacher, as in training
+    teacher_type: str | None = None  # Its type, as in training
+    data_root_dir: Path | None = None  # Folder that holds the RLDS datasets
+    dataset_name: str | None = None  # A dataset, a comma list of datasets, or a named mixture
+    platform: str | None = None  # Action and proprio sizes, as in training
+    num_images_in_input: int | None = None  # Images per sample, as in training
+    use_proprio: bool | None = None  # Robot state as an input, as in training
+    use_l1_regression: bool | None = None  # L1 action head, as in training
+    use_diffusion: bool | None = None  # Diffusion action head, as in training
+    use_lora: bool | None = None  # LoRA adapters, as in training
+    lora_rank: int | None = None  # Their rank
+    recipe: str | None = None  # The alignment's recipe, as in training
+    vla_layers_align: str | None = None  # Student layers, as in training
+    vggt_layers_align: str | None = None  # Teacher blocks, as in training
+    align_layers_file: str | None = None  # Both from a file of select_layers.py
+    share_projector: bool | None = None  # One projector for all layer pairs, as in training
+    use_matryoshka: bool | None = None  # Nested widths, as in training
+    image_aug: bool = False  # Augment the images as training does
+    num_samples: int = 64  # Samples measured (rounded up to whole batches)
+    batch_size: int = 8  # Samples per forward pass
+    num_workers: int = 0  # Loader processes
+    mixed_precision: str = "auto"  # auto (bf16 where the device is fast at it) | no | bf16
+    seed: int = 0  # Which samples
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """The folders one by one.
+
+        Raises:
+            UsageError: none given.
+        """
+        found = tuple(part.strip() for part in self.checkpoint.split(",") if part.strip())
+        if not found:
+            raise UsageError("--checkpoint: empty; accepted: a checkpoint folder, or several as a comma list")
+        return found
+
+    def overrides(self) -> dict[str, Any]:
+        """The training flags given here, by name."""
+        ours = {"checkpoint", "num_samples"}
+        names = [field.name for field in fields(SubjectFlags) if field.name not in ours]
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def validate_numbers(self) -> None:
+        """Raises UsageError for counts below 1."""
+        for name in ("num_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: 1 or more")
+
+
+@dataclass
+class AnalysisConfig(SubjectFlags):
+    """Flags of every analysis."""
+
+    out_dir: Path = Path("analysis")  # Folder for the JSON file and the PNG picture
+
+
+@dataclass
+class CkaConfig(AnalysisConfig):
+    """CKA of every hidden state of the student with every block of the teacher, and the best one-to-one matching."""
+
+    rows: str = "tokens"  # A row of the features is a vision token (tokens) or a sample's mean token (samples)
+    debiased: bool = True  # The unbiased estimator; False: the biased one, as released
+    estimator: str = "exact"  # exact | minibatch (little memory for wide models; unbiased only)
+
+    def __post_init__(self) -> None:
+        if self.rows not in ("tokens", "samples"):
+            raise unknown_name("--rows", self.rows, ("tokens", "samples"))
+        if self.estimator not in ("exact", "minibatch"):
+            raise unknown_name("--estimator", self.estimator, ("exact", "minibatch"))
+        if self.estimator == "minibatch" and not self.debiased:
+            raise UsageError("--estimator: minibatch with --debiased False; accepted: exact, or --debiased True")
+
+
+@dataclass
+class GradientsConfig(AnalysisConfig):
+    """Cosines between the gradients of the pairs' losses and of the action loss, for every block of the LLM."""
+
+    num_samples: int = 32  # Samples measured, as in the paper
+    block: int = 0  # Block whose matrix is drawn; -1 draws all blocks together
+
+
+@dataclass
+class ProjectorsConfig(AnalysisConfig):
+    """Similarity of the pairs' projectors: of their weights, and of their outputs."""
+
+
+@dataclass
+class ConeConfig(AnalysisConfig):
+    """Mean cosine between tokens: of every layer of student and teacher, and behind the projectors."""
+
+
+@dataclass
+class TheoremConfig(AnalysisConfig):
+    """Both sides of the theorem's bound on gradient coherence, measured."""
+
+    reference: str = "first"  # State of the common Jacobian: the first aligned one, or the mean of all
+
+    def __post_init__(self) -> None:
+        if self.reference not in ("first", "mean"):
+            raise unknown_name("--reference", self.reference, ("first", "mean"))
+
+
+@dataclass
+class DepthConfig:
+    """Depth read out of every teacher layer by a linear probe, against the simulator's depth."""
+
+    vggt_path: str = ""  # The 3D teacher: a folder, a weights file, or a hub id
+    frames_dir: Path | None = None  # Folder of frames with depth; default: OUT_DIR/frames. Missing tasks are rendered
+    train_tasks: str = "libero_object:0,2;libero_spatial:0"  # Tasks the probe is fitted on: SUITE:NUMBERS[;...]
+    test_tasks: str = "libero_object:5"  # Tasks it is tested on
+    episodes: int = 3  # Episodes a task, where frames are rendered
+    frames: int = 8  # Two-view frames an episode, where frames are rendered
+    image_size: int = 128  # Side of the pictures in pixels, where frames are rendered
+    layers: str = ""  # Teacher layers as a comma list; default: all
+    cells: int = 4  # Depth is read out as cells x cells values per teacher patch
+    ridge: float = 1e-2  # Penalty of the regression
+    pictures: int = 3  # Test frames drawn
+    batch_size: int = 8  # Frames per forward pass
+    mixed_precision: str = "auto"  # auto (bf16 where the device is fast at it) | no | bf16
+    seed: int = 0  # Seed of the rendered frames
+    out_dir: Path = Path("analysis")  # Folder for the JSON file and the PNG picture
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "frames", "image_size", "cells", "pictures", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: 1 or more")
+        if not self.ridge > 0:
+            raise UsageError(f"--ridge: {self.ridge} found; accepted: a number above 0")
+
+
+@dataclass
+class SelectConfig(SubjectFlags):
+    """Choose layers to align without training, and write them for finetune.py's --align_layers_file."""
+
+    strategy: str = ""  # uniform | balanced | e2m_last1 | shallow | middle | deep | sim_top | sim_last | cka
+    teacher_strategy: str = ""  # Another strategy for the teacher's layers (not with cka)
+    count: int = 0  # Layer pairs
+    window: int = 1  # sim_top, sim_last: consecutive blocks per score
+    candidates: str = "all"  # cka: match within all layers, or within those of uniform, e2m_last1, ...
+    rows: str = "tokens"  # cka: a row of the features is a vision token (tokens) or a sample's mean token (samples)
+    estimator: str = "exact"  # cka: exact | minibatch (little memory for wide models)
+    out: Path = Path("align_layers.json")  # The file to write

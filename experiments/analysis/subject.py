@@ -1,0 +1,240 @@
+"""A checkpoint under study: built as training builds it, looked at instead of trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from experiments.analysis.config import SubjectFlags
+from prismatic.models.components import load_component
+from prismatic.training.build import make_objective, student_depth
+from prismatic.training.checkpoint import component_file
+from prismatic.training.config import TrainConfig
+from prismatic.training.module import TrainableVLA
+from prismatic.training.run import TrainingRun
+from prismatic.util.errors import UsageError
+from prismatic.util.files import read_json
+from rocket_align.alignment import AlignOutput, MultiLayerAlignment
+from rocket_align.config import AlignConfig
+from rocket_align.student import vision_tokens
+
+if TYPE_CHECKING:
+    from rocket_align.teacher.base import TeacherFeatures
+
+TeacherLayers = Literal["none", "aligned", "all"]
+
+
+class Join(Protocol):
+    """What vla-scripts/finetune.py offers: flags, and the join of policy and alignment."""
+
+    FinetuneConfig: Any
+
+    def plan_alignment(self, config: Any) -> tuple[AlignConfig, int]: ...
+
+    def build_alignment(self, training: TrainingRun, align: AlignConfig, teacher_dim: int) -> tuple[Any, Any]: ...
+
+
+@dataclass
+class Pass:
+    """One forward pass: hidden states (B, S, D), where the vision tokens are, the teacher's features, the action loss.
+
+    With gradients, hidden states and loss belong to one graph.
+    """
+
+    hidden_states: tuple[Tensor, ...]
+    vision_start: int
+    num_vision_tokens: int
+    teacher: TeacherFeatures | None
+    action_loss: Tensor
+    attention_mask: Tensor
+
+
+class _Recorder(nn.Module):
+    """An auxiliary loss without terms that keeps what it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: tuple[tuple[Tensor, ...], int, int, Any] | None = None
+
+    def forward(
+        self, hidden_states: tuple[Tensor, ...], vision_start: int, num_vision_tokens: int, teacher: Any
+    ) -> AlignOutput:
+        self.seen = (hidden_states, vision_start, num_vision_tokens, teacher)
+        zero = hidden_states[0].new_zeros((), dtype=torch.float32)
+        return AlignOutput(zero, zero.new_zeros(0))
+
+
+class Subject:
+    """Policy, alignment and data of one checkpoint.
+
+    Args:
+        flags: of the command.
+        folder: a checkpoint folder, or a base model, which gets new adapters and projectors.
+        join: the fine-tuning script.
+        teacher_layers: whose features each pass carries: of no layer, of the aligned ones, or of all.
+
+    Raises:
+        UsageError: a wrong flag, or a teacher that is needed and not given.
+    """
+
+    def __init__(self, flags: SubjectFlags, folder: str, join: Join, teacher_layers: TeacherLayers = "aligned") -> None:
+        flags.validate_numbers()
+        self.flags = flags
+        self.name = Path(folder).name
+        self.config = training_config(flags, folder, join)
+        self.config.validate()
+        self.align, teacher_dim = join.plan_alignment(self.config)
+        if teacher_layers != "none" and not self.align.num_pairs:
+            raise UsageError(
+                f"{folder}: no alignment (recipe {self.config.recipe_name}); accepted: one, with --vggt_path"
+            )
+        self.training = TrainingRun(self.config, {})
+        self.device = self.training.device
+        self._targets: Any = lambda batch: None
+        self.alignment: MultiLayerAlignment = self._build_alignment(join, teacher_dim, teacher_layers)
+        objective = make_objective(self.config, self.training.platform, self.training.processor.tokenizer)
+        self._recorder = _Recorder()
+        module = TrainableVLA(
+            self.training.parts, objective, self._recorder, auxiliary_coeff=0.0, use_film=self.config.use_film
+        )
+        self.module = module.to(self.device).eval()
+
+    def _build_alignment(self, join: Join, teacher_dim: int, teacher_layers: TeacherLayers) -> MultiLayerAlignment:
+        if teacher_layers == "aligned":
+            alignment, self._targets = join.build_alignment(self.training, self.align, teacher_dim)
+        else:
+            alignment = MultiLayerAlignment(self.align, self.training.vla.llm_dim, teacher_dim)
+        self.every_layer: MultiLayerAlignment | None = None
+        if teacher_layers == "all":
+            depth = teacher_depth(self.config)
+            layers = tuple(range(depth))
+            every = replace(
+                self.align,
+                student_layers=layers,
+                teacher_layers=layers,
+                projector="shared",
+                width_ratios=None,
+                released_independent_width=False,
+            )
+            self.every_layer, self._targets = join.build_alignment(self.training, every, teacher_dim)
+        checkpoint = self.training.sources.checkpoint
+        file = component_file(checkpoint, "align_projectors") if checkpoint is not None else None
+        if file is not None and self.align.num_pairs:
+            load_component(alignment, file)
+        return alignment.to(self.device).eval()
+
+    @property
+    def step(self) -> int:
+        """Training step of the checkpoint, 0 for a base model."""
+        return self.training.sources.step
+
+    @property
+    def label(self) -> str:
+        """For legends: the run's name and the step."""
+        run = self.name.split("--")[0] if self.config.resume else self.name
+        return f"{run}, step {self.step:,}" if self.config.resume else run
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the LLM."""
+        return student_depth(self.config)
+
+    def passes(self, *, gradients: bool = False) -> Iterator[Pass]:
+        """Forward passes over as many samples as the flags ask for, rounded up to whole batches."""
+        batches = self.training.batches()
+        accelerator = self.training.accelerator
+        for _ in range(math.ceil(self.flags.num_samples / self.flags.batch_size)):
+            batch = next(batches)
+            with nullcontext() if gradients else torch.no_grad(), accelerator.autocast():
+                output = self.module(batch, self._targets(batch))
+            assert self._recorder.seen is not None
+            yield Pass(*self._recorder.seen, output.loss, batch["attention_mask"])
+
+    def autocast(self) -> Any:
+        """The precision of training, for what is computed from a pass."""
+        return self.training.accelerator.autocast()
+
+    def student_states(self, seen: Pass, layers: list[int] | None = None) -> Tensor:
+        """Vision tokens (L + 1, B, N, D) of all hidden states, or of `layers`, cut out as the alignment does."""
+        chosen = list(range(len(seen.hidden_states))) if layers is None else layers
+        return vision_tokens(
+            seen.hidden_states, chosen, seen.vision_start, seen.num_vision_tokens, shift=self.align.shift
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says of the subject."""
+        return {
+            "checkpoint": self.name,
+            "label": self.label,
+            "step": self.step,
+            "recipe": self.config.recipe_name,
+            "projector": self.align.projector,
+            "student_layers": list(self.align.student_layers),
+            "teacher_layers": list(self.align.teacher_layers),
+            "student_depth": self.num_blocks,
+            "dataset": self.config.dataset_name,
+            "samples": math.ceil(self.flags.num_samples / self.flags.batch_size) * self.flags.batch_size,
+            "seed": self.flags.seed,
+        }
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one that training wrote, rather than a base model."""
+    return (folder / "training_state").is_dir() or (folder / "lora_adapter").is_dir()
+
+
+def training_config(flags: SubjectFlags, folder: str, join: Join) -> Any:
+    """The fine-tuning script's flags: those of the checkpoint's run, with the given ones over them.
+
+    Raises:
+        UsageError: nothing is at `folder`, or a run's file has a value of another type.
+    """
+    path = Path(folder)
+    resume = path.is_dir() and is_checkpoint(path)
+    known = {field.name: field for field in fields(join.FinetuneConfig)}
+    recorded = read_json(path / "run_config.json") if resume and (path / "run_config.json").is_file() else {}
+    values: dict[str, Any] = {name: value for name, value in recorded.items() if name in known}
+    values |= flags.overrides()
+    if "vggt_path" in flags.overrides():
+        values["teacher_path"] = ""
+    if values.get("vggt_path") or values.get("teacher_path"):
+        values["feature_store"] = ""  # The teacher itself sees what the student sees.
+    values |= {
+        "vla_path": folder, "resume": resume, "resume_step": None, "run_root_dir": Path("runs"),
+        "run_id_override": "analysis", "trackers": "none", "use_val_set": False, "gradient_checkpointing": False,
+    }  # fmt: skip
+    values["data_root_dir"] = Path(values.get("data_root_dir", TrainConfig.data_root_dir))
+    return join.FinetuneConfig(**values)
+
+
+def teacher_source(config: Any) -> tuple[str, str]:
+    """Path and kind of the run's teacher.
+
+    Raises:
+        UsageError: none given.
+    """
+    path = config.teacher
+    if not path:
+        raise UsageError("--vggt_path: empty; accepted: the teacher's folder, weights file or hub id")
+    return path, config.teacher_type
+
+
+def teacher_depth(config: Any) -> int:
+    """Blocks of the teacher, from its config file alone.
+
+    Raises:
+        UsageError: no teacher is given, or there is none.
+    """
+    from rocket_align.teacher.registry import describe_teacher
+
+    try:
+        return describe_teacher(*teacher_source(config)).depth
+    except ValueError as error:
+        raise UsageError(f"--vggt_path: {error}") from error

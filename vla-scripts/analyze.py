@@ -1,0 +1,68 @@
+"""Analyses of fine-tuned checkpoints: each writes a JSON file and a picture into --out_dir.
+
+    python vla-scripts/analyze.py cka --checkpoint runs/rocket--50005_chkpt --out_dir analysis
+    python vla-scripts/analyze.py gradients --checkpoint runs/rocket--5000_chkpt,runs/naive--5000_chkpt
+
+    cka         CKA of student states and teacher blocks, matched one to one (Figure 8)
+    gradients   cosines between the gradients of the pairs' losses and of the action loss (Figures 1, 13, 14)
+    projectors  similarity of the pairs' projectors, weights and outputs (Figure 7)
+    cone        mean cosine between tokens, layer by layer and behind the projectors (Figure 4)
+    depth       depth read out of every teacher layer, against the simulator's (Figure 2)
+    theorem     both sides of the bound on gradient coherence
+
+Models are built as finetune.py builds them, with the flags that the checkpoint's run recorded (run_config.json); flags
+given here win. A checkpoint may also be a base model. `analyze.py COMMAND --help` lists the flags of a command.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import finetune
+
+from experiments.analysis.config import (
+    CkaConfig,
+    ConeConfig,
+    DepthConfig,
+    GradientsConfig,
+    ProjectorsConfig,
+    TheoremConfig,
+)
+from prismatic.util.cli import run
+from prismatic.util.errors import unknown_name
+
+COMMANDS: dict[str, type] = {
+    "cka": CkaConfig,
+    "gradients": GradientsConfig,
+    "projectors": ProjectorsConfig,
+    "cone": ConeConfig,
+    "depth": DepthConfig,
+    "theorem": TheoremConfig,
+}
+
+
+def main(argv: Sequence[str]) -> NoReturn:
+    """Run the command named by the first argument."""
+    command = argv[0] if argv else ""
+    if command in ("-h", "--help"):
+        print(__doc__.strip())
+        sys.exit(0)
+    if command not in COMMANDS:
+        print(f"error: {unknown_name('command', command, COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+
+    def analyze(config: Any) -> int:
+        return importlib.import_module(f"experiments.analysis.{command}").main(config, finetune)
+
+    run(COMMANDS[command], analyze, argv[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
