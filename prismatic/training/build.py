@@ -82,15 +82,21 @@ def load_processor(sources: Sources) -> Any:
 def load_vla(config: TrainConfig, sources: Sources, platform: Platform, dtype: torch.dtype) -> Any:
     """The base model with LoRA: new, or the checkpoint's when resuming."""
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
-    from prismatic.models.lora import add_lora, load_lora
 
     vla: Any = OpenVLAForActionPrediction.from_pretrained(sources.base, dtype=dtype)
+    adapter = sources.checkpoint / LORA_FOLDER if config.resume and sources.checkpoint else None
+    return adapt_vla(vla, config, platform, adapter if adapter is not None and adapter.is_dir() else None)
+
+
+def adapt_vla(vla: Any, config: TrainConfig, platform: Platform, adapter: Path | None = None) -> Any:
+    """A loaded base model as the flags want it trained: images, checkpointing, LoRA (new or `adapter`'s), FiLM."""
+    from prismatic.models.lora import add_lora, load_lora
+
     vla.vision_backbone.set_num_images_in_input(config.num_images_in_input)
     vla.config.platform = platform.to_dict()
     if config.gradient_checkpointing:
         vla.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    adapter = sources.checkpoint / LORA_FOLDER if config.resume and sources.checkpoint else None
-    if config.use_lora and adapter is not None and adapter.is_dir():
+    if config.use_lora and adapter is not None:
         vla = load_lora(vla, adapter, is_trainable=True)
     elif config.use_lora:
         vla = add_lora(vla, config.lora_rank, config.lora_dropout)
