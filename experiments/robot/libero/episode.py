@@ -70,11 +70,12 @@ class EpisodeRunner:
 
     def advance(self, actions_TA: Array) -> Turn:
         """Execute the policy's actions until the open-loop limit, success, or the step limit."""
+        assert self._episode is not None
         for action_A in actions_TA[: self.protocol.open_loop_steps]:
             self._actions.append(to_env_action(action_A))
             if self._env.step(self._actions[-1]):
                 return Turn(None, True, len(self._actions))
-            if len(self._actions) >= self.protocol.max_steps:
+            if len(self._actions) >= (self._episode.max_steps or self.protocol.max_steps):
                 return Turn(None, False, len(self._actions))
         return self._ask()
 
@@ -119,7 +120,10 @@ class EpisodeRunner:
             start = np.asarray(episode.start_vector)
         else:
             start = self._env.init_states[episode.init_state]
-        self._env.reset(start, seed=self.protocol.env_seed + episode.init_state)
+        try:
+            self._env.reset(start, seed=self.protocol.env_seed + episode.init_state)
+        except UsageError as error:
+            raise ValueError(str(error)) from None  # A state that does not fit is this episode's error, not the run's.
         for _ in range(self.protocol.settle_steps):
             self._env.step(np.array(DUMMY_ACTION))
 
@@ -127,7 +131,7 @@ class EpisodeRunner:
         assert self._episode is not None
         seen, steps = self._env.observe(), len(self._actions)
         seed = self._episode.query_seed(steps)
-        query = Query(seen.image, seen.wrist_image, seen.state, self._env.instruction, seed)
+        query = Query(seen.image, seen.wrist_image, seen.state, self._episode.task, seed)
         return Turn(query, False, steps)
 
     def _frame(self) -> Array:

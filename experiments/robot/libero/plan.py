@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from prismatic.vla.platforms import get_platform
 
 SAVE_VIDEOS = ("none", "failures", "all")
 DEVICES = ("auto", "cpu", "cuda")
+GRIPPERS = ("auto", "policy", "libero")
 DTYPES = ("auto", "float32", "bfloat16")
 VIEWS = (1, 2)
 _POLICY_FLAGS = (
@@ -92,6 +94,7 @@ def _check_flags(config: Any) -> None:
         ("save_videos", SAVE_VIDEOS),
         ("device", DEVICES),
         ("dtype", DTYPES),
+        ("policy_gripper", GRIPPERS),
     ):
         if getattr(config, flag) not in accepted:
             raise unknown_name(f"--{flag}", str(getattr(config, flag)), accepted)
@@ -110,9 +113,15 @@ def _check_flags(config: Any) -> None:
         ("num_diffusion_steps_train", 1),
         ("num_diffusion_steps_inference", 1),
         ("lora_rank", 1),
+        ("policy_timeout", 0),
     ):
         if getattr(config, flag) < least:
             raise UsageError(f"--{flag}: found {getattr(config, flag)}; accepted: {least} or more")
+    if config.policy and config.pretrained_checkpoint:
+        raise UsageError(
+            f"--policy: found {config.policy} beside --pretrained_checkpoint {config.pretrained_checkpoint}; "
+            "accepted: one of the two"
+        )
     if config.use_l1_regression and config.use_diffusion:
         raise UsageError("--use_diffusion: both heads are on; accepted: with --use_l1_regression false")
     if config.load_in_8bit and config.load_in_4bit:
@@ -265,7 +274,7 @@ def run_environment(config: Any) -> dict[str, Any]:
     """What is recorded but may differ between the parts of a run: where the checkpoint lay, versions, machine."""
     packages = ("rocket-vla", "torch", "transformers", "timm", "peft", "numpy")
     return {
-        "checkpoint": config.pretrained_checkpoint,
+        "checkpoint": config.pretrained_checkpoint or config.policy,
         "python": platform.python_version(),
         "machine": platform.machine(),
         **{package: _version(package) for package in packages},
@@ -274,7 +283,8 @@ def run_environment(config: Any) -> dict[str, Any]:
 
 def default_run_name(config: Any, identity: dict[str, Any]) -> str:
     """A name that is the same for the same run, so that repeating the command resumes it."""
-    checkpoint = Path(config.pretrained_checkpoint).name or "policy"
+    named = Path(config.pretrained_checkpoint).name or str(identity["policy"].get("name", "policy"))
+    checkpoint = re.sub(r"[^\w.-]+", "-", named)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     note = f"--{config.run_id_note}" if config.run_id_note else ""
     return f"EVAL-{config.task_suite_name}-{config.model_family}-{checkpoint}-{digest}{note}"

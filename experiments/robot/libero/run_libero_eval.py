@@ -3,6 +3,8 @@
     python experiments/robot/libero/run_libero_eval.py --pretrained_checkpoint CKPT --task_suite_name libero_spatial
     accelerate launch --num_processes 8 experiments/robot/libero/run_libero_eval.py ...     one policy on each GPU
 
+    python experiments/robot/libero/run_libero_eval.py --policy http://HOST:PORT ...        a policy server; also ws://
+
 All of OpenVLA-OFT's flags are accepted. Results go to {local_log_dir}/{run_name}/ (see `results.py`); the same command
 again continues a run that was stopped and repeats episodes that ended in an error.
 
@@ -40,6 +42,11 @@ class GenerateConfig:
 
     # What is evaluated
     pretrained_checkpoint: str = ""  # Checkpoint folder or hub id (owner/name)
+    policy: str = (
+        ""  # Instead of a checkpoint: http://HOST:PORT or ws://HOST:PORT of a server, or MODULE:FACTORY
+    )
+    policy_gripper: str = "auto"  # Gripper of a server's actions; policy: 1 = open; libero: -1 = open; auto: as it says
+    policy_timeout: float = 0.0  # Seconds an answer may take, then the episode is an error; 0: 60 of servers, else any
     model_family: str = "openvla"
     unnorm_key: str = ""  # Dataset whose statistics un-normalize actions; default: the suite, then suite_no_noops
     num_images_in_input: int = 2  # 1: third-person camera; 2: wrist camera too
@@ -101,8 +108,14 @@ def eval_libero(config: GenerateConfig, policy: Policy | None = None, make_env: 
     """
     from experiments.robot.libero.plan import default_run_name, make_plan, run_environment, run_identity
 
-    plan = make_plan(config, with_checkpoint=policy is None)
-    identity = run_identity(config, plan, _numerics(config) if policy is None else (type(policy).__name__,))
+    plan = make_plan(config, with_checkpoint=policy is None and not config.policy)
+    if config.policy:
+        from experiments.robot.external_policy import open_policy
+
+        external = open_policy(config)
+        policy, identity = external.policy, {**run_identity(config, plan, ()), **external.identity}
+    else:
+        identity = run_identity(config, plan, _numerics(config) if policy is None else (type(policy).__name__,))
     folder = Path(config.local_log_dir).expanduser() / (config.run_name or default_run_name(config, identity))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     # Neighbors stay together: they are of one task, and every task costs a process an environment.
@@ -141,10 +154,12 @@ def _numerics(config: GenerateConfig) -> tuple[str, str]:
 def _load_policy(config: GenerateConfig, plan: Plan) -> Policy:
     from experiments.robot.openvla_utils import OpenVLAPolicy
     from experiments.robot.robot_utils import set_seed_everywhere
+    from experiments.robot.time_limit import TimeLimited
 
     assert plan.checkpoint is not None
     set_seed_everywhere(config.seed)
-    return OpenVLAPolicy.from_checkpoint(plan.checkpoint, config, plan.unnorm_key)
+    policy = OpenVLAPolicy.from_checkpoint(plan.checkpoint, config, plan.unnorm_key)
+    return TimeLimited(policy, config.policy_timeout) if config.policy_timeout else policy
 
 
 def _run_episodes(

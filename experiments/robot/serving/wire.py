@@ -140,9 +140,8 @@ def _decode_picture(value: dict[Any, Any]) -> Any:
         raise WireError(f"a picture's data is {type(data).__name__}; accepted: bytes of a PNG or JPEG file")
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
-            if (
-                max(picture.size) > MAX_PICTURE_SIDE
-            ):  # Before anything is unpacked: a small file can hold a huge picture.
+            # Nothing is unpacked yet: a small file can hold a huge picture.
+            if max(picture.size) > MAX_PICTURE_SIDE:
                 raise WireError(f"a picture of {picture.size} pixels; accepted: sides up to {MAX_PICTURE_SIDE}")
             return np.asarray(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:

@@ -1,0 +1,124 @@
+"""`--policy`: what an evaluation asks instead of a checkpoint.
+
+http://HOST:PORT    a server of `POST /act`: vla-scripts/deploy.py, ours or OpenVLA-OFT's
+ws://HOST:PORT      a server of openpi's WebSocket protocol, ours or openpi's
+MODULE:FACTORY      Python of the user's: FACTORY() returns an object with `act`, see `policy.py`
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.robot.checkpoint import resolve_unnorm_key
+from experiments.robot.policy import Policy
+from prismatic.util.errors import UsageError
+
+SERVER_TIMEOUT_S = 60.0
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class ExternalPolicy:
+    """A policy and what is recorded of it.
+
+    Attributes:
+        identity: entries of the run's identity: what influences results, as far as the policy tells.
+    """
+
+    policy: Policy
+    identity: Mapping[str, Any]
+
+
+def open_policy(config: Any) -> ExternalPolicy:
+    """The policy that `config.policy` names.
+
+    Args:
+        config: has policy, policy_gripper, policy_timeout, unnorm_key, task_suite_name, num_open_loop_steps.
+
+    Raises:
+        UsageError: nobody answers there, the module or factory does not exist, or the policy does not fit LIBERO.
+    """
+    if "://" in config.policy:
+        return _open_server(config)
+    if not _FACTORY.fullmatch(config.policy):
+        accepted = "http://HOST:PORT, ws://HOST:PORT, MODULE:FACTORY"
+        raise UsageError(f"--policy: found {config.policy!r}; accepted: {accepted}")
+    return _open_factory(config)
+
+
+def _open_server(config: Any) -> ExternalPolicy:
+    from experiments.robot.serving.access import read_token
+    from experiments.robot.serving.remote import open_remote
+
+    policy = open_remote(
+        config.policy,
+        token=read_token(""),
+        timeout_s=config.policy_timeout or SERVER_TIMEOUT_S,
+        gripper=config.policy_gripper,
+    )
+    metadata = policy.metadata
+    policy.unnorm_key = _unnorm_key(config, metadata)
+    _check_sizes(config, metadata)
+    known = {"remote": config.policy.partition(":")[0], "gripper": "libero" if policy.simulator_gripper else "policy"}
+    # A checkpoint's hash says more than an address, which may change while the policy stays the same.
+    place = {} if metadata.get("checkpoint_hash") else {"address": config.policy}
+    settings = metadata.get("settings")
+    identity = {
+        "checkpoint_hash": metadata.get("checkpoint_hash") or None,
+        "unnorm_key": policy.unnorm_key or metadata.get("unnorm_key", ""),
+        "policy": {"name": metadata.get("policy", "server"), **known, **place, "metadata": metadata},
+        "numerics": settings.get("numerics", []) if isinstance(settings, dict) else [],
+    }
+    return ExternalPolicy(policy, identity)
+
+
+def _unnorm_key(config: Any, metadata: Mapping[str, Any]) -> str:
+    """The statistics to ask for: those that a checkpoint would be evaluated with, else the server's default ("")."""
+    keys = metadata.get("unnorm_keys")
+    if not isinstance(keys, list):
+        return str(config.unnorm_key)
+    try:
+        return resolve_unnorm_key(dict.fromkeys(keys), config.unnorm_key, config.task_suite_name)
+    except UsageError:
+        if config.unnorm_key or not metadata.get("unnorm_key"):
+            raise
+        return ""
+
+
+def _check_sizes(config: Any, metadata: Mapping[str, Any]) -> None:
+    chunk, size = metadata.get("action_horizon"), metadata.get("action_dim")
+    if isinstance(chunk, int) and config.num_open_loop_steps > chunk:
+        raise UsageError(
+            f"--num_open_loop_steps: found {config.num_open_loop_steps}; "
+            f"accepted: 1 to {chunk}, the chunk length of the policy at {config.policy}"
+        )
+    if isinstance(size, int) and size != 7:
+        raise UsageError(f"--policy: {config.policy} answers {size} numbers an action; accepted: 7, as LIBERO takes")
+
+
+def _open_factory(config: Any) -> ExternalPolicy:
+    from experiments.robot.time_limit import TimeLimited
+
+    module, _, name = config.policy.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        where = f"looked in {Path.cwd()} and the installed packages"
+        raise UsageError(f"--policy: {config.policy}: {error}; {where}") from None
+    except AttributeError:
+        raise UsageError(f"--policy: module {module} has no {name!r}") from None
+    policy = factory()
+    if not callable(getattr(policy, "act", None)):
+        raise UsageError(f"--policy: {config.policy} made a {type(policy).__name__}, which has no method act(queries)")
+    metadata = getattr(policy, "metadata", {})
+    identity = {"policy": {"name": name, "factory": config.policy, "metadata": metadata}, "numerics": []}
+    limited = TimeLimited(policy, config.policy_timeout) if config.policy_timeout else policy
+    return ExternalPolicy(limited, identity)
