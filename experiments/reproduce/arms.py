@@ -65,11 +65,12 @@ def pair_arms(profile: Profile) -> tuple[Arm, ...]:
 
 
 def selection_arms(profile: Profile) -> tuple[Arm, ...]:
-    """ROCKET with layers chosen by different rules (Table 5)."""
-    return tuple(
+    """Without alignment, and ROCKET with layers chosen by different rules (Table 5)."""
+    chosen = tuple(
         Arm(f"rocket-{name}", label, {"recipe": "rocket"}, {**flags, "count": profile.selection_count})
         for name, label, flags in SELECTIONS
     )
+    return (BASELINE, *chosen)
 
 
 def data_arms(profile: Profile) -> tuple[Arm, ...]:

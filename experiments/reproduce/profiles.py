@@ -11,7 +11,8 @@ class Profile:
     """One scale.
 
     Attributes:
-        vla_path, teacher_path: models; student_depth, teacher_depth: their numbers of blocks.
+        vla_path, teacher_path: models; student_depth, teacher_depth: their numbers of blocks;
+            teacher_dim: width of one teacher stream.
         dataset_name: fine-tuned on.
         train: flags of every fine-tuning.
         final_step: the checkpoint that tables report.
@@ -31,6 +32,7 @@ class Profile:
     teacher_path: str
     student_depth: int
     teacher_depth: int
+    teacher_dim: int
     dataset_name: str
     train: Mapping[str, object]
     final_step: int
@@ -52,6 +54,7 @@ MINI = Profile(
     teacher_path="experiments/mini/weights/teacher",
     student_depth=6,
     teacher_depth=6,
+    teacher_dim=64,
     dataset_name="libero_object_no_noops",
     train={
         "num_images_in_input": 2,
@@ -93,6 +96,7 @@ PAPER = Profile(
     teacher_path="facebook/VGGT-1B",
     student_depth=32,
     teacher_depth=24,
+    teacher_dim=1024,
     dataset_name="libero_4_task_suites_no_noops",
     train={
         "num_images_in_input": 2,

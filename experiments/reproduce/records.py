@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def write_record(place: Workplace, arm: Arm, seed: int, jobs: Iterable[Job], res
         "code": earlier.get("code") or code_version(),
         "versions": earlier.get("versions") or package_versions(),
         "configuration": _portable(place, read_json(checkpoint / "run_config.json")),
+        "alignment": alignment_record(place, read_json(checkpoint / "run_config.json")),
         "training": training_curves(place.out / "runs" / run_id),
         "evaluations": [evaluation_record(folder) for folder in sorted((place.out / "eval").glob(f"{run_id}-step*"))],
         "analyses": {
@@ -56,6 +58,24 @@ def write_record(place: Workplace, arm: Arm, seed: int, jobs: Iterable[Job], res
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(record, indent=1) + "\n")
     return path
+
+
+def alignment_record(place: Workplace, flags: dict[str, Any]) -> dict[str, Any]:
+    """What a run's flags meant: layers, projector, and the hidden units every pair used; {} without alignment."""
+    import torch
+
+    from rocket_align import MultiLayerAlignment
+    from rocket_align.flags import AlignFlags
+
+    known = {field.name for field in fields(AlignFlags)}
+    alignment_flags = AlignFlags(**{name: value for name, value in flags.items() if name in known})
+    align = alignment_flags.align_config(place.profile.student_depth, place.profile.teacher_depth)
+    if not align.num_pairs:
+        return {}
+    # Widths do not depend on the students'; on the meta device nothing is allocated.
+    with torch.device("meta"):
+        alignment = MultiLayerAlignment(align, 1, place.profile.teacher_dim)
+    return {**asdict(align), "widths": [alignment.projector_of(pair)[1] for pair in range(align.num_pairs)]}
 
 
 def training_curves(run_dir: Path) -> dict[str, list[float]]:
@@ -71,15 +91,15 @@ def evaluation_record(folder: Path) -> dict[str, Any]:
 
     config = read_json(folder / "config.json")
     episodes = sorted(load_episodes(folder), key=lambda result: result.key)
-    fields = ("task_id", "init_state", "status", "steps")
+    columns = ("task_id", "init_state", "status", "steps")
     return {
         "name": folder.name,
         "step": int(folder.name.rpartition("-step")[2].split("-")[0]),
         "suite": config["identity"]["suite"],
         "identity": config["identity"],
         "tasks": {str(result.task_id): result.task for result in episodes},
-        "columns": [*fields, "seconds"],
-        "episodes": [[*(getattr(result, name) for name in fields), round(result.wall_time, 2)] for result in episodes],
+        "columns": [*columns, "seconds"],
+        "episodes": [[*(getattr(result, name) for name in columns), round(result.wall_time, 2)] for result in episodes],
     }
 
 

@@ -1,0 +1,128 @@
+"""From result files to the numbers of a report: success over seeds with intervals, paired tests, losses, times."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.robot.libero.summary import wilson_interval
+from prismatic.util.errors import UsageError
+from prismatic.util.files import read_json
+
+Record = Mapping[str, Any]
+_TAIL = 0.2  # of the log lines count as the end of training
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Success of one arm at one step, over its seeds.
+
+    Attributes:
+        episodes: (seed, suite, task, initial state) -> success; errors are left out and counted apart.
+    """
+
+    arm: str
+    label: str
+    episodes: Mapping[tuple[int, str, int, int], bool]
+    errors: int
+
+    @property
+    def successes(self) -> int:
+        return sum(self.episodes.values())
+
+    @property
+    def rate(self) -> float:
+        """Part of the completed episodes that succeeded."""
+        return self.successes / len(self.episodes)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95% interval over all episodes; seeds share initial states, so it says nothing about new tasks."""
+        return wilson_interval(self.successes, len(self.episodes))
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        """Success rate of each fine-tuning seed."""
+        seeds = sorted({key[0] for key in self.episodes})
+        return {
+            seed: statistics.mean(success for key, success in self.episodes.items() if key[0] == seed) for seed in seeds
+        }
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Exact McNemar test on episodes with equal seed, task and initial state."""
+
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+def load_records(folder: Path) -> list[Record]:
+    """All result files of a profile, by name; raises UsageError for a folder without any."""
+    files = sorted(folder.glob("*-seed*.json"))
+    if not files:
+        raise UsageError(f"{folder}: no result files; accepted: a folder that `run` has written to")
+    return [read_json(file) for file in files]
+
+
+def outcome(records: Iterable[Record], arm: str, step: int, suites: Sequence[str]) -> Outcome | None:
+    """An arm's episodes in the given suites; None when none were run."""
+    episodes: dict[tuple[int, str, int, int], bool] = {}
+    label, errors = arm, 0
+    for record in records:
+        if record["arm"] != arm:
+            continue
+        label = record["label"]
+        for evaluation in record["evaluations"]:
+            if evaluation["step"] != step or evaluation["suite"] not in suites:
+                continue
+            for task, state, status, *_ in evaluation["episodes"]:
+                if status == "error":
+                    errors += 1
+                else:
+                    episodes[record["seed"], evaluation["suite"], task, state] = status == "success"
+    return Outcome(arm, label, episodes, errors) if episodes else None
+
+
+def paired_test(first: Outcome, second: Outcome) -> PairedTest | None:
+    """Whether one arm solves more of the episodes both have; None when they share none."""
+    from scipy.stats import binomtest
+
+    shared = first.episodes.keys() & second.episodes.keys()
+    if not shared:
+        return None
+    only_first = sum(first.episodes[key] and not second.episodes[key] for key in shared)
+    only_second = sum(second.episodes[key] and not first.episodes[key] for key in shared)
+    differing = only_first + only_second
+    p_value = float(binomtest(only_second, differing, 0.5).pvalue) if differing else 1.0
+    return PairedTest(only_first, only_second, p_value)
+
+
+def final_value(record: Record, name: str) -> float | None:
+    """Mean of a metric over the last fifth of training; None when it was not logged."""
+    values = record["training"].get(name)
+    if not values:
+        return None
+    return statistics.mean(values[-max(1, round(_TAIL * len(values))) :])
+
+
+def final_values(records: Iterable[Record], arm: str, name: str) -> list[float]:
+    """:func:`final_value` of every seed that has it."""
+    values = (final_value(record, name) for record in records if record["arm"] == arm)
+    return [value for value in values if value is not None]
+
+
+def seconds_per_step(records: Iterable[Record], arm: str) -> float | None:
+    """Median time of a training step over all seeds; None when there are no logs."""
+    times: list[float] = []
+    for record in records:
+        if record["arm"] != arm or not record["training"]:
+            continue
+        steps, seconds = record["training"]["step"], record["training"]["seconds"]
+        # The first line holds start-up.
+        times += [time / (step - before) for before, step, time in zip(steps, steps[1:], seconds[1:], strict=False)]
+    return statistics.median(times) if times else None

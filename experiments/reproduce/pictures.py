@@ -1,0 +1,195 @@
+"""The report's pictures: success with intervals, training curves, alignment of every layer pair, projector widths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from experiments.reproduce.arms import METHODS, NAIVE_NARROW, ROCKET, Arm
+from experiments.reproduce.outcomes import Record, outcome
+from experiments.reproduce.profiles import Profile
+from experiments.reproduce.studies import STUDIES, Study
+from prismatic.util.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colors, told apart with every kind of color vision.
+COLORS = {
+    "baseline": "#7f7f7f",
+    "spatial_forcing": "#e69f00",
+    "naive": "#0072b2",
+    "shared": "#009e73",
+    "rocket": "#d55e00",
+    "naive-width20": "#56b4e9",
+    "spatial_forcing-width20": "#f0c75e",
+}
+_OTHER = "#d55e00"
+
+
+def draw_pictures(records: Sequence[Record], profile: Profile, folder: Path) -> dict[str, Path]:
+    """Draw what there are results for; returns the file of every study that has one, and of "training"."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "savefig.dpi": 160}
+    )
+    pictures: dict[str, Path] = {}
+    for study in STUDIES.values():
+        draw = _drawer(study, records, profile)
+        if draw is not None:
+            pictures[study.name] = _save(draw, folder / f"{study.name}.png")
+    if any(record["training"] for record in records):
+        pictures["training"] = _save(lambda: draw_training(records), folder / "training.png")
+    return pictures
+
+
+def _drawer(study: Study, records: Sequence[Record], profile: Profile) -> Callable[[], Figure] | None:
+    """What draws a study's success; None when nothing of it was run."""
+    if study.unsupported or study.analyses or study.name == "table7":
+        return None
+    if study.curve:
+        return (lambda: draw_curves(study, records, profile)) if _any_curve(study, records, profile) else None
+    suites = ("libero_plus",) if study.plus else profile.suites
+    run = [arm for arm in study.arms(profile) if outcome(records, arm.name, profile.final_step, suites)]
+    return (lambda: draw_success(run, records, profile, suites)) if run else None
+
+
+def _any_curve(study: Study, records: Sequence[Record], profile: Profile) -> bool:
+    early = profile.curve_steps[:-1]
+    return any(outcome(records, arm.name, step, profile.suites) for arm in study.arms(profile) for step in early)
+
+
+def _save(draw: Callable[[], Figure], path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    figure = draw()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+    plt.close(figure)
+    return path
+
+
+def draw_success(arms: Sequence[Arm], records: Sequence[Record], profile: Profile, suites: Sequence[str]) -> Figure:
+    """One line an arm: rate and interval over all seeds, and a small mark for every seed."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.2, 0.9 + 0.42 * len(arms)), layout="constrained")
+    for row, arm in enumerate(arms):
+        found = outcome(records, arm.name, profile.final_step, suites)
+        assert found is not None
+        low, high = found.interval
+        color = COLORS.get(arm.name, _OTHER)
+        axes.plot([low, high], [row, row], color=color, linewidth=2.2, solid_capstyle="round")
+        axes.plot(list(found.by_seed.values()), [row] * len(found.by_seed), "|", color=color, markersize=11)
+        axes.plot(found.rate, row, "o", color=color, markersize=7)
+        axes.text(
+            1.02, row, f"{found.successes}/{len(found.episodes)}", va="center", transform=axes.get_yaxis_transform()
+        )
+    axes.set_yticks(range(len(arms)), [arm.label for arm in arms])
+    axes.invert_yaxis()
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_xlabel("success rate, 95% interval; ticks: single seeds")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    return figure
+
+
+def draw_curves(study: Study, records: Sequence[Record], profile: Profile) -> Figure:
+    """Success at the checkpoints of the training."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
+    arms = study.arms(profile)
+    for number, arm in enumerate(arms):
+        points = [(step, outcome(records, arm.name, step, profile.suites)) for step in profile.curve_steps]
+        shown = [(step, one) for step, one in points if one is not None]
+        if not shown:
+            continue
+        # A little to the side, or the intervals hide one another.
+        shift = (number - (len(arms) - 1) / 2) * 0.008 * profile.final_step
+        rates = np.array([one.rate for _, one in shown])
+        bars = np.abs(np.array([one.interval for _, one in shown]).T - rates)
+        steps = np.array([step for step, _ in shown]) + shift
+        axes.errorbar(steps, rates, bars, color=COLORS[arm.name], marker="o", capsize=2, linewidth=1.5, label=arm.label)
+    axes.set(xlabel="training step", ylabel="success rate", ylim=(0, 1.03), xlim=(0, None))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    axes.legend(frameon=False)
+    return figure
+
+
+def draw_training(records: Sequence[Record]) -> Figure:
+    """Losses of the methods, ROCKET's alignment pair by pair, and the widths of its projector."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    _draw_metric(axes[0, 0], records, "action_loss", "action loss (L1, normalized)")
+    _draw_metric(axes[0, 1], records, "align_loss", "alignment loss (1 - cosine)")
+    _draw_pairs(axes[1, 0], records)
+    _draw_widths(axes[1, 1], records)
+    return figure
+
+
+def _curves(records: Sequence[Record], arm: str, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """(steps, values of every seed) of a metric; seeds are cut to the shortest log."""
+    logs = [record["training"] for record in records if record["arm"] == arm and name in record["training"]]
+    if not logs:
+        return None
+    length = min(len(log["step"]) for log in logs)
+    return np.array(logs[0]["step"][:length]), np.array([log[name][:length] for log in logs])
+
+
+def _draw_metric(axes: Axes, records: Sequence[Record], name: str, title: str) -> None:
+    for arm in (*METHODS, NAIVE_NARROW):
+        curves = _curves(records, arm.name, name)
+        if curves is None or not np.any(curves[1] > 0):
+            continue
+        steps, values = curves
+        axes.plot(steps, values.mean(0), color=COLORS[arm.name], linewidth=1.5, label=arm.label)
+        axes.fill_between(steps, values.min(0), values.max(0), color=COLORS[arm.name], alpha=0.15, linewidth=0)
+    axes.set(title=f"{title}; mean and range of seeds", xlabel="step", ylim=(0, None))
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_pairs(axes: Axes, records: Sequence[Record]) -> None:
+    import matplotlib
+
+    names = sorted(
+        {name for record in records if record["arm"] == ROCKET.name for name in record["training"] if "_pair_" in name},
+        key=lambda name: int(name.rpartition("_")[2]),
+    )
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.9, max(1, len(names))))
+    for number, (name, shade) in enumerate(zip(names, shades, strict=False)):
+        curves = _curves(records, ROCKET.name, name)
+        if curves is not None:
+            axes.plot(curves[0], curves[1].mean(0), color=shade, linewidth=1.5, label=f"pair {number}")
+    axes.set(title="ROCKET: alignment loss of every pair, shallow to deep", xlabel="step", ylim=(0, None))
+    if names:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_widths(axes: Axes, records: Sequence[Record]) -> None:
+    """Hidden channels that each pair of ROCKET's projector uses."""
+    alignment = next(
+        (record["alignment"] for record in records if record["arm"] == ROCKET.name and record.get("alignment")), None
+    )
+    if alignment is None:
+        axes.set_axis_off()
+        return
+    widths, pairs = (
+        alignment["widths"],
+        list(zip(alignment["student_layers"], alignment["teacher_layers"], strict=True)),
+    )
+    axes.bar(range(len(widths)), [max(widths)] * len(widths), color="#eeeeee", width=0.7)
+    axes.bar(range(len(widths)), widths, color=COLORS["rocket"], width=0.7)
+    for position, width in enumerate(widths):
+        axes.text(position, width, str(width), ha="center", va="bottom", fontsize=8)
+    axes.set_xticks(range(len(widths)), [f"{student} : {teacher}" for student, teacher in pairs])
+    axes.set(title="ROCKET: hidden channels in use", xlabel="student layer : teacher block")
