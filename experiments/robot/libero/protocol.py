@@ -28,6 +28,9 @@ Array = npt.NDArray[Any]
 
 # Longest demonstration of the suite, rounded up (upstream's table).
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+# LIBERO-Plus perturbs four of them: `libero_plus_object` is libero_object's part, `libero_plus` all four.
+PLUS_SUITES = {f"libero_plus_{suite.removeprefix('libero_')}": suite for suite in MAX_STEPS if suite != "libero_90"}
+PLUS_ALL = "libero_plus"
 DUMMY_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 
 
@@ -59,7 +62,9 @@ class Protocol:
 class Episode:
     """One episode to run: a task of a suite (`task` is its instruction), from its fixed state number `init_state`.
 
-    `start_vector`, when given, replaces the benchmark's own state of that number (`--initial_states_path`).
+    `start_vector`, when given, replaces the benchmark's own state of that number (`--initial_states_path`);
+    `max_steps`, when not 0, the protocol's step limit. A perturbed task has a `kind`, where known a `level` (its
+    strength on the generator's scale) and its full `task_name`.
     """
 
     suite: str
@@ -68,6 +73,10 @@ class Episode:
     init_state: int
     seed: int
     start_vector: tuple[float, ...] | None = None
+    max_steps: int = 0
+    kind: str | None = None
+    level: int | None = None
+    task_name: str | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -80,14 +89,19 @@ class Episode:
 
 
 def max_steps_for(suite: str) -> int:
-    """The protocol's step limit of `suite`; a perturbed suite (`libero_10_swap`) has its base suite's.
+    """The protocol's step limit of `suite`; perturbed ones (`libero_10_swap`, `libero_plus_10`) have their base's.
+
+    For `libero_plus`, whose four parts have limits of their own, it is the largest.
 
     Raises:
         UsageError: no such suite.
     """
+    if suite == PLUS_ALL:
+        return max(MAX_STEPS[base] for base in PLUS_SUITES.values())
+    suite = PLUS_SUITES.get(suite, suite)
     bases = [base for base in MAX_STEPS if suite == base or suite.startswith(base + "_")]
     if not bases:
-        raise unknown_name("--task_suite_name", suite, MAX_STEPS)
+        raise unknown_name("--task_suite_name", suite, [*MAX_STEPS, PLUS_ALL, *PLUS_SUITES])
     return MAX_STEPS[bases[0]]
 
 

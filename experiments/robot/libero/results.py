@@ -48,6 +48,9 @@ class EpisodeResult:
     error: str | None
     wall_time: float
     attempts: int = 1
+    kind: str | None = None  # of perturbation, with its level and the task's full name (LIBERO-Plus)
+    level: int | None = None
+    task_name: str | None = None
 
     def __post_init__(self) -> None:
         if (

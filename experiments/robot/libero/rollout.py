@@ -176,6 +176,9 @@ class Rollouts:
             error=error,
             wall_time=round(time.monotonic() - slot.started, 3),
             attempts=min(self._deaths.get(episode.key, 0) + 1, MAX_ATTEMPTS),
+            kind=episode.kind,
+            level=episode.level,
+            task_name=episode.task_name,
         )
         self._on_result(result)
         path = self._settings.video_path(result) if status != "error" else None
