@@ -5,11 +5,8 @@ Files lie in `results/{profile}/{arm}-seed{seed}.json` and belong to the reposit
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -20,9 +17,9 @@ from experiments.reproduce.arms import Arm
 from experiments.reproduce.stages import Workplace
 from prismatic.training.metrics import read_log
 from prismatic.util.files import atomic_write, read_json
+from prismatic.util.versions import code_version, package_versions
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("rocket-vla", "torch", "transformers", "timm", "peft", "accelerate", "numpy", "mujoco", "robosuite")
 FORMAT_VERSION = 1
 
 
@@ -101,31 +98,6 @@ def evaluation_record(folder: Path) -> dict[str, Any]:
         "columns": [*columns, "seconds"],
         "episodes": [[*(getattr(result, name) for name in columns), round(result.wall_time, 2)] for result in episodes],
     }
-
-
-def code_version() -> dict[str, Any]:
-    """Commit of the checkout, and whether files differ from it; {} outside of a git checkout."""
-    try:
-        commit = _git("rev-parse", "HEAD")
-        changed = bool(_git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return {"commit": commit, "changed": changed}
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def package_versions() -> dict[str, str]:
-    """Versions that influence numbers, and the machine's kind."""
-    versions = {"python": platform.python_version(), "machine": platform.machine(), "cores": str(os.cpu_count())}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _portable(place: Workplace, value: Any) -> Any:

@@ -94,7 +94,7 @@ def test_arms_mean_what_they_say() -> None:
     known = {field.name for field in dataclasses.fields(AlignFlags)}
     for profile in PROFILES.values():
         for arm in _all_arms(profile).values():
-            flags = {name: value for name, value in arm.flags.items() if name in known}
+            flags: dict[str, Any] = {name: value for name, value in arm.flags.items() if name in known}
             align = AlignFlags(vggt_path="teacher", **flags).align_config(profile.student_depth, profile.teacher_depth)
             assert bool(align.num_pairs) == (arm.flags["recipe"] != "baseline")
     paper = {arm.name: arm for arm in arms.pair_arms(PAPER)}
