@@ -125,7 +125,7 @@ def test_studies_share_the_commands_of_an_arm(tmp_path: Path) -> None:
     assert len(chains) == len(MINI.seeds)
     names = [job.name for job in chains[0].jobs]
     assert sum(name.startswith("train-") for name in names) == 1
-    assert [name for name in names if "step200" in name] == ["evaluate-rocket-seed0-step200-libero_object"]
+    assert [name for name in names if "step100" in name] == ["evaluate-rocket-seed0-step100-libero_object"]
     assert sum(name.startswith("evaluate-") for name in names) == len(MINI.curve_steps)
 
 
@@ -140,7 +140,7 @@ def _record(arm: str, seed: int, successes: list[int], *, losses: tuple[float, .
         "code": {"commit": "abc"},
         "versions": {"cores": "2", "torch": "2"},
         "training": {"step": steps, "action_loss": list(losses), "seconds": [9.0] + [5.0] * (len(steps) - 1)},
-        "evaluations": [{"step": 200, "suite": "libero_object", "episodes": episodes}],
+        "evaluations": [{"step": 100, "suite": "libero_object", "episodes": episodes}],
     }
 
 
@@ -152,21 +152,21 @@ def _write(folder: Path, *found: dict[str, Any]) -> None:
 
 def test_outcomes_add_up_seeds_and_pair_episodes() -> None:
     found = [_record("baseline", 0, [0, 1, 2]), _record("baseline", 1, [0]), _record("rocket", 0, list(range(8)))]
-    baseline = outcomes.outcome(found, "baseline", 200, ("libero_object",))
-    rocket = outcomes.outcome(found, "rocket", 200, ("libero_object",))
+    baseline = outcomes.outcome(found, "baseline", 100, ("libero_object",))
+    rocket = outcomes.outcome(found, "rocket", 100, ("libero_object",))
     assert baseline and rocket
     assert (baseline.successes, len(baseline.episodes)) == (4, 20)
     assert baseline.by_seed == {0: 0.3, 1: 0.1}
     test = outcomes.paired_test(baseline, rocket)
     assert test and (test.only_first, test.only_second) == (0, 5)
     assert test.p_value == pytest.approx(2 * 0.5**5)
-    assert outcomes.outcome(found, "rocket", 100, ("libero_object",)) is None
+    assert outcomes.outcome(found, "rocket", 50, ("libero_object",)) is None
 
 
 def test_errors_are_not_failures() -> None:
     record = _record("rocket", 0, [0])
     record["evaluations"][0]["episodes"][5][2] = "error"
-    found = outcomes.outcome([record], "rocket", 200, ("libero_object",))
+    found = outcomes.outcome([record], "rocket", 100, ("libero_object",))
     assert found and (len(found.episodes), found.errors) == (9, 1)
 
 
@@ -201,7 +201,7 @@ def test_a_record_holds_what_the_run_left(tmp_path: Path) -> None:
     log = place.out / "runs" / "rocket-seed0" / "metrics.jsonl"
     log.parent.mkdir(parents=True)
     log.write_text('{"step": 1, "loss": 1.0, "seconds": 2.0}\n{"step": 10, "loss": 0.5, "seconds": 4.0}\n')
-    folder = place.out / "eval" / "rocket-seed0-step200-libero_object"
+    folder = place.out / "eval" / "rocket-seed0-step100-libero_object"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"identity": {"suite": "libero_object"}, "environment": {}}))
     episode = {"suite": "libero_object", "task_id": 7, "task": "t", "init_state": 3, "seed": 7, "status": "success"}
@@ -212,6 +212,6 @@ def test_a_record_holds_what_the_run_left(tmp_path: Path) -> None:
     assert record["training"] == {"loss": [1.0, 0.5], "seconds": [2.0, 4.0], "step": [1.0, 10.0]}
     assert record["alignment"]["widths"] == [25, 51, 76, 102, 128]
     assert record["evaluations"][0]["episodes"] == [[7, 3, "success", 90, 2.35]]
-    assert record["evaluations"][0]["step"] == 200
+    assert record["evaluations"][0]["step"] == 100
     assert record["commands"] == {"train": ["a", "x"]} and record["configuration"]["data_root_dir"] == "data"
     assert str(tmp_path) not in path.read_text()
