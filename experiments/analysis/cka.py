@@ -68,15 +68,15 @@ def draw(config: CkaConfig, parts: list[dict[str, Any]]) -> None:
     width = max(2.6, 0.9 + 0.24 * min(blocks, 24))
     figure = new_figure(0.6 + width * len(parts), max(2.4, 0.8 + 0.2 * min(states, 33)))
     grid = figure.subplots(1, len(parts), squeeze=False)[0]
-    top = max(float(part["cka"].max()) for part in parts)
+    limits = min(float(part["cka"].min()) for part in parts), max(float(part["cka"].max()) for part in parts)
     for axes, part in zip(grid, parts):
         labels = [str(state) for state in range(len(part["cka"]))]
         columns = [str(block) for block in range(part["cka"].shape[1])]
-        image = heatmap(axes, part["cka"], limits=(0.0, top), rows=labels, columns=columns)
+        image = heatmap(axes, part["cka"], limits=limits, rows=labels, columns=columns)
         for pair in part["matching"]:
             box = Rectangle((pair["teacher"] - 0.5, pair["student"] - 0.5), 1, 1, fill=False, ec=MATCHED, lw=1.6)
             axes.add_patch(box)
         axes.set(title=part["label"], xlabel="teacher block", ylabel="student state" if axes is grid[0] else "")
     kind = "debiased" if config.debiased else "biased"
-    figure.colorbar(image, ax=list(grid), label=f"linear CKA ({kind}), matched in boxes", pad=0.02)
+    figure.colorbar(image, ax=list(grid), label=f"linear CKA ({kind})", pad=0.02)
     save_figure(figure, config.out_dir / "cka.png")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from prismatic.util.files import read_json
 from rocket_align.alignment import AlignOutput, MultiLayerAlignment
 from rocket_align.config import AlignConfig
 from rocket_align.student import vision_tokens
-
-if TYPE_CHECKING:
-    from rocket_align.teacher.base import TeacherFeatures
 
 TeacherLayers = Literal["none", "aligned", "all"]
 
@@ -51,7 +48,7 @@ class Pass:
     hidden_states: tuple[Tensor, ...]
     vision_start: int
     num_vision_tokens: int
-    teacher: TeacherFeatures | None
+    teacher: Any
     action_loss: Tensor
     attention_mask: Tensor
 
