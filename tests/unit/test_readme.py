@@ -1,4 +1,4 @@
-"""README.md: every path, make target, script and flag that it names must exist."""
+"""README.md and docs/: every path, make target, script and flag that they name must exist."""
 
 from __future__ import annotations
 
@@ -13,15 +13,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "docs").glob("*.md")}
+PAGES["README.md"] = README
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What a reader brings along or a run creates, as opposed to files of the repository.
 OUTSIDE = ("/", "../", "runs", "runs/", "datasets/", "data/", ".venv", "facebook/", "openvla/")
+# Scripts whose flags belong to a subcommand.
+SUBCOMMANDS = {
+    "experiments.reproduce": ("list", "run", "report"),
+    "vla-scripts/analyze.py": ("cka", "gradients", "projectors", "cone", "depth", "theorem"),
+    "experiments.robot.libero.results": ("report", "compare"),
+    "patches": ("apply", "check", "revert"),
+}
 
 
-def shell_commands() -> list[list[str]]:
-    """The commands of the README's bash blocks, split into words, without comments."""
+def shell_commands(page: str) -> list[list[str]]:
+    """The commands of a page's bash blocks, split into words, without comments."""
     commands = []
-    for language, body in FENCE.findall(README):
+    for language, body in FENCE.findall(PAGES[page]):
         if language == "bash":
             lines = body.replace("\\\n", " ").splitlines()
             commands += [words for line in lines if (words := shlex.split(line, comments=True))]
@@ -29,24 +38,36 @@ def shell_commands() -> list[list[str]]:
 
 
 def entry_point(words: list[str]) -> tuple[str, ...] | None:
-    """Arguments that start the same program under this Python: ("script.py",) or ("-m", "module"); None for others."""
+    """Arguments that start the same program under this Python: ("script.py",), ("script.py", "subcommand") or ("-m",
+    "module"); None for others."""
     if "python" in words:
         start = words.index("python") + 1
-        return tuple(words[start : start + 2]) if words[start] == "-m" else (words[start],)
+        if words[start].startswith("-") and words[start] != "-m":
+            return None
+        length = 2 if words[start] == "-m" else 1
+        following = words[start + length : start + length + 1]
+        if following and following[0] in SUBCOMMANDS.get(words[start + length - 1], ()):
+            length += 1
+        return tuple(words[start : start + length])
     if words[:2] == ["accelerate", "launch"]:
         return (next(word for word in words if word.endswith(".py")),)
     return None
 
 
-def python_commands() -> list[tuple[tuple[str, ...], list[str]]]:
-    """(entry point, flags) of each Python program that the README starts."""
+def python_commands(page: str) -> list[tuple[tuple[str, ...], list[str]]]:
+    """(entry point, flags) of each Python program of this repository that a page starts."""
     found = []
-    for words in shell_commands():
+    for words in shell_commands(page):
         program = entry_point(words)
-        if program is not None:
+        if program is not None and not program[0].startswith(OUTSIDE) and program[1:2] != ("pip",):
             arguments = words[words.index(program[-1]) + 1 :]
             found.append((program, [word.split("=")[0] for word in arguments if word.startswith("--")]))
     return found
+
+
+def programs() -> list[tuple[str, ...]]:
+    """Every program that some page starts."""
+    return sorted({program for page in PAGES for program, _ in python_commands(page)})
 
 
 @cache
@@ -84,7 +105,8 @@ def named_paths() -> list[str]:
 
 def test_the_readers_below_find_something() -> None:
     assert len(tree_paths()) > 10 and len(named_paths()) >= 1
-    assert len(python_commands()) >= 2 and any(flags for _, flags in python_commands())
+    commands = python_commands("README.md")
+    assert len(commands) >= 2 and any(flags for _, flags in commands)
 
 
 @pytest.mark.parametrize("path", sorted(set(tree_paths() + named_paths())))
@@ -92,23 +114,32 @@ def test_path_exists(path: str) -> None:
     assert (ROOT / path).exists(), f"README.md names {path}, which does not exist"
 
 
-def test_make_targets_exist() -> None:
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_links_lead_somewhere(page: str) -> None:
+    targets = re.findall(r"\]\(([^)]+)\)", FENCE.sub("", PAGES[page]))
+    here = (ROOT / page).parent
+    missing = [name for name in targets if "://" not in name and not (here / name.split("#")[0]).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_make_targets_exist(page: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = {name for line in re.findall(r"^([a-z][a-z -]*):", makefile, re.MULTILINE) for name in line.split()}
-    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", "\n".join(re.findall(r"`[^`]+`", FENCE.sub("", README)))))
-    named |= {words[1] for words in shell_commands() if words[0] == "make" and len(words) > 1}
-    assert named, "README.md names no make target"
+    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", "\n".join(re.findall(r"`[^`]+`", FENCE.sub("", PAGES[page])))))
+    named |= {words[1] for words in shell_commands(page) if words[0] == "make" and len(words) > 1}
+    assert named or page != "README.md", "README.md names no make target"
     assert named <= targets
 
 
-@pytest.mark.parametrize("program", sorted({program for program, _ in python_commands()}), ids=" ".join)
+@pytest.mark.parametrize("program", programs(), ids=" ".join)
 def test_commands_use_known_flags(program: tuple[str, ...]) -> None:
-    used = {flag for other, flags in python_commands() if other == program for flag in flags}
+    used = {flag for page in PAGES for other, flags in python_commands(page) if other == program for flag in flags}
     assert used <= accepted_flags(program)
 
 
 def test_flags_in_the_text_belong_to_some_command() -> None:
     prose = FENCE.sub("", README)
     named = {flag for code in re.findall(r"`([^`\n]+)`", prose) for flag in re.findall(r"--[a-z_]+", code)}
-    known = frozenset().union(*(accepted_flags(program) for program, _ in python_commands()))
+    known = frozenset().union(*(accepted_flags(program) for program in programs()))
     assert named <= known
