@@ -129,6 +129,46 @@ def test_drawing_changes_nothing(env: LiberoEnv, actions: np.ndarray) -> None:
     assert equal(*results)
 
 
+def test_torques_are_those_of_robosuite(env: LiberoEnv) -> None:
+    """The hand is pressed onto the table, which is where the smallest difference would grow."""
+
+    class Robosuites:
+        def substep(self, gripper_action: np.ndarray) -> None:
+            env.domain._pre_action(action, False)
+
+    runs, ours = [], env._arm
+    for arm in (ours, Robosuites()):
+        env.reset(env.init_states[0])
+        env._arm = arm
+        for number in range(24):
+            action = np.array([0.3, 0.1 * (-1) ** number, -1.0, 0.2, 0.0, 0.3, (-1) ** (number // 4)])
+            env.step(action)
+        runs.append(np.concatenate([env.domain.sim.data.qpos, env.domain.sim.data.qvel, env.domain.sim.data.ctrl]))
+    env._arm = ours
+    assert env.domain.sim.data.ncon > 0
+    assert np.array_equal(*runs)
+
+
+def test_what_is_out_of_view_changes_no_pixel(env: LiberoEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer geoms are drawn, and no pixel differs, though the stove mirrors some that are not in view themselves."""
+    from experiments.robot.libero import rendering
+
+    model, left_out = env.domain.sim.model._model, []
+    find = rendering.geoms_out_of_view
+    for aside in (0, 16):
+        env.reset(env.init_states[0])
+        for _ in range(aside):
+            env.step(np.array([0.5, 0.8, -0.5, 0, 0, 0, 0]))
+        fewer = env.observe()
+        left_out.append([find(model, env._scratch, model.camera(name).id).sum() for name in CAMERAS])
+        with monkeypatch.context() as patch:
+            patch.setattr(rendering, "geoms_out_of_view", lambda *_: np.zeros(model.ngeom, dtype=bool))
+            everything = env.observe()
+        assert np.array_equal(fewer.image, everything.image)
+        assert np.array_equal(fewer.wrist_image, everything.wrist_image)
+    assert max(max(counts) for counts in left_out) > 20, left_out
+
+
 def test_geometry_is_metric_and_in_line_with_the_picture(env: LiberoEnv) -> None:
     """Pixels seen by both cameras meet in space: world points from depth lie on the object they are labelled as."""
     env.reset(env.init_states[0])

@@ -17,6 +17,7 @@ import contextlib
 import copy
 import io
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,6 +25,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments.robot.libero.control import ArmControl
+from experiments.robot.libero.perturbations import degrade
+from experiments.robot.libero.plus_scene import apply_to_domain, build_own_scene, with_robot_start
 from experiments.robot.libero.rendering import RENDER_MODES, Cameras, CameraView, choose_renderer
 from experiments.robot.libero.tasks import TaskSpec, get_task, load_init_states
 from prismatic.util.errors import UsageError, unknown_name
@@ -90,8 +94,11 @@ class LiberoEnv:
         self._init_states: np.ndarray | None = None
         self._cameras: Cameras | None = None
         self._domain = _build_domain(self.task)
+        if self.task.perturbation is not None:
+            apply_to_domain(self._domain, self.task.perturbation)
         self._model = self._domain.sim.model._model
         self._data = self._domain.sim.data._data
+        self._arm = ArmControl(self._domain)
         self._scratch = copy.copy(self._data)  # Kinematics of the sampled moment, for drawing.
         self._pristine = self._pristine_model()
         self._pristine_visuals = {name: dict(vis) for name, vis in self._visual_flags()}
@@ -129,6 +136,9 @@ class LiberoEnv:
         if init_state is not None and np.shape(init_state) != (length,):
             raise UsageError(f"init_state: {self.task.name} expects shape ({length},), got {np.shape(init_state)}")
         self._rebuild(seed)
+        self._seed = seed
+        if init_state is not None and self.task.perturbation is not None:
+            init_state = with_robot_start(init_state, self._domain, self.task.perturbation)
         timer = self._domain.model_timestep
         if init_state is not None:
             self._domain.sim.set_state_from_flattened(np.asarray(init_state, dtype=np.float64))
@@ -160,7 +170,10 @@ class LiberoEnv:
         for substep in range(int(domain.control_timestep / domain.model_timestep)):
             # The controller brings positions and velocities up to date before it computes torques, so only the second
             # half of MuJoCo's step is left to do. robosuite does the first half three times, to the same result.
-            domain._pre_action(action, substep == 0)
+            if substep == 0:
+                domain._pre_action(action, True)
+            else:
+                self._arm.substep(action[ACTION_DIM - 1 :])
             kinematics_qpos = self._data.qpos.copy()
             mujoco.mj_step2(self._model, self._data)
             self._tick(kinematics_qpos)
@@ -172,7 +185,7 @@ class LiberoEnv:
         """Render both cameras and read the robot's state."""
         cameras = self._draw_ready()
         return Observation(
-            image=cameras.color(self._scratch, CAMERAS[0]),
+            image=self._degraded(cameras.color(self._scratch, CAMERAS[0])),
             wrist_image=cameras.color(self._scratch, CAMERAS[1]),
             state=self.state,
             joint_state=self._sampled_qpos[self._robot._ref_joint_pos_indexes],
@@ -188,6 +201,13 @@ class LiberoEnv:
             raise UsageError("observe_geometry: make the environment with camera_depths=True")
         cameras = self._draw_ready()
         return {name: cameras.geometry(self._scratch, name) for name in CAMERAS}
+
+    def _degraded(self, image: np.ndarray) -> np.ndarray:
+        """The third-person picture with the task's noise, if any: the same one however often a moment is drawn."""
+        if self.task.perturbation is None or not self.task.perturbation.noise:
+            return image
+        seed = zlib.crc32(f"{self.task.name}:{self._seed}:{self._domain.timestep}".encode())
+        return degrade(image, self.task.perturbation.noise, np.random.RandomState(seed))
 
     @property
     def state(self) -> np.ndarray:
@@ -303,15 +323,16 @@ class LiberoEnv:
 
 def _build_domain(task: TaskSpec) -> Any:
     """The task's robosuite environment, with no cameras and no sensors of its own: both are read here instead."""
+    settings = {
+        "use_camera_obs": False,
+        "has_offscreen_renderer": False,
+        "hard_reset": False,
+        "ignore_done": True,
+        "control_freq": _CONTROL_HZ,
+    }
+    if task.perturbation is not None and task.perturbation.own_scene:
+        return build_own_scene(task, **settings)
     with contextlib.redirect_stdout(io.StringIO()):
         from libero.libero.envs.env_wrapper import ControlEnv
 
-        wrapper = ControlEnv(
-            bddl_file_name=str(task.bddl_path),
-            use_camera_obs=False,
-            has_offscreen_renderer=False,
-            hard_reset=False,
-            ignore_done=True,
-            control_freq=_CONTROL_HZ,
-        )
-    return wrapper.env
+        return ControlEnv(bddl_file_name=str(task.bddl_path), **settings).env

@@ -22,7 +22,7 @@ from prismatic.util.errors import UsageError
 RENDER_MODES = ("protocol", "fast")
 APT_HINT = "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri (or libosmesa6 for MUJOCO_GL=osmesa)"
 _MAX_GEOMS = 1000
-_COLLISION_GROUP, _VISUAL_GROUP = 0, 1
+_COLLISION_GROUP, _VISUAL_GROUP, _OUT_OF_VIEW_GROUP = 0, 1, 5
 
 
 def _load_triton_first() -> None:
@@ -78,6 +78,43 @@ def _release(holder: dict[str, Any]) -> None:
             context.free()
 
 
+def geoms_out_of_view(model: Any, data: Any, camera_id: int) -> np.ndarray:
+    """Geoms that cannot change a pixel of the square picture of a camera: bool (number of geoms,).
+
+    Those whose bounding sphere lies outside the camera's pyramid of sight, as do its reflections in all mirrors in view.
+    A third to two thirds of the triangles before a wrist camera are such, and software renderers spend time on each.
+    None when a light casts shadows, which may fall into the picture from outside.
+    """
+    if model.light_castshadow.any():
+        return np.zeros(model.ngeom, dtype=bool)
+    bounded = model.geom_rbound > 0  # Planes have no bounds.
+    out = bounded & _outside(data.geom_xpos, model, data, camera_id)
+    for mirror in np.flatnonzero(_mirrors(model) & ~out):
+        axes = data.geom_xmat[mirror].reshape(3, 3).T
+        for normal, size in zip(axes, model.geom_size[mirror]):
+            for side in (size, -size):  # MuJoCo mirrors one face of a box; all six are on the safe side.
+                heights = (data.geom_xpos - data.geom_xpos[mirror]) @ normal - side
+                out &= _outside(data.geom_xpos - 2 * heights[:, None] * normal, model, data, camera_id)
+    return out
+
+
+def _outside(centers: np.ndarray, model: Any, data: Any, camera_id: int) -> np.ndarray:
+    """Whether the geoms' bounding spheres, put at `centers` (G, 3), lie outside a camera's pyramid of sight."""
+    right, up, back = ((centers - data.cam_xpos[camera_id]) @ data.cam_xmat[camera_id].reshape(3, 3)).T
+    half = np.deg2rad(model.cam_fovy[camera_id]) / 2
+    radius = 1.01 * model.geom_rbound + 1e-3
+    return np.maximum(np.maximum(abs(right), abs(up)) * np.cos(half) + back * np.sin(half), back) > radius
+
+
+def _mirrors(model: Any) -> np.ndarray:
+    """Geoms that MuJoCo may draw reflections on: planes and boxes of a reflecting material."""
+    import mujoco
+
+    flat = np.isin(model.geom_type, (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_BOX))
+    shines = np.append(model.mat_reflectance, 0.0)[model.geom_matid] > 0  # Material -1: none.
+    return flat & shines & (model.geom_group == _VISUAL_GROUP)
+
+
 class Cameras:
     """Renders fixed cameras of `model` at `size` x `size` pixels.
 
@@ -96,8 +133,8 @@ class Cameras:
             raise UsageError(f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: rendering is switched off; unset it or use egl")
         self._mujoco, self._model, self.size = mujoco, model, size
         self._drawn = copy.copy(model)  # What is uploaded to OpenGL; the physics model stays as it is.
-        self._drawn.vis.global_.offwidth = max(size, model.vis.global_.offwidth)
-        self._drawn.vis.global_.offheight = max(size, model.vis.global_.offheight)
+        # No larger than the picture: clearing and resolving the samples of the files' 640 x 480 costs milliseconds.
+        self._drawn.vis.global_.offwidth = self._drawn.vis.global_.offheight = size
         if render == "fast":
             from experiments.robot.libero.decimation import thin_visual_meshes
 
@@ -119,6 +156,7 @@ class Cameras:
         self._viewport = mujoco.MjrRect(0, 0, size, size)
         self._option = mujoco.MjvOption()
         self._option.geomgroup[_COLLISION_GROUP], self._option.geomgroup[_VISUAL_GROUP] = 0, 1
+        self._option.geomgroup[_OUT_OF_VIEW_GROUP] = 0
         self._without_sites = copy.copy(self._option)
         self._without_sites.sitegroup[:] = 0
         self._camera = mujoco.MjvCamera()
@@ -131,10 +169,14 @@ class Cameras:
     def _draw(self, data: Any, camera: str, segment: bool = False) -> None:
         mujoco = self._mujoco
         self._holder["gl"].make_current()
-        self._camera.fixedcamid = self._model.camera(camera).id
+        camera_id = self._camera.fixedcamid = self._model.camera(camera).id
         # Sites (the hand's axis, placement regions) are transparent in color but solid in segmentation and depth.
         option = self._without_sites if segment else self._option
+        groups = self._model.geom_group
+        kept = groups.copy()
+        groups[geoms_out_of_view(self._model, data, camera_id)] = _OUT_OF_VIEW_GROUP
         mujoco.mjv_updateScene(self._model, data, option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene)
+        groups[:] = kept
         self._scene.flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = segment
         self._scene.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = segment
         mujoco.mjr_render(self._viewport, self._scene, self._holder["mujoco"])
