@@ -97,3 +97,22 @@ class NoisePolicy:
     def act(self, queries: Sequence[Query]) -> np.ndarray:
         chunks = [np.random.default_rng(query.seed).uniform(-1, 1, (8, 7)) for query in queries]
         return np.stack(chunks)
+
+
+class Misbehaving:
+    """Of the questions it is asked, answers one each with NaN, too few numbers, too late, not at all; then well."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def act(self, queries: Sequence[Query]) -> np.ndarray:
+        self.asked += len(queries)
+        if self.asked == 1:
+            return np.full((len(queries), 8, 7), np.nan)
+        if self.asked == 2:
+            return np.zeros((len(queries), 8, 6))
+        if self.asked == 3:
+            time.sleep(1.5)
+        if self.asked == 4:
+            raise RuntimeError("out of memory")
+        return np.zeros((len(queries), 8, 7))

@@ -131,7 +131,7 @@ def chunk_of(answer: Any) -> Array:
         raise ServerError(0, f"answered {answer[:200]!r} instead of actions")
     given = answer.get("actions", answer.get("action")) if isinstance(answer, Mapping) else answer
     try:
-        chunk_TA = np.asarray(given, dtype=np.float64)
+        chunk_TA = np.asarray([] if given is None else given, dtype=np.float64)
     except (TypeError, ValueError):
         chunk_TA = np.empty(0)
     if chunk_TA.ndim != 2:

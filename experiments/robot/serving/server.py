@@ -253,6 +253,7 @@ class PolicyServer:
             ws="websockets-sansio",
             ws_max_size=settings.max_request_bytes,
             server_header=False,
+            timeout_graceful_shutdown=5,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self.run, name="server", daemon=True)

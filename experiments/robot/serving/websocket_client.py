@@ -8,6 +8,7 @@ Needs NumPy, msgpack and websockets, no torch.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -68,16 +69,16 @@ class WebSocketPolicyClient:
         from websockets.exceptions import InvalidStatus, WebSocketException
         from websockets.sync.client import connect
 
+        options: dict[str, Any] = {
+            "compression": None,
+            "max_size": None,
+            "additional_headers": self._headers,
+            "open_timeout": self.timeout_s,
+            "close_timeout": 2,
+            "ping_interval": None,  # A policy that compiles or loads may be silent for minutes.
+        }
         try:
-            connection = connect(
-                self.url,
-                compression=None,
-                max_size=None,
-                additional_headers=self._headers,
-                open_timeout=self.timeout_s,
-                close_timeout=2,
-                ping_interval=None,  # A policy that compiles or loads may be silent for minutes.
-            )
+            connection = contextlib.ExitStack().enter_context(connect(self.url, **options))
             first = connection.recv(timeout=self.timeout_s)
         except InvalidStatus as error:
             body = (error.response.body or b"").decode(errors="replace").strip()
