@@ -33,6 +33,7 @@ class RLDSBatchTransform:
         prompt_builder_fn: instruction -> prompt.
         predict_stop_token: whether the stop token has a label.
         use_wrist_image, use_proprio: whether the sample holds the wrist views and the proprioceptive state.
+        num_images: with wrist views, how many views the dataset is to read in all; None for as many as it has.
     """
 
     action_tokenizer: ActionTokenizer
@@ -42,6 +43,7 @@ class RLDSBatchTransform:
     predict_stop_token: bool = True
     use_wrist_image: bool = False
     use_proprio: bool = False
+    num_images: int | None = None
     _prompt_ids: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, rlds_batch: Mapping[str, Any]) -> dict[str, Any]:

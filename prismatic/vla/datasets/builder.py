@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets.specs import DatasetSpec
@@ -16,13 +19,35 @@ SplitT = TypeVar("SplitT")
 
 
 @dataclass(frozen=True)
+class NumberFeature:
+    """How a feature of numbers is stored.
+
+    Attributes:
+        width: values a step.
+        integers: a list of integers (or booleans) instead of floats.
+        packed: their type, when each step's values are one byte string; zlib: which is compressed.
+    """
+
+    width: int
+    integers: bool = False
+    packed: str = ""
+    zlib: bool = False
+
+
+@dataclass(frozen=True)
 class SplitFiles:
-    """One split of a dataset: its version folder, its TFRecord shards with their record counts, and feature widths."""
+    """One split of a dataset: its version folder, its TFRecord shards with their record counts, and feature widths.
+
+    Attributes:
+        numbers: feature -> how its numbers are stored.
+        action_width, state_width: of the actions and states made of them.
+    """
 
     folder: Path
     split: str
     shards: tuple[Path, ...]
     shard_lengths: tuple[int, ...]
+    numbers: Mapping[str, NumberFeature]
     action_width: int
     state_width: int
 
@@ -58,27 +83,67 @@ def find_version_folder(data_root_dir: Path, name: str) -> Path:
 
 
 def _feature(steps: Any, name: str) -> Any:
-    """The TFDS feature connector at a path like "observation/image"; None when there is none."""
-    node = steps
-    for part in name.split("/"):
-        if not hasattr(node, "keys") or part not in node.keys():  # noqa: SIM118  (FeaturesDict is no Mapping)
-            return None
-        node = node[part]
-    return node
+    """The TFDS feature connector at a path like "observation/image"; None when there is none.
+
+    A feature's own name may hold a slash, too ("observation/present/xyz").
+    """
+    if not hasattr(steps, "keys"):
+        return None
+    if name in steps.keys():  # noqa: SIM118  (FeaturesDict is no Mapping)
+        return steps[name]
+    for key in steps.keys():  # noqa: SIM118
+        if name.startswith(f"{key}/") and (found := _feature(steps[key], name[len(key) + 1 :])) is not None:
+            return found
+    return None
 
 
-def _width(folder: Path, steps: Any, name: str, expected: int, platform: Platform) -> int:
-    shape = tuple(_feature(steps, name).shape)
-    if shape != (expected,):
+def _number_feature(folder: Path, steps: Any, name: str) -> NumberFeature:
+    feature = _feature(steps, name)
+    shape = tuple(getattr(feature, "shape", None) or ())
+    dtype = np.dtype(feature.np_dtype)
+    if None in shape or dtype.kind not in "fiub":
         raise UsageError(
-            f"{folder / 'features.json'}: feature steps/{name} has shape {shape}; "
+            f"{folder / 'features.json'}: feature steps/{name} has shape {shape} and type {dtype}; "
+            "accepted: numbers of a fixed shape"
+        )
+    encoding = str(getattr(getattr(feature, "_encoding", None), "value", "none"))
+    packed = dtype.str if encoding in ("bytes", "zlib") else ""
+    return NumberFeature(math.prod(shape), dtype.kind != "f", packed, encoding == "zlib")
+
+
+def _check_width(folder: Path, what: str, found: tuple[int, ...], expected: int, platform: Platform) -> None:
+    if found != (expected,):
+        raise UsageError(
+            f"{folder / 'features.json'}: {what} has shape {found}; "
             f"accepted for platform {platform.name!r}: ({expected},)"
         )
-    return expected
 
 
-def open_dataset(data_root_dir: Path, name: str, spec: DatasetSpec, platform: Platform) -> dict[str, SplitFiles]:
-    """All splits of a dataset after a check of its schema.
+def _widths(
+    folder: Path, steps: Any, spec: DatasetSpec, platform: Platform, with_proprio: bool
+) -> tuple[dict[str, NumberFeature], int, int]:
+    """How the numbers are stored, and the widths of action and state after a check against the platform."""
+    if spec.assembly is None:
+        wanted = ((spec.action, platform.action_dim), (spec.state, platform.proprio_dim))
+        for name, width in wanted if with_proprio else wanted[:1]:
+            _check_width(folder, f"feature steps/{name}", tuple(_feature(steps, name).shape), width, platform)
+        numbers = {name: _number_feature(folder, steps, name) for name in spec.numbers}
+        return numbers, numbers[spec.action].width, numbers[spec.state].width
+    numbers = {name: _number_feature(folder, steps, name) for name in spec.numbers}
+    # A made-up step of zeros shows how wide the vectors come out.
+    step = {name: np.zeros((1, feature.width), np.float32) for name, feature in numbers.items()}
+    action, proprio = (vectors.shape[1] for vectors in spec.assembly(step))
+    made_of = "made of " + ", ".join(spec.numbers)
+    _check_width(folder, f"the action {made_of}", (action,), platform.action_dim, platform)
+    if with_proprio:
+        _check_width(folder, f"the state {made_of}", (proprio,), platform.proprio_dim, platform)
+    return numbers, action, proprio
+
+
+def open_dataset(
+    data_root_dir: Path, name: str, spec: DatasetSpec, platform: Platform, with_proprio: bool = True
+) -> dict[str, SplitFiles]:
+    """All splits of a dataset after a check of its schema; the width of its states matters `with_proprio` alone.
 
     Raises:
         UsageError: a missing folder, unreadable metadata, a file format other than TFRecord, a missing feature, or
@@ -101,20 +166,22 @@ def open_dataset(data_root_dir: Path, name: str, spec: DatasetSpec, platform: Pl
         ) from error
     if info.file_format.value != "tfrecord":
         raise UsageError(f"{folder}: file format {info.file_format.value!r}; accepted: tfrecord")
-    for feature in (spec.action, spec.state, spec.language, *spec.images.values()):
+    for feature in (*spec.numbers, spec.language, *spec.stored_images.values()):
         if _feature(steps, feature) is None:
             raise UsageError(
                 f"{folder / 'features.json'}: missing feature steps/{feature}, which dataset {name!r} needs; "
                 f"found: {', '.join(sorted(_names(steps)))}"
             )
-    action_width = _width(folder, steps, spec.action, platform.action_dim, platform)
-    state_width = _width(folder, steps, spec.state, platform.proprio_dim, platform)
+    numbers, action_width, state_width = _widths(folder, steps, spec, platform, with_proprio)
+    if np.dtype(_feature(steps, spec.language).np_dtype).kind in "iu":
+        numbers[spec.language] = _number_feature(folder, steps, spec.language)
     return {
         split: SplitFiles(
             folder=folder,
             split=split,
             shards=tuple(Path(str(path)) for path in split_info.filepaths),
             shard_lengths=tuple(int(length) for length in split_info.shard_lengths),
+            numbers=numbers,
             action_width=action_width,
             state_width=state_width,
         )

@@ -45,10 +45,15 @@ class MixturePart(NamedTuple):
 
 @dataclass
 class _Source:
-    """One dataset of the mixture, normalized."""
+    """One dataset of the mixture, normalized.
+
+    `views` are those the policy sees, each with the numbers of its images in `index`: none (a black image), one, or
+    two, of which each draw takes one at random.
+    """
 
     name: str
     index: EpisodeTable
+    views: dict[str, tuple[int, ...]]
     action: np.ndarray
     proprio: np.ndarray
     starts: np.ndarray
@@ -66,6 +71,30 @@ def _all_transitions(spec: DatasetSpec, indices: list[EpisodeTable]) -> tuple[li
         actions.append(np.concatenate([action for action, _ in pairs]))
         proprios.append(np.concatenate([proprio for _, proprio in pairs]))
     return actions, proprios
+
+
+def _views(name: str, spec: DatasetSpec, index: EpisodeTable, count: int | None) -> dict[str, tuple[int, ...]]:
+    """The first `count` views of a dataset (None: all it has), see :class:`_Source`."""
+    if count is not None and count > len(spec.images):
+        raise UsageError(
+            f"--num_images_in_input: {count} found; accepted for dataset {name!r}: 1 to {len(spec.images)} "
+            f"({', '.join(spec.images)})"
+        )
+    names = [[view, f"{view}_swap"] for view in list(spec.images)[:count]]
+    return {one[0]: tuple(index.views.index(view) for view in one if view in index.views) for one in names}
+
+
+def _starts(spec: DatasetSpec, index: EpisodeTable, action_FA: np.ndarray, episode: int, future: int) -> np.ndarray:
+    """The frames of an episode that start a sample: those with a whole chunk, in an episode with an instruction."""
+    first, last = (int(bound) for bound in index.episode_start[episode : episode + 2])
+    if not any(index.instructions[number] for number in set(index.language[first:last].tolist())):
+        return np.zeros(0, np.int64)
+    starts = first + chunk_indices(last - first, 1, future).observations[:, 0]
+    if not spec.skips_stillness:
+        return starts
+    arm = slice(None) if spec.action_mask is None else np.array(spec.action_mask)
+    moves = np.count_nonzero(action_FA[:, arm], axis=1) > 0
+    return starts[[moves[start : start + future + 1].any() for start in starts]]
 
 
 def _statistics(
@@ -87,6 +116,13 @@ def _statistics(
     return statistics
 
 
+def _num_views(batch_transform: Any) -> int | None:
+    """How many views a batch transform looks at; None for all there are."""
+    if not getattr(batch_transform, "use_wrist_image", True):
+        return 1
+    return getattr(batch_transform, "num_images", None)
+
+
 class RLDSDataset(Dataset):
     """Random access to the samples of a dataset or mixture, in RLDS or LeRobot format (told from the files).
 
@@ -99,7 +135,7 @@ class RLDSDataset(Dataset):
         mixture: which frames belong to which dataset, with the mixture weights.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - upstream's interface, and what it reads from global settings
         self,
         data_root_dir: str | Path,
         data_mix: str,
@@ -126,6 +162,7 @@ class RLDSDataset(Dataset):
             UsageError: an unknown name, a missing folder, or data that are damaged or do not fit the platform.
         """
         self.batch_transform, self.platform, self.seed = batch_transform, platform, int(seed)
+        self._num_views = _num_views(batch_transform)
         self.fraction = fraction if train else 1.0
         size = (int(resize_resolution[0]), int(resize_resolution[1]))
         self.image_transform = PolicyImageTransform(size, AugmentRanges() if image_aug else None)
@@ -140,10 +177,20 @@ class RLDSDataset(Dataset):
         self.mixture = tuple(parts)
         self._firsts = np.array([part.first for part in parts])
         self._length = first
+        self._check_views(data_mix)
+
+    def _check_views(self, data_mix: str) -> None:
+        """Refuse a view that every dataset would fill with black images."""
+        for number in range(self._num_views or 0):
+            views = [list(source.views.items())[number] for source in self._sources]
+            if not any(images for _, images in views):
+                raise UsageError(
+                    f"--num_images_in_input: {self._num_views} found, but {data_mix!r} has no {views[0][0]} camera"
+                )
 
     def _open(self, root: Path, name: str, train: bool) -> _Source:
         spec = DATASETS[name]
-        splits = find_splits(root, name, spec, self.platform)
+        splits = find_splits(root, name, spec, self.platform, getattr(self.batch_transform, "use_proprio", True))
         split = choose_split(splits, name, train)
         index = split.load()
         statistics = self.dataset_statistics[name] = _statistics(name, spec, splits, {split.split: index})
@@ -152,19 +199,20 @@ class RLDSDataset(Dataset):
         lengths = np.diff(index.episode_start)
         instructions = [index.instructions[index.language[begin]] for begin in index.episode_start[:-1]]
         by_episode = [
-            index.episode_start[episode] + chunk_indices(int(lengths[episode]), 1, future).observations[:, 0]
-            for episode in choose_episodes(instructions, self.fraction, self.seed)
+            _starts(spec, index, action, episode, future)
+            for episode in choose_episodes(instructions, self.fraction, self.seed).tolist()
         ]
         starts = np.concatenate(by_episode).astype(np.int64)
         if not len(starts):
             raise UsageError(
                 f"{split.folder}: split {split.split!r}: no episode has the {future + 1} steps of an action chunk "
-                f"(longest: {lengths.max()}); accepted: at least one such episode"
+                f"(longest: {lengths.max()}) and an instruction; accepted: at least one such episode"
             )
         kind = self.platform.normalization
         return _Source(
             name=name,
             index=index,
+            views=_views(name, spec, index, self._num_views),
             action=normalize(action, statistics["action"], kind),
             proprio=normalize(proprio, statistics["proprio"], kind),
             starts=starts,
@@ -185,8 +233,8 @@ class RLDSDataset(Dataset):
         draw = self._as_draw(key)
         source, start = self._locate(draw.frame)
         images = {
-            f"image_{name}": self.image_transform.train(source.index.image(view, start), augment)[None]
-            for view, (name, augment) in enumerate(self.augmentation(draw).items())
+            f"image_{name}": self._image(source, name, draw, augment)[None]
+            for name, augment in self.augmentation(draw).items()
         }
         timestep = start - int(source.index.episode_start[source.index.episode_of(start)])
         return {
@@ -196,6 +244,16 @@ class RLDSDataset(Dataset):
             "task": {"language_instruction": source.index.instructions[source.index.language[start]]},
         }
 
+    def _image(self, source: _Source, view: str, draw: FrameDraw, augment: AugmentDraw | None) -> np.ndarray:
+        """One view of a draw as the policy sees it, uint8 (height, width, 3)."""
+        choices = source.views[view]
+        if not choices:
+            return np.zeros((*self.image_transform.size, 3), np.uint8)
+        choice = choices[0]
+        if len(choices) > 1:
+            choice = choices[int(np.random.default_rng((self.seed, 3, draw.epoch, draw.frame)).integers(len(choices)))]
+        return self.image_transform.train(source.index.image(choice, self._locate(draw.frame)[1]), augment)
+
     def augmentation(self, key: int | FrameDraw) -> dict[str, AugmentDraw | None]:
         """The augmentation of every view that is read for this draw (None without image_aug), without reading it.
 
@@ -203,12 +261,9 @@ class RLDSDataset(Dataset):
         """
         draw = self._as_draw(key)
         source, _ = self._locate(draw.frame)
-        views = source.index.views
-        if not getattr(self.batch_transform, "use_wrist_image", True):
-            views = views[:1]
         return {
             name: self.image_transform.draw(np.random.default_rng((self.seed, draw.epoch, draw.frame, view)))
-            for view, name in enumerate(views)
+            for view, name in enumerate(source.views)
         }
 
     def _as_draw(self, key: int | FrameDraw) -> FrameDraw:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prismatic.util.errors import UsageError
 from prismatic.vla.datasets.builder import open_dataset
 from prismatic.vla.datasets.episode_table import Split
 from prismatic.vla.datasets.frame_index import RLDSSplit
@@ -11,8 +12,12 @@ from prismatic.vla.datasets.specs import DatasetSpec
 from prismatic.vla.platforms import Platform
 
 
-def find_splits(data_root_dir: Path, name: str, spec: DatasetSpec, platform: Platform) -> dict[str, Split]:
+def find_splits(
+    data_root_dir: Path, name: str, spec: DatasetSpec, platform: Platform, with_proprio: bool = True
+) -> dict[str, Split]:
     """The splits of the dataset in `data_root_dir/name`: LeRobot when it holds meta/info.json, else RLDS.
+
+    States that are not used (`with_proprio` False) may have any width.
 
     Raises:
         UsageError: a missing folder, unreadable metadata, or a schema that does not fit `spec` and `platform`.
@@ -20,6 +25,11 @@ def find_splits(data_root_dir: Path, name: str, spec: DatasetSpec, platform: Pla
     if (data_root_dir / name / "meta" / "info.json").is_file():
         from prismatic.vla.datasets.lerobot.split import open_lerobot
 
+        if spec.assembly is not None:
+            raise UsageError(
+                f"{data_root_dir / name}: a LeRobot dataset, but {name!r} is registered for its RLDS features "
+                f"({', '.join(spec.numbers)}); accepted: RLDS files, or a name of its own given to register_dataset"
+            )
         return dict(open_lerobot(data_root_dir / name, spec, platform))
-    rlds = open_dataset(data_root_dir, name, spec, platform)
+    rlds = open_dataset(data_root_dir, name, spec, platform, with_proprio)
     return {split: RLDSSplit(spec, files) for split, files in rlds.items()}

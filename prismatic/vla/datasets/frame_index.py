@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ import numpy as np
 
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
-from prismatic.vla.datasets.builder import SplitFiles
+from prismatic.vla.datasets.builder import NumberFeature, SplitFiles
 from prismatic.vla.datasets.episode_table import ByteReader, EpisodeTable, cache_folder
 from prismatic.vla.datasets.image_transforms import decode_image
 from prismatic.vla.datasets.specs import DatasetSpec
 from prismatic.vla.datasets.tfrecord import Example, MalformedExample, read_records
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -90,39 +91,68 @@ class _Columns:
     instructions: dict[bytes, int] = field(default_factory=dict)
 
 
-def _matrix(example: Example, name: str, steps: int, width: int) -> np.ndarray:
-    values = example.floats(name)
-    if values.size != steps * width:
-        raise MalformedExample(f"{name} holds {values.size} numbers, expected {steps} steps x {width}")
+def _matrix(example: Example, name: str, steps: int, feature: NumberFeature) -> np.ndarray:
+    """The (steps, width) float32 values of a feature."""
+    if feature.packed:
+        packed = example.byte_strings(name)
+        try:
+            content = b"".join(map(zlib.decompress, packed) if feature.zlib else packed)
+            values = np.frombuffer(content, feature.packed).astype(np.float32)
+        except (zlib.error, ValueError) as error:
+            raise MalformedExample(f"{name}: {error}") from error
+    else:
+        values = example.integers(name).astype(np.float32) if feature.integers else example.floats(name)
+    if values.size != steps * feature.width:
+        raise MalformedExample(f"{name} holds {values.size} numbers, expected {steps} steps x {feature.width}")
     if not np.isfinite(values).all():
         raise MalformedExample(f"{name} holds values that are not finite")
-    return values.reshape(steps, width)
+    return values.reshape(steps, feature.width)
 
 
-def _add_episode(columns: _Columns, example: Example, offset: int, spec: DatasetSpec, split: SplitFiles) -> None:
-    """Append one episode; nothing is appended when it raises MalformedExample."""
-    names = {feature: f"steps/{feature}" for feature in (spec.action, spec.state, spec.language, *spec.images.values())}
-    missing = [name for name in names.values() if name not in example]
+def _texts(example: Example, name: str, feature: NumberFeature | None) -> list[bytes]:
+    """The instruction of every step, stored as text or as one code point a number, filled up with zeros."""
+    if feature is None:
+        return example.byte_strings(name)
+    values = example.integers(name)
+    if values.size % feature.width:
+        raise MalformedExample(f"{name} holds {values.size} numbers, expected {feature.width} a step")
+    rows = values.reshape(-1, feature.width).tolist()
+    return ["".join(map(chr, row)).split("\0")[0].encode() for row in rows]
+
+
+def _spans(example: Example, name: str, steps: int) -> np.ndarray:
+    """(steps, 2): first byte and end of every image within the record."""
+    spans = example.byte_spans(name)
+    if len(spans) != steps:
+        raise MalformedExample(f"{name} holds {len(spans)} images for {steps} steps")
+    return np.array(spans, dtype=np.int64).reshape(steps, 2)
+
+
+def _add_episode(columns: _Columns, example: Example, offset: int, spec: DatasetSpec, split: SplitFiles) -> bool:
+    """Append one episode; nothing when it has no transition (and False is returned) or MalformedExample is raised."""
+    wanted = [f"steps/{feature}" for feature in (*spec.numbers, spec.language, *spec.stored_images.values())]
+    missing = [name for name in wanted if name not in example]
     if missing:
         raise MalformedExample(f"missing feature {missing[0]}; it holds {', '.join(example.names())}")
-    texts = example.byte_strings(names[spec.language])
+    texts = _texts(example, f"steps/{spec.language}", split.numbers.get(spec.language))
     steps = len(texts)
-    action = _matrix(example, names[spec.action], steps, split.action_width)
-    state = _matrix(example, names[spec.state], steps, split.state_width)
-    places = []
-    for feature in spec.images.values():
-        spans = example.byte_spans(names[feature])
-        if len(spans) != steps:
-            raise MalformedExample(f"{names[feature]} holds {len(spans)} images for {steps} steps")
-        places.append(np.array(spans, dtype=np.int64).reshape(steps, 2))
-    spans_VT2 = np.stack(places)
+    numbers = {name: _matrix(example, f"steps/{name}", steps, split.numbers[name]) for name in spec.numbers}
+    spans_VT2 = np.stack([_spans(example, f"steps/{feature}", steps) for feature in spec.stored_images.values()])
+    if spec.assembly is None:
+        action, state, kept = numbers[spec.action], numbers[spec.state], slice(None)
+    else:
+        action, state = spec.assembly(numbers)
+        kept = spec.assembly.kept(steps)
+    if not len(action):
+        return False
     columns.action.append(action)
     columns.state.append(state)
-    columns.image_start.append(spans_VT2[..., 0] + offset)
-    columns.image_size.append((spans_VT2[..., 1] - spans_VT2[..., 0]).astype(np.int32))
+    columns.image_start.append(spans_VT2[:, kept, 0] + offset)
+    columns.image_size.append((spans_VT2[:, kept, 1] - spans_VT2[:, kept, 0]).astype(np.int32))
     table = columns.instructions
-    columns.language.append(np.array([table.setdefault(text, len(table)) for text in texts], dtype=np.int32))
-    columns.lengths.append(steps)
+    columns.language.append(np.array([table.setdefault(text, len(table)) for text in texts[kept]], dtype=np.int32))
+    columns.lengths.append(len(action))
+    return True
 
 
 def _build(spec: DatasetSpec, split: SplitFiles) -> FrameIndex:
@@ -131,10 +161,10 @@ def _build(spec: DatasetSpec, split: SplitFiles) -> FrameIndex:
         record_number = -1
         for record_number, record in enumerate(read_records(path)):
             try:
-                _add_episode(columns, Example(record.payload), record.offset, spec, split)
+                if _add_episode(columns, Example(record.payload), record.offset, spec, split):
+                    columns.places.append((shard_number, record_number))
             except MalformedExample as error:
                 raise UsageError(f"{path}: record {record_number}: {error}") from error
-            columns.places.append((shard_number, record_number))
         if record_number + 1 != expected:
             raise UsageError(
                 f"{path}: {record_number + 1} records, dataset_info.json says {expected} (incomplete copy?)"
@@ -144,7 +174,7 @@ def _build(spec: DatasetSpec, split: SplitFiles) -> FrameIndex:
     shard_and_record = np.array(columns.places, dtype=np.int32)
     return FrameIndex(
         shards=split.shards,
-        views=tuple(spec.images),
+        views=tuple(spec.stored_images),
         action=np.concatenate(columns.action),
         state=np.concatenate(columns.state),
         image_start=np.concatenate(columns.image_start, axis=1),
@@ -163,7 +193,8 @@ def fingerprint(spec: DatasetSpec, split: SplitFiles) -> dict[str, Any]:
     return {
         "version": FORMAT_VERSION,
         "split": split.split,
-        "features": [spec.action, spec.state, spec.language, *spec.images.values()],
+        "features": [*spec.numbers, spec.language, *spec.stored_images.values()],
+        "assembly": repr(spec.assembly),
         "widths": [split.action_width, split.state_width],
         "shard_lengths": list(split.shard_lengths),
         "files": [list(file) for file in files],
@@ -180,7 +211,7 @@ def _load(path: Path, identity: dict[str, Any], spec: DatasetSpec, split: SplitF
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None  # absent, from another version or damaged: built anew
     instructions = tuple(header["instructions"])
-    return FrameIndex(shards=split.shards, views=tuple(spec.images), instructions=instructions, **arrays)
+    return FrameIndex(shards=split.shards, views=tuple(spec.stored_images), instructions=instructions, **arrays)
 
 
 def _save(path: Path, identity: dict[str, Any], index: FrameIndex) -> None:

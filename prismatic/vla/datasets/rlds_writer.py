@@ -1,7 +1,7 @@
-"""Writing LIBERO episodes as an RLDS dataset that TFDS opens, without TensorFlow.
+"""Writing episodes as an RLDS dataset that TFDS opens, without TensorFlow.
 
-The layout is that of the published `libero_*_no_noops` datasets, version 1.0.0: one tf.train.Example an episode, whose
-features hold all steps one after the other, in TFRecord files, beside features.json and dataset_info.json.
+TFRecord files of one record an episode, beside features.json and dataset_info.json. :class:`Episode` is one of LIBERO,
+in the layout of the published `libero_*_no_noops` datasets, version 1.0.0; others are described by a `Schema`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ import numpy as np
 from PIL import Image
 
 from prismatic.util.files import atomic_path, atomic_write
+from prismatic.vla.datasets.rlds_schema import Images, Numbers, Schema, Texts
 
 JPEG_QUALITY = 95
 STATE_DIM, JOINT_DIM, ACTION_DIM = 8, 7, 7
 _SHARD_BYTES = 256 << 20
-_CLASSES = "tensorflow_datasets.core.features."
 
 
 @dataclass(frozen=True)
@@ -82,34 +82,25 @@ def serialize_episode(episode: Episode) -> bytes:
     Raises:
         ValueError: no steps, or lengths that do not agree.
     """
-    from tensorflow_datasets.proto import tf_example_generated_pb2 as protocol
-
     _check(episode)
     steps = len(episode.images)
-    last = np.arange(steps) == steps - 1
-    floats = {
-        "steps/action": episode.action,
-        "steps/discount": np.ones(steps),
-        "steps/observation/joint_state": episode.joint_state,
-        "steps/observation/state": episode.state,
-        "steps/reward": last,
-    }
-    flags = {"steps/is_first": np.arange(steps) == 0, "steps/is_last": last, "steps/is_terminal": last}
-    texts = {
-        "episode_metadata/file_path": [episode.source.encode()],
-        "steps/language_instruction": [episode.instruction.encode()] * steps,
-        "steps/observation/image": episode.images,
-        "steps/observation/wrist_image": episode.wrist_images,
-    }
-    example = protocol.Example()
-    feature = example.features.feature
-    for name, values in floats.items():
-        feature[name].float_list.value.extend(np.asarray(values, dtype=np.float32).ravel().tolist())
-    for name, values in flags.items():
-        feature[name].int64_list.value.extend(values.astype(int).tolist())
-    for name, items in texts.items():
-        feature[name].bytes_list.value.extend(items)
-    return bytes(example.SerializeToString(deterministic=True))
+    numbers = np.arange(steps)
+    return libero_schema(0).serialize(
+        {
+            "action": episode.action,
+            "discount": np.ones(steps),
+            "is_first": numbers == 0,
+            "is_last": numbers == steps - 1,
+            "is_terminal": numbers == steps - 1,
+            "language_instruction": [episode.instruction] * steps,
+            "observation/image": episode.images,
+            "observation/joint_state": episode.joint_state,
+            "observation/state": episode.state,
+            "observation/wrist_image": episode.wrist_images,
+            "reward": numbers == steps - 1,
+        },
+        {"episode_metadata/file_path": episode.source},
+    )
 
 
 def frame_record(payload: bytes) -> bytes:
@@ -123,63 +114,48 @@ def _masked_crc(data: bytes) -> bytes:
     return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def _tensor(dtype: str, *shape: int, scalar: bool = False) -> dict[str, Any]:
-    kind = "scalar.Scalar" if scalar else "tensor_feature.Tensor"
-    dimensions = {"dimensions": [str(size) for size in shape]} if shape else {}
-    return {
-        "pythonClassName": _CLASSES + kind,
-        "tensor": {"dtype": dtype, "encoding": "none", "shape": dimensions},
+def libero_schema(image_size: int) -> Schema:
+    """What the published LIBERO datasets hold."""
+    image, flag = Images(image_size, image_size), Numbers(dtype="bool")
+    observation = {
+        "image": image,
+        "joint_state": Numbers((JOINT_DIM,)),
+        "state": Numbers((STATE_DIM,)),
+        "wrist_image": image,
     }
-
-
-def _image(size: int) -> dict[str, Any]:
-    shape = {"dimensions": [str(size), str(size), "3"]}
-    return {
-        "image": {"dtype": "uint8", "encodingFormat": "jpeg", "shape": shape},
-        "pythonClassName": _CLASSES + "image_feature.Image",
+    steps = {
+        "action": Numbers((ACTION_DIM,)),
+        "discount": Numbers(),
+        "is_first": flag,
+        "is_last": flag,
+        "is_terminal": flag,
+        "language_instruction": Texts(),
+        "observation": observation,
+        "reward": Numbers(),
     }
-
-
-def _text() -> dict[str, Any]:
-    return {"pythonClassName": _CLASSES + "text_feature.Text", "text": {}}
-
-
-def _group(features: dict[str, Any]) -> dict[str, Any]:
-    return {"featuresDict": {"features": features}, "pythonClassName": _CLASSES + "features_dict.FeaturesDict"}
+    return Schema(steps, {"episode_metadata": {"file_path": Texts()}})
 
 
 def features_json(image_size: int) -> dict[str, Any]:
-    """The dataset's schema as TFDS stores it."""
-    observation = {
-        "image": _image(image_size),
-        "joint_state": _tensor("float32", JOINT_DIM),
-        "state": _tensor("float32", STATE_DIM),
-        "wrist_image": _image(image_size),
-    }
-    step = {
-        "action": _tensor("float32", ACTION_DIM),
-        "discount": _tensor("float32", scalar=True),
-        "is_first": _tensor("bool", scalar=True),
-        "is_last": _tensor("bool", scalar=True),
-        "is_terminal": _tensor("bool", scalar=True),
-        "language_instruction": _text(),
-        "observation": _group(observation),
-        "reward": _tensor("float32", scalar=True),
-    }
-    steps = {
-        "pythonClassName": _CLASSES + "dataset_feature.Dataset",
-        "sequence": {"feature": _group(step), "length": "-1"},
-    }
-    return _group({"episode_metadata": _group({"file_path": _text()}), "steps": steps})
+    """The schema of the LIBERO datasets as TFDS stores it."""
+    return libero_schema(image_size).features_json()
 
 
 class RLDSWriter:
-    """Writes a dataset `name` of episodes with square images of `image_size` pixels under `root`."""
+    """Writes a dataset under `root`: LIBERO's features with square images of `image_size`, or those of `schema`."""
 
     def __init__(
-        self, root: str | Path, name: str, version: str = "1.0.0", *, image_size: int, notes: str = ""
+        self,
+        root: str | Path,
+        name: str,
+        version: str = "1.0.0",
+        *,
+        image_size: int = 256,
+        notes: str = "",
+        schema: Schema | None = None,
     ) -> None:
         self.name, self.version, self.image_size = name, version, image_size
+        self.schema = schema or libero_schema(image_size)
         self.folder = Path(root) / name / version
         self._notes = notes or "Written by prismatic.vla.datasets.rlds_writer"
 
@@ -188,15 +164,27 @@ class RLDSWriter:
         return self.write_payloads([serialize_episode(episode) for episode in episodes])
 
     def write_payloads(self, payloads: Sequence[bytes | Path]) -> Path:
-        """Write serialized episodes (or files holding one each) in the given order; returns the dataset's folder.
+        """Write serialized episodes (or files holding one each) as the split "train"; see :meth:`write_splits`."""
+        return self.write_splits({"train": payloads})
+
+    def write_splits(self, splits: Mapping[str, Sequence[bytes | Path]]) -> Path:
+        """Write the serialized episodes of every split in the given order; returns the dataset's folder.
 
         Shards hold about 256 MB. A reader sees no dataset, the old one or the new one: dataset_info.json comes last.
 
         Raises:
             ValueError: nothing to write.
         """
-        if not payloads:
+        if not any(splits.values()):
             raise ValueError(f"dataset {self.name}: no episodes to write")
+        self._remove_old()
+        descriptions = [self._write_split(split, payloads) for split, payloads in splits.items()]
+        atomic_write(self.folder / "features.json", json.dumps(self.schema.features_json(), indent=4))
+        atomic_write(self.folder / "dataset_info.json", json.dumps(self._info(descriptions), indent=2))
+        return self.folder
+
+    def _write_split(self, split: str, payloads: Sequence[bytes | Path]) -> dict[str, Any]:
+        """Write the shards of a split; returns its description."""
         shards: list[list[bytes | Path]] = [[]]
         filled = total = 0
         for payload in payloads:
@@ -206,36 +194,31 @@ class RLDSWriter:
                 filled = 0
             shards[-1].append(payload)
             filled, total = filled + size, total + size
-        self._remove_old()
         for number, shard in enumerate(shards):
-            file_name = f"{self.name}-train.tfrecord-{number:05d}-of-{len(shards):05d}"
+            file_name = f"{self.name}-{split}.tfrecord-{number:05d}-of-{len(shards):05d}"
             with atomic_path(self.folder / file_name) as temporary, open(temporary, "wb") as file:
                 for payload in shard:
                     file.write(frame_record(payload.read_bytes() if isinstance(payload, Path) else payload))
-        atomic_write(self.folder / "features.json", json.dumps(features_json(self.image_size), indent=4))
-        info = self._info([len(shard) for shard in shards], total)
-        atomic_write(self.folder / "dataset_info.json", json.dumps(info, indent=2))
-        return self.folder
+        return {
+            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            "name": split,
+            "numBytes": str(total),
+            "shardLengths": [str(len(shard)) for shard in shards],
+        }
 
     def _remove_old(self) -> None:
         """Files of an earlier dataset of this name; its description goes first, so that a half-removed one is none."""
         (self.folder / "dataset_info.json").unlink(missing_ok=True)
-        for pattern in (f"{self.name}-train.tfrecord-*", "dataset_statistics*.json"):
+        for pattern in (f"{self.name}-*.tfrecord-*", "dataset_statistics*.json"):
             for path in self.folder.glob(pattern):
                 path.unlink()
 
-    def _info(self, shard_lengths: list[int], num_bytes: int) -> dict[str, Any]:
-        split = {
-            "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-            "name": "train",
-            "numBytes": str(num_bytes),
-            "shardLengths": [str(length) for length in shard_lengths],
-        }
+    def _info(self, splits: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "fileFormat": "tfrecord",
             "moduleName": "prismatic.vla.datasets.rlds_writer",
             "name": self.name,
             "releaseNotes": {self.version: self._notes},
-            "splits": [split],
+            "splits": splits,
             "version": self.version,
         }

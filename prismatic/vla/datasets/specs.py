@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from prismatic.util.errors import UsageError, unknown_name
+from prismatic.vla.datasets.oxe.assembly import Assembly
+from prismatic.vla.datasets.oxe.mixtures import OXE_MIXTURES
+from prismatic.vla.datasets.oxe.table import OXE_DATASETS, OXEDataset
 
 Standardize = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -35,16 +38,21 @@ def keep_as_is(action_TA: np.ndarray, state_TS: np.ndarray) -> tuple[np.ndarray,
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Feature names inside a step and the treatment of one RLDS dataset.
+    """Feature names inside a step and the treatment of one dataset.
 
     Attributes:
-        images: view name -> image feature, in the order the policy sees them; "primary" comes first.
+        images: view name -> image feature, in the order the policy sees them; "primary" comes first. A view whose
+            feature is None is a black image.
         action, state, language: names of those features.
         standardize: (raw action, raw state) of an episode -> (action, proprio), same number of rows.
         action_mask: which action numbers are normalized; None for all.
+        assembly: puts action and state together from several features when the files are read; `action` and `state`
+            are not looked at then.
+        swaps: view -> an image feature that is, at random, seen in its place.
+        skips_stillness: action chunks in which the arm (the numbers under `action_mask`) stays at 0 start no sample.
     """
 
-    images: Mapping[str, str] = field(
+    images: Mapping[str, str | None] = field(
         default_factory=lambda: {"primary": "observation/image", "wrist": "observation/wrist_image"}
     )
     action: str = "action"
@@ -52,6 +60,38 @@ class DatasetSpec:
     language: str = "language_instruction"
     standardize: Standardize = keep_as_is
     action_mask: tuple[bool, ...] | None = None
+    assembly: Assembly | None = None
+    swaps: Mapping[str, str] = field(default_factory=dict)
+    skips_stillness: bool = False
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The features that actions and states are made of."""
+        return self.assembly.features if self.assembly else (self.action, self.state)
+
+    @property
+    def stored_images(self) -> dict[str, str]:
+        """View name -> feature of every image that is read; a view's swap is called `{view}_swap`."""
+        views = {view: feature for view, feature in self.images.items() if feature is not None}
+        return views | {f"{view}_swap": feature for view, feature in self.swaps.items()}
+
+
+def oxe_spec(row: OXEDataset) -> DatasetSpec:
+    """The treatment of an Open X-Embodiment dataset: its primary and wrist camera, its assembled vectors."""
+
+    def feature(view: str) -> str | None:
+        name = row.cameras.get(view)
+        return None if name is None else f"observation/{name}"
+
+    secondary = feature("secondary")
+    return DatasetSpec(
+        images={"primary": feature("primary"), "wrist": feature("wrist")},
+        language=row.language,
+        action_mask=row.action_encoding.normalized,
+        assembly=row.assembly,
+        swaps={"primary": secondary} if row.swaps_outside_views and secondary else {},
+        skips_stillness=row.skips_stillness,
+    )
 
 
 LIBERO_SPEC = DatasetSpec(standardize=libero_transform, action_mask=(True,) * 6 + (False,))
@@ -75,11 +115,13 @@ DATASETS: dict[str, DatasetSpec] = {
     "aloha1_fold_shirt_30_demos": ALOHA_SPEC,
     "aloha1_scoop_X_into_bowl_45_demos": ALOHA_SPEC,
     "aloha1_put_X_into_pot_300_demos": ALOHA_SPEC,
+    **{name: oxe_spec(row) for name, row in OXE_DATASETS.items()},
 }
 
 # Mixture name -> (dataset, weight) pairs; a dataset is drawn in proportion to weight * number of frames.
 MIXTURES: dict[str, tuple[tuple[str, float], ...]] = {
     "libero_4_task_suites_no_noops": tuple((f"{suite}_no_noops", 1.0) for suite in _LIBERO_SUITES[:4]),
+    **OXE_MIXTURES,
 }
 
 

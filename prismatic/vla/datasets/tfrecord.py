@@ -167,3 +167,29 @@ class Example:
                 raise MalformedExample(f"feature {name} is no list of floats")
             parts.append(np.frombuffer(self.payload, "<f4", count=(span.end - span.start) // 4, offset=span.start))
         return np.concatenate(parts).astype(np.float32) if parts else np.zeros(0, np.float32)
+
+    def integers(self, name: str) -> np.ndarray:
+        """The feature's integer (or boolean) values, flat int64 (packed or not)."""
+        content = self._list(name, 3)
+        parts = []
+        for _, wire, span in () if content is None else _fields(self.payload, content):
+            if wire not in (0, 2):
+                raise MalformedExample(f"feature {name} is no list of integers")
+            parts.append(self.payload[span.start : span.end])
+        return _varints(b"".join(parts))
+
+
+def _varints(data: bytes) -> np.ndarray:
+    """All varints of a packed list, as int64."""
+    octets = np.frombuffer(data, np.uint8)
+    ends = np.flatnonzero(octets < 0x80)
+    if not len(octets):
+        return np.zeros(0, np.int64)
+    if not len(ends) or ends[-1] != len(octets) - 1:
+        raise MalformedExample("a list of integers ends inside a number")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    places = np.arange(len(octets)) - np.repeat(starts, ends - starts + 1)
+    if places.max() > 9:
+        raise MalformedExample("an integer of more than 10 bytes")
+    parts = (octets & 0x7F).astype(np.uint64) << (7 * places).astype(np.uint64)
+    return np.add.reduceat(parts, starts).astype(np.int64)

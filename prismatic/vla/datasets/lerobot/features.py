@@ -63,7 +63,7 @@ def find_columns(metadata: Metadata, spec: DatasetSpec, platform: Platform) -> C
     columns = Columns(
         action=_find(metadata, spec.action, image=False),
         state=_find(metadata, spec.state, image=False),
-        views={view: _find(metadata, feature, image=True) for view, feature in spec.images.items()},
+        views={view: _find(metadata, feature, image=True) for view, feature in spec.stored_images.items()},
     )
     for name, width in ((columns.action, platform.action_dim), (columns.state, platform.proprio_dim)):
         shape = tuple(metadata.features[name]["shape"])

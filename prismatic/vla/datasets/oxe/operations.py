@@ -1,0 +1,94 @@
+"""What the numbers of an episode go through before they are actions and states; (T, w) float32 in and out.
+
+Every operation acts on all steps of one episode at once. The policy's gripper command is absolute, 1 open and 0 closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+
+import numpy as np
+
+_OPEN, _CLOSED = 0.95, 0.05
+_MOVES = 0.1
+
+
+def clip_to_unit(values_TW: np.ndarray) -> np.ndarray:
+    """To [0, 1]."""
+    return np.clip(values_TW, 0.0, 1.0)
+
+
+def invert_gripper(values_TW: np.ndarray) -> np.ndarray:
+    """1 - x: closedness to openness."""
+    return 1.0 - values_TW
+
+
+def binarize_gripper(values_T1: np.ndarray) -> np.ndarray:
+    """Openness to 0 (closed, below 0.05) or 1 (open, above 0.95); values between take the next such step's.
+
+    An episode that ends between the two keeps its last value for those steps.
+    Source: upstream's binarize_gripper_actions.
+    """
+    values = values_T1[:, 0]
+    settled = (values > _OPEN) | (values < _CLOSED)
+    settled[-1] = True
+    targets = np.where(values > _OPEN, 1.0, np.where(values < _CLOSED, 0.0, values))
+    # The first settled step at or after each step: a running minimum of their numbers, from the end.
+    numbers = np.where(settled, np.arange(len(values)), len(values))
+    following = np.minimum.accumulate(numbers[::-1])[::-1]
+    return targets[following][:, None].astype(np.float32)
+
+
+def relative_gripper_to_absolute(values_T1: np.ndarray) -> np.ndarray:
+    """Commands above 0.1 (close), below -0.1 (open) or between (stay) to the state that holds from there on.
+
+    Before the first command the gripper was in the opposite state; without any command it is open throughout.
+    Source: upstream's rel2abs_gripper_actions.
+    """
+    values = values_T1[:, 0]
+    commands = np.where(values < -_MOVES, 1.0, np.where(values > _MOVES, -1.0, 0.0))
+    given = np.flatnonzero(commands)
+    before = -commands[given[0]] if len(given) else 1.0
+    # The last command at or before each step, -1 for none.
+    latest = np.maximum.accumulate(np.where(commands != 0, np.arange(len(values)), -1))
+    states = np.where(latest < 0, before, commands[latest])
+    return (states / 2 + 0.5)[:, None].astype(np.float32)
+
+
+def step_to_next(values_TW: np.ndarray) -> np.ndarray:
+    """The change from each step to the one after it; 0 at the last, which such datasets drop."""
+    return np.diff(values_TW, axis=0, append=values_TW[-1:])
+
+
+def quaternion_to_euler(values_T4: np.ndarray) -> np.ndarray:
+    """Quaternions (x, y, z, w) to angles about the fixed x, y and z axes, radians (T, 3); 0 0 0 0 is no rotation."""
+    from scipy.spatial.transform import Rotation
+
+    given = np.any(values_T4 != 0, axis=1, keepdims=True)
+    return Rotation.from_quat(np.where(given, values_T4, (0, 0, 0, 1))).as_euler("xyz").astype(np.float32)
+
+
+class Operation(Enum):
+    """An operation by name, so that tables of datasets compare, print and serialize."""
+
+    CLIP = "clip"
+    INVERT = "invert"
+    BINARIZE = "binarize"
+    RELATIVE = "relative"
+    TO_NEXT = "to_next"
+    TO_EULER = "to_euler"
+
+    def __call__(self, values_TW: np.ndarray) -> np.ndarray:
+        """Apply it to the (T, w) numbers of an episode."""
+        return _FUNCTIONS[self](values_TW)
+
+
+_FUNCTIONS: dict[Operation, Callable[[np.ndarray], np.ndarray]] = {
+    Operation.CLIP: clip_to_unit,
+    Operation.INVERT: invert_gripper,
+    Operation.BINARIZE: binarize_gripper,
+    Operation.RELATIVE: relative_gripper_to_absolute,
+    Operation.TO_NEXT: step_to_next,
+    Operation.TO_EULER: quaternion_to_euler,
+}

@@ -1,0 +1,151 @@
+"""The features of an RLDS dataset: their description for TFDS, and episodes as records, without TensorFlow.
+
+One tf.train.Example holds an episode; a feature of the steps is one list with all steps one after the other.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+_CLASSES = "tensorflow_datasets.core.features."
+
+Values = np.ndarray | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """An array of `shape` a step (or one number); `zlib` stores it compressed, as one byte string a step."""
+
+    shape: tuple[int, ...] = ()
+    dtype: str = "float32"
+    zlib: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        kind = "tensor_feature.Tensor" if self.shape or self.zlib else "scalar.Scalar"
+        dimensions = {"dimensions": [str(size) for size in self.shape]} if self.shape else {}
+        encoding = "zlib" if self.zlib else "none"
+        return {
+            "pythonClassName": _CLASSES + kind,
+            "tensor": {"dtype": self.dtype, "encoding": encoding, "shape": dimensions},
+        }
+
+    def fill(self, feature: Any, values: Values) -> None:
+        """Write the values of all steps into a tf.train.Feature."""
+        array = np.asarray(values, dtype=self.dtype)
+        if self.zlib:
+            feature.bytes_list.value.extend(zlib.compress(step.tobytes()) for step in array)
+        elif array.dtype.kind == "f":
+            feature.float_list.value.extend(array.astype(np.float32).ravel().tolist())
+        else:
+            feature.int64_list.value.extend(array.astype(np.int64).ravel().tolist())
+
+
+@dataclass(frozen=True)
+class Images:
+    """An encoded image a step; `dtype` uint8 with 3 channels, or for depth another type with 1."""
+
+    height: int
+    width: int
+    encoding: str = "jpeg"
+    channels: int = 3
+    dtype: str = "uint8"
+
+    def describe(self) -> dict[str, Any]:
+        shape = {"dimensions": [str(self.height), str(self.width), str(self.channels)]}
+        return {
+            "image": {"dtype": self.dtype, "encodingFormat": self.encoding, "shape": shape},
+            "pythonClassName": _CLASSES + "image_feature.Image",
+        }
+
+    def fill(self, feature: Any, values: Values) -> None:
+        """Write encoded images (bytes) into a tf.train.Feature."""
+        feature.bytes_list.value.extend(values)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A text a step."""
+
+    def describe(self) -> dict[str, Any]:
+        return {"pythonClassName": _CLASSES + "text_feature.Text", "text": {}}
+
+    def fill(self, feature: Any, values: Values) -> None:
+        """Write texts into a tf.train.Feature."""
+        feature.bytes_list.value.extend(value.encode() for value in values)
+
+
+Feature = Numbers | Images | Texts
+Features = Mapping[str, Any]  # name -> Feature, or Features again
+
+
+def _describe(features: Features) -> dict[str, Any]:
+    described = {
+        name: _describe(feature) if isinstance(feature, Mapping) else feature.describe()
+        for name, feature in features.items()
+    }
+    return {"featuresDict": {"features": described}, "pythonClassName": _CLASSES + "features_dict.FeaturesDict"}
+
+
+def _leaves(features: Features, prefix: str = "") -> Iterator[tuple[str, Feature]]:
+    for name, feature in features.items():
+        if isinstance(feature, Mapping):
+            yield from _leaves(feature, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", feature
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What every step, and every episode, of a dataset holds; groups are nested mappings."""
+
+    steps: Features
+    episode: Features = field(default_factory=dict)
+
+    def features_json(self) -> dict[str, Any]:
+        """The content of features.json."""
+        steps = {
+            "pythonClassName": _CLASSES + "dataset_feature.Dataset",
+            "sequence": {"feature": _describe(self.steps), "length": "-1"},
+        }
+        description = _describe(dict(self.episode))
+        description["featuresDict"]["features"]["steps"] = steps
+        return description
+
+    def serialize(self, steps: Mapping[str, Values], episode: Mapping[str, Any] | None = None) -> bytes:
+        """An episode as a tf.train.Example; equal episodes give equal bytes.
+
+        Args:
+            steps: "group/name" -> its values at every step: an array, encoded images, or texts.
+            episode: the same for the whole episode, one value each.
+
+        Raises:
+            ValueError: a feature is missing, unknown, or has not one value of its shape a step.
+        """
+        from tensorflow_datasets.proto import tf_example_generated_pb2 as protocol
+
+        given = dict(episode or {})
+        expected, of_episode = dict(_leaves(self.steps)), dict(_leaves(self.episode))
+        if set(steps) != set(expected) or set(given) != set(of_episode):
+            wrong = sorted({*steps, *given} ^ {*expected, *of_episode})
+            raise ValueError(f"features {', '.join(wrong)}: given or described, not both")
+        lengths = {name: len(values) for name, values in steps.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"features of different numbers of steps: {lengths}")
+        example = protocol.Example()
+        for name, feature in expected.items():
+            _check_shape(name, feature, steps[name])
+            feature.fill(example.features.feature[f"steps/{name}"], steps[name])
+        for name, feature in of_episode.items():
+            feature.fill(example.features.feature[name], [given[name]])
+        return bytes(example.SerializeToString(deterministic=True))
+
+
+def _check_shape(name: str, feature: Feature, values: Values) -> None:
+    if isinstance(feature, Numbers) and np.size(values) != len(values) * math.prod(feature.shape):
+        raise ValueError(f"feature {name}: values of shape {np.shape(values)[1:]} a step; accepted: {feature.shape}")
