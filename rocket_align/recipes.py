@@ -14,10 +14,12 @@ from rocket_align.config import AlignConfig
 _PAIRS = 10
 
 
-def paper_pairs(num_student_layers: int = 32, num_teacher_layers: int = 24) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def paper_pairs(
+    num_student_layers: int = 32, num_teacher_layers: int = 24, count: int = _PAIRS
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Student and teacher layers of the multi-layer methods: 2, 4, ..., 18 and the one before the student's last state
     / the teacher's last block; models too shallow for that get consecutive layers from 1, and as many pairs as fit."""
-    count = min(_PAIRS, num_student_layers - 1, num_teacher_layers - 1)
+    count = min(count, num_student_layers - 1, num_teacher_layers - 1)
     shallow = min(num_student_layers, num_teacher_layers)
     early = select_layers("e2m_last1", num_layers=shallow, count=count)[:-1]
     return (*early, num_student_layers - 1), (*early, num_teacher_layers - 1)

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from experiments.analysis.config import SubjectFlags
+from experiments.analysis.settings import Join, teacher_depth, training_config
 from prismatic.models.components import load_component
 from prismatic.training.build import make_objective, student_depth
 from prismatic.training.checkpoint import component_file
-from prismatic.training.config import TrainConfig
 from prismatic.training.module import TrainableVLA
 from prismatic.training.run import TrainingRun
 from prismatic.util.errors import UsageError
-from prismatic.util.files import read_json
 from rocket_align.alignment import AlignOutput, MultiLayerAlignment
-from rocket_align.config import AlignConfig
 from rocket_align.student import vision_tokens
 
 TeacherLayers = Literal["none", "aligned", "all"]
-
-
-class Join(Protocol):
-    """What vla-scripts/finetune.py offers: flags, and the join of policy and alignment."""
-
-    FinetuneConfig: Any
-
-    def plan_alignment(self, config: Any) -> tuple[AlignConfig, int]: ...
-
-    def build_alignment(self, training: TrainingRun, align: AlignConfig, teacher_dim: int) -> tuple[Any, Any]: ...
 
 
 @dataclass
@@ -143,12 +132,19 @@ class Subject:
         """Blocks of the LLM."""
         return student_depth(self.config)
 
+    @property
+    def num_samples(self) -> int:
+        """Samples that the passes show: as many as the flags ask for, rounded up to whole batches."""
+        return math.ceil(self.flags.num_samples / self.flags.batch_size) * self.flags.batch_size
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """The batches of `passes`: the same at every call."""
+        return itertools.islice(self.training.batches(), self.num_samples // self.flags.batch_size)
+
     def passes(self, *, gradients: bool = False) -> Iterator[Pass]:
-        """Forward passes over as many samples as the flags ask for, rounded up to whole batches."""
-        batches = self.training.batches()
+        """Forward passes over `num_samples` samples."""
         accelerator = self.training.accelerator
-        for _ in range(math.ceil(self.flags.num_samples / self.flags.batch_size)):
-            batch = next(batches)
+        for batch in self.batches():
             with nullcontext() if gradients else torch.no_grad(), accelerator.autocast():
                 output = self.module(batch, self._targets(batch))
             assert self._recorder.seen is not None
@@ -177,61 +173,6 @@ class Subject:
             "teacher_layers": list(self.align.teacher_layers),
             "student_depth": self.num_blocks,
             "dataset": self.config.dataset_name,
-            "samples": math.ceil(self.flags.num_samples / self.flags.batch_size) * self.flags.batch_size,
+            "samples": self.num_samples,
             "seed": self.flags.seed,
         }
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is one that training wrote, rather than a base model."""
-    return (folder / "training_state").is_dir() or (folder / "lora_adapter").is_dir()
-
-
-def training_config(flags: SubjectFlags, folder: str, join: Join) -> Any:
-    """The fine-tuning script's flags: those of the checkpoint's run, with the given ones over them.
-
-    Raises:
-        UsageError: nothing is at `folder`, or a run's file has a value of another type.
-    """
-    path = Path(folder)
-    resume = path.is_dir() and is_checkpoint(path)
-    known = {field.name: field for field in fields(join.FinetuneConfig)}
-    recorded = read_json(path / "run_config.json") if resume and (path / "run_config.json").is_file() else {}
-    values: dict[str, Any] = {name: value for name, value in recorded.items() if name in known}
-    values |= flags.overrides()
-    if "vggt_path" in flags.overrides():
-        values["teacher_path"] = ""
-    if values.get("vggt_path") or values.get("teacher_path"):
-        values["feature_store"] = ""  # The teacher itself sees what the student sees.
-    values |= {
-        "vla_path": folder, "resume": resume, "resume_step": None, "run_root_dir": Path("runs"),
-        "run_id_override": "analysis", "trackers": "none", "use_val_set": False, "gradient_checkpointing": False,
-    }  # fmt: skip
-    values["data_root_dir"] = Path(values.get("data_root_dir", TrainConfig.data_root_dir))
-    return join.FinetuneConfig(**values)
-
-
-def teacher_source(config: Any) -> tuple[str, str]:
-    """Path and kind of the run's teacher.
-
-    Raises:
-        UsageError: none given.
-    """
-    path = config.teacher
-    if not path:
-        raise UsageError("--vggt_path: empty; accepted: the teacher's folder, weights file or hub id")
-    return path, config.teacher_type
-
-
-def teacher_depth(config: Any) -> int:
-    """Blocks of the teacher, from its config file alone.
-
-    Raises:
-        UsageError: no teacher is given, or there is none.
-    """
-    from rocket_align.teacher.registry import describe_teacher
-
-    try:
-        return describe_teacher(*teacher_source(config)).depth
-    except ValueError as error:
-        raise UsageError(f"--vggt_path: {error}") from error

@@ -1,0 +1,81 @@
+"""From the flags of a command and what a checkpoint's run recorded to the flags of fine-tuning. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from experiments.analysis.config import SubjectFlags
+from prismatic.training.config import TrainConfig
+from prismatic.util.errors import UsageError
+from prismatic.util.files import read_json
+
+if TYPE_CHECKING:
+    from prismatic.training.run import TrainingRun
+    from rocket_align.config import AlignConfig
+
+
+class Join(Protocol):
+    """What vla-scripts/finetune.py offers: flags, and the join of policy and alignment."""
+
+    FinetuneConfig: Any
+
+    def plan_alignment(self, config: Any) -> tuple[AlignConfig, int]: ...
+
+    def build_alignment(self, training: TrainingRun, align: AlignConfig, teacher_dim: int) -> tuple[Any, Any]: ...
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one that training wrote, rather than a base model."""
+    return (folder / "training_state").is_dir() or (folder / "lora_adapter").is_dir()
+
+
+def training_config(flags: SubjectFlags, folder: str, join: Join) -> Any:
+    """The fine-tuning script's flags: those of the checkpoint's run, with the given ones over them.
+
+    Raises:
+        UsageError: nothing is at `folder`, or a run's file has a value of another type.
+    """
+    path = Path(folder)
+    resume = path.is_dir() and is_checkpoint(path)
+    known = {field.name: field for field in fields(join.FinetuneConfig)}
+    recorded = read_json(path / "run_config.json") if resume and (path / "run_config.json").is_file() else {}
+    values: dict[str, Any] = {name: value for name, value in recorded.items() if name in known}
+    values |= flags.overrides()
+    if "vggt_path" in flags.overrides():
+        values["teacher_path"] = ""
+    if values.get("vggt_path") or values.get("teacher_path"):
+        values["feature_store"] = ""  # The teacher itself sees what the student sees.
+    values |= {
+        "vla_path": folder, "resume": resume, "resume_step": None, "run_root_dir": Path("runs"),
+        "run_id_override": "analysis", "trackers": "none", "use_val_set": False, "gradient_checkpointing": False,
+    }  # fmt: skip
+    values["data_root_dir"] = Path(values.get("data_root_dir", TrainConfig.data_root_dir))
+    return join.FinetuneConfig(**{name: value for name, value in values.items() if name in known})
+
+
+def teacher_source(config: Any) -> tuple[str, str]:
+    """Path and kind of the run's teacher.
+
+    Raises:
+        UsageError: none given.
+    """
+    path = config.teacher
+    if not path:
+        raise UsageError("--vggt_path: empty; accepted: the teacher's folder, weights file or hub id")
+    return path, config.teacher_type
+
+
+def teacher_depth(config: Any) -> int:
+    """Blocks of the teacher, from its config file alone.
+
+    Raises:
+        UsageError: no teacher is given, or there is none.
+    """
+    from rocket_align.teacher.registry import describe_teacher
+
+    try:
+        return describe_teacher(*teacher_source(config)).depth
+    except ValueError as error:
+        raise UsageError(f"--vggt_path: {error}") from error
