@@ -188,7 +188,12 @@ class OpenVLAPolicy:
         vla: model on its device; its `norm_stats` are the checkpoint's.
         parts: action_head, proprio_projector, noisy_action_projector, as far as the policy has them.
         cfg: num_images_in_input, center_crop, use_proprio, use_film.
+
+    Attributes:
+        text_tokens: length that prompts are padded to; None pads to the longest of a batch.
     """
+
+    text_tokens: int | None = None
 
     def __init__(self, vla: Any, processor: Any, parts: Mapping[str, nn.Module], cfg: Any, unnorm_key: str) -> None:
         self.vla, self.processor, self.unnorm_key = vla, processor, unnorm_key
@@ -228,6 +233,7 @@ class OpenVLAPolicy:
         count = len(views[0])
         pixel_values = [torch.cat(pixels[start : start + count]) for start in range(0, len(pixels), count)]
         arguments: dict[str, Any] = {"unnorm_key": key, "use_film": self._cfg.use_film, **self._parts}
+        arguments["text_tokens"] = self.text_tokens
         if self._cfg.use_proprio:
             statistics = self.vla.norm_stats[key]["proprio"]
             states = np.stack([query.state for query in queries])
@@ -254,13 +260,22 @@ class OpenVLAPolicy:
 
 @torch.inference_mode()
 def _predict(
-    vla: Any, processor: Any, instructions: Sequence[str], pixel_values: torch.Tensor, **arguments: Any
+    vla: Any,
+    processor: Any,
+    instructions: Sequence[str],
+    pixel_values: torch.Tensor,
+    text_tokens: int | None = None,
+    **arguments: Any,
 ) -> Array:
-    """Action chunks (B, T, A) for B instructions with pixels (B, c*V, H, W)."""
+    """Action chunks (B, T, A) for B instructions with pixels (B, c*V, H, W); prompts padded to `text_tokens`."""
     device = next(vla.parameters()).device
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "right"
-    text = tokenizer([action_prompt(instruction) for instruction in instructions], padding=True, return_tensors="pt")
+    prompts = [action_prompt(instruction) for instruction in instructions]
+    padding = "longest" if text_tokens is None else "max_length"
+    text = tokenizer(prompts, padding=padding, max_length=text_tokens, return_tensors="pt")
+    if text_tokens is not None and text["input_ids"].shape[1] > text_tokens:
+        raise ValueError(f"a prompt of {text['input_ids'].shape[1]} tokens; all were to have {text_tokens}")
     actions_BTA, _ = vla.predict_action(
         input_ids=text["input_ids"].to(device),
         attention_mask=text["attention_mask"].to(device),

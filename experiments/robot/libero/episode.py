@@ -6,9 +6,11 @@ actions: the simulator repeats an episode bit for bit, so runs that keep only th
 
 from __future__ import annotations
 
+import contextlib
+import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a request came to: `value`, or the one-line `error` (`usage`: the user can mend it, so the run stops)."""
+    """What a request came to: `value`, or the one-line `error` (`usage`: the user can mend it, so the run stops).
+
+    `seconds` says where its time went: creation, reset (settling included), physics, rendering.
+    """
 
     value: Any = None
     error: str | None = None
     usage: bool = False
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def make_libero_env(episode: Episode, protocol: Protocol) -> Any:
@@ -61,6 +67,7 @@ class EpisodeRunner:
         self._env_task: tuple[str, int] | None = None
         self._episode: Episode | None = None
         self._actions: list[Array] = []
+        self._seconds: dict[str, float] = {}
 
     def begin(self, episode: Episode) -> Turn:
         """Reset to the episode's start state, settle, and return the first query."""
@@ -71,12 +78,13 @@ class EpisodeRunner:
     def advance(self, actions_TA: Array) -> Turn:
         """Execute the policy's actions until the open-loop limit, success, or the step limit."""
         assert self._episode is not None
-        for action_A in actions_TA[: self.protocol.open_loop_steps]:
-            self._actions.append(to_env_action(action_A))
-            if self._env.step(self._actions[-1]):
-                return Turn(None, True, len(self._actions))
-            if len(self._actions) >= (self._episode.max_steps or self.protocol.max_steps):
-                return Turn(None, False, len(self._actions))
+        with self._timed("physics"):
+            for action_A in actions_TA[: self.protocol.open_loop_steps]:
+                self._actions.append(to_env_action(action_A))
+                if self._env.step(self._actions[-1]):
+                    return Turn(None, True, len(self._actions))
+                if len(self._actions) >= (self._episode.max_steps or self.protocol.max_steps):
+                    return Turn(None, False, len(self._actions))
         return self._ask()
 
     def film(self, path: Path) -> None:
@@ -94,14 +102,15 @@ class EpisodeRunner:
 
     def perform(self, request: str, *arguments: Any) -> Reply:
         """Call a method by name; an exception becomes an error reply and the environment is built anew next time."""
+        self._seconds = {}
         try:
-            return Reply(getattr(self, request)(*arguments))
+            return Reply(getattr(self, request)(*arguments), seconds=self._seconds)
         except UsageError as error:
             self.close()
             return Reply(error=str(error), usage=True)
         except Exception as error:
             self.close()
-            return Reply(error=describe_error(error))
+            return Reply(error=describe_error(error), seconds=self._seconds)
 
     def close(self) -> None:
         """Free the environment and its renderer. Closing twice is fine."""
@@ -109,13 +118,26 @@ class EpisodeRunner:
         if env is not None:
             env.close()
 
+    @contextlib.contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - started
+
     def _reset(self) -> None:
         episode = self._episode
         assert episode is not None
         if self._env_task != (episode.suite, episode.task_id):
-            self.close()
-            self._env = self._make_env(episode, self.protocol)
-            self._env_task = (episode.suite, episode.task_id)
+            with self._timed("creation"):
+                self.close()
+                self._env = self._make_env(episode, self.protocol)
+                self._env_task = (episode.suite, episode.task_id)
+        with self._timed("reset"):
+            self._to_start(episode)
+
+    def _to_start(self, episode: Episode) -> None:
         if episode.start_vector is not None:
             start = np.asarray(episode.start_vector)
         else:
@@ -129,7 +151,8 @@ class EpisodeRunner:
 
     def _ask(self) -> Turn:
         assert self._episode is not None
-        seen, steps = self._env.observe(), len(self._actions)
+        with self._timed("rendering"):
+            seen, steps = self._env.observe(), len(self._actions)
         seed = self._episode.query_seed(steps)
         query = Query(seen.image, seen.wrist_image, seen.state, self._episode.task, seed)
         return Turn(query, False, steps)

@@ -2,6 +2,7 @@
 
 A run folder holds
     config.json            `identity` (everything that influences the numbers) and `environment` (recorded only)
+    plan*.json             which episodes there are to be
     episodes*.jsonl        a line per finished episode, flushed and synced; one file per process of a distributed run
     summary.json, .md      success rates with intervals, rewritten at the end
     videos/                on request
@@ -12,6 +13,7 @@ of a killed run is dropped.
 
     python -m experiments.robot.libero.results report RUN [RUN ...]     one table over the runs, one suite each or not
     python -m experiments.robot.libero.results compare RUN_A RUN_B     paired test on the episodes both have
+    python -m experiments.robot.libero.merge_results RUN [RUN ...]     is every episode there once? one folder of all
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
 from experiments.robot.libero import summary
+from experiments.robot.libero.completeness import planned_episodes, write_plan
+from experiments.robot.libero.protocol import Episode
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
@@ -35,7 +39,10 @@ STATUSES = ("success", "failure", "error")
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """How one episode ended. `success` is None for an error; `steps` are policy steps; `wall_time` is in seconds."""
+    """How one episode ended. `success` is None for an error; `steps` are policy steps; `wall_time` is in seconds.
+
+    `seconds` says where the time went: creation, reset, physics, rendering, policy (its whole batch), waiting.
+    """
 
     suite: str
     task_id: int
@@ -48,6 +55,7 @@ class EpisodeResult:
     error: str | None
     wall_time: float
     attempts: int = 1
+    seconds: Mapping[str, float] = field(default_factory=dict)
     kind: str | None = None  # of perturbation, with its level and the task's full name (LIBERO-Plus)
     level: int | None = None
     task_name: str | None = None
@@ -88,6 +96,7 @@ class RunFolder:
         shard: str = "",
     ) -> None:
         self.folder = folder
+        self._shard, self._overwritten = shard, overwrite
         self._record = {"identity": _plain(identity), "environment": _plain(environment)}
         if not overwrite:
             self._refuse_other_identity()
@@ -101,7 +110,7 @@ class RunFolder:
         """Drop all episodes but those that other processes of this same distributed run are writing now."""
         self._stream.truncate(0)
         world = shard.partition("-of-")[2]
-        for file in self.folder.glob("episodes*.jsonl"):
+        for file in (*self.folder.glob("episodes*.jsonl"), *self.folder.glob("plan*.json")):
             current = bool(world) and file.stem.endswith(f"-of-{world}")
             if file.name != f"episodes{shard}.jsonl" and not current:
                 file.unlink(missing_ok=True)
@@ -112,17 +121,16 @@ class RunFolder:
             if any(self.folder.glob("episodes*.jsonl")):
                 raise UsageError(f"--run_name: {self.folder} holds episodes but no config.json; use another --run_name")
             return
-        found, wanted = read_json(file).get("identity", {}), self._record["identity"]
-        differing = [
-            f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now"
-            for key in sorted(set(found) | set(wanted))
-            if found.get(key) != wanted.get(key)
-        ]
+        differing = differing_values(read_json(file).get("identity", {}), self._record["identity"])
         if differing:
             raise UsageError(
                 f"--run_name: {self.folder} holds results of another configuration ({'; '.join(differing[:4])}); "
                 "use another --run_name, or --overwrite true to discard them"
             )
+
+    def plan(self, episodes: Iterable[Episode]) -> None:
+        """Note all episodes that the run is to have, those of its other processes included."""
+        write_plan(self.folder, self._shard, (episode.key for episode in episodes), anew=self._overwritten)
 
     def append(self, result: EpisodeResult) -> None:
         """Write one episode; it is on disk when this returns."""
@@ -137,12 +145,14 @@ class RunFolder:
 
     def write_summary(self) -> dict[str, Any]:
         """Write summary.json and summary.md from what is on disk and return the former."""
-        report = summary.summarize(self.finished())
-        atomic_write(
-            self.folder / "summary.json",
-            json.dumps({**report, "identity": self._record["identity"]}, indent=2) + "\n",
-        )
-        atomic_write(self.folder / "summary.md", summary.to_markdown(report))
+        with (self.folder / ".summary.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # Whichever process comes last has read all the others' episodes.
+            results, planned = self.finished(), planned_episodes(self.folder)
+            missing = len(planned - {result.key for result in results})
+            report = {**summary.summarize(results), "planned": len(planned), "missing": missing}
+            content = {**report, "identity": self._record["identity"]}
+            atomic_write(self.folder / "summary.json", json.dumps(content, indent=2) + "\n")
+            atomic_write(self.folder / "summary.md", summary.to_markdown(report))
         return report
 
     def close(self) -> None:
@@ -168,21 +178,37 @@ def load_episodes(folder: Path) -> list[EpisodeResult]:
         )
     found: dict[tuple[str, int, int], EpisodeResult] = {}
     for file in files:
-        for result in _read_lines(file):
-            earlier = found.get(result.key)
-            # Within a file the later line counts; between files a finished episode goes before an error.
-            if earlier is None or earlier.status == "error" or result.status != "error":
-                found[result.key] = result
+        for result, _ in read_episode_lines(file):
+            found[result.key] = better_of(found.get(result.key), result)
     return [found[key] for key in sorted(found)]
 
 
-def _read_lines(file: Path) -> Iterator[EpisodeResult]:
+def better_of(earlier: EpisodeResult | None, later: EpisodeResult) -> EpisodeResult:
+    """Which of two lines of an episode counts: the later one, but a finished episode goes before an error."""
+    return later if earlier is None or earlier.status == "error" or later.status != "error" else earlier
+
+
+def differing_values(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What tells two identities apart, a line an entry."""
+    return [
+        f"{key}: {there.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted(set(there) | set(now))
+        if there.get(key) != now.get(key)
+    ]
+
+
+def read_episode_lines(file: Path) -> Iterator[tuple[EpisodeResult, bytes]]:
+    """Every whole line of a results file, parsed and as it is.
+
+    Raises:
+        UsageError: a line other than a half-written last one cannot be read.
+    """
     names = {entry.name for entry in fields(EpisodeResult)}
     lines = file.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):  # What follows the last newline was not finished.
         try:
             content = json.loads(line)
-            yield EpisodeResult(**{key: value for key, value in content.items() if key in names})
+            yield EpisodeResult(**{key: value for key, value in content.items() if key in names}), line
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UsageError(f"{file}: line {number} is not an episode ({error})") from error
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,17 @@ class _Slot:
     steps: int = 0
     busy: bool = False
     started: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)  # where the episode's time went
     deadline: float = 0.0
     task: tuple[str, int] | None = None
 
     def submit(self, timeout: float, request: str, *arguments: Any) -> None:
         self.busy, self.turn, self.deadline = True, None, time.monotonic() + timeout
         self.worker.submit(request, *arguments)
+
+    def spend(self, seconds: Mapping[str, float]) -> None:
+        for part, more in seconds.items():
+            self.seconds[part] = self.seconds.get(part, 0.0) + more
 
 
 class Rollouts:
@@ -113,7 +118,7 @@ class Rollouts:
         slot.episode = self._queue.take(slot.task)
         if slot.episode is not None:
             slot.task = (slot.episode.suite, slot.episode.task_id)
-            slot.started, slot.steps = time.monotonic(), 0
+            slot.started, slot.steps, slot.seconds = time.monotonic(), 0, {}
             slot.submit(self._settings.timeout, "begin", slot.episode)
 
     def _collect(self, busy: list[_Slot]) -> None:
@@ -134,6 +139,7 @@ class Rollouts:
             self._revive(slot, str(death))
             return
         slot.busy = False
+        slot.spend(reply.seconds)
         if reply.usage:
             raise UsageError(reply.error)
         if slot.episode is None:
@@ -152,8 +158,11 @@ class Rollouts:
 
     def _answer(self, waiting: list[_Slot]) -> None:
         queries = [slot.turn.query for slot in waiting if slot.turn is not None and slot.turn.query is not None]
+        started = time.monotonic()
         answers = ask(self._policy, queries, self._settings.open_loop_steps)
+        spent = {"policy": time.monotonic() - started}
         for slot, answer in zip(waiting, answers):
+            slot.spend(spent)
             if isinstance(answer, str):
                 self._finish(slot, "error", answer)
             else:
@@ -164,6 +173,8 @@ class Rollouts:
         episode = slot.episode
         assert episode is not None
         slot.episode, slot.turn = None, None
+        wall_time = time.monotonic() - slot.started
+        slot.spend({"waiting": max(0.0, wall_time - sum(slot.seconds.values()))})
         result = EpisodeResult(
             suite=episode.suite,
             task_id=episode.task_id,
@@ -174,8 +185,9 @@ class Rollouts:
             success=None if status == "error" else status == "success",
             steps=slot.steps,
             error=error,
-            wall_time=round(time.monotonic() - slot.started, 3),
+            wall_time=round(wall_time, 3),
             attempts=min(self._deaths.get(episode.key, 0) + 1, MAX_ATTEMPTS),
+            seconds={part: round(spent, 4) for part, spent in slot.seconds.items()},
             kind=episode.kind,
             level=episode.level,
             task_name=episode.task_name,

@@ -74,6 +74,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     if len(report["suites"]) > 1:
         lines.append(_row("**all**", "**all episodes**", report["total"]))
         lines += ["", f"Mean of the {len(report['suites'])} suites: {_percent(report['total']['mean_of_suites'])}"]
+    if report.get("missing"):
+        lines += ["", f"**Incomplete: {report['missing']} of {report['planned']} episodes have not run.**"]
     if report["total"]["errors"]:
         lines += [
             "",

@@ -1,0 +1,84 @@
+"""A policy whose answer to a query is the same bits, whatever else is asked at the same time.
+
+Matrix products round differently for different shapes, so an answer from a batch of 3 and one from a batch of 4 differ
+in the last bits, and a rollout may amplify that. With every forward of one shape it matters neither how many environments
+run nor in which order they ask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.robot.policy import Policy, Query
+from prismatic.util.errors import UsageError
+
+FIXED_TEXT_TOKENS = 64  # All prompts of LIBERO fit.
+
+
+class FixedShape:
+    """`policy`, asked with exactly `batch` queries at a time; a batch that is not full is padded with copies.
+
+    With a batch of more than one, the first call checks that an answer depends neither on its place nor on its
+    companions, which holds for the usual kernels but is promised by none.
+
+    Args:
+        policy: if it has an attribute `text_tokens`, its prompts are padded to one length, too.
+
+    Raises:
+        UsageError: by :meth:`act`, when the check fails.
+    """
+
+    def __init__(self, policy: Policy, batch: int = 1) -> None:
+        self._policy, self._batch, self._checked = policy, batch, batch == 1
+        if batch > 1 and hasattr(policy, "text_tokens"):
+            policy.text_tokens = FIXED_TEXT_TOKENS
+
+    def act(self, queries: Sequence[Query]) -> list[Any]:
+        """One answer for each query; see :class:`Policy`."""
+        if not self._checked:
+            self._check(queries[0])
+            self._checked = True
+        answers: list[Any] = []
+        for start in range(0, len(queries), self._batch):
+            part = queries[start : start + self._batch]
+            answers += self._ask([*part, *[part[-1]] * (self._batch - len(part))])[: len(part)]
+        return answers
+
+    def _ask(self, queries: Sequence[Query]) -> list[Any]:
+        answers = list(self._policy.act(queries))
+        if len(answers) != len(queries):
+            raise ValueError(f"policy answered {len(answers)} chunks to {len(queries)} queries")
+        return answers
+
+    def _check(self, query: Query) -> None:
+        turned = [
+            dataclasses.replace(
+                query,
+                image=np.rot90(query.image, 1 + place % 3).copy(),
+                instruction=" ".join([query.instruction, *["now"] * place]),
+                seed=query.seed + place,
+            )
+            for place in range(self._batch - 1)
+        ]
+        expected = self._ask([query] * self._batch)[0]
+        for place in range(self._batch):
+            answer = self._ask([*turned[:place], query, *turned[place:]])[place]
+            if not np.array_equal(answer, expected):
+                raise UsageError(
+                    f"--deterministic: on this machine an answer depends on its place in a batch of {self._batch}; "
+                    "accepted: --max_batch 1"
+                )
+
+
+def use_deterministic_kernels() -> None:
+    """Ask torch for kernels that repeat themselves; to be called before CUDA is first used."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
