@@ -1,8 +1,8 @@
 """A policy whose answer to a query is the same bits, whatever else is asked at the same time.
 
 Matrix products round differently for different shapes, so an answer from a batch of 3 and one from a batch of 4 differ
-in the last bits, and a rollout may amplify that. With every forward of one shape it matters neither how many environments
-run nor in which order they ask.
+in the last bits, and a rollout may amplify that. With every forward of one shape it matters neither how many
+environments run nor in which order they ask.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 All of OpenVLA-OFT's flags are accepted. Results go to {local_log_dir}/{run_name}/ (see `results.py`); the same command
 again continues a run that was stopped and repeats episodes that ended in an error.
 
-Exit codes: 0 all episodes ran; 2 wrong flags or files; 3 some episodes ended in an error; 130 interrupted.
+Exit codes: 0 all episodes ran; 1 some did not run; 2 wrong flags or files; 3 some ended in an error; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from experiments.robot.libero.results import EpisodeResult, RunFolder
     from experiments.robot.policy import Policy
 
-EXIT_ERRORS = 3
+EXIT_MISSING, EXIT_ERRORS = 1, 3
 
 
 @dataclass
@@ -84,7 +84,8 @@ class GenerateConfig:
     first_init_state: int = 0  # Number of the first initial state
     env_seed: int = 0  # Where the simulator places cabinets and stoves (0 in the protocol)
     max_steps: int = 0  # Step limit of an episode; 0: the suite's
-    max_batch: int = 0  # Most queries the policy answers at once; 0: no limit; 1: independent of num_workers to the bit
+    max_batch: int = 0  # Most queries the policy answers at once; 0: no limit
+    deterministic: bool = False  # Same bits for any number of workers: every forward asks max_batch queries (0: 1)
     save_videos: str = "none"  # none, failures or all
     run_name: str = ""  # Folder within local_log_dir; default: from suite, checkpoint and settings
     overwrite: bool = False  # Discard results in that folder
@@ -106,6 +107,7 @@ def eval_libero(config: GenerateConfig, policy: Policy | None = None, make_env: 
     Raises:
         UsageError: anything wrong that the user can mend; most of it before anything is loaded.
     """
+    from experiments.robot.deterministic import FixedShape, use_deterministic_kernels
     from experiments.robot.libero.plan import default_run_name, make_plan, run_environment, run_identity
 
     plan = make_plan(config, with_checkpoint=policy is None and not config.policy)
@@ -116,6 +118,9 @@ def eval_libero(config: GenerateConfig, policy: Policy | None = None, make_env: 
         policy, identity = external.policy, {**run_identity(config, plan, ()), **external.identity}
     else:
         identity = run_identity(config, plan, _numerics(config) if policy is None else (type(policy).__name__,))
+    if config.deterministic:
+        use_deterministic_kernels()
+        identity["fixed_batch"] = max(config.max_batch, 1)
     folder = Path(config.local_log_dir).expanduser() / (config.run_name or default_run_name(config, identity))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     # Neighbors stay together: they are of one task, and every task costs a process an environment.
@@ -125,14 +130,18 @@ def eval_libero(config: GenerateConfig, policy: Policy | None = None, make_env: 
     _refuse_existing(config, folder)
     shard = f".rank{rank}-of-{world}" if world > 1 else ""
     with RunFolder(folder, identity, run_environment(config), overwrite=config.overwrite, shard=shard) as results:
+        results.plan(plan.episodes)
         done = {result.key: result for result in results.finished()}
         open_episodes = [episode for episode in mine if episode.key not in done or done[episode.key].status == "error"]
         if open_episodes:
             policy = policy or _load_policy(config, plan)
+            if config.deterministic:
+                policy = FixedShape(policy, max(config.max_batch, 1))
             _run_episodes(config, plan, policy, open_episodes, results, make_env)
         summary = results.write_summary()
-    on_disk = sum(summary["total"][name] for name in ("successes", "failures", "errors"))
-    summary["episodes_missing"] = max(0, len(plan.episodes) - on_disk)
+        there = {result.key for result in results.finished()}
+    summary["episodes_missing"] = sum(episode.key not in there for episode in plan.episodes)
+    summary["own_episodes_missing"] = sum(episode.key not in there for episode in mine)
     summary["folder"] = str(folder)
     return summary
 
@@ -216,10 +225,15 @@ def main(config: GenerateConfig) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         print((Path(summary["folder"]) / "summary.md").read_text())
         if summary["episodes_missing"]:
-            print(f"{summary['episodes_missing']} episodes are still running in other processes")
+            where = "the summary above lacks them; when those have ended, check with"
+            command = f"python -m experiments.robot.libero.merge_results {summary['folder']}"
+            print(f"{summary['episodes_missing']} episodes are left to other processes: {where} {command}")
         print(f"results: {summary['folder']}")
         if config.use_wandb:
             _log_to_wandb(config, summary)
+    if summary["own_episodes_missing"]:
+        print(f"error: {summary['own_episodes_missing']} episodes have not run", file=sys.stderr)
+        return EXIT_MISSING
     return EXIT_ERRORS if summary["total"]["errors"] else 0
 
 
