@@ -252,6 +252,7 @@ class PolicyServer:
             log_level="warning",
             ws="websockets-sansio",
             ws_max_size=settings.max_request_bytes,
+            ws_ping_interval=None,  # A client that builds a simulator answers no ping for a minute: not a dead one.
             server_header=False,
             timeout_graceful_shutdown=5,
         )
