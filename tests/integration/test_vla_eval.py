@@ -1,0 +1,163 @@
+"""vla-eval (PyPI) and openpi-client (PyPI) as real clients of the real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.robot.policy import Query
+from experiments.robot.robot_utils import invert_gripper_action, normalize_gripper_action
+from experiments.robot.serving.observation import PolicySpec
+from experiments.robot.serving.server import PolicyServer, ServerSettings
+from prismatic.vla.platforms import LIBERO
+
+KEYS = ("libero_goal", "libero_object_no_noops")
+SPEC = PolicySpec("seeded", LIBERO, 2, (64, 64), use_proprio=True, unnorm_keys=KEYS, unnorm_key="libero_goal")
+
+
+class Seeded:
+    """Random chunks that depend on all of a query, which show what arrived; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Query, str | None]] = []
+
+    @staticmethod
+    def chunk(query: Query) -> np.ndarray:
+        total = int(query.image.sum()) + 7 * int(query.wrist_image.sum()) + len(query.instruction)
+        chunk = np.random.default_rng(total).uniform(-1, 1, (8, 7))
+        chunk[:, -1] = (chunk[:, -1] > 0) + 0.01 * query.state[0]
+        return chunk
+
+    def act(self, queries: Sequence[Query], unnorm_key: str | None = None) -> np.ndarray:
+        self.asked += [(query, unnorm_key) for query in queries]
+        return np.stack([self.chunk(query) for query in queries])
+
+
+@pytest.fixture
+def policy() -> Seeded:
+    return Seeded()
+
+
+@pytest.fixture
+def server(policy: Seeded) -> Iterator[PolicyServer]:
+    with PolicyServer(policy, SPEC, ServerSettings(port=0)) as running:
+        yield running
+
+
+def in_simulator(chunk_TA: np.ndarray) -> np.ndarray:
+    return invert_gripper_action(normalize_gripper_action(chunk_TA))
+
+
+def test_openpis_client(server: PolicyServer, policy: Seeded) -> None:
+    reason = "openpi-client is not installed (it wants numpy<2: pip install --no-deps openpi-client)"
+    client_module = pytest.importorskip("openpi_client.websocket_client_policy", reason=reason)
+    rng = np.random.default_rng(0)
+    client = client_module.WebsocketClientPolicy("127.0.0.1", server.port)
+    assert client.get_server_metadata()["action_horizon"] == 8
+    observation = {
+        "observation/image": rng.integers(0, 256, (64, 64, 3), dtype=np.uint8),
+        "observation/wrist_image": rng.integers(0, 256, (64, 64, 3), dtype=np.uint8),
+        "observation/state": rng.normal(size=8),
+        "prompt": "open the drawer",
+    }
+    actions = client.infer(observation)["actions"]
+    (query, key), *_ = policy.asked
+    np.testing.assert_array_equal(query.image, observation["observation/image"])
+    np.testing.assert_array_equal(actions, policy.chunk(query))
+    assert key == "libero_goal" and query.instruction == "open the drawer"
+    with pytest.raises(RuntimeError, match="instruction: found int"):
+        client.infer({**observation, "prompt": 3})
+    assert client.infer(observation)["actions"].shape == (8, 7)
+
+
+def test_vla_evals_connection(server: PolicyServer, policy: Seeded) -> None:
+    """Its hello, its PNG pictures, a chunk handed out action by action, an episode's start, and an error."""
+    connection_module = pytest.importorskip("vla_eval.connection", reason="vla-eval is not installed")
+    specs = pytest.importorskip("vla_eval.specs")
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    state = rng.normal(size=8)
+
+    def observation(number: int) -> dict[str, Any]:
+        images = {"agentview": pictures[number], "wrist": pictures[2]}
+        return {"images": images, "states": state, "task_description": "lift the pot"}
+
+    async def talk() -> tuple[dict[str, Any], list[np.ndarray]]:
+        task = {"suite": "libero_object", "task_id": 3, "episode_idx": 1}
+        async with connection_module.Connection(f"ws://127.0.0.1:{server.port}/vla-eval") as connection:
+            await connection.start_episode({"task": task})
+            found = [(await connection.act(observation(0)))["actions"] for _ in range(10)]
+            await connection.end_episode({"metrics": {"success": False}})
+            await connection.start_episode({"task": task})
+            found.append((await connection.act(observation(1)))["actions"])
+            await connection.start_episode({"task": task})
+            with pytest.raises(RuntimeError, match="instruction: found NoneType; accepted: a text"):
+                await connection.act({**observation(0), "task_description": None})
+            with pytest.raises(RuntimeError, match="images: found none"):
+                await connection.act({})
+            found.append((await connection.act(observation(0)))["actions"])
+            return connection.server_info, found
+
+    info, actions = asyncio.run(talk())
+    assert info["observation_params"] == {
+        "env_seed": 0,
+        "quat_no_antipodal": True,
+        "send_wrist_image": True,
+        "send_state": True,
+    }
+    announced = {name: specs.DimSpec.from_dict(spec) for name, spec in info["action_spec"].items()}
+    wanted = {"position": specs.POSITION_DELTA, "rotation": specs.ROTATION_AA, "gripper": specs.GRIPPER_CLOSE_POS}
+    assert specs.check_specs(announced, wanted, {}, {}) == []
+    first, second = (in_simulator(Seeded.chunk(policy.asked[index][0])) for index in (0, 2))
+    expected = [*first, *first[:2], second[0], first[0]]
+    np.testing.assert_allclose(actions, np.float32(expected), atol=1e-6)
+    assert [key for _, key in policy.asked] == ["libero_object_no_noops"] * 4  # The suite's statistics.
+    assert not any(query.prepared for query, _ in policy.asked)
+    np.testing.assert_array_equal(policy.asked[0][0].image, pictures[0])
+    assert policy.asked[0][0].seed == policy.asked[2][0].seed != policy.asked[1][0].seed
+
+
+@pytest.mark.sim
+def test_vla_eval_runs_an_episode_of_libero_against_the_server(
+    server: PolicyServer, policy: Seeded, tmp_path: Path
+) -> None:
+    """The harness itself, in a process of its own, since it changes torch.load; a few steps in the real simulator."""
+    pytest.importorskip("vla_eval", reason="vla-eval is not installed")
+    pytest.importorskip("libero", reason="LIBERO is not installed")
+    benchmark = {
+        "benchmark": "vla_eval.benchmarks.libero.benchmark:LIBEROBenchmark",
+        "mode": "sync",
+        "episodes_per_task": 1,
+        "max_tasks": 1,
+        "max_steps": 9,
+        "params": {"suite": "libero_object"},
+    }
+    config = {
+        "server": {"url": f"ws://127.0.0.1:{server.port}/vla-eval", "timeout": 60},
+        "output_dir": str(tmp_path),
+        "render": "cpu",
+        "benchmarks": [benchmark],
+    }
+    program = (
+        "import json, sys; from vla_eval import api; "
+        "print('RESULT', json.dumps(api.run(json.loads(sys.argv[1]), docker=False, no_save=True), default=str))"
+    )
+    command = [sys.executable, "-c", program, json.dumps(config)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    (result,) = json.loads(run.stdout.split("RESULT ")[-1])
+    (episode,) = result["tasks"][0]["episodes"]
+    assert result.get("num_errors", 0) == 0 and episode["steps"] == 9 and "failure_reason" not in episode
+    assert "mismatch" not in run.stderr.lower()
+    assert len(policy.asked) == 2 and {key for _, key in policy.asked} == {"libero_object_no_noops"}
+    query = policy.asked[0][0]
+    assert query.image.shape == (256, 256, 3) and query.image.std() > 10 and query.state.shape == (8,)
+    assert query.instruction == "pick up the alphabet soup and place it in the basket"
