@@ -73,9 +73,8 @@ class CameraShift:
     pan: int = 0
     tilt: int = 0
 
-    @property
-    def is_identity(self) -> bool:
-        return self == CameraShift()
+
+UNMOVED = CameraShift()
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Perturbation:
         own_scene: the scene is built by LIBERO-Plus's own code, from its own assets.
     """
 
-    camera: CameraShift = CameraShift()
+    camera: CameraShift = UNMOVED
     robot_qpos: tuple[float, ...] | None = None
     noise: int = 0
     own_scene: bool = False

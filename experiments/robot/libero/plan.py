@@ -22,9 +22,10 @@ from experiments.robot.checkpoint import (
     Checkpoint,
     component_file,
     open_checkpoint,
-    resolve_unnorm_key,
 )
 from experiments.robot.libero import tasks
+from experiments.robot.libero.plus import is_plus
+from experiments.robot.libero.plus_plan import check_plus_flags, plus_episodes, plus_identity, unnorm_key_for
 from experiments.robot.libero.protocol import Episode, Protocol, max_steps_for, parse_task_ids
 from experiments.robot.libero.rendering import RENDER_MODES, choose_renderer
 from experiments.robot.robot_utils import MODEL_FAMILIES
@@ -70,7 +71,7 @@ def make_plan(config: Any, *, with_checkpoint: bool = True) -> Plan:
     _check_flags(config)
     suite = config.task_suite_name
     protocol = Protocol(
-        max_steps=config.max_steps or max_steps_for(suite),
+        max_steps=(config.max_steps or max_steps_for(suite)) * config.max_steps_factor,
         settle_steps=config.num_steps_wait,
         open_loop_steps=config.num_open_loop_steps,
         image_size=config.env_img_res,
@@ -81,7 +82,7 @@ def make_plan(config: Any, *, with_checkpoint: bool = True) -> Plan:
     if not with_checkpoint:
         return Plan(protocol, _episodes(config), None, config.unnorm_key)
     checkpoint = open_checkpoint(config.pretrained_checkpoint, config.base_checkpoint or None)
-    unnorm_key = resolve_unnorm_key(checkpoint.statistics, config.unnorm_key, suite)
+    unnorm_key = unnorm_key_for(checkpoint.statistics, config.unnorm_key, suite)
     _check_policy(config, checkpoint, unnorm_key)
     return Plan(protocol, _episodes(config), checkpoint, unnorm_key)
 
@@ -108,6 +109,7 @@ def _check_flags(config: Any) -> None:
         ("num_workers", 0),
         ("max_batch", 0),
         ("max_steps", 0),
+        ("max_steps_factor", 1),
         ("seed", 0),
         ("env_seed", 0),
         ("num_diffusion_steps_train", 1),
@@ -117,6 +119,7 @@ def _check_flags(config: Any) -> None:
     ):
         if getattr(config, flag) < least:
             raise UsageError(f"--{flag}: found {getattr(config, flag)}; accepted: {least} or more")
+    check_plus_flags(config)
     if config.policy and config.pretrained_checkpoint:
         raise UsageError(
             f"--policy: found {config.policy} beside --pretrained_checkpoint {config.pretrained_checkpoint}; "
@@ -187,6 +190,8 @@ def _episodes(config: Any) -> tuple[Episode, ...]:
     """The run's episodes, task by task."""
     suite, seed = config.task_suite_name, config.seed
     choose_renderer()
+    if is_plus(suite):
+        return plus_episodes(config)
     task_ids = parse_task_ids(str(config.task_ids), tasks.num_tasks(suite))
     own_states = None if config.initial_states_path == "DEFAULT" else _read_states(Path(config.initial_states_path))
     episodes: list[Episode] = []
@@ -258,7 +263,8 @@ def run_identity(config: Any, plan: Plan, numerics: Sequence[str]) -> dict[str, 
         "suite": config.task_suite_name,
         "seed": config.seed,
         "protocol": plan.protocol.as_dict(),
-        "standard_protocol": plan.protocol.is_standard and config.max_steps == 0 and states == "DEFAULT",
+        "standard_protocol": plan.protocol.is_standard
+        and (config.max_steps, config.max_steps_factor, config.instruction_source, states) == (0, 1, "bddl", "DEFAULT"),
         "initial_states": states,
         "renderer": os.environ.get("MUJOCO_GL"),
         "mujoco": _version("mujoco"),
@@ -267,6 +273,7 @@ def run_identity(config: Any, plan: Plan, numerics: Sequence[str]) -> dict[str, 
         "unnorm_key": plan.unnorm_key,
         "policy": {flag: getattr(config, flag) for flag in _POLICY_FLAGS},
         "numerics": list(numerics),
+        **plus_identity(config),
     }
 
 

@@ -98,11 +98,16 @@ def max_steps_for(suite: str) -> int:
     """
     if suite == PLUS_ALL:
         return max(MAX_STEPS[base] for base in PLUS_SUITES.values())
-    suite = PLUS_SUITES.get(suite, suite)
-    bases = [base for base in MAX_STEPS if suite == base or suite.startswith(base + "_")]
-    if not bases:
+    base = base_suite(suite)
+    if base not in MAX_STEPS:
         raise unknown_name("--task_suite_name", suite, [*MAX_STEPS, PLUS_ALL, *PLUS_SUITES])
-    return MAX_STEPS[bases[0]]
+    return MAX_STEPS[base]
+
+
+def base_suite(suite: str) -> str:
+    """The suite of LIBERO that `suite` perturbs (`libero_goal` for `libero_goal_swap`), or `suite` itself."""
+    bases = [base for base in MAX_STEPS if suite.startswith(base + "_")]
+    return PLUS_SUITES.get(suite, bases[0] if bases else suite)
 
 
 def to_env_action(action_A: Array) -> Array:
@@ -110,8 +115,8 @@ def to_env_action(action_A: Array) -> Array:
     return invert_gripper_action(normalize_gripper_action(action_A, binarize=True))
 
 
-def parse_task_ids(text: str, num_tasks: int) -> tuple[int, ...]:
-    """`--task_ids`: "" (all), "0,3,7", "[0, 3]" or ranges "0-4"; duplicates dropped, order kept.
+def parse_task_ids(text: str, num_tasks: int, flag: str = "--task_ids") -> tuple[int, ...]:
+    """`flag`: "" (all), "0,3,7", "[0, 3]" or ranges "0-4"; duplicates dropped, order kept.
 
     Raises:
         UsageError: not a list of integers, or an id outside 0..num_tasks-1.
@@ -123,11 +128,11 @@ def parse_task_ids(text: str, num_tasks: int) -> tuple[int, ...]:
     for word in (part.strip() for part in stripped.split(",")):
         first, dash, last = word.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
-            raise UsageError(f"--task_ids: cannot read {word!r} in {text!r}; accepted: integers, as in 0,3,7 or 0-4")
+            raise UsageError(f"{flag}: cannot read {word!r} in {text!r}; accepted: integers, as in 0,3,7 or 0-4")
         ids += range(int(first), int(last if dash else first) + 1)
     wrong = [task_id for task_id in ids if task_id >= num_tasks]
     if wrong or not ids:
-        raise UsageError(f"--task_ids: {text!r} names {wrong or 'no task'}; accepted: 0 to {num_tasks - 1}")
+        raise UsageError(f"{flag}: {text!r} names {wrong or 'no task'}; accepted: 0 to {num_tasks - 1}")
     return tuple(dict.fromkeys(ids))
 
 

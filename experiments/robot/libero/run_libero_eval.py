@@ -42,9 +42,7 @@ class GenerateConfig:
 
     # What is evaluated
     pretrained_checkpoint: str = ""  # Checkpoint folder or hub id (owner/name)
-    policy: str = (
-        ""  # Instead of a checkpoint: http://HOST:PORT or ws://HOST:PORT of a server, or MODULE:FACTORY
-    )
+    policy: str = ""  # Instead of a checkpoint: http://HOST:PORT or ws://HOST:PORT of a server, or MODULE:FACTORY
     policy_gripper: str = "auto"  # Gripper of a server's actions; policy: 1 = open; libero: -1 = open; auto: as it says
     policy_timeout: float = 0.0  # Seconds an answer may take, then the episode is an error; 0: 60 of servers, else any
     model_family: str = "openvla"
@@ -63,7 +61,7 @@ class GenerateConfig:
 
     # The protocol
     task_suite_name: str = "libero_spatial"  # libero_spatial, _object, _goal, _10, _90, or another installed suite
-    num_trials_per_task: int = 50
+    num_trials_per_task: int = 50  # In LIBERO-Plus (libero_plus, libero_plus_object, ...) 50 means 1, its protocol
     num_open_loop_steps: int = 8  # Actions of a chunk to execute before the policy is asked again
     num_steps_wait: int = 10  # Steps for objects to settle before an episode
     env_img_res: int = 256  # Side of the rendered images in pixels
@@ -84,6 +82,14 @@ class GenerateConfig:
     first_init_state: int = 0  # Number of the first initial state
     env_seed: int = 0  # Where the simulator places cabinets and stoves (0 in the protocol)
     max_steps: int = 0  # Step limit of an episode; 0: the suite's
+    max_steps_factor: int = 1  # Multiplies that limit (3 in some reports on LIBERO-Plus)
+    perturbations: str = "all"  # LIBERO-Plus: kinds, as in camera,robot; available: what installed assets allow
+    base_task_ids: str = ""  # LIBERO-Plus: only perturbations of these tasks of LIBERO's suite, as in 0,3,7
+    task_subset: int = 0  # LIBERO-Plus: so many tasks, balanced over kinds, then over base tasks; 0: all
+    subset_seed: int = 0  # LIBERO-Plus: which ones
+    instruction_source: str = (
+        "bddl"  # LIBERO-Plus: bddl; base: LIBERO's wording; name: as its package has it, with a leak
+    )
     max_batch: int = 0  # Most queries the policy answers at once; 0: no limit
     deterministic: bool = False  # Same bits for any number of workers: every forward asks max_batch queries (0: 1)
     save_videos: str = "none"  # none, failures or all
@@ -221,6 +227,10 @@ def _log_to_wandb(config: GenerateConfig, summary: dict[str, Any]) -> None:
 def main(config: GenerateConfig) -> int:
     """Evaluate and print the table; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    if int(os.environ.get("RANK", "0")) == 0:
+        from experiments.robot.libero.plus_plan import left_out_notice
+
+        print(left_out_notice(config), end="", file=sys.stderr)
     summary = eval_libero(config)
     if int(os.environ.get("RANK", "0")) == 0:
         print((Path(summary["folder"]) / "summary.md").read_text())

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.robot.libero import plus
+from experiments.robot.libero.perturbations import Perturbation
 from prismatic.util.errors import UsageError, unknown_name
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
@@ -27,7 +29,10 @@ INSTALL_HINT = 'pip install "rocket-vla[sim]"'
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task of a suite: its files and its instruction (the file name in words, as upstream and the RLDS data)."""
+    """One task of a suite: its files and its instruction (the file name in words, as upstream and the RLDS data).
+
+    A task of LIBERO-Plus has its instruction from its BDDL file, and a `perturbation`.
+    """
 
     suite: str
     task_id: int
@@ -35,6 +40,7 @@ class TaskSpec:
     instruction: str
     bddl_path: Path
     init_states_path: Path
+    perturbation: Perturbation | None = None
 
 
 @functools.lru_cache(maxsize=1)
@@ -92,8 +98,10 @@ def num_tasks(suite: str) -> int:
     """Number of tasks of `suite` (10 for the standard suites).
 
     Raises:
-        UsageError: LIBERO is missing or the suite is unknown.
+        UsageError: LIBERO (for a suite of LIBERO-Plus: that) is missing or the suite is unknown.
     """
+    if plus.is_plus(suite):
+        return len(plus.plus_tasks(suite))
     return len(_suite_tasks(suite))
 
 
@@ -103,10 +111,12 @@ def get_task(suite: str, task_id: int) -> TaskSpec:
     Raises:
         UsageError: unknown suite, task number out of range, or the distribution lacks the task's file.
     """
-    tasks = _suite_tasks(suite)
+    tasks = plus.plus_tasks(suite) if plus.is_plus(suite) else _suite_tasks(suite)
     if not 0 <= task_id < len(tasks):
         raise UsageError(f"task id: {suite} has tasks 0 to {len(tasks) - 1}, got {task_id}")
     task = tasks[task_id]
+    if isinstance(task, plus.PlusTask):
+        return plus.plus_spec(task)
     bddl_path = _libero_folder("bddl_files") / task.problem_folder / task.bddl_file
     if not bddl_path.is_file():
         raise UsageError(f"{suite} task {task_id}: the installed LIBERO lacks its task file {bddl_path}")
@@ -126,7 +136,7 @@ def load_init_states(task: TaskSpec) -> np.ndarray:
     packed = Path(f"{task.init_states_path}.npz")
     if packed.is_file():
         with np.load(packed, allow_pickle=False) as archive:
-            return np.asarray(archive["states"], dtype=np.float64)
+            return np.atleast_2d(np.asarray(archive["states"], dtype=np.float64))
     if not task.init_states_path.is_file():
         raise UsageError(f"{task.suite} task {task.task_id}: no initial states at {task.init_states_path}[.npz]")
     return _load_torch_states(task.init_states_path)
@@ -141,4 +151,5 @@ def _load_torch_states(path: Path) -> np.ndarray:
     rebuild = core.multiarray._reconstruct
     named = [(rebuild, f"numpy.{package}.multiarray._reconstruct") for package in ("core", "_core")]
     with torch.serialization.safe_globals([*allowed, *named]):
-        return np.asarray(torch.load(path, map_location="cpu", weights_only=True), dtype=np.float64)
+        # A file with one state only (LIBERO-Plus's layouts) holds a vector.
+        return np.atleast_2d(np.asarray(torch.load(path, map_location="cpu", weights_only=True), dtype=np.float64))
