@@ -21,8 +21,8 @@ from pathlib import Path
 from experiments.jobs import Chain, Job, JobRunner
 from experiments.reproduce.arms import Arm
 from experiments.reproduce.profiles import PROFILES, Profile
-from experiments.reproduce.stages import Workplace, arm_jobs, collect_job
-from experiments.reproduce.studies import STUDIES, Study
+from experiments.reproduce.stages import Workplace, analysis_job, arm_jobs, collect_job
+from experiments.reproduce.studies import STUDIES, Analysis, Study
 from prismatic.util.errors import UsageError
 
 
@@ -113,6 +113,22 @@ def make_chains(
     return tuple(chain(seed, name) for seed, name in jobs)
 
 
+def make_analysis_chains(studies: Sequence[Study], place: Workplace) -> tuple[Chain, ...]:
+    """The analyses of the studies; they need the checkpoints of all their arms."""
+    from experiments.reproduce.records import write_analysis_record
+
+    def chain(study: Study, analysis: Analysis, seed: int) -> Chain:
+        job = analysis_job(place, analysis, seed)
+        return Chain((job,), lambda: write_analysis_record(place, study, analysis, seed, job))
+
+    return tuple(
+        chain(study, analysis, seed)
+        for study in studies
+        for analysis in study.analyses
+        for seed in (place.profile.seeds if analysis.arms else place.profile.seeds[:1])
+    )
+
+
 def choose_arms(text: str, studies: Sequence[Study], profile: Profile) -> frozenset[str]:
     """Arm names from `--arms`; raises UsageError for one that no chosen study has."""
     wanted = frozenset(name.strip() for name in text.split(",") if name.strip())
@@ -129,17 +145,21 @@ def run_studies(arguments: argparse.Namespace) -> int:
     studies, place, console = choose_studies(arguments.study), make_workplace(arguments), Console()
     wanted = choose_arms(arguments.arms, studies, place.profile)
     chains = make_chains(studies, place, wanted, prepare=not arguments.dry_run)
+    # Analyses compare arms: with a part of them, there is nothing to compare.
+    analyses = () if wanted else make_analysis_chains(studies, place)
     makes_data = place.profile.collects and arguments.data_root_dir is None
     if arguments.dry_run:
         first = [collect_job(place)] if makes_data else []
-        for job in (*first, *(job for chain in chains for job in chain.jobs)):
+        for job in (*first, *(job for chain in (*chains, *analyses) for job in chain.jobs)):
             console.print(f"python {shlex.join(job.arguments)}", highlight=False, soft_wrap=True, markup=False)
         return 0
     runner = JobRunner(place.out / "logs", console)
     cores = min(4, os.cpu_count() or 1)
     failures = runner.run_chains([Chain((collect_job(place),))], 1) if makes_data else []
     if not failures:
-        failures = runner.run_chains(chains, arguments.parallel or (cores if place.processes == 1 else 1))
+        parallel = arguments.parallel or (cores if place.processes == 1 else 1)
+        failures = runner.run_chains(chains, parallel)
+        failures += [] if failures else runner.run_chains(analyses, parallel)
     for failure in failures:
         console.print(str(failure), style="red", markup=False, highlight=False)
     return 1 if failures else 0

@@ -44,10 +44,10 @@ SELECTIONS = (
     ("shallow", "shallow", {"strategy": "shallow"}),
     ("middle", "middle", {"strategy": "middle"}),
     ("deep", "deep", {"strategy": "deep"}),
-    ("sim1-top", "similarity, window 1, top", {"strategy": "top", "window": 1}),
-    ("sim1-last", "similarity, window 1, last", {"strategy": "bottom", "window": 1}),
-    ("sim2-top", "similarity, window 2, top", {"strategy": "top", "window": 2}),
-    ("sim2-last", "similarity, window 2, last", {"strategy": "bottom", "window": 2}),
+    ("sim1-top", "similarity, window 1, top", {"strategy": "sim_top", "window": 1}),
+    ("sim1-last", "similarity, window 1, last", {"strategy": "sim_last", "window": 1}),
+    ("sim2-top", "similarity, window 2, top", {"strategy": "sim_top", "window": 2}),
+    ("sim2-last", "similarity, window 2, last", {"strategy": "sim_last", "window": 2}),
 )
 
 

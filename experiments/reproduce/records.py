@@ -15,6 +15,7 @@ from typing import Any
 from experiments.jobs import ROOT, Job
 from experiments.reproduce.arms import Arm
 from experiments.reproduce.stages import Workplace
+from experiments.reproduce.studies import Analysis, Study
 from prismatic.training.metrics import read_log
 from prismatic.util.files import atomic_write, read_json
 from prismatic.util.versions import code_version, package_versions
@@ -47,14 +48,43 @@ def write_record(place: Workplace, arm: Arm, seed: int, jobs: Iterable[Job], res
         "alignment": alignment_record(place, read_json(checkpoint / "run_config.json")),
         "training": training_curves(place.out / "runs" / run_id),
         "evaluations": [evaluation_record(folder) for folder in sorted((place.out / "eval").glob(f"{run_id}-step*"))],
-        "analyses": {
-            file.stem: _portable(place, read_json(file))
-            for file in sorted((place.out / "analysis").glob(f"*-{run_id}/*.json"))
-        },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(record, indent=1) + "\n")
     return path
+
+
+def write_analysis_record(
+    place: Workplace, study: Study, analysis: Analysis, seed: int, job: Job, results: Path
+) -> Path:
+    """Copy an analysis's numbers and picture to `{study}-{analysis}[-seed{n}]` beside the other results."""
+    folder = place.analysis_folder(analysis, seed)
+    path = results / place.profile.name / "analyses" / f"{study.name}-{folder.name}.json"
+    record = {
+        "format_version": FORMAT_VERSION,
+        "study": study.name,
+        "analysis": analysis.name,
+        "seed": seed if analysis.arms else None,
+        "profile": place.profile.name,
+        "command": _portable(place, job.arguments),
+        "code": code_version(),
+        "versions": package_versions(),
+        "result": _portable(place, _rounded(read_json(job.result))),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(record) + "\n")
+    if seed == place.profile.seeds[0]:
+        atomic_write(path.with_suffix(".png"), job.result.with_suffix(".png").read_bytes())
+    return path
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to 5 digits: matrices of every block would otherwise fill megabytes."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def alignment_record(place: Workplace, flags: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,10 @@ class Workplace:
         """What select_layers.py writes for an arm."""
         return self.out / "layers" / f"{arm.name}.json"
 
+    def analysis_folder(self, analysis: Analysis, seed: int) -> Path:
+        """What analyze.py writes for a seed; the teacher has none."""
+        return self.out / "analysis" / (f"{analysis.name}-seed{seed}" if analysis.arms else analysis.name)
+
     def launched(self, script: str, flags: Mapping[str, object]) -> tuple[str, ...]:
         """Arguments of the interpreter that run a script on all processes."""
         launcher: tuple[str, ...] = ()
@@ -79,11 +83,14 @@ def collect_job(place: Workplace) -> Job:
 
 def select_job(place: Workplace, arm: Arm) -> Job:
     """Choose an arm's layers before training."""
+    profile = place.profile
+    inputs = {name: profile.train[name] for name in ("num_images_in_input", "use_proprio")}
     flags = {
-        "vla_path": place.profile.vla_path,
-        "vggt_path": place.profile.teacher_path,
+        "checkpoint": profile.vla_path,
+        "vggt_path": profile.teacher_path,
         "data_root_dir": place.data_root_dir,
-        "dataset_name": place.profile.dataset_name,
+        "dataset_name": profile.dataset_name,
+        **inputs,
         **arm.selection,
         "out": place.layers_file(arm),
     }
@@ -138,18 +145,16 @@ def evaluate_job(place: Workplace, arm: Arm, seed: int, step: int, suite: str) -
 
 
 def analysis_job(place: Workplace, analysis: Analysis, seed: int) -> Job:
-    """One analysis of one arm."""
+    """One analysis of one seed."""
     profile = place.profile
-    out = place.out / "analysis" / f"{analysis.command}-{place.run_id(analysis.arm, seed)}"
-    flags = {
-        "checkpoint": place.checkpoint(analysis.arm, seed, profile.final_step),
-        "vggt_path": profile.teacher_path,
-        "data_root_dir": place.data_root_dir,
-        **profile.analysis,
-        "out_dir": out,
-    }
+    folder = place.analysis_folder(analysis, seed)
+    flags: dict[str, object] = {"vggt_path": profile.teacher_path, **profile.analysis, "out_dir": folder}
+    if analysis.arms:
+        steps = profile.curve_steps if analysis.curve else (profile.final_step,)
+        checkpoints = [str(place.checkpoint(arm, seed, step)) for arm in analysis.arms for step in steps]
+        flags = {"checkpoint": ",".join(checkpoints), "data_root_dir": place.data_root_dir, **flags}
     arguments = ("vla-scripts/analyze.py", analysis.command, *as_arguments(flags))
-    return Job(f"analyze-{out.name}", arguments, out / f"{analysis.command}.json")
+    return Job(f"analyze-{folder.name}", arguments, folder / f"{analysis.command}.json")
 
 
 def arm_jobs(place: Workplace, study: Study, arm: Arm, seed: int, *, prepare: bool = True) -> tuple[Job, ...]:
@@ -160,6 +165,4 @@ def arm_jobs(place: Workplace, study: Study, arm: Arm, seed: int, *, prepare: bo
     jobs = [select_job(place, arm)] if arm.selection else []
     jobs.append(train_job(place, arm, seed, prepare=prepare))
     jobs += [evaluate_job(place, arm, seed, step, suite) for suite in suites for step in steps]
-    if seed == profile.seeds[0]:
-        jobs += [analysis_job(place, analysis, seed) for analysis in study.analyses if analysis.arm == arm]
     return tuple(jobs)

@@ -12,10 +12,17 @@ from experiments.reproduce.profiles import Profile
 
 @dataclass(frozen=True)
 class Analysis:
-    """A subcommand of `vla-scripts/analyze.py`, on one arm's checkpoint."""
+    """A subcommand of `vla-scripts/analyze.py` on the checkpoints of some arms, side by side.
 
+    Attributes:
+        arms: whose checkpoints; none for an analysis of the teacher alone.
+        curve: all checkpoints along the training instead of the last one.
+    """
+
+    name: str
     command: str
-    arm: Arm
+    arms: tuple[Arm, ...] = ()
+    curve: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Study:
         arms: the policies it compares.
         curve: every checkpoint of the training is evaluated, not the last alone.
         plus: evaluated on LIBERO-Plus too.
-        analyses: measured on the first seed.
+        analyses: measured for every seed; those of the teacher alone once.
         unsupported: why it cannot be run here; empty when it can.
     """
 
@@ -69,39 +76,35 @@ STUDIES = {
             "figure1",
             "cosines between the gradients of layer pairs and of the action loss",
             lambda profile: _PROJECTORS,
-            analyses=tuple(Analysis("gradients", arm) for arm in _PROJECTORS),
+            analyses=(
+                Analysis("gradients", "gradients", _PROJECTORS),
+                *(Analysis(f"gradients-{arm.name}", "gradients", (arm,), curve=True) for arm in _PROJECTORS),
+            ),
         ),
-        Study(
-            "figure2",
-            "depth read out of the teacher's layers",
-            lambda profile: (arms.ROCKET,),
-            analyses=(Analysis("depth", arms.ROCKET),),
-        ),
+        Study("figure2", "depth read out of the teacher's layers", analyses=(Analysis("depth", "depth"),)),
         Study("figure3", "success during training", _methods, curve=True),
-        Study(
-            "figure4",
-            "cone effect",
-            lambda profile: _PROJECTORS,
-            analyses=tuple(Analysis("cone", arm) for arm in _PROJECTORS),
-        ),
+        Study("figure4", "cone effect", lambda profile: _PROJECTORS, analyses=(Analysis("cone", "cone", _PROJECTORS),)),
         Study("figure5", "robustness in LIBERO-Plus", _pair, plus=True),
         Study(
             "figure7",
             "similarity of projectors",
             lambda profile: _PROJECTORS,
-            analyses=tuple(Analysis("projectors", arm) for arm in _PROJECTORS),
+            analyses=(
+                Analysis("projectors", "projectors", _PROJECTORS),
+                Analysis("projectors-rocket", "projectors", (arms.ROCKET,), curve=True),
+            ),
         ),
         Study(
             "figure8",
             "CKA between the layers of student and teacher",
             _pair,
-            analyses=tuple(Analysis("cka", arm) for arm in (arms.BASELINE, arms.ROCKET)),
+            analyses=(Analysis("cka", "cka", (arms.BASELINE, arms.ROCKET)),),
         ),
         Study(
             "theorem",
             "the theorem's bound, measured",
             lambda profile: (arms.NAIVE, arms.ROCKET),
-            analyses=tuple(Analysis("theorem", arm) for arm in (arms.NAIVE, arms.ROCKET)),
+            analyses=(Analysis("theorem", "theorem", (arms.NAIVE, arms.ROCKET)),),
         ),
     )
 }
