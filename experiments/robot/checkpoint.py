@@ -21,6 +21,7 @@ from typing import Any
 
 from prismatic.util.errors import UsageError
 from prismatic.util.files import read_json
+from prismatic.vla.platforms import platform_of_statistics, recorded_platform
 
 COMPONENTS = ("action_head", "proprio_projector", "noisy_action_projector", "vision_backbone")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -37,7 +38,7 @@ class Checkpoint:
         path: its folder.
         model_path: folder of the model weights and config.json: `path` itself, or the adapter's base model.
         adapter_path: the PEFT adapter to put on top, or None.
-        config: contents of `model_path`/config.json.
+        config: contents of `model_path`/config.json, with the platform the policy was trained for.
         statistics: dataset name -> {"action": {...}, "proprio": {...}}.
         components: component name -> state-dict file.
     """
@@ -98,7 +99,23 @@ def open_checkpoint(name: str, base_checkpoint: str | None = None) -> Checkpoint
             f"--pretrained_checkpoint: {path} has no dataset_statistics.json and no norm_stats in config.json; "
             "without them actions cannot be un-normalized"
         )
+    _settle_platform(config, path, adapter_path, statistics)
     return Checkpoint(name, path, model_path, adapter_path, config, statistics, _find_components(path))
+
+
+def _settle_platform(
+    config: dict[str, Any], path: Path, adapter_path: Path | None, statistics: Mapping[str, Any]
+) -> None:
+    """Put the platform the policy was trained for into `config`.
+
+    An adapter's base model knows nothing of it: the run's record does. A model without either (upstream's) tells it by
+    the widths in its statistics.
+    """
+    platform = recorded_platform(path) if adapter_path is not None else None
+    if platform is None and "platform" not in config:
+        platform = platform_of_statistics(statistics)
+    if platform is not None:
+        config["platform"] = platform.to_dict()
 
 
 def find_folder(flag: str, name: str) -> Path:

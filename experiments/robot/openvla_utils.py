@@ -316,6 +316,8 @@ def _load_vla(checkpoint: Checkpoint, cfg: Any) -> Any:
         _load_film(vla, component_file(checkpoint, "vision_backbone", "--use_film"))
     vla.vision_backbone.set_num_images_in_input(cfg.num_images_in_input)
     vla.norm_stats = dict(checkpoint.statistics)
+    if "platform" in checkpoint.config:
+        vla.config.platform = checkpoint.config["platform"]
     return vla.eval() if quantization else vla.to(device).eval()
 
 

@@ -26,6 +26,7 @@ from prismatic.models.lora import merge_lora_state_dict, name_without_film
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
 from prismatic.util.tensor_files import WEIGHTS_INDEX, TensorFiles, TensorSpec, write_model
+from prismatic.vla.platforms import recorded_platform
 
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 ADAPTER_PATTERNS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -211,11 +212,8 @@ def _target_type(spec: TensorSpec, dtype: torch.dtype | None) -> torch.dtype:
 def _merged_config(base: Path, checkpoint: Path) -> dict[str, Any]:
     """The base model's configuration with the platform that the run was trained for, where the run tells it."""
     config = _read_json(base / "config.json")
-    run_config = checkpoint / "run_config.json"
-    if run_config.is_file() and (platform := _read_json(run_config).get("platform")):
-        from prismatic.vla.platforms import get_platform
-
-        config["platform"] = get_platform(platform).to_dict()
+    if platform := recorded_platform(checkpoint):
+        config["platform"] = platform.to_dict()
     return config
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 
@@ -85,3 +86,27 @@ def get_platform(platform: str | Mapping[str, Any] | Platform) -> Platform:
 
         raise unknown_name("platform", platform, PLATFORMS)
     return PLATFORMS[platform.lower()]
+
+
+def recorded_platform(checkpoint: Path) -> Platform | None:
+    """The platform a checkpoint folder was trained for, by its `run_config.json`; None where there is no record.
+
+    Raises UsageError for a record that names no platform.
+    """
+    from prismatic.util.files import read_json
+
+    record = checkpoint / "run_config.json"
+    named = read_json(record).get("platform") if record.is_file() else None
+    return get_platform(named) if named else None
+
+
+def platform_of_statistics(statistics: Mapping[str, Any]) -> Platform | None:
+    """The one platform whose actions and states are as wide as the data's ({dataset: {"action", "proprio"}}), or None.
+
+    For checkpoints of upstream's, which record none.
+    """
+    widths = {
+        tuple(len(data[kind]["q01"]) for kind in ("action", "proprio") if kind in data) for data in statistics.values()
+    }
+    found = [one for one in PLATFORMS.values() if widths == {(one.action_dim, one.proprio_dim)}]
+    return found[0] if len(found) == 1 else None
