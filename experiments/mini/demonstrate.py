@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.mini.expert import MAX_STEPS, OPEN, Expert, settle
+from experiments.robot.libero.demonstrations import is_no_op
 from experiments.robot.libero.environment import LiberoEnv, Observation
 from prismatic.vla.datasets.rlds_writer import Episode, encode_jpeg
 
@@ -21,22 +22,12 @@ _NOISE_SHARE = np.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5])
 _DELICATE_SHARE = 0.4
 _MAX_START_STEPS = 9
 _START_SIZE = 0.5
-_NO_OP_SIZE = 1e-4
 
 
 def derive_seed(*parts: int | str) -> int:
     """A 32-bit seed from `parts`, the same on every machine."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:4], "little")
-
-
-def is_no_op(action: np.ndarray, previous: np.ndarray | None) -> bool:
-    """Whether an action neither moves the hand nor changes the gripper; the published `no_noops` data lack these.
-
-    Upstream's rule: the first six entries have a norm below 1e-4 and the gripper's command is the previous action's.
-    """
-    still = float(np.linalg.norm(action[:-1])) < _NO_OP_SIZE
-    return still and (previous is None or action[-1] == previous[-1])
 
 
 @dataclass(frozen=True)
