@@ -20,8 +20,7 @@ from rocket_align.alignment import MultiLayerAlignment
 from rocket_align.flags import AlignFlags
 from rocket_align.teacher.base import Teacher, TeacherFeatures
 from rocket_align.teacher.preprocess import unnormalize_views
-from rocket_align.teacher.vggt.checkpoint import find_weights
-from rocket_align.teacher.vggt.teacher import VGGTTeacher
+from rocket_align.teacher.registry import describe_teacher, load_teacher
 
 COMPONENT = "align_projectors"
 
@@ -42,7 +41,9 @@ def check_flags(config: AlignFlags) -> None:
     try:
         config.validate_alignment()
         if config.aligns:
-            find_weights(config.vggt_path)
+            if config.feature_store:
+                raise ValueError("--feature_store: given; accepted in this script: none (its loader cannot read one)")
+            describe_teacher(config.teacher, config.teacher_type)
     except ValueError as error:
         _refuse(error)
 
@@ -96,15 +97,16 @@ class RocketJoin:
         images, backbone = processor.image_processor, policy.vision_backbone
         try:
             if config.aligns:
-                sizes = find_weights(config.vggt_path)[1]
-                align = config.align_config(policy.config.text_config.num_hidden_layers, sizes.depth)
-                teacher = VGGTTeacher.from_pretrained(
-                    config.vggt_path,
+                info = describe_teacher(config.teacher, config.teacher_type)
+                align = config.align_config(policy.config.text_config.num_hidden_layers, info.depth)
+                teacher = load_teacher(
+                    config.teacher,
                     align.teacher_layers,
+                    config.teacher_type,
                     device=device,
                     dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
                 )
-                alignment = MultiLayerAlignment(align, policy.llm_dim, teacher.embed_dim).to(device)
+                alignment = MultiLayerAlignment(align, policy.llm_dim, info.channels // 2).to(device)
                 if config.resume:
                     _restore(alignment, Path(config.vla_path), config.resume_step)
             else:

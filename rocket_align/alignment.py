@@ -14,7 +14,7 @@ from rocket_align.loss import cosine_loss
 from rocket_align.pooling import pool_teacher
 from rocket_align.projector import AlignmentProjector, matryoshka_widths
 from rocket_align.student import vision_tokens
-from rocket_align.teacher.base import TeacherFeatures
+from rocket_align.teacher.base import AlignmentTargets, TeacherFeatures
 
 
 class AlignOutput(NamedTuple):
@@ -42,7 +42,7 @@ class MultiLayerAlignment(nn.ModuleList):
     Args:
         config: what is aligned and how.
         student_dim: width of the student's hidden states.
-        teacher_dim: width of one teacher stream; features have twice as many channels.
+        teacher_dim: half the channels of the teacher's features (VGGT's have two streams of this width).
     """
 
     def __init__(self, config: AlignConfig, student_dim: int, teacher_dim: int) -> None:
@@ -100,8 +100,10 @@ class MultiLayerAlignment(nn.ModuleList):
             rows = [self._member(0, e).project_pairs(tokens_KBND) for e in members]
         return torch.stack(rows)
 
-    def targets(self, teacher: TeacherFeatures, num_tokens: int) -> Tensor:
-        """Pooled teacher features (K, B, N, C)."""
+    def targets(self, teacher: TeacherFeatures | AlignmentTargets, num_tokens: int) -> Tensor:
+        """Pooled teacher features (K, B, N, C); those of a feature store are pooled already."""
+        if isinstance(teacher, AlignmentTargets):
+            return self._checked(teacher.pooled_KBNC, num_tokens)
         found = [tuple(features.shape[-1:]) for features in teacher.layers]
         if found != [(self.teacher_channels,)] * self.config.num_pairs:
             raise ValueError(
@@ -121,12 +123,19 @@ class MultiLayerAlignment(nn.ModuleList):
         ]
         return torch.stack(pooled)
 
+    def _checked(self, pooled_KBNC: Tensor, num_tokens: int) -> Tensor:
+        pairs, _, *found = pooled_KBNC.shape
+        accepted = [self.config.num_pairs, num_tokens, self.teacher_channels]
+        if [pairs, *found] != accepted:
+            raise ValueError(f"teacher: found {[pairs, *found]} pairs, tokens, channels; accepted: {accepted}")
+        return pooled_KBNC
+
     def forward(
         self,
         hidden_states: Sequence[Tensor],
         vision_start: int,
         num_vision_tokens: int,
-        teacher: TeacherFeatures | None,
+        teacher: TeacherFeatures | AlignmentTargets | None,
     ) -> AlignOutput:
         """Loss between the student's vision tokens and the teacher, over all pairs.
 
@@ -136,7 +145,8 @@ class MultiLayerAlignment(nn.ModuleList):
             hidden_states: the student's L + 1 hidden states (B, S, D), embeddings first.
             vision_start: position of the first vision token (1 after a BOS token); the shift is added here.
             num_vision_tokens: vision tokens over all views.
-            teacher: features of `config.teacher_layers`, in that order; may be None when there are no pairs.
+            teacher: features of `config.teacher_layers`, in that order, or targets made of them; may be None when
+                there are no pairs.
 
         Raises:
             ValueError: layers the student does not have, a slice outside the sequence, features that do not fit.
@@ -157,7 +167,7 @@ class MultiLayerAlignment(nn.ModuleList):
         hidden_states: Sequence[Tensor],
         vision_start: int,
         num_vision_tokens: int,
-        teacher: TeacherFeatures | None,
+        teacher: TeacherFeatures | AlignmentTargets | None,
     ) -> Tensor:
         """(K,) losses with gradient, averaged over the ensemble; arguments and refusals of `forward`."""
         if teacher is None:

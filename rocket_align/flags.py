@@ -14,11 +14,15 @@ from rocket_align.layers import LayerConvention, resolve_layers
 from rocket_align.recipes import RECIPES
 
 POOLING = ("bilinear", "random")
+TEACHER_TYPES = ("auto", "vggt", "depth_anything", "dinov2")
 
 
 @dataclass
 class AlignFlags:
     vggt_path: str = ""  # The 3D teacher: a folder, a weights file, or a hub id; empty: no alignment
+    teacher_path: str = ""  # Another teacher, by --teacher_type: a folder or a hub id; given instead of --vggt_path
+    teacher_type: str = "auto"  # auto (told by its config.json) | vggt | depth_anything | dinov2
+    feature_store: str = ""  # Teacher features of the data set that build_feature_store.py wrote: no teacher runs
     recipe: str | None = None  # rocket | shared | naive | spatial_forcing | baseline; rocket when there is a teacher
     vla_layers_align: str | None = None  # Student layers, comma list; -1 is the last state but one, as released
     vggt_layers_align: str | None = None  # Teacher blocks as a comma list; -1 is the last block
@@ -39,9 +43,14 @@ class AlignFlags:
     vggt_cache_dir: str = ""  # See use_vggt_cache
 
     @property
+    def teacher(self) -> str:
+        """Where the teacher is; empty for none, or when only its stored features are given."""
+        return self.teacher_path or self.vggt_path
+
+    @property
     def recipe_name(self) -> str:
         """The recipe in force."""
-        return self.recipe or ("rocket" if self.vggt_path else "baseline")
+        return self.recipe or ("rocket" if self.teacher or self.feature_store else "baseline")
 
     @property
     def aligns(self) -> bool:
@@ -61,16 +70,31 @@ class AlignFlags:
         if self.pooling_func not in (None, *POOLING):
             raise ValueError(f"--pooling_func: unknown value {self.pooling_func!r}; accepted: {', '.join(POOLING)}")
         if self.use_vggt_cache or self.generate_vggt_cache:
-            raise ValueError("--use_vggt_cache: True found; accepted: False (it never hits with augmentation)")
+            raise ValueError(
+                "--use_vggt_cache: True found; accepted: False (it never hits with augmentation); "
+                "use --feature_store PATH, which vla-scripts/build_feature_store.py makes"
+            )
         if self.ensemble_size is not None and self.ensemble_size < 1:
             raise ValueError(f"--ensemble_size: {self.ensemble_size} found; accepted: 1 or more")
         if self.align_loss_coeff is not None and self.align_loss_coeff < 0:
             raise ValueError(f"--align_loss_coeff: {self.align_loss_coeff} found; accepted: 0 or more")
         self._validate_layers_file()
-        if self.aligns and not self.vggt_path:
+        self._validate_teacher()
+
+    def _validate_teacher(self) -> None:
+        flag = "--teacher_path" if self.teacher_path else "--vggt_path"
+        if self.teacher_type not in TEACHER_TYPES:
+            raise ValueError(
+                f"--teacher_type: unknown value {self.teacher_type!r}; accepted: {', '.join(TEACHER_TYPES)}"
+            )
+        if self.teacher_path and self.vggt_path:
+            raise ValueError("--teacher_path: given beside --vggt_path; accepted: one of them")
+        if self.aligns and not self.teacher and not self.feature_store:
             raise ValueError(f"--vggt_path: empty, but --recipe {self.recipe_name} needs a teacher")
-        if self.aligns and self.vggt_path.startswith((".", "/")) and not Path(self.vggt_path).exists():
-            raise ValueError(f"--vggt_path: no such folder or file: {self.vggt_path}")
+        if self.aligns and self.teacher.startswith((".", "/")) and not Path(self.teacher).exists():
+            raise ValueError(f"{flag}: no such folder or file: {self.teacher}")
+        if self.feature_store and self.pooling_func == "random":
+            raise ValueError("--pooling_func: random found; accepted with --feature_store: bilinear")
 
     def _validate_layers_file(self) -> None:
         if not self.align_layers_file:

@@ -33,20 +33,27 @@ class FinetuneConfig(AlignFlags, TrainConfig):
 
 
 def plan_alignment(config: FinetuneConfig) -> tuple[AlignConfig, int]:
-    """The alignment's configuration and the teacher's width, from the models' config files alone.
+    """The alignment's configuration and half the teacher's channels, from the models' config files alone.
 
     Raises:
         UsageError: a wrong flag, or layers the models do not have.
     """
     from prismatic.training.build import student_depth
-    from rocket_align.teacher.vggt.checkpoint import find_weights
+    from rocket_align.teacher.registry import describe_teacher
+    from rocket_align.teacher.store.layout import read_layout
 
     try:
         config.validate_alignment()
         if not config.aligns:
             return config.align_config(0, 0), 0
-        teacher = find_weights(config.vggt_path)[1]
-        return config.align_config(student_depth(config), teacher.depth), teacher.embed_dim
+        if config.feature_store and config.use_val_set:
+            raise UsageError("--use_val_set: True found; accepted with --feature_store (training frames): False")
+        stored = read_layout(Path(config.feature_store)) if config.feature_store else None
+        teacher = stored.teacher if stored else describe_teacher(config.teacher, config.teacher_type)
+        align = config.align_config(student_depth(config), teacher.depth)
+        if stored:
+            stored.check_layers(align.teacher_layers)
+        return align, teacher.channels // 2
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -55,14 +62,18 @@ def build_alignment(
     training: TrainingRun, align: AlignConfig, teacher_dim: int
 ) -> tuple[MultiLayerAlignment, Callable[[dict[str, Any]], Any]]:
     """The alignment loss, and the function that makes its targets from a batch."""
-    from rocket_align import MultiLayerAlignment, VGGTTeacher
+    from rocket_align import MultiLayerAlignment
     from rocket_align.teacher.preprocess import unnormalize_views
+    from rocket_align.teacher.registry import load_teacher
 
+    flags: Any = training.config
     alignment = MultiLayerAlignment(align, training.vla.llm_dim, teacher_dim)
     if not align.num_pairs:
         return alignment, lambda batch: None
-    path, device, dtype = training.config.vggt_path, training.device, training.compute_dtype
-    teacher = VGGTTeacher.from_pretrained(path, align.teacher_layers, device=device, dtype=dtype)
+    if flags.feature_store:
+        return alignment, read_stored_targets(training, align)
+    device, dtype = training.device, training.compute_dtype
+    teacher = load_teacher(flags.teacher, align.teacher_layers, flags.teacher_type, device=device, dtype=dtype)
     images = training.processor.image_processor
     mean, std, channels = images.means[0], images.stds[0], 3 * len(images.means)
 
@@ -70,6 +81,30 @@ def build_alignment(
         return teacher(unnormalize_views(batch["pixel_values"], mean, std, channels_per_view=channels))
 
     return alignment, targets
+
+
+def read_stored_targets(training: TrainingRun, align: AlignConfig) -> Callable[[dict[str, Any]], Any]:
+    """Let the loader read the feature store; returns the function that makes targets from what it read."""
+    from rocket_align.teacher.registry import teacher_hash
+    from rocket_align.teacher.store.reader import FeatureStore
+
+    flags: Any = training.config
+    data, backbone = training.dataset, training.vla.vision_backbone
+    try:
+        store = FeatureStore(
+            flags.feature_store,
+            data.fingerprints(),
+            align.teacher_layers,
+            teacher_hash=teacher_hash(flags.teacher) if flags.teacher else None,
+            views=data.views,
+            view_pixels=data.image_transform.size[0],
+        )
+        teacher = store.teacher(backbone.get_num_patches(), position_embedding=align.teacher_pe)
+    except ValueError as error:
+        raise UsageError(f"--feature_store: {error}") from error
+    data.extras = store
+    teacher.to(training.device)
+    return lambda batch: teacher(**batch["extras"])
 
 
 def main(config: FinetuneConfig) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,9 @@ from prismatic.training.objectives import (
 from prismatic.util.errors import UsageError
 from prismatic.util.files import read_json
 from prismatic.vla.platforms import Platform
+
+if TYPE_CHECKING:
+    from prismatic.vla.datasets import RLDSDataset
 
 LORA_FOLDER = "lora_adapter"
 
@@ -151,3 +154,29 @@ def make_objective(config: TrainConfig, platform: Platform, tokenizer: Any) -> O
     if config.objective == "diffusion":
         return DiffusionObjective(platform)
     return DiscreteObjective(platform, ActionTokenizer(tokenizer))
+
+
+def make_dataset(config: TrainConfig, processor: Any, platform: Platform, *, train: bool) -> RLDSDataset:
+    """The training data of the flags (augmented where they say so), or the validation split without augmentation."""
+    from prismatic.vla.action_tokenizer import ActionTokenizer
+    from prismatic.vla.datasets import RLDSBatchTransform, RLDSDataset
+
+    transform = RLDSBatchTransform(
+        ActionTokenizer(processor.tokenizer),
+        processor.tokenizer,
+        image_transform=processor.image_processor.apply_transform,
+        use_wrist_image=config.num_images_in_input > 1,
+        use_proprio=config.use_proprio,
+    )
+    size = processor.image_processor.input_sizes[0][-2:]
+    return RLDSDataset(
+        config.data_root_dir,
+        config.dataset_name,
+        transform,
+        resize_resolution=(int(size[0]), int(size[1])),
+        image_aug=config.image_aug and train,
+        train=train,
+        platform=platform,
+        seed=config.seed,
+        fraction=config.data_fraction,
+    )

@@ -122,7 +122,11 @@ def count_parameters(module: nn.Module | None) -> tuple[int, int]:
 
 
 def same_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors of a batch to `device` without waiting."""
-    return {
-        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
-    }
+    """Move the tensors of a batch, nested ones too, to `device` without waiting."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return same_device(value, device)
+        return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+
+    return {key: moved(value) for key, value in batch.items()}

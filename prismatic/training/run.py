@@ -13,7 +13,14 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 
 from prismatic.models.components import load_component
-from prismatic.training.build import build_parts, find_sources, load_processor, load_vla, make_objective
+from prismatic.training.build import (
+    build_parts,
+    find_sources,
+    load_processor,
+    load_vla,
+    make_dataset,
+    make_objective,
+)
 from prismatic.training.checkpoint import (
     CheckpointWriter,
     component_file,
@@ -28,11 +35,9 @@ from prismatic.training.module import TrainableVLA, count_parameters, same_devic
 from prismatic.training.precision import resolve_precision
 from prismatic.training.schedule import make_optimizer
 from prismatic.util.data_utils import PaddedCollatorForActionPrediction
-from prismatic.vla.action_tokenizer import ActionTokenizer
 from prismatic.vla.datasets import (
     MixtureLoader,
     MixtureSampler,
-    RLDSBatchTransform,
     RLDSDataset,
     make_dataloader,
 )
@@ -70,26 +75,7 @@ class TrainingRun:
         self.parts = build_parts(config, self.sources, self.vla, self.platform)
 
     def _dataset(self, *, train: bool) -> RLDSDataset:
-        config = self.config
-        transform = RLDSBatchTransform(
-            ActionTokenizer(self.processor.tokenizer),
-            self.processor.tokenizer,
-            image_transform=self.processor.image_processor.apply_transform,
-            use_wrist_image=config.num_images_in_input > 1,
-            use_proprio=config.use_proprio,
-        )
-        size = self.processor.image_processor.input_sizes[0][-2:]
-        return RLDSDataset(
-            config.data_root_dir,
-            config.dataset_name,
-            transform,
-            resize_resolution=(int(size[0]), int(size[1])),
-            image_aug=config.image_aug and train,
-            train=train,
-            platform=self.platform,
-            seed=config.seed,
-            fraction=config.data_fraction,
-        )
+        return make_dataset(self.config, self.processor, self.platform, train=train)
 
     def _loader(self, dataset: RLDSDataset) -> MixtureLoader:
         accelerator, tokenizer = self.accelerator, self.processor.tokenizer

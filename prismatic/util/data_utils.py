@@ -58,6 +58,11 @@ class PaddedCollatorForActionPrediction:
             batch["proprio"] = _stack([instance["proprio"] for instance in instances]).flatten(1)
         if "dataset_name" in instances[0]:
             batch["dataset_names"] = [instance["dataset_name"] for instance in instances]
+        if "extras" in instances[0]:
+            names = instances[0]["extras"]
+            batch["extras"] = {
+                name: torch.stack([instance["extras"][name] for instance in instances]) for name in names
+            }
         return batch
 
     def _pad(self, sequences: Sequence[torch.Tensor], value: int) -> torch.Tensor:

@@ -26,7 +26,9 @@ class Batch(_Always, total=False):
     actions: (B, T, A) float32, normalized.
     proprio: (B, P) float32, normalized; absent when the policy does not use it.
     dataset_names: B names; absent when the samples carry none.
+    extras: tensors (B, ...) of what is stored beside the data, see `RLDSDataset.extras`; absent when nothing is.
     """
 
     proprio: torch.Tensor
     dataset_names: list[str]
+    extras: dict[str, torch.Tensor]

@@ -88,7 +88,7 @@ def _read_weights(folder: Path, num_layers: int) -> dict[str, Tensor]:
     return weights
 
 
-def _build(config: Any, weights: dict[str, Tensor], folder: Path) -> nn.Module:
+def _build(config: Any, weights: dict[str, Tensor], folder: Path) -> Any:
     """transformers' model with `weights`; every tensor it needs must be there."""
     import transformers
 
@@ -141,7 +141,7 @@ class ViTTeacher(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         layers: tuple[int, ...],
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
@@ -149,9 +149,10 @@ class ViTTeacher(nn.Module):
         image_size: int = 518,
     ) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model = model
         self.layers = layers
-        self.patch_size, self.image_size = int(self.model.config.patch_size), image_size
+        self.patch_size: int = self.model.config.patch_size
+        self.image_size = image_size
         if image_size < 1 or image_size % self.patch_size:
             raise ValueError(
                 f"image_size: found {image_size}; accepted: a multiple of the patch size {self.patch_size}"

@@ -20,7 +20,13 @@ from prismatic.vla.datasets.builder import choose_split
 from prismatic.vla.datasets.chunking import chunk_indices
 from prismatic.vla.datasets.episode_table import EpisodeTable, Split, cache_folder
 from prismatic.vla.datasets.formats import find_splits
-from prismatic.vla.datasets.image_transforms import AugmentDraw, AugmentRanges, PolicyImageTransform
+from prismatic.vla.datasets.image_transforms import (
+    FULL_IMAGE,
+    AugmentDraw,
+    AugmentRanges,
+    CropBox,
+    PolicyImageTransform,
+)
 from prismatic.vla.datasets.specs import DATASETS, DatasetSpec, resolve_mixture
 from prismatic.vla.datasets.statistics import Statistics, compute_statistics, normalize
 from prismatic.vla.datasets.subset import choose_episodes
@@ -133,7 +139,11 @@ class RLDSDataset(Dataset):
     Attributes:
         dataset_statistics: {dataset name: statistics} in the layout of dataset_statistics.json.
         mixture: which frames belong to which dataset, with the mixture weights.
+        extras: adds what is stored beside the data to every sample, under "extras": called with the dataset's name,
+            the frame's number there and the crops of its views. None (the default) adds nothing.
     """
+
+    extras: Callable[[str, int, list[CropBox]], Mapping[str, Any]] | None = None
 
     def __init__(  # noqa: PLR0913 - upstream's interface, and what it reads from global settings
         self,
@@ -226,7 +236,41 @@ class RLDSDataset(Dataset):
 
     def __getitem__(self, key: int | FrameDraw) -> dict[str, Any]:
         """The sample of a frame (epoch 0) or of a draw. Raises IndexError, and UsageError for a damaged image."""
-        return self.batch_transform(self.frame(key))
+        sample = self.batch_transform(self.frame(key))
+        return sample if self.extras is None else {**sample, "extras": self._read_extras(self._as_draw(key))}
+
+    def _read_extras(self, draw: FrameDraw) -> Mapping[str, Any]:
+        assert self.extras is not None
+        source, start = self._locate(draw.frame)
+        crops = [FULL_IMAGE if augment is None else augment.crop for augment in self.augmentation(draw).values()]
+        try:
+            return self.extras(source.name, start, crops)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of the views that are read, in the order the policy sees them."""
+        return tuple(self.augmentation(0))
+
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of the content of every dataset; the same for a copy of it.
+
+        Raises:
+            UsageError: a dataset whose view is drawn from two cameras, so that a frame has no fixed content.
+        """
+        for source in self._sources:
+            swapped = [view for view, cameras in source.views.items() if len(cameras) > 1]
+            if swapped:
+                raise UsageError(
+                    f"--feature_store: dataset {source.name!r} draws its view {swapped[0]} from two cameras; "
+                    "accepted: datasets with one camera a view"
+                )
+        return {source.name: source.index.content_hash() for source in self._sources}
+
+    def frame_numbers(self, name: str) -> np.ndarray:
+        """The numbers within a dataset of its frames in the mixture, in the mixture's order."""
+        return next(source.starts for source in self._sources if source.name == name)
 
     def frame(self, key: int | FrameDraw) -> dict[str, Any]:
         """What `batch_transform` gets: the resized, augmented images and normalized numbers, in upstream's layout."""

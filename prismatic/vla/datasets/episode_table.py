@@ -45,6 +45,17 @@ class EpisodeTable(ABC):
         """Number of the episode that holds the frame."""
         return int(np.searchsorted(self.episode_start, frame, side="right")) - 1
 
+    def content_hash(self) -> str:
+        """SHA-256 of the episodes' numbers and instructions, and of the sizes of their images where those are known.
+
+        A copy of the data has the same hash; the pixels themselves are not read.
+        """
+        sizes = getattr(self, "image_size", np.empty(0, np.int32))
+        digest = hashlib.sha256("\n".join([*self.views, *self.instructions]).encode())
+        for array in (self.action, self.state, self.language, self.episode_start, sizes):
+            digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
     @abstractmethod
     def image(self, view: int, frame: int) -> np.ndarray:
         """The image of a frame, uint8 (H, W, 3), rotated by 180 degrees as the policies expect it.

@@ -1,0 +1,229 @@
+"""Teacher features to stored codes, and codes to pooled targets under the crop of an augmented view.
+
+A token's features of one layer, (C,), are stored as R <= C coefficients of the layer's principal directions about its
+mean, in float16 or as int8 with one scale for the token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rocket_align.pooling import POSITION_WEIGHT, sine_position_embedding
+from rocket_align.teacher.base import AlignmentTargets, TeacherFeatures
+
+_INT8_MAX = 127.0
+
+
+class Basis(NamedTuple):
+    """Where the coefficients of each layer refer to.
+
+    Attributes:
+        mean_KC: subtracted first.
+        directions_KCR: orthonormal columns; None when all channels are kept as they are.
+    """
+
+    mean_KC: Tensor
+    directions_KCR: Tensor | None
+
+    def to(self, device: torch.device) -> Basis:
+        """The basis on another device."""
+        return Basis(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
+
+
+class Codes(NamedTuple):
+    """Stored features of some frames, on the store's grid (P tokens a view, row-major).
+
+    Attributes:
+        values_BKVPR: int8 or float16 coefficients.
+        scales_BKVP: what int8 values are multiplied with; None for float16.
+    """
+
+    values_BKVPR: Tensor
+    scales_BKVP: Tensor | None
+
+
+def pool_to_grid(features: TeacherFeatures, grid_hw: tuple[int, int]) -> Tensor:
+    """Features of all layers resampled (bilinear, corners aligned, as the alignment pools) to the store's grid.
+
+    Returns:
+        (B, K, V, P, C) float32.
+    """
+    pooled = []
+    for layer_BVPC in features.layers:
+        batch, views, _, channels = layer_BVPC.shape
+        maps = layer_BVPC.float().reshape(batch * views, *features.grid_hw, channels).permute(0, 3, 1, 2)
+        resized = F.interpolate(maps, size=grid_hw, mode="bilinear", align_corners=True)
+        pooled.append(resized.flatten(2).transpose(1, 2).unflatten(0, (batch, views)))
+    return torch.stack(pooled, dim=1)
+
+
+class BasisFit:
+    """Principal directions per layer from batches of features, with memory for one covariance a layer."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sum_KC: Tensor | None = None
+        self._products_KCC: Tensor | None = None
+
+    def add(self, features_BKVPC: Tensor) -> None:
+        """Take in the tokens of some frames."""
+        tokens_KTC = features_BKVPC.transpose(0, 1).flatten(1, 3).double()
+        products = tokens_KTC.transpose(1, 2) @ tokens_KTC
+        self._count += tokens_KTC.shape[1]
+        self._sum_KC = tokens_KTC.sum(1) if self._sum_KC is None else self._sum_KC + tokens_KTC.sum(1)
+        self._products_KCC = products if self._products_KCC is None else self._products_KCC + products
+
+    def result(self, components: int) -> Basis:
+        """The basis with at most `components` directions a layer.
+
+        Raises:
+            ValueError: no features were added.
+        """
+        if self._sum_KC is None or self._products_KCC is None:
+            raise ValueError("feature basis: found no features; accepted: at least one frame")
+        mean_KC = self._sum_KC / self._count
+        if components >= mean_KC.shape[1]:
+            return Basis(mean_KC.float(), None)
+        covariances = self._products_KCC / self._count - mean_KC[:, :, None] * mean_KC[:, None, :]
+        largest = [torch.linalg.eigh(covariance).eigenvectors[:, -components:].flip(1) for covariance in covariances]
+        return Basis(mean_KC.float(), torch.stack(largest).float().contiguous())
+
+
+def encode(features_BKVPC: Tensor, basis: Basis, dtype: torch.dtype) -> Codes:
+    """Features to codes; `dtype` is torch.int8 or torch.float16.
+
+    Raises:
+        ValueError: features that are not finite, or too large for float16.
+    """
+    centered = features_BKVPC - basis.mean_KC[:, None, None]
+    if basis.directions_KCR is not None:
+        centered = torch.einsum("bkvpc,kcr->bkvpr", centered, basis.directions_KCR)
+    if dtype == torch.int8:
+        scales = centered.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / _INT8_MAX
+        codes = Codes((centered / scales[..., None]).round().to(torch.int8), scales)
+        finite = scales.isfinite().all()
+    else:
+        codes = Codes(centered.to(torch.float16), None)
+        finite = codes.values_BKVPR.isfinite().all()
+    if not finite:
+        raise ValueError("teacher features: found values that are not finite or too large; accepted: int8, finite ones")
+    return codes
+
+
+def dequantize(codes: Codes) -> Tensor:
+    """Coefficients (B, K, V, P, R) float32."""
+    values = codes.values_BKVPR.float()
+    return values if codes.scales_BKVP is None else values * codes.scales_BKVP[..., None]
+
+
+def reconstruct(coefficients_BKVPR: Tensor, basis: Basis) -> Tensor:
+    """Coefficients to features (B, K, V, P, C)."""
+    features = coefficients_BKVPR
+    if basis.directions_KCR is not None:
+        features = torch.einsum("bkvpr,kcr->bkvpc", features, basis.directions_KCR)
+    return features + basis.mean_KC[:, None, None]
+
+
+def crop_weights(start: Tensor, length: Tensor, *, tokens: int, stored: int, teacher: int, pixels: int) -> Tensor:
+    """Bilinear weights that read a cropped view's targets along one axis out of the whole view's stored features.
+
+    A target stands where the online path has it: token j of `tokens` lies at teacher patch j (teacher - 1) /
+    (tokens - 1) of the cropped view (corners aligned); patch centers are half-pixel centered in the picture; the crop's
+    samples are corner-aligned in the picture of `pixels` (as the augmentation crops); stored token s lies at teacher
+    patch s (teacher - 1) / (stored - 1) of the whole view. Beyond the outermost stored tokens the nearest one counts.
+
+    Args:
+        start, length: the crop in fractions of the view, any shape.
+
+    Returns:
+        (*shape, tokens, stored), rows sum to 1.
+    """
+    device = start.device
+    patch = torch.arange(tokens, device=device, dtype=torch.float32) * ((teacher - 1) / max(tokens - 1, 1))
+    pixel = (patch + 0.5) * (pixels / teacher) - 0.5
+    seen = start[..., None] * (pixels - 1) + pixel * length[..., None]
+    place = ((seen + 0.5) * (teacher / pixels) - 0.5) * ((stored - 1) / max(teacher - 1, 1))
+    place = place.clamp(0, stored - 1)
+    return (1 - (place[..., None] - torch.arange(stored, device=device)).abs()).clamp_min(0)
+
+
+class StoreGeometry(NamedTuple):
+    """Grids of a store and of the student that reads it; views are square in pixels.
+
+    Attributes:
+        stored_hw, teacher_hw, student_hw: tokens along height and width of a view.
+        teacher_image_hw: pixels the teacher saw.
+        view_pixels: side of the student's view, in which crops are made.
+    """
+
+    stored_hw: tuple[int, int]
+    teacher_hw: tuple[int, int]
+    student_hw: tuple[int, int]
+    teacher_image_hw: tuple[int, int]
+    view_pixels: int
+
+
+class StoredTeacher(nn.Module):
+    """Stands in for a teacher: stored codes of un-augmented frames and the batch's crops -> pooled targets.
+
+    Without a crop and with the student's own grid these are the online targets up to rounding; colors are those of the
+    un-augmented frames. Source of the position embedding: that of the online path, pooled (both are linear).
+
+    Args:
+        basis: of the aligned layers.
+        geometry: see there.
+        position_embedding: add VGGT's sine embedding of the (cropped) view, weighted 0.1, as `pool_teacher` does.
+    """
+
+    mean_KC: Tensor
+    directions_KCR: Tensor | None
+    position_NC: Tensor | None
+
+    def __init__(self, basis: Basis, geometry: StoreGeometry, *, position_embedding: bool) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.register_buffer("mean_KC", basis.mean_KC)
+        self.register_buffer("directions_KCR", basis.directions_KCR)
+        self.register_buffer("position_NC", self._position(basis.mean_KC.shape[1]) if position_embedding else None)
+
+    def _position(self, channels: int) -> Tensor:
+        grid, image = self.geometry.teacher_hw, self.geometry.teacher_image_hw
+        table = sine_position_embedding(grid, image, channels, self.mean_KC.device).unflatten(0, grid)
+        pooled = F.interpolate(
+            table.permute(2, 0, 1)[None], size=self.geometry.student_hw, mode="bilinear", align_corners=True
+        )
+        return POSITION_WEIGHT * pooled[0].flatten(1).T.contiguous()
+
+    @torch.no_grad()
+    def forward(self, values_BKVPR: Tensor, crops_BV4: Tensor, scales_BKVP: Tensor | None = None) -> AlignmentTargets:
+        """Targets of a batch; runs on the device of its input and never waits for it.
+
+        Args:
+            values_BKVPR, scales_BKVP: the batch's :class:`Codes`.
+            crops_BV4: top, left, height and width of each augmented view, in fractions; (0, 0, 1, 1) for the whole.
+        """
+        (rows, columns), geometry = self.geometry.stored_hw, self.geometry
+        with torch.autocast(values_BKVPR.device.type, enabled=False):
+            grid = dequantize(Codes(values_BKVPR, scales_BKVP)).unflatten(3, (rows, columns))
+            crops = crops_BV4.float()
+            weights = [
+                crop_weights(
+                    crops[..., axis],
+                    crops[..., axis + 2],
+                    tokens=geometry.student_hw[axis],
+                    stored=geometry.stored_hw[axis],
+                    teacher=geometry.teacher_hw[axis],
+                    pixels=geometry.view_pixels,
+                )
+                for axis in (0, 1)
+            ]
+            cropped = torch.einsum("bvhy,bkvyxr->bkvhxr", weights[0], grid)
+            cropped = torch.einsum("bvwx,bkvhxr->bkvhwr", weights[1], cropped).flatten(3, 4)
+            targets = reconstruct(cropped, Basis(self.mean_KC, self.directions_KCR))
+            if self.position_NC is not None:
+                targets = targets + self.position_NC
+        return AlignmentTargets(targets.transpose(0, 1).flatten(2, 3))

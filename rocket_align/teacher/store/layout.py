@@ -1,0 +1,137 @@
+"""What a feature store says of itself, and how two descriptions are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rocket_align.teacher.files import files_hash, replacing
+from rocket_align.teacher.registry import TeacherInfo
+
+FORMAT = 1
+INDEX_NAME, BASIS_NAME, FRAMES_NAME = "index.json", "basis.safetensors", "frames.npy"
+DTYPES = ("int8", "float16")
+# A shard is the unit of work of a build, and what an interrupted one loses at most.
+SHARD_BYTES, SHARD_FRAMES = 256 * 2**20, 512
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """Everything that decides a store's numbers, apart from the data.
+
+    Attributes:
+        teacher_kind, teacher_hash: which teacher; see `teacher_hash` in the registry.
+        teacher_depth: its blocks; layers: the stored ones, ascending.
+        channels: of a feature; components: coefficients kept of them.
+        dtype: "int8" or "float16".
+        views: names of the views, in the student's order (VGGT mixes views, so their set matters).
+        view_pixels: side of the student's square views.
+        teacher_image_hw, teacher_grid_hw: what the teacher saw, in pixels and patches.
+        grid_hw: stored tokens along height and width of a view.
+    """
+
+    teacher_kind: str
+    teacher_hash: str
+    teacher_depth: int
+    layers: tuple[int, ...]
+    channels: int
+    components: int
+    dtype: str
+    views: tuple[str, ...]
+    view_pixels: int
+    teacher_image_hw: tuple[int, int]
+    teacher_grid_hw: tuple[int, int]
+    grid_hw: tuple[int, int]
+
+    @property
+    def teacher(self) -> TeacherInfo:
+        """The teacher, as the registry describes it."""
+        return TeacherInfo(self.teacher_kind, self.teacher_depth, self.channels)
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one record: codes, scales, checksums."""
+        tokens = len(self.layers) * len(self.views) * self.grid_hw[0] * self.grid_hw[1]
+        a_token = self.components + 4 if self.dtype == "int8" else 2 * self.components
+        return tokens * a_token + 8 * len(self.layers)
+
+    @property
+    def shard_frames(self) -> int:
+        """Records of a full shard."""
+        return max(1, min(SHARD_FRAMES, SHARD_BYTES // self.frame_bytes))
+
+    def check_layers(self, layers: Iterable[int]) -> None:
+        """Raises ValueError when a teacher block is not among the stored ones."""
+        absent = [layer for layer in layers if layer not in self.layers]
+        if absent:
+            raise ValueError(
+                f"holds no teacher layers {', '.join(map(str, absent))}; accepted: {', '.join(map(str, self.layers))}"
+            )
+
+    def differences(self, other: StoreLayout) -> str:
+        """What differs, as "layers (1, 2), not (1, 3)" with this one's value first; empty when equal."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        parts = [
+            f"{name} {_short(mine[name])}, not {_short(theirs[name])}" for name in mine if mine[name] != theirs[name]
+        ]
+        return "; ".join(parts)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """A store's JSON file.
+
+    Raises:
+        ValueError: missing, damaged, or of another version of the format; one line.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: no index of a feature store ({' '.join(str(error).split())}); "
+            "accepted: a folder that vla-scripts/build_feature_store.py wrote"
+        ) from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ValueError(f"{path}: no feature store of format {FORMAT}; accepted: one built by this version")
+    return values
+
+
+def write_index(path: Path, values: dict[str, Any]) -> None:
+    """Write a store's JSON file atomically, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write_text(json.dumps({"format": FORMAT, **values}, indent=2) + "\n", encoding="utf-8")
+
+
+def read_layout(root: Path) -> StoreLayout:
+    """The layout of the store at `root`.
+
+    Raises:
+        ValueError: see :func:`read_index`.
+    """
+    stored = read_index(root / INDEX_NAME).get("layout") or {}
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+    try:
+        return StoreLayout(**values)
+    except TypeError as error:
+        raise ValueError(f"{root / INDEX_NAME}: its layout is damaged ({error}); accepted: a new build") from error
+
+
+def made_from(root: Path, layout: StoreLayout, fingerprint: str) -> str:
+    """SHA-256 of what a data set's shards depend on: the data, the layout and the basis that is there now."""
+    parts = [fingerprint, json.dumps(dataclasses.asdict(layout), sort_keys=True), files_hash([root / BASIS_NAME])]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def shard_name(number: int, total: int) -> str:
+    """File name of shard `number` (from 0) of `total`."""
+    return f"features-{number:05d}-of-{total:05d}.safetensors"
