@@ -65,7 +65,7 @@ def server(repo_root: Path, checkpoint: Path) -> Iterator[str]:
     assert "http://" in line, "the server did not start"
     yield line.split("http://")[1].split()[0]
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
 
 
 @pytest.fixture
