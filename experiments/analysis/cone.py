@@ -41,11 +41,11 @@ def measure(config: ConeConfig, folder: str, join: Join) -> dict[str, Any]:
     cones = {name: _Cones() for name in ("student", "teacher", "projected")}
     for seen in subject.passes():
         with torch.no_grad(), subject.autocast():
-            tokens = subject.alignment.student_tokens(seen.hidden_states, seen.vision_start, seen.num_vision_tokens)
-            projected = subject.alignment.project(tokens)[0]
             cones["student"].update(list(subject.student_states(seen)))
             cones["teacher"].update(list(subject.every_layer.targets(seen.teacher, seen.num_vision_tokens)))
-            cones["projected"].update(list(projected))
+            if subject.align.num_pairs:
+                tokens = subject.alignment.student_tokens(seen.hidden_states, seen.vision_start, seen.num_vision_tokens)
+                cones["projected"].update(list(subject.alignment.project(tokens)[0]))
     return {**subject.describe(), **{name: cone.result() for name, cone in cones.items()}}
 
 
@@ -55,11 +55,9 @@ def main(config: ConeConfig, join: Join) -> int:
     write_json(config.out_dir / "cone.json", {"analysis": "cone", "subjects": parts})
     draw(config, parts)
     for part in parts:
-        values = ", ".join(
-            f"{name} {sum(part[name]['within_samples']) / len(part[name]['within_samples']):.3f}"
-            for name in ("student", "teacher", "projected")
-        )
-        print(f"{part['label']}: mean cosine between tokens of a sample, over layers: {values}")
+        means = {name: part[name]["within_samples"] for name in ("student", "teacher", "projected")}
+        said = ", ".join(f"{name} {sum(values) / len(values):.3f}" for name, values in means.items() if values)
+        print(f"{part['label']}: mean cosine between tokens of a sample, over layers: {said}")
     return 0
 
 
@@ -71,15 +69,19 @@ def draw(config: ConeConfig, parts: list[dict[str, Any]]) -> None:
         style = line_style(number)
         left.plot(part["student"]["within_samples"], **style, label=part["label"])
         projected = part["projected"]["within_samples"]
+        if not projected:
+            continue
         kind = {"independent": "independent projectors"}.get(part["projector"], "shared projector")
         right.plot(part["student_layers"], projected, **style, label=f"{part['label']}\n({kind})")
     targets = parts[0]["teacher"]["within_samples"]
     left.plot(targets, color="0.5", ls="--", marker="x", markersize=4, label="teacher, block of this number")
-    of_pairs = [targets[layer] for layer in parts[0]["teacher_layers"]]
-    right.plot(parts[0]["student_layers"], of_pairs, color="0.5", ls="--", marker="x", markersize=4, label="its target")
+    if aligned := next((part for part in parts if part["student_layers"]), None):
+        of_pairs = [targets[layer] for layer in aligned["teacher_layers"]]
+        style = {"color": "0.5", "ls": "--", "marker": "x", "markersize": 4}
+        right.plot(aligned["student_layers"], of_pairs, **style, label="its target")
     left.set(xlabel="student state / teacher block", ylabel="mean cosine between\ntokens of a sample", title="layers")
     right.set(xlabel="student state of the pair", title="behind the projectors")
-    for axes in (left, right):
+    for axes in (left, right) if right.lines else (left,):
         axes.legend(frameon=False)
         axes.locator_params(axis="x", integer=True)
     save_figure(figure, config.out_dir / "cone.png")

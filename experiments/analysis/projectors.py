@@ -52,13 +52,13 @@ def draw(config: ProjectorsConfig, parts: list[dict[str, Any]]) -> None:
     size = max(1.5, 0.26 * len(parts[0]["student_layers"]))
     figure = new_figure(4 * (size + 0.25) + 0.9, len(parts) * (size + 0.35) + 0.4)
     grid = figure.subplots(len(parts), len(KINDS), squeeze=False)
-    for row, part in zip(grid, parts):
+    for number, (row, part) in enumerate(zip(grid, parts)):
         labels = [f"{s}-{t}" for s, t in zip(part["student_layers"], part["teacher_layers"])]
         for axes, (name, title) in zip(row, KINDS.items()):
             values = part["similarity"][name].cpu()
             image = heatmap(axes, values, limits=(-1, 1), rows=labels, columns=labels, diverging=True)
             axes.tick_params(axis="x", rotation=60)
-            if row is grid[0]:
+            if not number:
                 axes.set_title(title)
         row[0].set_ylabel(part["label"])
     figure.colorbar(image, ax=grid.ravel().tolist(), label="cosine between projectors", pad=0.01)

@@ -85,7 +85,7 @@ def heatmap(
 
     matrix = np.ma.masked_invalid(np.asarray(values, dtype=float))
     colors = matplotlib.colormaps[DIVERGING if diverging else SEQUENTIAL].with_extremes(bad="#cccccc")
-    image = axes.imshow(matrix, cmap=colors, vmin=limits[0], vmax=limits[1], aspect="auto")
+    image = axes.imshow(matrix, cmap=colors, vmin=limits[0], vmax=limits[1], aspect="equal")
     for axis, labels in ((axes.xaxis, columns), (axes.yaxis, rows)):
         every = max(1, math.ceil(len(labels) / _LARGEST_LABELED))
         axis.set_ticks(range(0, len(labels), every), labels[::every])

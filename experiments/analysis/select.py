@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.analysis.config import SelectConfig
 from experiments.analysis.report import plain
-from experiments.analysis.settings import Join, teacher_depth, teacher_source, training_config
+from experiments.analysis.settings import Join, describe_teacher_of, teacher_source, training_config
 from prismatic.util.errors import UsageError, unknown_name
 from prismatic.util.files import atomic_write
 from rocket_align.analysis.pairs import layers_by_position, student_states
@@ -52,7 +52,7 @@ def main(config: SelectConfig, join: Join) -> int:
     check_flags(config)
     (folder,) = config.checkpoints if len(config.checkpoints) == 1 else (_refuse_several(config),)
     flags = training_config(config, folder, join)
-    depths = {"student": student_depth(flags), "teacher": teacher_depth(flags)}
+    depths = {"student": student_depth(flags), "teacher": describe_teacher_of(flags).depth}
     made: dict[str, Any] = {"strategy": config.strategy, "count": config.count, "student": folder}
     made["teacher"] = teacher_source(flags)[0]
     if config.strategy in BY_POSITION and (config.teacher_strategy or config.strategy) in BY_POSITION:

@@ -14,6 +14,7 @@ from prismatic.util.files import read_json
 if TYPE_CHECKING:
     from prismatic.training.run import TrainingRun
     from rocket_align.config import AlignConfig
+    from rocket_align.teacher.registry import TeacherInfo
 
 
 class Join(Protocol):
@@ -39,9 +40,8 @@ def training_config(flags: SubjectFlags, folder: str, join: Join) -> Any:
     """
     path = Path(folder)
     resume = path.is_dir() and is_checkpoint(path)
-    known = {field.name: field for field in fields(join.FinetuneConfig)}
-    recorded = read_json(path / "run_config.json") if resume and (path / "run_config.json").is_file() else {}
-    values: dict[str, Any] = {name: value for name, value in recorded.items() if name in known}
+    recorded = path / "run_config.json"
+    values: dict[str, Any] = read_json(recorded) if resume and recorded.is_file() else {}
     values |= flags.overrides()
     if "vggt_path" in flags.overrides():
         values["teacher_path"] = ""
@@ -52,6 +52,7 @@ def training_config(flags: SubjectFlags, folder: str, join: Join) -> Any:
         "run_id_override": "analysis", "trackers": "none", "use_val_set": False, "gradient_checkpointing": False,
     }  # fmt: skip
     values["data_root_dir"] = Path(values.get("data_root_dir", TrainConfig.data_root_dir))
+    known = {field.name for field in fields(join.FinetuneConfig)}
     return join.FinetuneConfig(**{name: value for name, value in values.items() if name in known})
 
 
@@ -67,8 +68,8 @@ def teacher_source(config: Any) -> tuple[str, str]:
     return path, config.teacher_type
 
 
-def teacher_depth(config: Any) -> int:
-    """Blocks of the teacher, from its config file alone.
+def describe_teacher_of(config: Any) -> TeacherInfo:
+    """Sizes of the run's teacher, from its config file alone.
 
     Raises:
         UsageError: no teacher is given, or there is none.
@@ -76,6 +77,6 @@ def teacher_depth(config: Any) -> int:
     from rocket_align.teacher.registry import describe_teacher
 
     try:
-        return describe_teacher(*teacher_source(config)).depth
+        return describe_teacher(*teacher_source(config))
     except ValueError as error:
         raise UsageError(f"--vggt_path: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.analysis.config import SubjectFlags
-from experiments.analysis.settings import Join, teacher_depth, training_config
+from experiments.analysis.settings import Join, describe_teacher_of, training_config
 from prismatic.models.components import load_component
 from prismatic.training.build import make_objective, student_depth
 from prismatic.training.checkpoint import component_file
@@ -77,7 +78,7 @@ class Subject:
         self.config = training_config(flags, folder, join)
         self.config.validate()
         self.align, teacher_dim = join.plan_alignment(self.config)
-        if teacher_layers != "none" and not self.align.num_pairs:
+        if teacher_layers == "aligned" and not self.align.num_pairs:
             raise UsageError(
                 f"{folder}: no alignment (recipe {self.config.recipe_name}); accepted: one, with --vggt_path"
             )
@@ -99,8 +100,8 @@ class Subject:
             alignment = MultiLayerAlignment(self.align, self.training.vla.llm_dim, teacher_dim)
         self.every_layer: MultiLayerAlignment | None = None
         if teacher_layers == "all":
-            depth = teacher_depth(self.config)
-            layers = tuple(range(depth))
+            sizes = describe_teacher_of(self.config)
+            layers = tuple(range(sizes.depth))
             every = replace(
                 self.align,
                 student_layers=layers,
@@ -109,7 +110,7 @@ class Subject:
                 width_ratios=None,
                 released_independent_width=False,
             )
-            self.every_layer, self._targets = join.build_alignment(self.training, every, teacher_dim)
+            self.every_layer, self._targets = join.build_alignment(self.training, every, sizes.channels // 2)
         checkpoint = self.training.sources.checkpoint
         file = component_file(checkpoint, "align_projectors") if checkpoint is not None else None
         if file is not None and self.align.num_pairs:
@@ -124,8 +125,9 @@ class Subject:
     @property
     def label(self) -> str:
         """For legends: the run's name and the step."""
-        run = self.name.split("--")[0] if self.config.resume else self.name
-        return f"{run}, step {self.step:,}" if self.config.resume else run
+        if not self.config.resume:
+            return self.name
+        return f"{re.sub(r'--[0-9]+_chkpt$', '', self.name)}, step {self.step:,}"
 
     @property
     def num_blocks(self) -> int:

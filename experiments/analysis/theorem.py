@@ -97,10 +97,10 @@ def draw(config: TheoremConfig, parts: list[dict[str, Any]]) -> None:
         lowest = min(lowest, float(bound.min()))
         axes.plot(bound, part["cosine"].cpu()[upper], ls="", **line_style(number), label=part["label"])
     axes.plot([max(lowest, -1), 1], [max(lowest, -1), 1], color="0.5", lw=0.8, zorder=0)
-    if lowest < -2:
+    if lowest < -5:
         axes.set_xscale("symlog", linthresh=1)
     axes.axhline(0, color="0.8", lw=0.8, zorder=0)
     axes.axvline(0, color="0.8", lw=0.8, zorder=0)
     axes.set(xlabel=r"bound / $|v_a||v_b|$", ylabel=r"$\langle v_a, v_b\rangle$ / $|v_a||v_b|$")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     save_figure(figure, config.out_dir / "theorem.png")
