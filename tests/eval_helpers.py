@@ -116,3 +116,36 @@ class Misbehaving:
         if self.asked == 4:
             raise RuntimeError("out of memory")
         return np.zeros((len(queries), 8, 7))
+
+
+class RecordedLibero:
+    """LIBERO's simulator that notes its state after every step of an episode: one array (S, nq + nv) an episode."""
+
+    def __init__(self, folder: str, episode: Episode, protocol: Protocol) -> None:
+        from experiments.robot.libero.episode import make_libero_env
+
+        self._folder, self._settle = Path(folder), protocol.settle_steps
+        self._env = make_libero_env(episode, protocol)
+        self.init_states, self.observe, self.close = self._env.init_states, self._env.observe, self._env.close
+
+    def reset(self, init_state: np.ndarray, seed: int = 0) -> None:
+        self._env.reset(init_state, seed)
+        number = int(np.flatnonzero((self.init_states == init_state).all(axis=1))[0])
+        self._file, self._states = self._folder / f"{self._env.task.task_id}-{number}.npy", []
+
+    def step(self, action: np.ndarray) -> bool:
+        done = self._env.step(action)
+        data = self._env.domain.sim.data
+        self._states.append(np.concatenate([data.qpos, data.qvel]))
+        np.save(self._file, np.array(self._states[self._settle :]))
+        return done
+
+
+@dataclass(frozen=True)
+class RecordedLiberos:
+    """Makes :class:`RecordedLibero`."""
+
+    folder: str
+
+    def __call__(self, episode: Episode, protocol: Protocol) -> RecordedLibero:
+        return RecordedLibero(self.folder, episode, protocol)
