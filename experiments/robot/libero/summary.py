@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from experiments.robot.libero import plus_summary
+from experiments.robot.libero.protocol import PLUS_SUITES
 from prismatic.util.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
     Returns:
         {"suites": {suite: S}, "total": {R, "mean_of_suites"}} where R is what :func:`rate` returns and S is {R,
         "mean_steps_of_successes", "seconds_per_episode", "tasks": {id: {"task", R}}}. `mean_of_suites` is what papers
-        report as the LIBERO average.
+        report as the LIBERO average. With episodes of LIBERO-Plus also "perturbations"; see :mod:`plus_summary`.
     """
     suites: dict[str, Any] = {}
     for suite in sorted({result.suite for result in results}):
@@ -61,19 +63,27 @@ def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
             "tasks": tasks,
         }
     rates = [suite["success_rate"] for suite in suites.values() if suite["success_rate"] is not None]
-    return {"suites": suites, "total": {**rate(results), "mean_of_suites": sum(rates) / len(rates) if rates else None}}
+    perturbed = plus_summary.of_plus(results)
+    return {
+        "suites": suites,
+        "total": {**rate(results), "mean_of_suites": sum(rates) / len(rates) if rates else None},
+        **({"perturbations": plus_summary.by_kind(perturbed, rate)} if perturbed else {}),
+    }
 
 
 def to_markdown(report: dict[str, Any]) -> str:
     """The table of :func:`summarize`."""
     lines = ["| suite | task | success | 95% interval | episodes | errors |", "|---|---|---:|---|---:|---:|"]
     for suite, of_suite in report["suites"].items():
-        for task_id, of_task in of_suite["tasks"].items():
+        # Thousands of tasks with one episode each are no table to read; their kinds are, below.
+        for task_id, of_task in of_suite["tasks"].items() if suite not in PLUS_SUITES else ():
             lines.append(_row(suite, f"{task_id} {of_task['task']}", of_task))
         lines.append(_row(f"**{suite}**", "**all tasks**", of_suite))
     if len(report["suites"]) > 1:
         lines.append(_row("**all**", "**all episodes**", report["total"]))
         lines += ["", f"Mean of the {len(report['suites'])} suites: {_percent(report['total']['mean_of_suites'])}"]
+    if "perturbations" in report:
+        lines += plus_summary.kind_lines(report["perturbations"], _percent)
     if report.get("missing"):
         lines += ["", f"**Incomplete: {report['missing']} of {report['planned']} episodes have not run.**"]
     if report["total"]["errors"]:
@@ -99,11 +109,18 @@ def compare(results_a: Sequence[EpisodeResult], results_b: Sequence[EpisodeResul
     """Exact McNemar test on the episodes that both runs completed (same suite, task and initial state).
 
     Only episodes that one run solved and the other did not tell the runs apart; under the null hypothesis they split
-    evenly, so the two-sided p-value is that of a binomial test at 0.5.
+    evenly, so the two-sided p-value is that of a binomial test at 0.5. With LIBERO-Plus, "kinds" has one such
+    comparison for each kind of perturbation.
 
     Raises:
         UsageError: the runs share no completed episode.
     """
+    compared = _compare_paired(results_a, results_b)
+    kinds = plus_summary.compare_kinds(results_a, results_b, _compare_paired)
+    return {**compared, "kinds": kinds} if kinds else compared
+
+
+def _compare_paired(results_a: Sequence[EpisodeResult], results_b: Sequence[EpisodeResult]) -> dict[str, Any]:
     from scipy.stats import binomtest
 
     by_key_a, by_key_b = (
@@ -138,6 +155,8 @@ def comparison_to_markdown(content: dict[str, Any]) -> str:
         low, high = content[f"interval_95_{name}"]
         success = _percent(content[f"success_rate_{name}"])
         rows.append(f"| {name.upper()} | {success} | {_percent(low)} to {_percent(high)} | {content[f'only_{name}']} |")
+    if content.get("kinds"):
+        rows += plus_summary.comparison_lines(content["kinds"], _percent)
     rows += [
         "",
         f"B minus A: {100 * content['difference_b_minus_a']:+.1f} points on {content['episodes']} shared episodes "
