@@ -52,7 +52,7 @@ def plan_alignment(config: FinetuneConfig) -> tuple[AlignConfig, int]:
         teacher = stored.teacher if stored else describe_teacher(config.teacher, config.teacher_type)
         align = config.align_config(student_depth(config), teacher.depth)
         if stored:
-            stored.check_layers(align.teacher_layers)
+            stored.check_layers(align.teacher_layers, f"--feature_store: {config.feature_store}")
         return align, teacher.channels // 2
     except ValueError as error:
         raise UsageError(str(error)) from error

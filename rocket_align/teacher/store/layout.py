@@ -65,12 +65,12 @@ class StoreLayout:
         """Records of a full shard."""
         return max(1, min(SHARD_FRAMES, SHARD_BYTES // self.frame_bytes))
 
-    def check_layers(self, layers: Iterable[int]) -> None:
-        """Raises ValueError when a teacher block is not among the stored ones."""
+    def check_layers(self, layers: Iterable[int], place: object) -> None:
+        """Raises ValueError, naming `place`, when a teacher block is not among the stored ones."""
         absent = [layer for layer in layers if layer not in self.layers]
         if absent:
             raise ValueError(
-                f"holds no teacher layers {', '.join(map(str, absent))}; accepted: {', '.join(map(str, self.layers))}"
+                f"{place}: holds no teacher layers {', '.join(map(str, absent))}; accepted: {', '.join(map(str, self.layers))}"
             )
 
     def differences(self, other: StoreLayout) -> str:

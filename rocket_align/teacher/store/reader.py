@@ -193,7 +193,7 @@ class FeatureStore:
         layout = self.layout
         if teacher_hash not in (None, layout.teacher_hash):
             raise ValueError(f"{self.root}: made with another teacher; accepted: the one it was built with")
-        layout.check_layers(layers)
+        layout.check_layers(layers, self.root)
         if views != layout.views:
             raise ValueError(
                 f"{self.root}: made of the views {', '.join(layout.views)}; accepted: the same, not {', '.join(views)}"
