@@ -44,8 +44,8 @@ def main(config: ConvertConfig) -> int:
         raise UsageError(f"--lora_finetuned_checkpoint_dir: {checkpoint} has no folder lora_adapter")
     import torch
 
-    from experiments.robot.checkpoint import find_folder
     from prismatic.models.merge_lora import merge_checkpoint
+    from prismatic.util.hub import find_folder
     from prismatic.util.tensor_files import parse_size
 
     max_shard_bytes = parse_size(config.max_shard_size, "--max_shard_size")

@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prismatic.training.folders import component_file as component_file_in
 from prismatic.util.errors import UsageError
 from prismatic.util.files import read_json
+from prismatic.util.hub import find_folder
 from prismatic.vla.platforms import platform_of_statistics, recorded_platform
 
 COMPONENTS = ("action_head", "proprio_projector", "noisy_action_projector", "vision_backbone")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SAMPLED_ABOVE = 64 * 2**20  # bytes; larger files are hashed by samples
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
 
@@ -118,26 +118,6 @@ def _settle_platform(
         config["platform"] = platform.to_dict()
 
 
-def find_folder(flag: str, name: str) -> Path:
-    """The local folder `name`, or the local snapshot of the hub repository of that id.
-
-    Raises:
-        UsageError: neither exists.
-    """
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        return path
-    if not name or not _HUB_ID.fullmatch(name) or path.parent.is_dir():
-        raise UsageError(f"{flag}: no such folder: {name!r}; accepted: a checkpoint folder or a hub id (owner/name)")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, ignore_patterns=["*.py"]))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UsageError(f"{flag}: {name!r} is no folder here and could not be had from the hub: {reason}") from error
-
-
 def resolve_unnorm_key(statistics: Mapping[str, Any], requested: str, suite: str) -> str:
     """Which dataset's statistics un-normalize the actions: `requested`, else the suite's, with or without "_no_noops".
 
@@ -224,23 +204,9 @@ def _safetensors_size(file: Path) -> int:
 
 
 def _find_components(path: Path) -> dict[str, Path]:
-    """Component files by name; of several steps, the one the folder is named after, else the latest.
-
-    Raises:
-        UsageError: several steps and no telling which is meant.
-    """
-    components = {}
-    for name in COMPONENTS:
-        files = sorted(path.glob(f"{name}--*_checkpoint.pt"))
-        step = re.search(r"--(\d+)_chkpt$", path.resolve().name)
-        wanted = [file for file in files if step and file.name == f"{name}--{step.group(1)}_checkpoint.pt"]
-        wanted = wanted or [file for file in files if file.name == f"{name}--latest_checkpoint.pt"] or files
-        if len(wanted) > 1:
-            names = ", ".join(file.name for file in files)
-            raise UsageError(f"--pretrained_checkpoint: {path} has several files for {name}, keep one of them: {names}")
-        if wanted:
-            components[name] = wanted[0]
-    return components
+    """Component files by name."""
+    found = {name: component_file_in(path, name, "--pretrained_checkpoint") for name in COMPONENTS}
+    return {name: file for name, file in found.items() if file is not None}
 
 
 def _file_hash(file: Path) -> str:

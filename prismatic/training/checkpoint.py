@@ -26,27 +26,14 @@ from peft import PeftModel
 
 from prismatic.models.lora import merge_lora_state_dict
 from prismatic.training.folders import checkpoint_folder
+from prismatic.training.folders import component_file as component_file
 from prismatic.training.module import TrainableVLA
-from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write
 
 STATE_FILE = Path("training_state") / "state.pt"
 # Attribute of TrainableVLA -> name of the component's file, as upstream names them.
 COMPONENTS = ("action_head", "proprio_projector", "noisy_action_projector", "align_projectors")
 VISION_COMPONENT = "vision_backbone"
-
-
-def component_file(folder: Path, component: str) -> Path | None:
-    """The state-dict file of `component` in a checkpoint folder (`--{step}_` or `--latest_`), or None.
-
-    Raises:
-        UsageError: the folder holds several, so that the choice would be a guess.
-    """
-    found = sorted(folder.glob(f"{component}--*_checkpoint.pt"))
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise UsageError(f"{folder}: several checkpoints of {component} ({names}); accepted: one")
-    return found[0] if found else None
 
 
 def _save_model(folder: Path, vla: Any, *, merge: bool) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from prismatic.util.errors import UsageError
+
 LOG_FILE = "metrics.jsonl"
 
 
@@ -21,3 +23,21 @@ def last_checkpoint(run_dir: Path) -> Path | None:
         if named := pattern.fullmatch(folder.name):
             found[int(named.group(1))] = folder
     return found[max(found)] if found else None
+
+
+def component_file(folder: Path, component: str, flag: str = "--vla_path") -> Path | None:
+    """The state-dict file `{component}--{step}_checkpoint.pt` of a checkpoint folder, or None.
+
+    Of several, it is the one of the step that the folder is named after (`...--{step}_chkpt`), else `--latest_`.
+
+    Raises:
+        UsageError: several, and no telling which is meant; the message begins with `flag`, which named the folder.
+    """
+    found = {file.name: file for file in sorted(folder.glob(f"{component}--*_checkpoint.pt"))}
+    step = re.search(r"--(\d+)_chkpt$", folder.resolve().name)
+    for tag in ([step.group(1)] if step else []) + ["latest"]:
+        if file := found.get(f"{component}--{tag}_checkpoint.pt"):
+            return file
+    if len(found) > 1:
+        raise UsageError(f"{flag}: {folder} has several files for {component}, keep one of them: {', '.join(found)}")
+    return next(iter(found.values()), None)

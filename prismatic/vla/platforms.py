@@ -106,7 +106,9 @@ def platform_of_statistics(statistics: Mapping[str, Any]) -> Platform | None:
     For checkpoints of upstream's, which record none.
     """
     widths = {
-        tuple(len(data[kind]["q01"]) for kind in ("action", "proprio") if kind in data) for data in statistics.values()
+        # Any statistic of a kind tells its width; not all data sets have the same ones.
+        tuple(len(next(iter(data[kind].values()), ())) for kind in ("action", "proprio") if kind in data)
+        for data in statistics.values()
     }
     found = [one for one in PLATFORMS.values() if widths == {(one.action_dim, one.proprio_dim)}]
     return found[0] if len(found) == 1 else None
