@@ -15,7 +15,7 @@ PREPROCESSOR_NAME = "preprocessor_config.json"
 # What any teacher needs of a hub repository; a large model's safetensors come in several files.
 HUB_FILES = (CONFIG_NAME, PREPROCESSOR_NAME, "model*.safetensors", "model.safetensors.index.json")
 # A repository of the model hub, such as facebook/VGGT-1B.
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def local_copy(path: str | Path, patterns: Sequence[str] = HUB_FILES) -> Path:
