@@ -1,0 +1,1 @@
+"""Pages of results: HTML building blocks and templates, one self-contained file a page."""
