@@ -1,0 +1,220 @@
+"""The page of evaluation results, as a file and in a real browser (headless Chromium, where there is one)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.report.html import Line, Rate, line_chart
+from experiments.robot.libero.episode import write_video
+from experiments.robot.libero.results_page import build_page, main
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome-headless-shell")
+EVIL = 'pick up the <b>milk</b> & "run" <script>alert(1)</script>'
+
+
+def write_run(folder: Path, outcomes: dict[int, str], **extra: Any) -> Path:
+    """A run folder: for each task a letter an episode: s success, f failure, e error."""
+    statuses = {"s": ("success", True), "f": ("failure", False), "e": ("error", None)}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"identity": {"seed": 7, "checkpoint_hash": folder.name}}))
+    with (folder / "episodes.jsonl").open("w") as stream:
+        for task_id, letters in outcomes.items():
+            for number, letter in enumerate(letters):
+                status, success = statuses[letter]
+                line = {
+                    "suite": "libero_goal",
+                    "task_id": task_id,
+                    "task": EVIL if task_id == 1 else f"task {task_id}",
+                    "init_state": number,
+                    "seed": 7,
+                    "status": status,
+                    "success": success,
+                    "steps": 10 * task_id + number,
+                    "error": "RuntimeError: the arm fell off" if letter == "e" else None,
+                    "wall_time": 1.0,
+                    **{name: values[task_id] for name, values in extra.items()},
+                }
+                stream.write(json.dumps(line) + "\n")
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    return [
+        write_run(tmp_path / "a b", {1: "sffs", 2: "ssss", 10: "ffff"}),
+        write_run(tmp_path / "rocket", {1: "ssss", 2: "ssse", 10: "sssf"}),
+    ]
+
+
+def text_of(page: str) -> str:
+    """What a reader sees."""
+    words: list[str] = []
+
+    class Reader(HTMLParser):
+        hidden = 0
+
+        def handle_starttag(self, tag: str, attrs: Any) -> None:
+            self.hidden += tag in ("style", "script")
+
+        def handle_endtag(self, tag: str) -> None:
+            self.hidden -= tag in ("style", "script")
+
+        def handle_data(self, data: str) -> None:
+            if not self.hidden:
+                words.append(data)
+
+    Reader().feed(page)
+    return " ".join(" ".join(words).split())
+
+
+def test_numbers_come_from_the_result_files(runs: list[Path], tmp_path: Path) -> None:
+    build_page(runs, tmp_path / "index.html", "A title & more")
+    page = (tmp_path / "index.html").read_text()
+    text = text_of(page)
+    assert "A title & more" in text and "2 runs, 24 episodes, libero_goal" in text
+    assert "50.0% 95% interval 25% to 75%" in text and "6 of 12 solved" in text
+    assert "90.9% 95% interval 62% to 98%" in text and "10 of 11 solved" in text
+    # Of the 11 episodes that both completed, rocket alone solved five and none was solved by the other alone.
+    assert re.search(r"a b rocket 11 0 5 \+45\.5 0\.0625 rocket solved more, within what chance explains", text)
+    assert "RuntimeError: the arm fell off" in text and EVIL in text
+    assert "checkpoint_hash a b rocket" in text
+    assert "None were saved" in text and "Kinds of perturbation" not in text
+
+
+def test_the_page_is_one_file_that_asks_nobody(runs: list[Path], tmp_path: Path) -> None:
+    build_page(runs, tmp_path / "index.html")
+    page = (tmp_path / "index.html").read_text()
+    assert "<script>alert" not in page
+    addresses = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')\s>]+)", page)
+    assert addresses and all(address.startswith(("#", "data:")) for address in addresses)
+
+
+def test_videos_of_failures_come_first_and_stale_ones_are_left_out(runs: list[Path], tmp_path: Path) -> None:
+    for name in ("task02--init00--success", "task01--init01--failure", "task10--init00--success", "notes"):
+        file = runs[0] / "videos" / f"libero_goal--{name}.mp4"
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    build_page(runs, tmp_path / "pages" / "index.html")
+    page = (tmp_path / "pages" / "index.html").read_text()
+    shown = re.findall(r'<video src="([^"#]+)', page)
+    assert shown == [
+        "../a%20b/videos/libero_goal--task01--init01--failure.mp4",
+        "../a%20b/videos/libero_goal--task02--init00--success.mp4",
+    ]
+
+
+def test_kinds_of_perturbation_have_a_table_with_both_averages(tmp_path: Path) -> None:
+    kinds = {0: "camera", 1: "noise", 2: "noise", 3: "noise"}
+    run = write_run(tmp_path / "plus", {0: "s", 1: "f", 2: "f", 3: "s"}, kind=kinds)
+    build_page([run], tmp_path / "index.html")
+    text = text_of((tmp_path / "index.html").read_text())
+    assert "camera 100% 1/1 noise 33% 1/3 all episodes 50% 2/4 mean of 2 kinds 66.7%" in text
+
+
+def test_the_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run) for run in runs]) == 0
+    assert (tmp_path / "index.html").is_file() and "page: " in capsys.readouterr().out
+    assert main([str(runs[0])]) == 0 and (runs[0] / "index.html").is_file()
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "no episodes*.jsonl in this folder" in capsys.readouterr().err
+
+
+def test_a_bar_in_words_and_a_chart() -> None:
+    assert Rate(None, 0, 1, 0, 0).label == "no completed episodes"
+    assert Rate(0.5, 0.1, 0.9, 1, 2).label == "50.0%, 95% interval 10 to 90%, 1 of 2"
+    lines = [Line("loss <1>", [0, 50, 100], [2.0, float("nan"), 1.0]), Line("other", [0, 100], [3.0, 0.5], series=1)]
+    chart = str(line_chart(lines, title="losses", x_label="step", y_label="L1"))
+    assert "loss &lt;1&gt;" in chart and chart.count("<polyline") == 2
+    first = re.findall(r'points="([^"]+)"', chart)[0].split()
+    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in first)
+    assert x0 < x1 and y0 < y1  # The picture's y axis points down.
+    assert line_chart([], title="empty", x_label="", y_label="")
+
+
+PROBE = """
+<script>
+addEventListener("load", () => setTimeout(() => {
+  const column = (table, index) => [...table.tBodies[0].rows].filter((row) => !row.hidden)
+    .map((row) => row.cells[index].textContent.trim());
+  const tasks = document.getElementById("tasks-1");
+  const found = {before: column(tasks, 0)};
+  const headings = tasks.tHead.rows[0].cells;
+  headings[0].querySelector("button").click();
+  found.falling = column(tasks, 0);
+  headings[0].querySelector("button").click();
+  found.rising = column(tasks, 0);
+  found.state = headings[0].getAttribute("aria-sort");
+  headings[2].querySelector("button").click();
+  found.by_rate = column(tasks, 0);
+  found.other_state = headings[0].getAttribute("aria-sort");
+  const bar = tasks.querySelector(".bar").getBoundingClientRect();
+  const fill = tasks.querySelector(".bar .fill").getBoundingClientRect();
+  const line = tasks.querySelector(".bar .interval").getBoundingClientRect();
+  found.bar = [bar.width, bar.height, fill.width / bar.width, line.width / bar.width];
+  const episodes = document.getElementById("episode-table");
+  const filter = document.querySelector("input[data-filter=episode-table]");
+  filter.value = "ROCKET error";
+  filter.dispatchEvent(new Event("input"));
+  found.filtered = column(episodes, 5);
+  const ground = () => getComputedStyle(document.body).backgroundColor;
+  found.grounds = [ground()];
+  document.getElementById("theme").click();
+  found.grounds.push(ground());
+  const video = document.querySelector("video");
+  found.video = [video.readyState, video.videoWidth, video.error && video.error.message];
+  found.overflow = document.documentElement.scrollWidth - innerWidth;
+  const report = document.createElement("pre");
+  report.id = "probe";
+  report.textContent = JSON.stringify(found);
+  document.body.append(report);
+}, 500));
+</script>
+"""
+
+
+def browse(page: Path, folder: Path) -> tuple[dict[str, Any], str]:
+    """What the probe found in a headless browser, and what the browser's console says."""
+    browser = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chromium found (apt-get install chromium, or CHROMIUM=path)")
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"]
+    command += [f"--user-data-dir={folder}", "--enable-logging=stderr", "--virtual-time-budget=8000", "--dump-dom"]
+    run = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=False)
+    match = re.search(r'<pre id="probe">(.*?)</pre>', run.stdout, re.DOTALL)
+    assert match is not None, run.stderr[-2000:]
+    console = "\n".join(line for line in run.stderr.splitlines() if "CONSOLE" in line)
+    return json.loads(match[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")), console
+
+
+def test_in_a_browser(runs: list[Path], tmp_path: Path) -> None:
+    import numpy as np
+
+    video = runs[0] / "videos" / "libero_goal--task01--init01--failure.mp4"
+    video.parent.mkdir()
+    write_video(video, [np.full((64, 128, 3), 40 * number, np.uint8) for number in range(5)], 10)
+    page = tmp_path / "index.html"
+    build_page(runs, page)
+    page.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
+    found, console = browse(page, tmp_path / "profile")
+    assert console == ""
+    assert found["before"] == ["1", "2", "10"]
+    assert (found["falling"], found["rising"], found["state"]) == (["10", "2", "1"], ["1", "2", "10"], "ascending")
+    assert found["by_rate"] == ["2", "1", "10"] and found["other_state"] is None
+    width, height, filled, interval = found["bar"]
+    assert width > 80 and height > 8
+    assert filled == pytest.approx(1.0, abs=0.02)  # The first row is task 2 now: 4 of 4.
+    assert interval == pytest.approx(0.4899, abs=0.02)  # Wilson: 51 to 100%.
+    assert found["filtered"] == ["error"]
+    assert len(set(found["grounds"])) == 2
+    ready, video_width, error = found["video"]
+    assert error is None and (ready == 0 or video_width == 128)
+    assert found["overflow"] <= 0
