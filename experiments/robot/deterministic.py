@@ -76,8 +76,13 @@ class FixedShape:
 
 
 def use_deterministic_kernels() -> None:
-    """Ask torch for kernels that repeat themselves; to be called before CUDA is first used."""
+    """Ask torch for kernels that repeat themselves; to be called before CUDA is first used.
+
+    On CPUs, with one thread: how many there are to share a sum changes its last bits.
+    """
     import torch
+
+    torch.set_num_threads(1)
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False

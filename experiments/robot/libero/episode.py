@@ -54,7 +54,9 @@ def make_libero_env(episode: Episode, protocol: Protocol) -> Any:
     """The simulator for an episode's task; the default of :class:`EpisodeRunner`."""
     from experiments.robot.libero.environment import LiberoEnv
 
-    return LiberoEnv(episode.suite, episode.task_id, image_size=protocol.image_size, render=protocol.render)
+    env = LiberoEnv(episode.suite, episode.task_id, image_size=protocol.image_size, render=protocol.render)
+    env.observe()  # Opens the renderer, which takes a second or two: part of creation, not of the first episode.
+    return env
 
 
 class EpisodeRunner:

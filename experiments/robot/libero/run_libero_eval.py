@@ -161,8 +161,10 @@ def _refuse_existing(config: GenerateConfig, folder: Path) -> None:
 
 def _numerics(config: GenerateConfig) -> tuple[str, str]:
     from experiments.robot.openvla_utils import resolve_device, resolve_dtype
+    from experiments.robot.quantization import check_quantization
 
     device = resolve_device(config.device)
+    check_quantization(config, device)
     return device.type, str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
 
 
@@ -183,7 +185,7 @@ def _run_episodes(
     from experiments.robot.libero.episode import EpisodeRunner, make_libero_env
     from experiments.robot.libero.progress import EvalProgress
     from experiments.robot.libero.rollout import Rollouts, RolloutSettings
-    from experiments.robot.libero.workers import default_num_workers, make_workers
+    from experiments.robot.libero.workers import default_num_workers, make_workers, policy_threads
 
     make_runner = functools.partial(EpisodeRunner, plan.protocol, make_env or make_libero_env)
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -193,7 +195,7 @@ def _run_episodes(
         max_batch=config.max_batch,
         video_path=_video_path(config.save_videos, results.folder / "videos"),
     )
-    with EvalProgress(len(episodes), results.finished()) as progress:
+    with policy_threads(count, on_this_machine), EvalProgress(len(episodes), results.finished()) as progress:
 
         def on_result(result: EpisodeResult) -> None:
             results.append(result)

@@ -7,8 +7,9 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from experiments.robot.libero.episode import EpisodeRunner, Reply
@@ -16,6 +17,8 @@ from experiments.robot.libero.episode import EpisodeRunner, Reply
 MakeRunner = Callable[[], EpisodeRunner]
 _BYTES_PER_WORKER = 2.5e9  # resident memory of one rendering simulator, with some room
 _MOST_WORKERS = 32
+# One thread a library: a simulator gains nothing from more, and many workers would fight.
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 class WorkerDied(Exception):
@@ -62,15 +65,19 @@ class LocalWorker:
 class ProcessWorker:
     """Performs requests in a spawned process (not forked: CUDA and OpenGL contexts do not survive a fork)."""
 
-    def __init__(self, make_runner: MakeRunner) -> None:
+    def __init__(self, make_runner: MakeRunner, *, alone_on_core: bool = False) -> None:
         self._make_runner = make_runner
+        self._threads = dict.fromkeys(_THREAD_VARIABLES, "1")
+        if alone_on_core:
+            # Mesa's software renderer draws in the calling thread; helpers would only take turns with other workers.
+            self._threads["LP_NUM_THREADS"] = os.environ.get("LP_NUM_THREADS", "0")
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self._make_runner), daemon=True)
-        with _one_thread_each():
+        with _environment(self._threads):
             self._process.start()
         theirs.close()
 
@@ -108,7 +115,8 @@ def make_workers(count: int, make_runner: MakeRunner) -> Sequence[LocalWorker] |
     """One worker in this process, or `count` processes."""
     if count == 1:
         return [LocalWorker(make_runner)]
-    return [ProcessWorker(make_runner) for _ in range(count)]
+    alone = count >= available_cores()
+    return [ProcessWorker(make_runner, alone_on_core=alone) for _ in range(count)]
 
 
 def close_workers(workers: Sequence[Worker]) -> None:
@@ -130,11 +138,32 @@ def ready(workers: Sequence[Worker], timeout: float | None) -> list[Worker]:
     return local + [by_connection[connection] for connection in found]  # type: ignore[index]
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def policy_threads(workers: int, shares: int = 1) -> Iterator[None]:
+    """Leave torch the cores that the workers leave over, at least one: on all cores they would wait for each other."""
+    torch = sys.modules.get("torch")
+    if torch is None or workers < 2:  # A remote policy, or the only worker is in this process and takes turns with it.
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, max(1, available_cores() // shares - workers)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def default_num_workers(num_episodes: int, shares: int = 1) -> int:
     """As many simulators as this process's share of cores and free memory carries, at most one an episode."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in os.sysconf_names else 16e9
-    return max(1, min(cores // shares, int(free / _BYTES_PER_WORKER) // shares, num_episodes, _MOST_WORKERS))
+    return max(
+        1, min(available_cores() // shares, int(free / _BYTES_PER_WORKER) // shares, num_episodes, _MOST_WORKERS)
+    )
 
 
 def _serve(connection: Any, make_runner: MakeRunner) -> None:
@@ -152,11 +181,10 @@ def _serve(connection: Any, make_runner: MakeRunner) -> None:
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Start a child with one thread a library: a simulator gains nothing from more, and many workers would fight."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for a child to be started."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:

@@ -1,0 +1,237 @@
+"""How many LIBERO episodes an hour: the evaluation here against the plain loop, with one policy, in one run.
+
+    python benchmarks/rollout.py [--checkpoint CKPT] [--tasks 2,4] [--out benchmarks/results/rollout.json]
+
+The plain loop (tests/plain_rollout.py) is what upstream's script does: LIBERO's own environment, every step rendered,
+hard resets, one robot a forward. Every way runs in a process of its own, one after the other, from the same initial
+states, with pictures of the protocol (256 pixels) but for the row that says otherwise. About four minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+# name: (workers, how pictures are drawn); 0 workers: the plain loop
+WAYS = {
+    "plain loop": (0, "protocol"),
+    "1 worker": (1, "protocol"),
+    "2 workers": (2, "protocol"),
+    "2 workers, render=fast (not the protocol's pictures)": (2, "fast"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", default=str(ROOT / "experiments/mini/weights/student"))
+    parser.add_argument("--suite", default="libero_object")
+    parser.add_argument("--tasks", default="2,4", help="the default policy's training tasks are 1,2,4,5,6,8")
+    parser.add_argument("--episodes", type=int, default=10, help="per task")
+    parser.add_argument("--plain_episodes", type=int, default=2, help="per task, of the plain loop")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/rollout.json")
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, default=0.0, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.way:
+        print(json.dumps(measure(arguments)))
+        return 0
+    rows: dict[str, Any] = {}
+    for way in WAYS:
+        command = [sys.executable, __file__, "--way", way, "--started", str(time.time())]
+        for flag in ("checkpoint", "suite", "tasks", "episodes", "plain_episodes"):
+            command += [f"--{flag}", str(getattr(arguments, flag))]
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows[way] = json.loads(run.stdout.strip().splitlines()[-1])
+        print(f"{way}: {rows[way]['seconds_per_episode']:.2f} s an episode", file=sys.stderr, flush=True)
+    report = {**describe_machine(arguments), "ways": rows, **compare(rows)}
+    from prismatic.util.files import atomic_write
+
+    atomic_write(arguments.out, json.dumps(report, indent=2) + "\n")
+    print(table(report))
+    return 0
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run one way in this process; what it took."""
+    from experiments.robot.libero.plan import make_plan
+    from experiments.robot.libero.run_libero_eval import GenerateConfig
+    from experiments.robot.openvla_utils import OpenVLAPolicy
+
+    workers, render = WAYS[arguments.way]
+    config = GenerateConfig(
+        pretrained_checkpoint=arguments.checkpoint,
+        task_suite_name=arguments.suite,
+        task_ids=arguments.tasks,
+        num_trials_per_task=arguments.episodes if workers else arguments.plain_episodes,
+        render=render,
+        device="cpu",
+    )
+    plan = make_plan(config)
+    assert plan.checkpoint is not None
+    policy = FirstAnswer(OpenVLAPolicy.from_checkpoint(plan.checkpoint, config, plan.unnorm_key))
+    cpu, started = _cpu_seconds(), time.perf_counter()
+    episodes, memory = run_ours(plan, policy, workers) if workers else run_plain(plan, policy)
+    wall, cpu = time.perf_counter() - started, _cpu_seconds() - cpu
+    parts = {name for episode in episodes for name in episode["seconds"]}
+    busy = sum(sum(episode["seconds"].values()) for episode in episodes)
+    creation = sum(episode["seconds"].get("creation", 0.0) for episode in episodes)
+    steps = sum(episode["steps"] for episode in episodes)
+    return {
+        "workers": workers,
+        "render": render,
+        "episodes": len(episodes),
+        "seconds_per_episode": (busy - creation) / len(episodes) / max(workers, 1),
+        "creation_seconds_per_environment": creation / sum("creation" in episode["seconds"] for episode in episodes),
+        "whole_run_seconds": wall,
+        "cpu_seconds_per_episode": cpu / len(episodes),
+        "seconds_to_first_step": policy.answered - arguments.started,
+        "milliseconds_per_step_of_physics": 1e3 * sum(e["seconds"].get("physics", 0.0) for e in episodes) / steps,
+        "seconds_per_episode_by_part": {
+            name: sum(episode["seconds"].get(name, 0.0) for episode in episodes) / len(episodes)
+            for name in sorted(parts - {"creation"})
+        },
+        "resident_megabytes": memory,
+        "outcomes": {episode["name"]: [episode["success"], episode["steps"]] for episode in episodes},
+    }
+
+
+class FirstAnswer:
+    """`policy`, which notes when it first answered."""
+
+    def __init__(self, policy: Any) -> None:
+        self._policy, self.answered = policy, 0.0
+
+    def act(self, queries: Any) -> Any:
+        answers = self._policy.act(queries)
+        self.answered = self.answered or time.time()
+        return answers
+
+
+def run_plain(plan: Any, policy: Any) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    from plain_rollout import plain_rollouts
+
+    found = plain_rollouts(policy, plan.episodes, plan.protocol)
+    episodes = [
+        {"name": f"task {key[1]} state {key[2]}", "success": one.success, "steps": one.steps, "seconds": one.seconds}
+        for key, one in found.items()
+    ]
+    # Only the first episode of a task made an environment.
+    for episode in episodes:
+        if episode["seconds"]["creation"] < 0.1:
+            del episode["seconds"]["creation"]
+    return episodes, {"process": _resident(os.getpid())}
+
+
+def run_ours(plan: Any, policy: Any, workers: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    from experiments.robot.libero.episode import EpisodeRunner
+    from experiments.robot.libero.rollout import Rollouts, RolloutSettings
+    from experiments.robot.libero.workers import make_workers, policy_threads
+
+    memory: dict[str, float] = {}
+    episodes: list[dict[str, Any]] = []
+
+    def on_result(result: Any) -> None:
+        name = f"task {result.task_id} state {result.init_state}"
+        seconds = dict(result.seconds)
+        episodes.append({"name": name, "success": result.success, "steps": result.steps, "seconds": seconds})
+        memory["process"] = max(memory.get("process", 0.0), _resident(os.getpid()))
+        for child in multiprocessing.active_children():
+            memory["worker"] = max(memory.get("worker", 0.0), _resident(child.pid or 0))
+
+    make_runner = functools.partial(EpisodeRunner, plan.protocol)
+    settings = RolloutSettings(plan.protocol.open_loop_steps)
+    with policy_threads(workers):
+        Rollouts(policy, make_workers(workers, make_runner), on_result, settings).run(plan.episodes)
+    return episodes, memory
+
+
+def _resident(pid: int) -> float:
+    """Resident memory of a process in MB."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1000
+    return 0.0
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def describe_machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was measured, where."""
+    import mujoco
+    import torch
+
+    return {
+        "checkpoint": Path(arguments.checkpoint).name,
+        "suite": arguments.suite,
+        "tasks": arguments.tasks,
+        "cores": len(os.sched_getaffinity(0)),
+        "machine": platform.machine(),
+        "load_before": os.getloadavg()[0],
+        "mujoco": mujoco.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def compare(rows: dict[str, Any]) -> dict[str, Any]:
+    """Speeds against the plain loop, and on how many of its episodes the outcome (success and steps) is the same."""
+    plain, one = rows["plain loop"], rows["1 worker"]
+    parts = one["seconds_per_episode_by_part"]
+
+    def same(left: dict[str, Any], right: dict[str, Any]) -> str:
+        shared = left["outcomes"].keys() & right["outcomes"].keys()
+        return f"{sum(left['outcomes'][key] == right['outcomes'][key] for key in shared)}/{len(shared)}"
+
+    return {
+        "speedup": {way: plain["seconds_per_episode"] / row["seconds_per_episode"] for way, row in rows.items()},
+        "speedup_in_cpu_time": {
+            way: plain["cpu_seconds_per_episode"] / row["cpu_seconds_per_episode"] for way, row in rows.items()
+        },
+        "same_outcome_as_plain_loop": {way: same(plain, row) for way, row in rows.items()},
+        "same_outcome_2_workers_as_1": same(one, rows["2 workers"]),
+        "speedup_of_physics_and_resets_alone": plain["seconds_per_episode"] / (parts["physics"] + parts["reset"]),
+        "speedup_of_physics_alone": plain["seconds_per_episode"] / parts["physics"],
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = [
+        "| | s/episode | episodes/h | speed | CPU s/episode | first step | memory | same outcome |",
+        "|---|---:|---:|---:|---:|---:|---|---:|",
+    ]
+    for way, row in report["ways"].items():
+        memory = ", ".join(f"{name} {megabytes / 1000:.1f} GB" for name, megabytes in row["resident_megabytes"].items())
+        lines.append(
+            f"| {way} | {row['seconds_per_episode']:.2f} | {3600 / row['seconds_per_episode']:.0f} "
+            f"| {report['speedup'][way]:.1f}x | {row['cpu_seconds_per_episode']:.1f} "
+            f"| {row['seconds_to_first_step']:.0f} s | {memory} | {report['same_outcome_as_plain_loop'][way]} |"
+        )
+    lines += ["", "Seconds an episode of one worker, by part:", ""]
+    for way, row in report["ways"].items():
+        parts = ", ".join(f"{name} {spent:.2f}" for name, spent in row["seconds_per_episode_by_part"].items())
+        lines.append(f"- {way}: {parts}; creating an environment {row['creation_seconds_per_environment']:.1f}")
+    physics = report["speedup_of_physics_alone"]
+    lines += ["", f"Physics alone, with everything else free, would be {physics:.1f}x the plain loop with one worker."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
