@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from experiments.analysis.gradients import block_parameters
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 from prismatic.models.action_heads import L1RegressionActionHead
@@ -26,6 +27,7 @@ from prismatic.training.schedule import make_optimizer
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from prismatic.vla.platforms import LIBERO
 from rocket_align import AlignConfig, MultiLayerAlignment, VGGTTeacher
+from rocket_align.analysis.gradients import GradientCosines
 from rocket_align.teacher.preprocess import unnormalize_views
 from rocket_align.teacher.vggt import VGGTConfig
 
@@ -169,3 +171,31 @@ def test_five_optimizer_steps(golden_dir: Path, make_module: Any, teacher: Any, 
         own = parameters[key.replace("action_head_l1.", "action_head.")]
         # AdamW divides by the gradient's size, so entries with gradients near zero may step either way.
         assert (own - value).abs().mean() < 2e-5, key
+
+
+def test_gradient_conflict_between_pairs(
+    golden_dir: Path, make_module: Any, teacher: Any, batch: dict[str, Tensor]
+) -> None:
+    """Cosines and norms of the pairs' gradients on the LoRA of the LLM's first block, before training.
+
+    The released measurement drops the Matryoshka widths: every pair goes through the whole projector there.
+    """
+    expected = load_file(golden_dir / "train_5_steps.safetensors")
+    names = json.loads((golden_dir / "train_5_steps.json").read_text())["grad_conflict_params"]
+    projectors = _strip(load_file(golden_dir / "align_loss.rocket.safetensors"), "weights.align_projectors.")
+    module = make_module(replace(ROCKET, projector="shared"), projectors)
+    groups = block_parameters(module.vla)
+    parameters = dict(module.vla.named_parameters())
+    assert {id(parameter) for parameter in groups["0"]} == {id(parameters[name]) for name in names}
+    output = module.vla(
+        **{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "labels", "proprio")},
+        proprio_projector=module.proprio_projector,
+        output_hidden_states=True,
+    )
+    tokens = 2 * module.vla.vision_backbone.get_num_patches()
+    cosines = GradientCosines(groups)
+    cosines.update(module.align_projectors.pair_losses(output.hidden_states, 1, tokens, teacher(LAYERS)).unbind())
+    report = cosines.result()["0"]
+    torch.testing.assert_close(report.cosine_KK.float(), expected["grad_conflict.cosine"], atol=1e-3, rtol=1e-3)
+    norms = expected["grad_conflict.per_layer_grad_norm"]
+    torch.testing.assert_close(report.norm_K.float(), norms, atol=1e-6, rtol=2e-3)

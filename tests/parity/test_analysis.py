@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from safetensors.torch import load_file
 from rocket_align.analysis.cka import linear_cka
 from rocket_align.analysis.importance import layer_importance, residual_stream
 from rocket_align.analysis.matching import match_layers
+from rocket_align.analysis.pairs import layers_by_position, student_states
 from rocket_align.analysis.selection import select_layers
+from rocket_align.analysis.streaming_cka import StreamingCKA
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +32,30 @@ def test_biased_cka(golden_dir: Path, case: str) -> None:
         assert value.item() == pytest.approx(recorded[f"{case}.{name}"].item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("case", ["c0", "c1", "c2"])
+def test_biased_cka_in_a_stream(golden_dir: Path, case: str) -> None:
+    recorded = load_file(golden_dir / "cka.safetensors")
+    x, y = recorded[f"{case}.x"], recorded[f"{case}.y"]
+    cka = StreamingCKA()
+    for first in range(0, len(x), 4):
+        cka.update([x[first : first + 4]], [y[first : first + 4]])
+    assert cka.result().item() == pytest.approx(recorded[f"{case}.cka_biased"].item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("strategy", ["balanced", "uniform"])
 def test_balanced_selection(scripts: dict[str, Any], strategy: str) -> None:
     for num_layers, count, expected in scripts["get_balanced_layers"]:
         assert list(select_layers(strategy, num_layers=num_layers, count=count)) == expected, (num_layers, count)
+
+
+@pytest.mark.parametrize(("side", "depth", "name"), [("student", 32, "vla"), ("teacher", 24, "vggt")])
+def test_numbering_of_selected_layers(scripts: dict[str, Any], side: str, depth: int, name: str) -> None:
+    """The released script counts the student's layers from 1 and the teacher's from 0."""
+    found = dict(re.findall(rf"^{name} +\| (\d+) +\| ([\d,]+)$", scripts["compute_layer_selection_stdout"], re.M))
+    assert set(found) == {"8", "16", "24"}
+    for count, expected in found.items():
+        layers = layers_by_position("uniform", side, num_student_layers=32, num_teacher_layers=24, count=int(count))
+        assert ",".join(map(str, layers)) == expected
 
 
 def test_ranking_with_ties(scripts: dict[str, Any]) -> None:
@@ -41,8 +64,7 @@ def test_ranking_with_ties(scripts: dict[str, Any]) -> None:
         for count, expected in table["selections"].items():
             for strategy in ("top", "bottom"):
                 chosen = select_layers(strategy, num_layers=len(scores), count=int(count), scores=scores)
-                # The script counts layers from 1.
-                assert ",".join(str(layer + 1) for layer in chosen) == expected[strategy]
+                assert ",".join(map(str, student_states(chosen))) == expected[strategy]
 
 
 def test_hungarian_matching(scripts: dict[str, Any]) -> None:

@@ -65,6 +65,18 @@ def test_selection_by_position() -> None:
     assert select_layers("deep", num_layers=10, count=3) == (7, 8, 9)
 
 
+def test_windows_are_taken_whole_in_the_order_of_their_scores() -> None:
+    scores = [0.9, 0.1, 0.2, 0.8, 0.3]  # of blocks 0-1, 1-2, ..., 4-5
+    assert select_layers("bottom", num_layers=6, count=2, scores=scores, window=2) == (1, 2)
+    assert select_layers("bottom", num_layers=6, count=3, scores=scores, window=2) == (1, 2, 3)
+    assert select_layers("top", num_layers=6, count=4, scores=scores, window=2) == (0, 1, 3, 4)
+    assert select_layers("top", num_layers=6, count=3, scores=scores, window=2) == (0, 1, 3)
+    with pytest.raises(ValueError, match="5 numbers"):
+        select_layers("top", num_layers=6, count=2, scores=[*scores, 0.0], window=2)
+    with pytest.raises(ValueError, match="window"):
+        select_layers("top", num_layers=6, count=2, scores=scores, window=7)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_selects_as_many_layers_as_asked(strategy: str) -> None:
     for num_layers in range(1, 34):
@@ -103,6 +115,16 @@ def test_residual_stream_holds_only_the_latest_pass() -> None:
         assert torch.equal(states[-1], result)
     model(torch.rand(1, 7, 4))
     assert states[0].shape[1] == 5
+
+
+def test_residual_stream_may_end_at_another_module() -> None:
+    """As in VGGT, whose layers begin with a block per view and end with one over all views."""
+    frame, across = nn.Linear(4, 4), nn.Linear(4, 4)
+    x = torch.rand(6, 2, 4)
+    with residual_stream([frame], across) as states:
+        result = across(frame(x).unflatten(0, (3, 2)).flatten(1, 2))
+    assert torch.equal(states[0], x)
+    assert torch.equal(states[1], result.unflatten(1, (2, 2)).flatten(0, 1))
 
 
 def test_importance_counts_only_masked_positions() -> None:
