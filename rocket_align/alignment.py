@@ -84,6 +84,11 @@ class MultiLayerAlignment(nn.ModuleList):
         projector = self._member(pair if independent else 0, member)
         return projector, projector.widths[0 if independent else pair]
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Hidden units that every pair uses."""
+        return tuple(self.projector_of(pair)[1] for pair in range(self.config.num_pairs))
+
     def project_pair(self, tokens_BND: Tensor, pair: int, member: int = 0) -> Tensor:
         """Any tokens (B, N, D) through the projector of one pair: (B, N, C)."""
         if self.config.projector == "independent":

@@ -115,6 +115,7 @@ def main(config: FinetuneConfig) -> int:
 
     training = TrainingRun(config, asdict(config))
     alignment, targets = build_alignment(training, align, teacher_dim)
+    training.run_config["alignment"] = {**asdict(align), "widths": alignment.widths}
     state = training.fit(alignment, align.coeff, targets)
     return 130 if state.stopped_early else 0
 

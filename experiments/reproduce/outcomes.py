@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,16 @@ def load_records(folder: Path) -> list[Record]:
     if not files:
         raise UsageError(f"{folder}: no result files; accepted: a folder that `run` has written to")
     return [read_json(file) for file in files]
+
+
+def load_analyses(folder: Path, shown_in: Path) -> list[Record]:
+    """All analysis files of a profile; `picture` is added to those that have one, as a path from the report."""
+    found: list[Record] = []
+    for file in sorted((folder / "analyses").glob("*.json")):
+        picture = file.with_suffix(".png")
+        shown = os.path.relpath(picture, shown_in) if picture.is_file() else ""
+        found.append({**read_json(file), "picture": shown})
+    return found
 
 
 def outcome(records: Iterable[Record], arm: str, step: int, suites: Sequence[str]) -> Outcome | None:

@@ -55,7 +55,7 @@ def write_record(place: Workplace, arm: Arm, seed: int, jobs: Iterable[Job], res
 
 
 def write_analysis_record(
-    place: Workplace, study: Study, analysis: Analysis, seed: int, job: Job, results: Path
+    place: Workplace, study: Study, analysis: Analysis, seed: int, job: Job, results: Path = RESULTS
 ) -> Path:
     """Copy an analysis's numbers and picture to `{study}-{analysis}[-seed{n}]` beside the other results."""
     folder = place.analysis_folder(analysis, seed)
@@ -95,6 +95,8 @@ def alignment_record(place: Workplace, flags: dict[str, Any]) -> dict[str, Any]:
     from rocket_align.flags import AlignFlags
 
     known = {field.name for field in fields(AlignFlags)}
+    if "alignment" in flags:
+        return flags["alignment"] if flags["alignment"]["student_layers"] else {}
     alignment_flags = AlignFlags(**{name: value for name, value in flags.items() if name in known})
     align = alignment_flags.align_config(place.profile.student_depth, place.profile.teacher_depth)
     if not align.num_pairs:
@@ -102,7 +104,7 @@ def alignment_record(place: Workplace, flags: dict[str, Any]) -> dict[str, Any]:
     # Widths do not depend on the students'; on the meta device nothing is allocated.
     with torch.device("meta"):
         alignment = MultiLayerAlignment(align, 1, place.profile.teacher_dim)
-    return {**asdict(align), "widths": [alignment.projector_of(pair)[1] for pair in range(align.num_pairs)]}
+    return {**asdict(align), "widths": alignment.widths}
 
 
 def training_curves(run_dir: Path) -> dict[str, list[float]]:
