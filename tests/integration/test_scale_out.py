@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from eval_helpers import NoisePolicy
 
@@ -71,7 +72,8 @@ def command(golden_dir: Path, tmp_path: Path) -> list[str]:
     shutil.copytree((golden_dir / "openvla_tiny" / "model.safetensors").parent, checkpoint)
     shutil.copytree(golden_dir / "finetuned_ckpt_files", checkpoint, dirs_exist_ok=True)
     (checkpoint / "noisy_action_projector--7_checkpoint.pt").unlink()  # The head is the L1 one.
-    launcher = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    # --multi_gpu is what starts several processes; the script finds no GPU and uses the CPU.
+    launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     flags = f"""--pretrained_checkpoint {checkpoint} --unnorm_key libero_tiny --device cpu
         --task_suite_name libero_object
         --task_ids 2,4 --num_trials_per_task 2 --max_steps 8 --env_img_res 64 --num_workers 1
@@ -92,10 +94,11 @@ def test_a_launched_run_that_is_killed_goes_on_and_is_checked(
     command: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_lines(folder, run, 1)
-    os.killpg(run.pid, signal.SIGKILL)
+    psutil.Process(run.pid).children()[0].kill()  # One rank; the launcher ends the other one and says so.
     run.communicate()
+    assert run.returncode != 0
     before = {file.name: file.read_bytes() for file in folder.glob("episodes*.jsonl")}
     assert merge_results.main([str(folder)]) == merge_results.EXIT_INCOMPLETE
     assert "episodes missing: libero_object task" in capfd.readouterr().out
