@@ -28,6 +28,7 @@ from torch import nn
 
 from experiments.robot.checkpoint import Checkpoint, component_file, open_checkpoint, resolve_unnorm_key
 from experiments.robot.policy import Query
+from experiments.robot.quantization import quantization_arguments
 from prismatic.models.components import load_component, read_state_dict
 from prismatic.models.lora import load_lora
 from prismatic.util.errors import UsageError
@@ -301,7 +302,7 @@ def _load_vla(checkpoint: Checkpoint, cfg: Any) -> Any:
 
     device = resolve_device(getattr(cfg, "device", "auto"))
     dtype = resolve_dtype(getattr(cfg, "dtype", "auto"), device)
-    quantization = _quantization(cfg, device)
+    quantization = quantization_arguments(cfg, device, checkpoint)
     loaded: Any = OpenVLAForActionPrediction.from_pretrained(
         checkpoint.model_path, dtype=dtype, output_loading_info=True, **quantization
     )
@@ -319,19 +320,6 @@ def _load_vla(checkpoint: Checkpoint, cfg: Any) -> Any:
     if "platform" in checkpoint.config:
         vla.config.platform = checkpoint.config["platform"]
     return vla.eval() if quantization else vla.to(device).eval()
-
-
-def _quantization(cfg: Any, device: torch.device) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for 8- or 4-bit weights."""
-    eight, four = getattr(cfg, "load_in_8bit", False), getattr(cfg, "load_in_4bit", False)
-    if not (eight or four):
-        return {}
-    if device.type != "cuda":
-        raise UsageError(f"--load_in_{'8' if eight else '4'}bit: needs a GPU, found device {device}")
-    from transformers import BitsAndBytesConfig
-
-    settings = BitsAndBytesConfig(load_in_8bit=eight, load_in_4bit=four, bnb_4bit_compute_dtype=torch.bfloat16)
-    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def _merge_adapter(vla: Any, folder: Path) -> Any:

@@ -138,13 +138,8 @@ def _check_flags(config: Any) -> None:
             f"--num_diffusion_steps_inference: found {config.num_diffusion_steps_inference}; "
             f"accepted: at most --num_diffusion_steps_train ({config.num_diffusion_steps_train})"
         )
-    for flag, module, needed in (
-        ("load_in_8bit", "bitsandbytes", 'pip install "rocket-vla[quant]"'),
-        ("load_in_4bit", "bitsandbytes", 'pip install "rocket-vla[quant]"'),
-        ("use_wandb", "wandb", 'pip install "rocket-vla[wandb]"'),
-    ):
-        if getattr(config, flag) and importlib.util.find_spec(module) is None:
-            raise UsageError(f"--{flag}: needs the package {module}: {needed}")
+    if config.use_wandb and importlib.util.find_spec("wandb") is None:
+        raise UsageError('--use_wandb: needs the package wandb: pip install "rocket-vla[wandb]"')
 
 
 def _check_policy(config: Any, checkpoint: Checkpoint, unnorm_key: str) -> None:
