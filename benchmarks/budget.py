@@ -1,0 +1,245 @@
+"""What a training step of OpenVLA-7B with VGGT-1B needs: memory and operations, predicted from the code itself.
+
+    python benchmarks/budget.py                                          batch 1, 4, 8 with and without checkpointing
+    python benchmarks/budget.py --measured benchmarks/results/full_size_step.json      and set beside a measured step
+
+The training module runs forward and backward at full size on fake tensors: shapes and types pass through every
+operator, nothing is computed. So the prediction follows each change of the code. A few minutes on one core, 2 GB of memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from prismatic.util.cli import run
+from prismatic.util.errors import UsageError
+from prismatic.util.files import atomic_write, read_json
+
+if TYPE_CHECKING:
+    from benchmarks.full_size import Sizes
+    from prismatic.training.module import TrainableVLA
+
+# Reported by users for one 80 GB GPU: OpenVLA-OFT's LoRA training, and the same with a VGGT teacher (GB by batch size).
+PUBLISHED = {"baseline": {1: 25, 8: 62}, "rocket": {1: 30, 8: 74}}
+# What a process holds on a GPU beside tensors: CUDA context, libraries' work spaces, the allocator's rounding.
+OVERHEAD_BYTES = 1_500_000_000
+GPU_BYTES = {"40 GB": 40 * 10**9, "80 GB": 80 * 10**9}
+
+
+@dataclass
+class BudgetConfig:
+    batch_sizes: str = "1,4,8"  # Comma list
+    recipes: str = "rocket,baseline"  # Comma list: rocket | shared | naive | spatial_forcing | baseline
+    views: int = 2  # Camera views of 224 pixels
+    prompt_tokens: int = 40  # Tokens of the instruction, BOS among them
+    lora_rank: int = 32
+    llm_blocks: int = 32  # Fewer: for a measured step of a smaller depth
+    vision_blocks: int = 0  # Blocks of each vision model; 0: all
+    teacher_blocks: int = 24
+    measured: str = ""  # Results of full_size_step.py to compare with; its sizes and flags go before those given here
+    out: str = "benchmarks/results/budget.json"  # Results file
+
+
+def main(config: BudgetConfig) -> int:
+    """Predict, print the table, write the results; returns 0."""
+    from benchmarks.full_size import Sizes
+    from rocket_align.recipes import RECIPES
+
+    try:
+        batch_sizes = [int(part) for part in str(config.batch_sizes).strip("[]() ").split(",")]
+    except ValueError:
+        raise UsageError(f"--batch_sizes: {config.batch_sizes!r} found; accepted: numbers as in 1,4,8") from None
+    recipes = [name.strip() for name in config.recipes.split(",")]
+    for name in recipes:
+        if name not in RECIPES:
+            raise UsageError(f"--recipes: {name!r} found; accepted: {', '.join(RECIPES)}")
+    measured = read_json(Path(config.measured)) if config.measured else None
+    sizes = Sizes(config.llm_blocks, config.vision_blocks or None, config.teacher_blocks)
+    rows = [
+        predict(sizes, config, batch_size=batch, gradient_checkpointing=checkpointing, recipe=recipe)
+        for recipe in recipes
+        for checkpointing in (True, False)
+        for batch in batch_sizes
+    ]
+    results: dict[str, Any] = {"benchmark": "budget", "flags": dict(vars(config)), "rows": rows}
+    print_table(rows)
+    if measured is not None:
+        results["against_measured"] = compare_with_measured(measured, config)
+    results["against_published"] = compare_with_published(rows)
+    atomic_write(config.out, json.dumps(results, indent=2) + "\n")
+    print(f"results: {config.out}")
+    return 0
+
+
+def predict(
+    sizes: Sizes, config: Any, *, batch_size: int, gradient_checkpointing: bool, recipe: str = "rocket"
+) -> dict[str, Any]:
+    """Bytes and operations of one step; `config` gives views, prompt_tokens and lora_rank."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from benchmarks.full_size import make_batch, teacher_targets
+    from benchmarks.live_bytes import LiveBytes
+    from prismatic.vla.platforms import LIBERO
+
+    align = sizes.alignment(recipe)
+    module, teacher = build_on_meta(sizes, config, gradient_checkpointing=gradient_checkpointing, recipe=recipe)
+    tracker = LiveBytes(selected=batch_size * LIBERO.num_action_tokens)
+    with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+        module.to_empty(device="cpu").train()
+        batch = make_batch(batch_size, config.views, config.prompt_tokens)
+        tracker.count([*module.parameters(), *module.buffers()])
+        if teacher is not None:
+            teacher.to_empty(device="cpu")
+            tracker.count([*teacher.parameters(), *teacher.buffers()])
+        resident = tracker.live
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            targets = None
+            with tracker.phase("teacher forward"):
+                if teacher is not None:
+                    with torch.no_grad():
+                        targets = teacher_targets(teacher)(batch)
+            with tracker.phase("student forward"):
+                output = module(batch, targets)
+        kept = tracker.live - resident
+        with tracker.phase("backward"):
+            output.loss.backward()
+    trained = [p for p in module.parameters() if p.grad is not None]
+    gradients = sum(p.grad.numel() * p.grad.element_size() for p in trained if p.grad is not None)
+    # AdamW's two moments, which exist from the first step's end on.
+    moments = 2 * sum(p.numel() * p.element_size() for p in trained)
+    weights = _weights(module, teacher)
+    peak = max(phase.peak_bytes for phase in tracker.phases.values()) + moments
+    return {
+        "recipe": recipe,
+        "pairs": align.num_pairs,
+        "batch_size": batch_size,
+        "gradient_checkpointing": gradient_checkpointing,
+        "weights_bytes": weights,
+        "gradient_bytes": gradients,
+        "optimizer_bytes": moments,
+        "kept_for_backward_bytes": kept,
+        "peak_bytes": peak,
+        "phases": {name: vars(phase) for name, phase in tracker.phases.items()},
+        "flops": sum(phase.flops for phase in tracker.phases.values()),
+        "fits": {name: peak + OVERHEAD_BYTES <= size for name, size in GPU_BYTES.items()},
+    }
+
+
+def build_on_meta(
+    sizes: Sizes, config: Any, *, gradient_checkpointing: bool, recipe: str
+) -> tuple[TrainableVLA, Any | None]:
+    """The module that a GPU trains (base weights bf16, what trains float32) and the bf16 teacher, without data."""
+    import torch
+
+    from benchmarks.full_size import build_module, training_config
+    from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+    from prismatic.training.build import Sources, adapt_vla, build_parts
+    from prismatic.vla.platforms import LIBERO
+    from rocket_align import VGGTTeacher
+
+    training = training_config(1, gradient_checkpointing=gradient_checkpointing, lora_rank=config.lora_rank)
+    align = sizes.alignment(recipe)
+    with torch.device("meta"):
+        base = OpenVLAForActionPrediction(sizes.student()).to(torch.bfloat16)
+        vla = adapt_vla(base, training, LIBERO)
+        vla.vision_backbone.set_num_images_in_input(config.views)
+        parts = build_parts(training, Sources("", None, 0), vla, LIBERO)
+        teacher = VGGTTeacher(sizes.teacher(), align.teacher_layers) if align.num_pairs else None
+        module = build_module(parts, align, sizes.teacher().embed_dim, None)
+    return module, None if teacher is None else teacher.to(torch.bfloat16)
+
+
+def _weights(module: TrainableVLA, teacher: Any | None) -> dict[str, int]:
+    """Bytes of the weights by component; what trains is float32."""
+    parts = {"student": module.vla, "action_head": module.action_head, "proprio_projector": module.proprio_projector}
+    parts |= {"align_projectors": module.align_projectors, "teacher": teacher}
+    return {
+        name: sum(p.numel() * p.element_size() for p in part.parameters())
+        for name, part in parts.items()
+        if part is not None
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """One line a case."""
+    print("recipe    batch  checkpointing  peak GB  kept for backward GB  TFLOP  fits 40 GB  fits 80 GB")
+    for row in rows:
+        fits = [("yes" if row["fits"][name] else "no") for name in GPU_BYTES]
+        print(
+            f"{row['recipe']:9s} {row['batch_size']:5d}  {'yes' if row['gradient_checkpointing'] else 'no':13s}  "
+            f"{row['peak_bytes'] / 1e9:7.1f}  {row['kept_for_backward_bytes'] / 1e9:20.1f}  "
+            f"{row['flops'] / 1e12:5.1f}  {fits[0]:10s}  {fits[1]}"
+        )
+
+
+def compare_with_measured(measured: dict[str, Any], config: BudgetConfig) -> dict[str, Any]:
+    """The prediction for the case of `full_size_step.py` beside what it measured.
+
+    Compared is what a step adds to the weights, which on that CPU are partly mapped files: the growth of anonymous
+    memory over the models as loaded.
+    """
+    from types import SimpleNamespace
+
+    from benchmarks.full_size import Sizes
+
+    flags = measured["flags"]
+    row = predict(
+        Sizes(**measured["sizes"]),
+        SimpleNamespace(**flags),
+        batch_size=flags["batch_size"],
+        gradient_checkpointing=flags["gradient_checkpointing"],
+    )
+    resident = sum(row["weights_bytes"].values())
+    loaded = measured["memory"]["models loaded"]["anonymous"]
+    report: dict[str, Any] = {"predicted_weights_bytes": resident}
+    for name, phase in row["phases"].items():
+        predicted = phase.peak_bytes if hasattr(phase, "peak_bytes") else phase["peak_bytes"]
+        report[name] = {
+            "predicted_bytes_over_weights": predicted - resident,
+            "measured_bytes_over_weights": measured["phases"][name]["peak_anonymous"] - loaded,
+            "flops": phase["flops"],
+            "measured_seconds": measured["phases"][name]["seconds"],
+        }
+    for name in row["phases"]:
+        entry = report[name]
+        print(
+            f"{name}: predicted {entry['predicted_bytes_over_weights'] / 1e9:.2f} GB over the weights, measured "
+            f"{entry['measured_bytes_over_weights'] / 1e9:.2f}; {entry['flops'] / 1e12:.1f} TFLOP in "
+            f"{entry['measured_seconds']:.0f} s"
+        )
+    return report
+
+
+def compare_with_published(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Predictions without checkpointing beside the figures that users of OpenVLA-OFT and of ROCKET report."""
+    report = []
+    for row in rows:
+        published = PUBLISHED.get(row["recipe"], {}).get(row["batch_size"])
+        if published is None or row["gradient_checkpointing"]:
+            continue
+        predicted = (row["peak_bytes"] + OVERHEAD_BYTES) / 1e9
+        report.append(
+            {
+                "recipe": row["recipe"],
+                "batch_size": row["batch_size"],
+                "published_gb": published,
+                "predicted_gb": round(predicted, 1),
+                "off_by_percent": round(100 * (predicted / published - 1), 1),
+            }
+        )
+        print(
+            f"{row['recipe']} at batch {row['batch_size']}: {predicted:.1f} GB predicted with overhead, "
+            f"{published} GB published ({report[-1]['off_by_percent']:+.0f}%)"
+        )
+    return report
+
+
+if __name__ == "__main__":
+    run(BudgetConfig, main)
