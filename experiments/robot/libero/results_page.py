@@ -152,12 +152,9 @@ def _comparisons(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _verdict(name_a: str, name_b: str, content: dict[str, Any]) -> str:
-    if content["only_a"] == content["only_b"]:
-        return "both solved equally many"
-    better = name_b if content["difference_b_minus_a"] > 0 else name_a
     if content["p_value"] >= 0.05:
-        return f"{better} solved more, within what chance explains"
-    return f"{better} solved more, beyond what chance explains"
+        return "no difference shown"
+    return f"{name_b if content['difference_b_minus_a'] > 0 else name_a} is better"
 
 
 def _row(runs: Sequence[Run], labels: Sequence[Any], chosen: Any) -> dict[str, Any]:
