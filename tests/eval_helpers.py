@@ -149,3 +149,27 @@ class RecordedLiberos:
 
     def __call__(self, episode: Episode, protocol: Protocol) -> RecordedLibero:
         return RecordedLibero(self.folder, episode, protocol)
+
+
+@dataclass(frozen=True)
+class PatientEnvs(LineEnvs):
+    """Environments of task 1 that are not made (or not reset) before another process has moved."""
+
+    patient_in: str = "creation"
+
+    def __call__(self, episode: Episode, protocol: Protocol) -> LineEnv:
+        env = super().__call__(episode, protocol)
+        if episode.task_id == 1 and self.patient_in == "creation":
+            self._wait()
+        if episode.task_id == 1 and self.patient_in == "reset":
+            reset = env.reset
+            env.reset = lambda *arguments, **named: (self._wait(), reset(*arguments, **named))  # type: ignore[method-assign]
+        return env
+
+    def _wait(self) -> None:
+        assert self.folder
+        deadline = time.monotonic() + 20
+        while sum(len(file.read_text()) for file in Path(self.folder).glob("observed.*")) < 2:
+            if time.monotonic() > deadline:
+                raise TimeoutError("nobody moved meanwhile")
+            time.sleep(0.01)

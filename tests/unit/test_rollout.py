@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from eval_helpers import IMAGE, LineEnv, LineEnvs, LinePolicy
+from eval_helpers import IMAGE, LineEnv, LineEnvs, LinePolicy, PatientEnvs
 
 from experiments.robot.libero.episode import EpisodeRunner
 from experiments.robot.libero.protocol import Episode, Protocol
@@ -61,6 +61,45 @@ def test_processes_give_the_results_of_this_process() -> None:
     assert {key: (one.status, one.steps) for key, one in alone.items()} == {
         key: (one.status, one.steps) for key, one in side_by_side.items()
     }
+
+
+@pytest.mark.parametrize("part", ["creation", "reset"])
+def test_creation_and_resets_overlap_with_the_steps_of_others(part: str, tmp_path: Path) -> None:
+    """The environment of one task waits, in its creation or reset, until another process was asked twice."""
+    make_runner = functools.partial(EpisodeRunner, PROTOCOL, PatientEnvs(str(tmp_path), part))
+    found: list[EpisodeResult] = []
+    workers = make_workers(2, make_runner)
+    Rollouts(LinePolicy(0.0), workers, found.append, RolloutSettings(8)).run(episodes(0, tasks=2))
+    assert sorted((result.task_id, result.status, result.error) for result in found) == [
+        (0, "failure", None),
+        (1, "failure", None),
+    ]
+
+
+def test_a_result_says_where_its_time_went() -> None:
+    result = roll(LinePolicy(0.0), episodes(0))[0, 0]
+    assert set(result.seconds) == {"creation", "reset", "rendering", "physics", "policy", "waiting"}
+    assert all(spent >= 0 for spent in result.seconds.values())
+    assert sum(result.seconds.values()) == pytest.approx(result.wall_time, abs=0.01)
+
+
+def test_torch_gets_the_cores_that_the_workers_leave_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from experiments.robot.libero import workers
+
+    monkeypatch.setattr(workers, "available_cores", lambda: 8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for count, expected in ((1, 4), (2, 4), (5, 3), (8, 1), (20, 1)):
+            with workers.policy_threads(count):
+                assert torch.get_num_threads() == expected
+            assert torch.get_num_threads() == 4
+        with workers.policy_threads(2, shares=2):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_waiting_environments_are_answered_as_one_batch() -> None:

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+
+from experiments.robot.libero import progress
+from experiments.robot.libero.progress import EvalProgress
+from experiments.robot.libero.results import EpisodeResult
+
+
+def result(init_state: int, status: str) -> EpisodeResult:
+    success = {"success": True, "failure": False, "error": None}[status]
+    return EpisodeResult(
+        "libero_goal", 3, "do it", init_state, 7, status, success, 90, None if success else "boom", 1.0
+    )
+
+
+def test_a_line_an_episode_with_rate_time_left_and_interval(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two episodes in 60 seconds, eight to go; a success from before counts in the rate of success alone."""
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with EvalProgress(10, [result(0, "success")]) as shown:
+        clock[0] += 30
+        shown.update(result(1, "failure"))
+        clock[0] += 30
+        shown.update(result(2, "error"))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == (
+        "[1/10] libero_goal task 3 init state 1: failure in 90 steps | "
+        "success 1/2 = 50.0% (9-91%), 30.0 s/episode, 4:30 left"
+    )
+    assert second.startswith(
+        "[2/10] libero_goal task 3 init state 2: error: boom | success 1/2 = 50.0% (9-91%), 1 errors"
+    )
+    assert second.endswith("30.0 s/episode, 4:00 left")
