@@ -66,7 +66,7 @@ class Frames:
 
         self.config = config
         self.processor = load_processor(find_sources(config))
-        plain = dataclasses.replace(config, image_aug=False, use_proprio=False, data_fraction=1.0)
+        plain = dataclasses.replace(config, image_aug=False, use_proprio=False)
         self.data = make_dataset(plain, self.processor, get_platform(config.platform), train=True)
         tokenizer = self.processor.tokenizer
         self._collate = PaddedCollatorForActionPrediction(tokenizer.model_max_length, tokenizer.pad_token_id)

@@ -120,6 +120,19 @@ def test_an_interrupted_build_goes_on(tmp_path: Path, teacher: VGGTTeacher) -> N
             assert path.read_bytes() == (tmp_path / "resumed" / path.relative_to(whole)).read_bytes(), path
 
 
+def test_another_selection_of_frames_is_built_anew(tmp_path: Path, teacher: VGGTTeacher) -> None:
+    build(tmp_path, teacher)
+    job, basis = work(tmp_path, teacher)
+    fewer = replace(job, frames=FRAMES[:3])
+    assert fewer.missing() == [0, 1]
+    for shard in fewer.missing():
+        list(fewer.build_shard(shard, teacher, basis, images(fewer.frames_of(shard))))
+    fewer.finish()
+    assert len(list((tmp_path / "some_data").glob("*.safetensors"))) == 2
+    with pytest.raises(ValueError, match="no record of frame 9"):
+        open_store(tmp_path)("some_data", 9, [])
+
+
 def test_two_processes_share_the_shards(tmp_path: Path, teacher: VGGTTeacher) -> None:
     job, basis = work(tmp_path, teacher)
     shares = [job.missing()[rank::2] for rank in range(2)]

@@ -69,9 +69,8 @@ class StoreLayout:
         """Raises ValueError, naming `place`, when a teacher block is not among the stored ones."""
         absent = [layer for layer in layers if layer not in self.layers]
         if absent:
-            raise ValueError(
-                f"{place}: holds no teacher layers {', '.join(map(str, absent))}; accepted: {', '.join(map(str, self.layers))}"
-            )
+            lists = [", ".join(map(str, layers)) for layers in (absent, self.layers)]
+            raise ValueError(f"{place}: holds no teacher layers {lists[0]}; accepted: {lists[1]}")
 
     def differences(self, other: StoreLayout) -> str:
         """What differs, as "layers (1, 2), not (1, 3)" with this one's value first; empty when equal."""
@@ -126,10 +125,10 @@ def read_layout(root: Path) -> StoreLayout:
         raise ValueError(f"{root / INDEX_NAME}: its layout is damaged ({error}); accepted: a new build") from error
 
 
-def made_from(root: Path, layout: StoreLayout, fingerprint: str) -> str:
-    """SHA-256 of what a data set's shards depend on: the data, the layout and the basis that is there now."""
+def made_from(root: Path, layout: StoreLayout, fingerprint: str, frames: bytes) -> str:
+    """SHA-256 of what a data set's shards depend on: the data, its frames, the layout and the basis there is now."""
     parts = [fingerprint, json.dumps(dataclasses.asdict(layout), sort_keys=True), files_hash([root / BASIS_NAME])]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return hashlib.sha256("\n".join(parts).encode() + frames).hexdigest()
 
 
 def shard_name(number: int, total: int) -> str:

@@ -82,9 +82,12 @@ class DatasetFeatures:
             raise ValueError(
                 f"{self.folder}: made of other data than the data set {name!r} here; accepted: a store built from it"
             )
-        if index.get("made_from") != made_from(root, layout, fingerprint):
+        try:
+            self.frames = np.load(self.folder / FRAMES_NAME, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{self.folder / FRAMES_NAME}: not readable ({error}); accepted: a new build") from error
+        if index.get("made_from") != made_from(root, layout, fingerprint, self.frames.tobytes()):
             raise ValueError(f"{self.folder}: does not belong to {root / BASIS_NAME}; accepted: a new build")
-        self.frames = np.load(self.folder / FRAMES_NAME, allow_pickle=False)
         self.shards = tuple(self.folder / shard["file"] for shard in index["shards"])
         if index["frames"] != len(self.frames) or len(self.shards) != -(-len(self.frames) // layout.shard_frames):
             raise ValueError(f"{self.folder}: index, frames and shards disagree; accepted: a new build")
@@ -143,7 +146,9 @@ class DatasetFeatures:
         """
         row = int(np.searchsorted(self.frames, frame))
         if row == len(self.frames) or self.frames[row] != frame:
-            raise ValueError(f"{self.folder}: no record of frame {frame}; accepted: a store built from this data set")
+            raise ValueError(
+                f"{self.folder}: no record of frame {frame}; accepted: a store built with this --data_fraction and seed"
+            )
         return row
 
     def verify(self) -> None:

@@ -92,7 +92,7 @@ class DatasetBuild:
 
     @functools.cached_property
     def _made_from(self) -> str:
-        return made_from(self.root, self.layout, self.fingerprint)
+        return made_from(self.root, self.layout, self.fingerprint, self.frames.tobytes())
 
     def missing(self) -> list[int]:
         """Shards still to be built; damaged ones and those of other data, settings or basis count as missing."""
@@ -157,4 +157,6 @@ class DatasetBuild:
             "shards": [{"file": path.name, "bytes": path.stat().st_size} for path in self.shards],
         }
         write_index(self.folder / INDEX_NAME, index)
+        for path in set(self.folder.glob("features-*.safetensors")) - set(self.shards):
+            path.unlink()  # of a build from more or fewer frames
         return cosines

@@ -1,0 +1,237 @@
+"""What a feature store costs and what it does to the alignment, measured against the running teacher.
+
+    python benchmarks/feature_store.py --checkpoint RUN--STEP_chkpt --teacher experiments/mini/weights/teacher
+
+Needs a checkpoint that was trained with this teacher (its projectors make the losses mean something); its data, student
+and flags are read from its run_config.json. Builds stores below --work_dir with the real command, compares targets and
+losses on the same batches with and without each half of the augmentation, and trains a few steps with the real script,
+online and stored in turns. Times want a quiet machine and OMP_NUM_THREADS=1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from prismatic.util.cli import run
+from prismatic.util.files import atomic_write, read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class BenchmarkConfig:
+    checkpoint: Path = Path("demo/runs/rocket-seed0--200_chkpt")  # A *_chkpt folder of an aligned run
+    teacher: str = "experiments/mini/weights/teacher"  # The teacher it was trained with
+    stores: str = "int8:128,int8:32,int8:16,float16:128"  # Number format : components of the stores to compare
+    data_fraction: float = 1.0  # Part of the demonstrations that is stored and trained on
+    batches: int = 12  # Batches that losses and cosines are averaged over
+    batch_size: int = 32
+    steps: int = 25  # Training steps a timed run takes; the first five are left out
+    rounds: int = 2  # Timed runs of each kind
+    work_dir: Path = Path("runs/feature_store_benchmark")  # Stores and runs go there
+    out: Path = Path("benchmarks/results/feature_store.json")
+
+
+def load_script() -> ModuleType:
+    """vla-scripts/finetune.py as a module."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("finetune_script", ROOT / "vla-scripts" / "finetune.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_config(config: BenchmarkConfig) -> dict[str, Any]:
+    """The flags of the checkpoint's run that decide its student, data and alignment."""
+    kept = """data_root_dir dataset_name platform num_images_in_input use_proprio use_l1_regression lora_rank recipe
+        learning_rate vla_path"""
+    stored = read_json(config.checkpoint / "run_config.json")
+    return {name: stored[name] for name in kept.split()} | {"data_fraction": config.data_fraction}
+
+
+def command_line(script: str, flags: dict[str, Any]) -> list[str]:
+    """A command of this project with these flags."""
+    words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+    return [sys.executable, str(ROOT / "vla-scripts" / script), *words]
+
+
+def build(config: BenchmarkConfig, kind: str) -> tuple[Path, dict[str, Any]]:
+    """Build a store with the command, if it is not there; returns its folder and what it took."""
+    dtype, components = kind.split(":")
+    folder = config.work_dir / f"store-{dtype}-{components}"
+    flags = run_config(config) | {"feature_store": folder, "vggt_path": config.teacher, "store_dtype": dtype}
+    flags = {name: value for name, value in flags.items() if name not in ("use_proprio", "use_l1_regression")}
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    command = command_line("build_feature_store.py", {**flags, "components": components, "batch_size": 32})
+    subprocess.run([*command, "--num_workers", "1"], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    (index,) = [read_json(path) for path in folder.glob("*/index.json")]
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    frames = index["frames"]
+    return folder, {
+        "frames": frames,
+        "bytes_per_frame": round(size / frames),
+        "build_seconds_per_frame": (time.perf_counter() - started) / frames,
+        "build_cpu_seconds_per_frame": cpu / frames,
+        "cosine_of_stored_features": index["cosine_of_stored_features"],
+    }
+
+
+class Compared:
+    """The checkpoint's student and alignment, with the teacher running, and a store read beside it."""
+
+    def __init__(self, config: BenchmarkConfig) -> None:
+        from prismatic.models.components import load_component
+        from prismatic.training.build import make_objective
+        from prismatic.training.checkpoint import component_file
+        from prismatic.training.module import TrainableVLA
+        from prismatic.training.run import TrainingRun
+
+        self.script = load_script()
+        given = {name: value for name, value in run_config(config).items() if name != "vla_path"}
+        known = {field.name for field in fields(self.script.FinetuneConfig)}
+        self.flags = self.script.FinetuneConfig(
+            **{name: value for name, value in given.items() if name in known and name != "data_root_dir"},
+            data_root_dir=Path(given["data_root_dir"]),
+            vla_path=str(config.checkpoint),
+            vggt_path=config.teacher,
+            resume=True,
+            batch_size=config.batch_size,
+            num_workers=0,
+            mixed_precision="no",
+            run_root_dir=config.work_dir,
+            trackers="none",
+        )
+        self.align, width = self.script.plan_alignment(self.flags)
+        self.training = TrainingRun(self.flags, {})
+        self.alignment, self.online = self.script.build_alignment(self.training, self.align, width)
+        file = component_file(config.checkpoint, "align_projectors")
+        if file is None:
+            raise SystemExit(f"{config.checkpoint}: has no align_projectors; accepted: a checkpoint of an aligned run")
+        load_component(self.alignment, file)
+        objective = make_objective(self.flags, self.training.platform, self.training.processor.tokenizer)
+        self.module = TrainableVLA(self.training.parts, objective, self.alignment, auxiliary_coeff=self.align.coeff)
+        self.module.eval()
+
+    def batches(self, ranges: Any, count: int) -> Iterator[dict[str, Any]]:
+        """The first batches of training under an augmentation (None: without)."""
+        from prismatic.vla.datasets.image_transforms import PolicyImageTransform
+
+        data = self.training.dataset
+        data.image_transform = PolicyImageTransform(data.image_transform.size, ranges)
+        for number, batch in enumerate(self.training.batches()):
+            if number == count:
+                return
+            yield batch
+
+    def measure(self, store: Path, ranges: Any, count: int) -> dict[str, float]:
+        """Mean cosines between stored and online targets, and the losses against both."""
+        import torch
+
+        self.training.config.feature_store = str(store)
+        stored = self.script.read_stored_targets(self.training, self.align)
+        tokens = self.module._num_vision_tokens()
+        sums: dict[str, float] = {}
+        for batch in self.batches(ranges, count):
+            with torch.no_grad():
+                running, kept = self.online(batch), stored(batch)
+                pooled = self.alignment.targets(running, tokens)
+                cosines = torch.cosine_similarity(pooled, kept.pooled_KBNC, dim=-1)
+                of_others = torch.cosine_similarity(pooled, pooled.roll(1, dims=1), dim=-1)
+                values = {f"cosine_pair_{pair}": float(value) for pair, value in enumerate(cosines.mean((1, 2)))}
+                values["cosine"] = float(cosines.mean())
+                values["cosine_to_another_frame"] = float(of_others.mean())
+                values["loss_online"] = float(self.module(batch, running).metrics["align_loss"])
+                values["loss_stored"] = float(self.module(batch, kept).metrics["align_loss"])
+            sums = {name: sums.get(name, 0.0) + value / count for name, value in values.items()}
+        return sums
+
+
+def augmentations() -> dict[str, Any]:
+    """The training augmentation, its halves, and none."""
+    from prismatic.vla.datasets.image_transforms import AugmentRanges
+
+    full = AugmentRanges()
+    crop = replace(full, brightness=0.0, contrast=(1.0, 1.0), saturation=(1.0, 1.0), hue=0.0)
+    return {"none": None, "crop": crop, "colors": replace(full, crop_area=1.0), "crop and colors": full}
+
+
+def train(config: BenchmarkConfig, name: str, flags: dict[str, Any]) -> dict[str, float]:
+    """A short run of the real script; wall seconds a step (median) and the last steps' alignment loss."""
+    from prismatic.training.metrics import read_log
+
+    runs = config.work_dir / "runs"
+    note = f"{name}-{time.time_ns()}"
+    given = run_config(config) | {
+        "run_root_dir": runs,
+        "run_id_override": note,
+        "batch_size": config.batch_size,
+        "max_steps": config.steps,
+        "wandb_log_freq": 1,
+        "num_workers": 1,
+        "trackers": "none",
+        "merge_lora_during_training": False,
+        **flags,
+    }
+    subprocess.run(command_line("finetune.py", given), check=True, env=dict(os.environ))
+    rows = read_log(runs / note / "metrics.jsonl")
+    result = {"seconds_per_step": statistics.median(row["seconds"] for row in rows[5:])}
+    if "align_loss" in rows[-1]:
+        result["align_loss_at_the_end"] = statistics.mean(row["align_loss"] for row in rows[-5:])
+    return result
+
+
+def main(config: BenchmarkConfig) -> None:
+    """Measure and write the results."""
+    config.work_dir.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {
+        "checkpoint": str(config.checkpoint),
+        "teacher": config.teacher,
+        "data_fraction": config.data_fraction,
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "load_average_at_the_start": os.getloadavg()[0],
+        "stores": {},
+    }
+    folders = {}
+    for kind in config.stores.split(","):
+        folders[kind], results["stores"][kind] = build(config, kind)
+    compared = Compared(config)
+    for kind, folder in folders.items():
+        results["stores"][kind]["against_the_running_teacher"] = {
+            name: compared.measure(folder, ranges, config.batches) for name, ranges in augmentations().items()
+        }
+    first = next(iter(folders.values()))
+    kinds: dict[str, dict[str, Any]] = {
+        "online": {"vggt_path": config.teacher},
+        "stored": {"feature_store": first},
+        "no alignment": {"recipe": "baseline"},
+    }
+    timed: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
+    for _ in range(config.rounds):
+        for name, flags in kinds.items():
+            timed[name].append(train(config, name.replace(" ", "-"), flags))
+    results["training"] = timed
+    results["load_average_at_the_end"] = os.getloadavg()[0]
+    atomic_write(config.out, json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    run(BenchmarkConfig, main)
