@@ -125,6 +125,23 @@ def test_vla_evals_connection(server: PolicyServer, policy: Seeded) -> None:
     assert policy.asked[0][0].seed == policy.asked[2][0].seed != policy.asked[1][0].seed
 
 
+def test_vla_evals_connection_with_a_token(policy: Seeded) -> None:
+    """It cannot set headers, but its address can hold the token."""
+    connection_module = pytest.importorskip("vla_eval.connection", reason="vla-eval is not installed")
+
+    async def connect(user: str) -> Any:
+        address = f"ws://{user}127.0.0.1:{server.port}/vla-eval"
+        connection = connection_module.Connection(address, max_retries=1, backoff_base=0.1)
+        async with connection:
+            return connection.server_info["model_server"]
+
+    with PolicyServer(policy, SPEC, ServerSettings(port=0, token="not-to-be-guessed")) as server:
+        assert asyncio.run(connect("any:not-to-be-guessed@")) == "seeded"
+        for user in ("", "any:guess@"):
+            with pytest.raises(ConnectionError, match="unreachable"):
+                asyncio.run(connect(user))
+
+
 @pytest.mark.sim
 def test_vla_eval_runs_an_episode_of_libero_against_the_server(
     server: PolicyServer, policy: Seeded, tmp_path: Path

@@ -81,6 +81,17 @@ def test_what_is_refused_or_late_costs_its_own_query_alone(scheme: str) -> None:
         assert isinstance(after, np.ndarray) and after[0, 0] == 3.0  # Not the late answer to the question before.
 
 
+@pytest.mark.parametrize("scheme", ["http", "ws"])
+def test_numbers_that_are_not_finite_never_leave_the_server(scheme: str) -> None:
+    class Diverged(Echo):
+        def act(self, queries: Sequence[Query], unnorm_key: str | None = None) -> np.ndarray:
+            return super().act(queries, unnorm_key) * np.nan
+
+    with serve(Diverged()) as server:
+        (failed,) = open_remote(f"{scheme}://127.0.0.1:{server.port}").act([query(1.0)])
+    assert isinstance(failed, ServerError) and "the policy answered values that are not finite numbers" in str(failed)
+
+
 def test_a_server_that_restarts_is_waited_for_and_one_that_is_gone_only_once() -> None:
     with serve(Echo()) as server:
         port = server.port

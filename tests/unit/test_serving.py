@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -209,6 +210,9 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"authorization": "Bearer secre"}, "secret", 401),
         ({"authorization": "Bearer \xe9"}, "secret", 401),
         ({"authorization": "Basic secret"}, "secret", 401),
+        ({"authorization": "Basic " + base64.b64encode(b"any:secret").decode()}, "secret", None),
+        ({"authorization": "Basic " + base64.b64encode(b"secret:").decode()}, "secret", 401),
+        ({"authorization": "Basic " + base64.b64encode(b"\xff:\xff").decode()}, "secret", 401),
         ({"origin": "https://example.org"}, None, 403),
     ],
 )

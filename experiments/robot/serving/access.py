@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hmac
 import os
 from collections.abc import Mapping
@@ -45,6 +47,16 @@ def refusal(headers: Mapping[str, str], token: str | None) -> tuple[int, str] | 
     if token is None:
         return None
     scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "basic":
+        scheme, given = "bearer", _password(given)
     if scheme.lower() not in _SCHEMES or not hmac.compare_digest(given.strip().encode(), token.encode()):
         return 401, "a token is needed: header 'Authorization: Bearer TOKEN'"
     return None
+
+
+def _password(credentials: str) -> str:
+    """The password of HTTP's Basic scheme, which clients that cannot set headers send for ws://any:TOKEN@host."""
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).decode("utf-8").partition(":")[2]
+    except (binascii.Error, UnicodeDecodeError):
+        return ""
