@@ -7,6 +7,7 @@ actions: the simulator repeats an episode bit for bit, so runs that keep only th
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -55,6 +56,7 @@ def make_libero_env(episode: Episode, protocol: Protocol) -> Any:
     from experiments.robot.libero.environment import LiberoEnv
 
     env = LiberoEnv(episode.suite, episode.task_id, image_size=protocol.image_size, render=protocol.render)
+    env.robot_start = episode.robot_start
     env.observe()  # Opens the renderer, which takes a second or two: part of creation, not of the first episode.
     return env
 
@@ -119,6 +121,8 @@ class EpisodeRunner:
         env, self._env, self._env_task = self._env, None, None
         if env is not None:
             env.close()
+            del env
+            gc.collect()  # robosuite's objects refer to each other: hundreds of MB would stay until some later time.
 
     @contextlib.contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -132,21 +132,21 @@ class Cameras:
         if GLContext is None:
             raise UsageError(f"MUJOCO_GL={os.environ.get('MUJOCO_GL')}: rendering is switched off; unset it or use egl")
         self._mujoco, self._model, self.size = mujoco, model, size
-        self._drawn = copy.copy(model)  # What is uploaded to OpenGL; the physics model stays as it is.
+        drawn = copy.copy(model)  # What is uploaded to OpenGL, 300 MB for a moment; the physics model stays as it is.
         # No larger than the picture: clearing and resolving the samples of the files' 640 x 480 costs milliseconds.
-        self._drawn.vis.global_.offwidth = self._drawn.vis.global_.offheight = size
+        drawn.vis.global_.offwidth = drawn.vis.global_.offheight = size
         if render == "fast":
             from experiments.robot.libero.decimation import thin_visual_meshes
 
-            self._drawn.vis.quality.offsamples = 0
-            self._drawn.vis.quality.shadowsize = 0
-            thin_visual_meshes(self._drawn)
+            drawn.vis.quality.offsamples = 0
+            drawn.vis.quality.shadowsize = 0
+            thin_visual_meshes(drawn)
         self._holder: dict[str, Any] = {}
         self._finalizer = weakref.finalize(self, _release, self._holder)
         try:
             self._holder["gl"] = GLContext(size, size)
             self._holder["gl"].make_current()
-            self._holder["mujoco"] = mujoco.MjrContext(self._drawn, mujoco.mjtFontScale.mjFONTSCALE_150)
+            self._holder["mujoco"] = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_150)
         except (ImportError, RuntimeError, AttributeError, mujoco.FatalError) as error:
             self.close()
             raise UsageError(f"cannot start OpenGL ({' '.join(str(error).split())}); install it: {APT_HINT}") from error
