@@ -81,8 +81,8 @@ def _release(holder: dict[str, Any]) -> None:
 def geoms_out_of_view(model: Any, data: Any, camera_id: int) -> np.ndarray:
     """Geoms that cannot change a pixel of the square picture of a camera: bool (number of geoms,).
 
-    Those whose bounding sphere lies outside the camera's pyramid of sight, as do its reflections in all mirrors in view.
-    A third to two thirds of the triangles before a wrist camera are such, and software renderers spend time on each.
+    Those whose bounding sphere lies outside its pyramid of sight, as do the reflections in all mirrors in view. A
+    third to two thirds of the triangles before a wrist camera are such, and software renderers spend time on each.
     None when a light casts shadows, which may fall into the picture from outside.
     """
     if model.light_castshadow.any():
