@@ -169,6 +169,13 @@ def test_what_is_out_of_view_changes_no_pixel(env: LiberoEnv, monkeypatch: pytes
     assert max(max(counts) for counts in left_out) > 20, left_out
 
 
+def test_the_wrist_camera_can_be_left_out(env: LiberoEnv) -> None:
+    env.reset(env.init_states[0])
+    both, one = env.observe(), env.observe(wrist=False)
+    assert np.array_equal(both.image, one.image) and np.array_equal(both.state, one.state)
+    assert both.wrist_image.any() and not one.wrist_image.any() and one.wrist_image.shape == both.wrist_image.shape
+
+
 def test_geometry_is_metric_and_in_line_with_the_picture(env: LiberoEnv) -> None:
     """Pixels seen by both cameras meet in space: world points from depth lie on the object they are labelled as."""
     env.reset(env.init_states[0])

@@ -91,6 +91,7 @@ class LiberoEnv:
         choose_renderer()
         self.task: TaskSpec = get_task(suite, task_id)
         self.image_size, self.render, self.camera_depths = image_size, render, camera_depths
+        self._black = np.zeros((image_size, image_size, 3), dtype=np.uint8)
         self._init_states: np.ndarray | None = None
         self._cameras: Cameras | None = None
         self._domain = _build_domain(self.task)
@@ -181,12 +182,12 @@ class LiberoEnv:
         domain._post_process()
         return bool(domain._check_success())
 
-    def observe(self) -> Observation:
-        """Render both cameras and read the robot's state."""
+    def observe(self, wrist: bool = True) -> Observation:
+        """Render the cameras and read the robot's state; without `wrist` that image is black, which saves time."""
         cameras = self._draw_ready()
         return Observation(
             image=self._degraded(cameras.color(self._scratch, CAMERAS[0])),
-            wrist_image=cameras.color(self._scratch, CAMERAS[1]),
+            wrist_image=cameras.color(self._scratch, CAMERAS[1]) if wrist else self._black,
             state=self.state,
             joint_state=self._sampled_qpos[self._robot._ref_joint_pos_indexes],
         )

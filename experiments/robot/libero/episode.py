@@ -62,10 +62,16 @@ def make_libero_env(episode: Episode, protocol: Protocol) -> Any:
 
 
 class EpisodeRunner:
-    """Runs one episode at a time; keeps the environment while episodes are of the same task."""
+    """Runs one episode at a time; keeps the environment while episodes are of the same task.
 
-    def __init__(self, protocol: Protocol, make_env: Callable[[Episode, Protocol], Any] = make_libero_env) -> None:
+    `views` is 1 for a policy that looks through the third-person camera alone: the wrist camera is not drawn for it.
+    """
+
+    def __init__(
+        self, protocol: Protocol, make_env: Callable[[Episode, Protocol], Any] = make_libero_env, *, views: int = 2
+    ) -> None:
         self.protocol = protocol
+        self._looks = {} if views > 1 else {"wrist": False}
         self._make_env = make_env
         self._env: Any = None
         self._env_task: tuple[str, int] | None = None
@@ -158,7 +164,7 @@ class EpisodeRunner:
     def _ask(self) -> Turn:
         assert self._episode is not None
         with self._timed("rendering"):
-            seen, steps = self._env.observe(), len(self._actions)
+            seen, steps = self._env.observe(**self._looks), len(self._actions)
         seed = self._episode.query_seed(steps)
         query = Query(seen.image, seen.wrist_image, seen.state, self._episode.task, seed)
         return Turn(query, False, steps)

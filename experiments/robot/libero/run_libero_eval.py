@@ -187,7 +187,8 @@ def _run_episodes(
     from experiments.robot.libero.rollout import Rollouts, RolloutSettings
     from experiments.robot.libero.workers import default_num_workers, make_workers, policy_threads
 
-    make_runner = functools.partial(EpisodeRunner, plan.protocol, make_env or make_libero_env)
+    views = config.num_images_in_input if plan.checkpoint is not None else 2  # Policies of others may look at both.
+    make_runner = functools.partial(EpisodeRunner, plan.protocol, make_env or make_libero_env, views=views)
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     count = min(config.num_workers or default_num_workers(len(episodes), on_this_machine), len(episodes))
     settings = RolloutSettings(
