@@ -11,7 +11,7 @@ import torch
 
 from prismatic.models.components import load_component
 from prismatic.training.checkpoint import VISION_COMPONENT, component_file, load_training_state
-from prismatic.training.config import HUB_ID, TrainConfig
+from prismatic.training.config import TrainConfig
 from prismatic.training.objectives import (
     DiffusionObjective,
     DiscreteObjective,
@@ -21,6 +21,7 @@ from prismatic.training.objectives import (
 )
 from prismatic.util.errors import UsageError
 from prismatic.util.files import read_json
+from prismatic.util.hub import HUB_ID, find_folder
 from prismatic.vla.platforms import Platform
 
 if TYPE_CHECKING:
@@ -38,16 +39,37 @@ class Sources:
     step: int
 
 
+def _check_components(config: TrainConfig, checkpoint: Path | None) -> None:
+    """Refuse flags that leave trained parts of a checkpoint out or, in a resume, begin others anew."""
+    uses = {
+        "action_head": ("--use_l1_regression, --use_diffusion", config.objective != "discrete"),
+        "noisy_action_projector": ("--use_diffusion", config.objective == "diffusion"),
+        "proprio_projector": ("--use_proprio", config.use_proprio),
+        VISION_COMPONENT: ("--use_film", config.use_film),
+    }
+    if checkpoint is None:
+        return
+    for name, (flag, used) in uses.items():
+        there = component_file(checkpoint, name) is not None
+        if used != there and (config.resume or (there and name == VISION_COMPONENT)):
+            holds = "holds a" if there else "holds no"
+            raise UsageError(f"{flag}: {used} found, but {checkpoint} {holds} {name}; accepted: {not used}")
+
+
 def find_sources(config: TrainConfig) -> Sources:
     """Resolve --vla_path and --resume.
 
     Raises:
-        UsageError: the checkpoint's adapter does not name its base model, or its step cannot be told.
+        UsageError: the checkpoint's adapter does not name its base model, its step cannot be told, or the flags do not
+            fit the parts it holds.
     """
     if not config.resume:
-        local = Path(config.vla_path)
-        return Sources(config.vla_path, local if local.is_dir() else None, 0)
+        # Of a hub repository the heads are wanted here; the model itself is fetched by from_pretrained.
+        checkpoint = find_folder("--vla_path", str(config.vla_path), ["config.json", "*_checkpoint.pt"])
+        _check_components(config, checkpoint)
+        return Sources(config.vla_path, checkpoint, 0)
     folder = Path(config.vla_path)
+    _check_components(config, folder)
     step = config.resume_step
     if step is None:
         named = re.search(r"--(\d+)_chkpt$", folder.name)
@@ -167,6 +189,7 @@ def make_dataset(config: TrainConfig, processor: Any, platform: Platform, *, tra
         image_transform=processor.image_processor.apply_transform,
         use_wrist_image=config.num_images_in_input > 1,
         use_proprio=config.use_proprio,
+        num_images=config.num_images_in_input,
     )
     size = processor.image_processor.input_sizes[0][-2:]
     return RLDSDataset(
@@ -179,4 +202,5 @@ def make_dataset(config: TrainConfig, processor: Any, platform: Platform, *, tra
         platform=platform,
         seed=config.seed,
         fraction=config.data_fraction,
+        holdout=config.val_fraction if config.use_val_set else 0.0,
     )

@@ -6,16 +6,15 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from prismatic.training.folders import LOG_FILE
 from prismatic.util.errors import UsageError, unknown_name
+from prismatic.util.hub import HUB_ID
 
 SCHEDULERS = ("MultiStepLR", "CosineAnnealingLR")
 PRECISIONS = ("auto", "no", "bf16")
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 
 
@@ -54,6 +53,7 @@ class TrainConfig:
     use_val_set: bool = False  # Measure validation losses
     val_freq: int = 10_000  # Steps between validations
     val_time_limit: int = 180  # Seconds one validation may take
+    val_fraction: float = 0.0  # With --use_val_set, hold out this part of the episodes of datasets without a val split
     seed: int = 42  # Seed of initialization, shuffling and augmentation
 
     # Checkpoints
@@ -63,7 +63,7 @@ class TrainConfig:
     resume: bool = False  # Go on from the checkpoint folder --vla_path
     resume_step: int | None = None  # Step of that checkpoint (default: read from it)
     base_checkpoint: str = ""  # With --resume: the base model, when it is not where the adapter says
-    diffusion_sample_freq: int = 50  # Accepted for compatibility: no actions are sampled during training
+    diffusion_sample_freq: int = 50  # Diffusion: steps between samplings of whole chunks to log their error; 0: never
 
     # Data loading
     image_aug: bool = True  # Random crop and color jitter
@@ -134,16 +134,19 @@ class TrainConfig:
     def _validate_numbers(self) -> None:
         positive = (
             "batch_size max_steps save_freq grad_accumulation_steps wandb_log_freq lora_rank val_freq "
-            "num_diffusion_steps_train learning_rate num_steps_before_decay"
+            "val_time_limit num_diffusion_steps_train learning_rate num_steps_before_decay"
         )
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: a number above 0")
-        for name in ("lr_warmup_steps", "num_workers", "max_grad_norm", "weight_decay", "lora_dropout"):
+        at_least_0 = "lr_warmup_steps num_workers max_grad_norm weight_decay lora_dropout diffusion_sample_freq"
+        for name in at_least_0.split():
             if not getattr(self, name) >= 0:
                 raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: 0 or more")
         if not 0 < self.data_fraction <= 1:
             raise UsageError(f"--data_fraction: {self.data_fraction} found; accepted: above 0, at most 1")
+        if not 0 <= self.val_fraction < 1:
+            raise UsageError(f"--val_fraction: {self.val_fraction} found; accepted: 0 or more, below 1")
 
     def _validate_paths(self) -> None:
         if not Path(self.data_root_dir).is_dir():

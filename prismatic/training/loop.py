@@ -125,6 +125,8 @@ class Trainer:
         micro_steps = self.config.grad_accumulation_steps
         for micro in range(micro_steps):
             batch = same_device(next(batches), self.accelerator.device)
+            if micro == 0 and self._samples_now():
+                self._averages.add(self._sampled_errors(batch))
             with torch.no_grad(), self.accelerator.autocast():
                 targets = self.targets(batch)
             last = micro == micro_steps - 1
@@ -140,6 +142,20 @@ class Trainer:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
+
+    def _samples_now(self) -> bool:
+        every = self.config.diffusion_sample_freq
+        return self.config.objective == "diffusion" and every > 0 and self.state.step % every == 0
+
+    def _sampled_errors(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Errors of whole action chunks sampled on a training batch; its noise is not taken from training's."""
+        unwrapped: Any = self.accelerator.unwrap_model(self.module)
+        seed = (self.config.seed * 1_000_003 + self.state.step) * 4096 + self.accelerator.process_index
+        self.module.eval()
+        with self.accelerator.autocast():
+            errors = unwrapped.sampled_errors(batch, seed % 2**63)
+        self.module.train()
+        return errors
 
     def _logs_now(self) -> bool:
         step = self.state.step

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from prismatic.training.objectives import Objective, PolicyParts
+from prismatic.training.objectives import DiffusionObjective, Objective, PolicyParts, chunk_l1_metrics
 
 
 class AuxiliaryOutput(Protocol):
@@ -81,18 +81,7 @@ class TrainableVLA(nn.Module):
             targets: the teacher's features of the same images, or None for an auxiliary loss without terms.
         """
         parts = self.parts
-        output = self.vla(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            pixel_values=batch["pixel_values"],
-            labels=batch["labels"],
-            proprio=batch.get("proprio") if self.proprio_projector is not None else None,
-            proprio_projector=self.proprio_projector,
-            use_film=self.use_film,
-            output_hidden_states=True,
-            compute_logits=self.objective.needs_logits,
-            **self.objective.model_inputs(parts, batch),
-        )
+        output = self._run(batch, self.objective.model_inputs(parts, batch))
         action_loss, metrics = self.objective.loss(parts, batch, output)
         aligned = self.align_projectors(
             output.hidden_states, vision_start=1, num_vision_tokens=self._num_vision_tokens(), teacher=targets
@@ -103,6 +92,34 @@ class TrainableVLA(nn.Module):
             metrics["align_loss"] = aligned.loss.detach()
             metrics |= {f"align_loss_pair_{index}": value for index, value in enumerate(aligned.per_pair)}
         return StepOutput(total, metrics)
+
+    def _run(self, batch: dict[str, Any], inputs: dict[str, Any]) -> Any:
+        """The policy's forward pass on a batch, with the inputs that the objective adds."""
+        return self.vla(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            pixel_values=batch["pixel_values"],
+            labels=batch["labels"],
+            proprio=batch.get("proprio") if self.proprio_projector is not None else None,
+            proprio_projector=self.proprio_projector,
+            use_film=self.use_film,
+            output_hidden_states=True,
+            compute_logits=self.objective.needs_logits,
+            **inputs,
+        )
+
+    @torch.no_grad()
+    def sampled_errors(self, batch: dict[str, Any], seed: int) -> dict[str, Tensor]:
+        """L1 errors of action chunks sampled by diffusion from noise of that seed; nothing for other objectives.
+
+        Call it in evaluation mode and within the run's autocast. It takes one forward pass per diffusion step.
+        """
+        if not isinstance(self.objective, DiffusionObjective):
+            return {}
+        actions = batch["actions"]
+        noise = torch.randn(actions.shape, generator=torch.Generator().manual_seed(seed)).to(actions)
+        sampled = self.objective.sample(self.parts, batch, lambda inputs: self._run(batch, inputs), noise)
+        return chunk_l1_metrics(sampled, actions)
 
     def _num_vision_tokens(self) -> int:
         backbone = self.vla.vision_backbone

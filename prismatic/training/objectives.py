@@ -7,6 +7,7 @@ Upstream behavior: `run_forward_pass` of OpenVLA-OFT's fine-tuning script. "Curr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +30,9 @@ class PolicyParts:
     action_head: Any = None
     proprio_projector: nn.Module | None = None
     noisy_action_projector: nn.Module | None = None
+
+
+Run = Callable[[dict[str, Any]], Any]
 
 
 class Objective(Protocol):
@@ -110,6 +114,28 @@ class DiffusionObjective:
         )
         predicted = parts.action_head.predict_noise(hidden).reshape(batch["diffusion_noise"].shape)
         return F.mse_loss(predicted.float(), batch["diffusion_noise"].float()), {}
+
+    def sample(self, parts: PolicyParts, batch: dict[str, Any], run: Run, noise_BTA: Tensor) -> Tensor:
+        """Normalized actions (B, T, A) by all the steps of reverse diffusion from `noise_BTA`, as the policy acts.
+
+        `run` is the policy's forward pass with the given inputs beside the batch.
+        """
+        head, actions_BTA = parts.action_head, noise_BTA
+        head.noise_scheduler.set_timesteps(head.num_diffusion_steps_train)
+        for timestep in head.noise_scheduler.timesteps:
+            steps = timestep.to(actions_BTA.device).expand(len(actions_BTA))
+            inputs = {
+                "noisy_actions": actions_BTA,
+                "noisy_action_projector": parts.noisy_action_projector,
+                "diffusion_timestep_embeddings": head.embed_timesteps(steps, actions_BTA.dtype),
+            }
+            output = run(inputs)
+            hidden = action_hidden_states(
+                output.hidden_states[-1], batch["labels"], self.platform, _num_prefix(batch, output)
+            )
+            noise = head.predict_noise(hidden).to(actions_BTA.dtype)
+            actions_BTA = head.remove_noise(noise, timestep, actions_BTA)
+        return actions_BTA
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,13 @@ from prismatic.training.checkpoint import (
 )
 from prismatic.training.config import TrainConfig
 from prismatic.training.loop import Trainer, TrainState
-from prismatic.training.metrics import MetricAverager, MetricLog
+from prismatic.training.metrics import MetricLog
 from prismatic.training.module import TrainableVLA, count_parameters, same_device
 from prismatic.training.precision import resolve_precision
 from prismatic.training.schedule import make_optimizer
+from prismatic.training.validation import Validator
 from prismatic.util.data_utils import PaddedCollatorForActionPrediction
+from prismatic.util.versions import code_version, package_versions
 from prismatic.vla.datasets import (
     MixtureLoader,
     MixtureSampler,
@@ -49,12 +50,12 @@ class TrainingRun:
 
     Args:
         config: validated flags.
-        run_config: everything to record in `run_config.json`.
+        run_config: flags to record in `run_config.json`, with the versions of code and packages.
     """
 
     def __init__(self, config: TrainConfig, run_config: dict[str, Any]) -> None:
         self.config = config
-        self.run_config = run_config
+        self.run_config = {**run_config, "code": code_version(), "versions": package_versions()}
         self.platform = get_platform(config.platform)
         self.sources = find_sources(config)
         self.accelerator = Accelerator(
@@ -78,7 +79,7 @@ class TrainingRun:
         return make_dataset(self.config, self.processor, self.platform, train=train)
 
     def _loader(self, dataset: RLDSDataset) -> MixtureLoader:
-        accelerator, tokenizer = self.accelerator, self.processor.tokenizer
+        accelerator = self.accelerator
         sampler = MixtureSampler(
             dataset,
             self.config.batch_size,
@@ -86,8 +87,11 @@ class TrainingRun:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
-        collator = PaddedCollatorForActionPrediction(tokenizer.model_max_length, tokenizer.pad_token_id)
-        return make_dataloader(dataset, sampler, collator, self.config.num_workers)
+        return make_dataloader(dataset, sampler, self._collator(), self.config.num_workers)
+
+    def _collator(self) -> PaddedCollatorForActionPrediction:
+        tokenizer = self.processor.tokenizer
+        return PaddedCollatorForActionPrediction(tokenizer.model_max_length, tokenizer.pad_token_id)
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """The training data in training's order, endless, on the device; for who looks instead of training."""
@@ -129,7 +133,9 @@ class TrainingRun:
             config, accelerator, wrapped, optimizer=optimizer, scheduler=scheduler, targets=targets, save=save, log=log
         )
         if config.use_val_set:
-            trainer.validate = self._validator(module, targets)
+            trainer.validate = Validator(
+                config, accelerator, module, self._dataset(train=False), collate=self._collator(), targets=targets
+            )
         if random_state is not None:
             restore_random_state(random_state)
         state = trainer.fit(iter(loader), self.sources.step)
@@ -157,25 +163,6 @@ class TrainingRun:
             self.accelerator.print(f"the checkpoint was written by {state['num_processes']} processes")
             return None
         return state["random"][self.accelerator.process_index]
-
-    def _validator(self, module: nn.Module, targets: Callable[[dict[str, Any]], Any]) -> Callable[[], dict[str, float]]:
-        dataset = self._dataset(train=False)
-
-        def validate() -> dict[str, float]:
-            """Mean losses over one pass of the validation split, or what fits into `val_time_limit`."""
-            averages = MetricAverager()
-            batches = iter(self._loader(dataset))
-            processes = self.accelerator.num_processes
-            deadline = time.monotonic() + self.config.val_time_limit
-            for _ in range(max(1, len(dataset) // (self.config.batch_size * processes))):
-                batch = same_device(next(batches), self.device)
-                with torch.no_grad(), self.accelerator.autocast():
-                    averages.add(module(batch, targets(batch)).metrics)
-                if time.monotonic() > deadline:
-                    break
-            return averages.pop(self.accelerator)
-
-        return validate
 
     def _tracker_options(self) -> dict[str, dict[str, Any]]:
         entity = self.config.wandb_entity

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ from prismatic.vla.datasets import RLDSDataset
 from prismatic.vla.datasets.oxe.mixtures import OXE_MIXTURES
 from prismatic.vla.datasets.oxe.table import OXE_DATASETS, ActionEncoding
 from prismatic.vla.datasets.rlds_schema import Images, Numbers, Schema, Texts
-from prismatic.vla.datasets.rlds_writer import RLDSWriter, encode_jpeg
 from prismatic.vla.datasets.sampler import MixtureSampler
 from prismatic.vla.datasets.specs import DATASETS, MIXTURES, resolve_mixture
 from prismatic.vla.datasets.tfrecord import read_records
 from prismatic.vla.platforms import ALOHA, BRIDGE, NormalizationType, Platform
+from tests.rlds_layouts import ALOHA_STEPS, BRIDGE_STEPS, IMAGE, SIZE, aloha_episode, bridge_episode, gray, write_layout
 
-SIZE = 16
 RT1 = Platform("rt1", chunk=2, action_dim=7, proprio_dim=8, normalization=NormalizationType.BOUNDS)
 SEVEN = Platform("seven", chunk=2, action_dim=7, proprio_dim=7, normalization=NormalizationType.BOUNDS)
 
@@ -38,48 +36,14 @@ class Looks:
         return frame
 
 
-def _gray(level: int) -> bytes:
-    return encode_jpeg(np.full((SIZE, SIZE, 3), level, np.uint8))
-
-
-def _write(root: Path, name: str, steps: Mapping[str, Any], *episodes: Mapping[str, Any], **splits: Any) -> Path:
-    schema = Schema(steps)
-    payloads = [schema.serialize(episode) for episode in episodes]
-    others = {split: [schema.serialize(episode) for episode in held] for split, held in splits.items()}
-    return RLDSWriter(root, name, schema=schema).write_splits({"train": payloads, **others})
-
-
 def _open(root: Path, name: str, platform: Platform, num_images: int = 1, **options: Any) -> RLDSDataset:
     use_proprio = options.pop("use_proprio", True)
     return RLDSDataset(root, name, Looks(num_images, use_proprio), (SIZE, SIZE), platform=platform, **options)
 
 
-IMAGE = Images(SIZE, SIZE)
-
-
-def _bridge_episode(steps: int, gripper: list[float]) -> dict[str, Any]:
-    """The hand moves t * (1, 2, 3, 4, 5, 6) hundredths in step t; images are t times 20 bright."""
-    numbers = np.arange(steps)
-    positions = np.cumsum(numbers)[:, None] * np.arange(1, 7) / 100
-    return {
-        "action": np.concatenate([np.full((steps, 6), 9.0), np.array(gripper)[:, None]], axis=1),
-        "observation/state": np.concatenate([positions, numbers[:, None] / 10], axis=1),
-        "observation/image_0": [_gray(20 * number) for number in numbers],
-        "observation/image_1": [_gray(255)] * steps,
-        "language_instruction": ["put the pot on the stove"] * steps,
-    }
-
-
-BRIDGE_STEPS: dict[str, Any] = {
-    "action": Numbers((7,)),
-    "observation": {"state": Numbers((7,)), "image_0": IMAGE, "image_1": IMAGE},
-    "language_instruction": Texts(),
-}
-
-
 def test_bridge(tmp_path: Path) -> None:
-    episode = _bridge_episode(9, [0.0, 1.0, 0.5, 0.96, 0.3, 0.01, 0.02, 0.6, 0.6])
-    _write(tmp_path, "bridge_orig", BRIDGE_STEPS, episode, _bridge_episode(2, [1.0, 1.0]))
+    episode = bridge_episode(9, [0.0, 1.0, 0.5, 0.96, 0.3, 0.01, 0.02, 0.6, 0.6])
+    write_layout(tmp_path, "bridge_orig", BRIDGE_STEPS, episode, bridge_episode(2, [1.0, 1.0]))
     dataset = _open(tmp_path, "bridge", BRIDGE)
     statistics = dataset.dataset_statistics["bridge_orig"]
     # The first step is dropped, and so is the last, whose motion nobody knows; two steps leave nothing.
@@ -103,7 +67,7 @@ def test_bridge(tmp_path: Path) -> None:
 
 
 def test_bridge_has_no_wrist_camera(tmp_path: Path) -> None:
-    _write(tmp_path, "bridge_orig", BRIDGE_STEPS, _bridge_episode(9, [1.0] * 9))
+    write_layout(tmp_path, "bridge_orig", BRIDGE_STEPS, bridge_episode(9, [1.0] * 9))
     with pytest.raises(UsageError, match=r"--num_images_in_input: 2 found, but 'bridge' has no wrist camera"):
         _open(tmp_path, "bridge", BRIDGE, 2)
     with pytest.raises(UsageError, match=r"--num_images_in_input: 3 found; accepted for dataset 'bridge_orig': 1 to 2"):
@@ -141,7 +105,7 @@ def _fractal_episode(closing: list[float], instruction: str = "pick the can") ->
         "action/rotation_delta": np.arange(steps)[:, None] * [1.0, 2.0, 4.0],
         "action/gripper_closedness_action": np.array(closing)[:, None],
         "action/terminate_episode": np.zeros((steps, 3)),
-        "observation/image": [_gray(10 * number) for number in range(steps)],
+        "observation/image": [gray(10 * number) for number in range(steps)],
         "observation/depth": [depth.getvalue()] * steps,
         "observation/base_pose_tool_reached": np.tile(np.arange(7.0), (steps, 1)),
         "observation/gripper_closed": np.arange(steps)[:, None],
@@ -156,7 +120,7 @@ def test_rt1_with_depth_and_a_relative_gripper(tmp_path: Path) -> None:
         _fractal_episode([0.0, 0.0, 0.0]),  # never moves: open
         _fractal_episode([1.0, 1.0, 1.0], instruction=""),  # counts for the statistics, but starts no sample
     ]
-    _write(tmp_path, "fractal20220817_data", FRACTAL_STEPS, *episodes)
+    write_layout(tmp_path, "fractal20220817_data", FRACTAL_STEPS, *episodes)
     dataset = _open(tmp_path, "fractal20220817_data", RT1)
     action = dataset._sources[0].index.action
     assert action[:, 6].tolist() == [1, 1, 0, 0, 0, 1, 1] + [0, 1, 1] + [1, 1, 1] + [0, 0, 0]
@@ -180,7 +144,7 @@ def test_kuka_states_are_compressed(tmp_path: Path) -> None:
     pose = episode.pop("observation/base_pose_tool_reached") + np.arange(4)[:, None]
     del episode["observation/depth"]
     episode["observation/clip_function_input/base_pose_tool_reached"] = pose
-    folder = _write(tmp_path, "kuka", steps, episode)
+    folder = write_layout(tmp_path, "kuka", steps, episode)
     dataset = _open(tmp_path, "kuka", RT1)
     table = dataset._sources[0].index
     np.testing.assert_array_equal(table.state, np.concatenate([pose, np.arange(4)[:, None]], axis=1))
@@ -211,15 +175,15 @@ def _droid_episode(moving: list[int]) -> dict[str, Any]:
         "action_dict/gripper_position": np.linspace(0, 1, steps)[:, None],
         "observation/cartesian_position": np.tile(np.arange(6.0), (steps, 1)),
         "observation/gripper_position": np.linspace(0, 1, steps)[:, None],
-        "observation/exterior_image_1_left": [_gray(50)] * steps,
-        "observation/exterior_image_2_left": [_gray(150)] * steps,
-        "observation/wrist_image_left": [_gray(250)] * steps,
+        "observation/exterior_image_1_left": [gray(50)] * steps,
+        "observation/exterior_image_2_left": [gray(150)] * steps,
+        "observation/wrist_image_left": [gray(250)] * steps,
         "language_instruction": ["wipe the table"] * steps,
     }
 
 
 def test_droid_swaps_outside_views_and_skips_stillness(tmp_path: Path) -> None:
-    _write(tmp_path, "droid", DROID_STEPS, _droid_episode([1, 0, 0, 0, 1, 0, 1, 1, 1]))
+    write_layout(tmp_path, "droid", DROID_STEPS, _droid_episode([1, 0, 0, 0, 1, 0, 1, 1, 1]))
     dataset = _open(tmp_path, "droid", SEVEN, 2)
     # Chunks of two steps: those that begin at 1 and 2 never move the arm (the gripper moves all the time).
     assert dataset.frame_numbers("droid").tolist() == [0, 3, 4, 5, 6, 7]
@@ -237,21 +201,8 @@ def test_droid_swaps_outside_views_and_skips_stillness(tmp_path: Path) -> None:
 
 
 def test_aloha_takes_one_to_three_images(tmp_path: Path) -> None:
-    name = "aloha1_put_X_into_pot_300_demos"
-    views = ("image", "left_wrist_image", "right_wrist_image")
-    steps = {
-        "action": Numbers((14,)),
-        "observation": {"state": Numbers((14,)), **dict.fromkeys(views, IMAGE)},
-        "language_instruction": Texts(),
-    }
-    numbers = np.arange(31)
-    episode = {
-        "action": numbers[:, None] * np.arange(1, 15),
-        "observation/state": 30.0 - numbers[:, None] * np.ones(14),
-        **{f"observation/{view}": [_gray(60 * (number + 1))] * 31 for number, view in enumerate(views)},
-        "language_instruction": ["put the pepper into the pot"] * 31,
-    }
-    _write(tmp_path, name, steps, episode, val=[episode])
+    name, numbers = "aloha1_put_X_into_pot_300_demos", np.arange(31)
+    write_layout(tmp_path, name, ALOHA_STEPS, aloha_episode(31), val=[aloha_episode(31)])
     names = ("image_primary", "image_left_wrist", "image_right_wrist")
     for count in (1, 2, 3):
         dataset = _open(tmp_path, name, ALOHA, count)
@@ -273,19 +224,19 @@ def test_language_table_stores_text_as_code_points(tmp_path: Path) -> None:
     codes = [ord(letter) for letter in text] + [0] * (32 - len(text))
     episode = {
         "action": np.array([[0.0, 1.0], [2.0, 3.0], [4.0, 6.0]]),
-        "observation/rgb": [_gray(99)] * 3,
+        "observation/rgb": [gray(99)] * 3,
         "observation/effector_translation": np.zeros((3, 2)),
         "observation/instruction": [codes] * 3,
     }
-    _write(tmp_path, "language_table", steps, episode)
+    write_layout(tmp_path, "language_table", steps, episode)
     dataset = _open(tmp_path, "language_table", RT1)
     assert dataset.frame(0)["task"]["language_instruction"] == text
     assert dataset._sources[0].index.action.tolist()[1] == [2, 3, 0, 0, 0, 0, 1]
 
 
 def test_a_mixture_fills_missing_cameras_with_black(tmp_path: Path) -> None:
-    _write(tmp_path, "bridge_orig", BRIDGE_STEPS, _bridge_episode(9, [1.0] * 9))
-    _write(tmp_path, "droid", DROID_STEPS, _droid_episode([1] * 9))
+    write_layout(tmp_path, "bridge_orig", BRIDGE_STEPS, bridge_episode(9, [1.0] * 9))
+    write_layout(tmp_path, "droid", DROID_STEPS, _droid_episode([1] * 9))
     dataset = _open(tmp_path, "bridge_orig:2,droid", SEVEN, 2, image_aug=True)
     assert [(part.name, part.size, part.weight) for part in dataset.mixture] == [
         ("bridge_orig", 6, 2.0),
@@ -338,7 +289,7 @@ def test_damaged_numbers_are_refused(tmp_path: Path) -> None:
         schema.serialize({**_fractal_episode([0.0]), "action/world_vector": np.zeros((1, 2))})
     steps: dict[str, Any] = {**FRACTAL_STEPS, "action": {**FRACTAL_STEPS["action"], "world_vector": Numbers((2,))}}
     episode = {**_fractal_episode([0.0] * 3), "action/world_vector": np.zeros((3, 2))}
-    _write(tmp_path, "fractal20220817_data", steps, episode)
+    write_layout(tmp_path, "fractal20220817_data", steps, episode)
     with pytest.raises(
         UsageError, match=r"the action made of .* has shape \(6,\); accepted for platform 'rt1': \(7,\)"
     ):

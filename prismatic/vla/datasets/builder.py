@@ -205,6 +205,6 @@ def choose_split(splits: Mapping[str, SplitT], name: str, train: bool) -> SplitT
     wanted = "train" if train else "val"
     if wanted not in splits:
         found = ", ".join(sorted(splits)) or "none"
-        hint = "" if train else " (--use_val_set needs one; leave it off for this dataset)"
+        hint = "" if train else " (--use_val_set needs one; --val_fraction 0.05 holds episodes out instead)"
         raise UsageError(f"dataset {name!r} has no split {wanted!r}{hint}; found: {found}")
     return splits[wanted]

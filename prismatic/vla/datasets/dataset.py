@@ -29,7 +29,7 @@ from prismatic.vla.datasets.image_transforms import (
 )
 from prismatic.vla.datasets.specs import DATASETS, DatasetSpec, resolve_mixture
 from prismatic.vla.datasets.statistics import Statistics, compute_statistics, normalize
-from prismatic.vla.datasets.subset import choose_episodes
+from prismatic.vla.datasets.subset import choose_episodes, hold_out_episodes
 from prismatic.vla.platforms import LIBERO, Platform
 
 
@@ -157,6 +157,7 @@ class RLDSDataset(Dataset):
         platform: Platform = LIBERO,
         seed: int = 0,
         fraction: float = 1.0,
+        holdout: float = 0.0,
     ) -> None:
         """Open all datasets of `data_mix` (a dataset, a comma list or a mixture name) below `data_root_dir`.
 
@@ -165,6 +166,8 @@ class RLDSDataset(Dataset):
             resize_resolution: (height, width) of the images.
             image_aug: random crop and colors; the transform is `self.image_transform`.
             train: split "train", else "val".
+            holdout: a dataset without a split "val" has this part of its episodes in place of it, drawn with the seed,
+                and the others in "train".
             fraction: use this part of every dataset's training episodes (see `choose_episodes`); the statistics stay
                 those of all of them, so that runs on more and on less data act in the same units.
 
@@ -173,7 +176,7 @@ class RLDSDataset(Dataset):
         """
         self.batch_transform, self.platform, self.seed = batch_transform, platform, int(seed)
         self._num_views = _num_views(batch_transform)
-        self.fraction = fraction if train else 1.0
+        self.fraction, self.holdout = fraction if train else 1.0, holdout
         size = (int(resize_resolution[0]), int(resize_resolution[1]))
         self.image_transform = PolicyImageTransform(size, AugmentRanges() if image_aug else None)
         self.dataset_statistics: dict[str, Statistics] = {}
@@ -189,6 +192,15 @@ class RLDSDataset(Dataset):
         self._length = first
         self._check_views(data_mix)
 
+    def _episodes(self, instructions: list[str], held_out: float, train: bool) -> list[int]:
+        """The episodes to draw samples from, of those with the given instructions."""
+        kept, held = hold_out_episodes(len(instructions), held_out, self.seed)
+        if not train and held_out:
+            if not len(held):
+                raise UsageError("--val_fraction: a dataset of one episode has none to hold out; accepted: 0")
+            return held.tolist()
+        return kept[choose_episodes([instructions[episode] for episode in kept], self.fraction, self.seed)].tolist()
+
     def _check_views(self, data_mix: str) -> None:
         """Refuse a view that every dataset would fill with black images."""
         for number in range(self._num_views or 0):
@@ -201,7 +213,8 @@ class RLDSDataset(Dataset):
     def _open(self, root: Path, name: str, train: bool) -> _Source:
         spec = DATASETS[name]
         splits = find_splits(root, name, spec, self.platform, getattr(self.batch_transform, "use_proprio", True))
-        split = choose_split(splits, name, train)
+        held_out = self.holdout if "val" not in splits else 0.0
+        split = choose_split(splits, name, train or held_out > 0)
         index = split.load()
         statistics = self.dataset_statistics[name] = _statistics(name, spec, splits, {split.split: index})
         (action,), (proprio,) = _all_transitions(spec, [index])
@@ -209,8 +222,7 @@ class RLDSDataset(Dataset):
         lengths = np.diff(index.episode_start)
         instructions = [index.instructions[index.language[begin]] for begin in index.episode_start[:-1]]
         by_episode = [
-            _starts(spec, index, action, episode, future)
-            for episode in choose_episodes(instructions, self.fraction, self.seed).tolist()
+            _starts(spec, index, action, episode, future) for episode in self._episodes(instructions, held_out, train)
         ]
         starts = np.concatenate(by_episode).astype(np.int64)
         if not len(starts):

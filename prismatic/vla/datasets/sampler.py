@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -97,6 +98,15 @@ class MixtureSampler(Sampler[list[FrameDraw]]):
         return draws[np.random.default_rng((self.seed, 2, epoch)).permutation(len(draws))]
 
 
+@contextmanager
+def worker_error() -> Iterator[None]:
+    """Turn a loader process's UsageError, which arrives with its traceback in the message, into its one line."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(str(error).strip().splitlines()[-1].split("UsageError: ")[-1]) from error
+
+
 class MixtureLoader:
     """A DataLoader whose state is what was handed out, not what its workers have fetched ahead."""
 
@@ -114,11 +124,8 @@ class MixtureLoader:
         draws_per_batch = self._sampler.batch_size * self._sampler.world_size
         batches = iter(self._loader)
         while True:
-            try:
+            with worker_error():
                 batch = next(batches)
-            except UsageError as error:
-                # A worker's error arrives with its traceback in the message; the last line is the message itself.
-                raise UsageError(str(error).strip().splitlines()[-1].split("UsageError: ")[-1]) from error
             draws = self._state["draws"] + draws_per_batch
             self._state = {"batches": draws // draws_per_batch, "draws": draws}
             yield batch

@@ -31,3 +31,13 @@ def choose_episodes(instructions: Sequence[str], fraction: float, seed: int) -> 
         # Rounded first: 0.1 * 30 is a hair above 3.
         chosen += of_task[: math.ceil(round(fraction * len(of_task), 9))]
     return np.array(sorted(chosen), dtype=np.int64)
+
+
+def hold_out_episodes(count: int, part: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(kept, held out) of `count` episodes: `part` of them, at least one, at random; both ascending.
+
+    Nothing is held out of a single episode, or when `part` is 0.
+    """
+    held = min(max(round(part * count), 1), count - 1) if part > 0 else 0
+    order = np.random.default_rng((seed, 8)).permutation(count)
+    return np.sort(order[held:]), np.sort(order[:held])
