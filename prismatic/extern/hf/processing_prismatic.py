@@ -115,10 +115,10 @@ class PrismaticImageProcessor(BaseImageProcessor):
         for view in self._views:
             if view not in resized:
                 resized[view] = _to_chw(self._resize(image, view))
-        channels = []
+        pixels = torch.empty(len(self._views), *resized[self._views[0]].shape, dtype=torch.float32)
         for index, view in enumerate(self._views):
-            channels.append(torch.addcmul(self._shift[index], resized[view], self._scale[index]))
-        return torch.cat(channels) if len(channels) > 1 else channels[0]
+            torch.addcmul(self._shift[index], resized[view], self._scale[index], out=pixels[index])
+        return pixels.flatten(0, 1)
 
     def _resize(self, image: Image.Image, view: _View) -> Image.Image:
         """To view.height x view.width."""

@@ -83,7 +83,8 @@ def decode_image(encoded: bytes) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
-            return np.array(image.convert("RGB"))
+            image.load()
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{len(encoded)} bytes that are no complete JPEG or PNG image") from error
 
@@ -95,18 +96,23 @@ def jpeg_round_trip(image_HW3: np.ndarray) -> np.ndarray:
     return decode_image(buffer.getvalue())
 
 
-def resize_and_crop(image_HW3: np.ndarray, size: tuple[int, int], crop: CropBox = FULL_IMAGE) -> np.ndarray:
-    """Lanczos-3 resize to `size` (height, width), then crop and resize back bilinearly.
-
-    Returns planar float32 (3, height, width) on the 0..255 scale, clipped to it.
-    """
+def _resize_and_crop(image_HW3: np.ndarray, size: tuple[int, int], crop: CropBox) -> np.ndarray:
+    """As :func:`resize_and_crop`, but where Lanczos overshoots, values leave the 0..255 scale."""
     (height, width), (in_height, in_width) = size, image_HW3.shape[:2]
     if crop == FULL_IMAGE:
         rows, columns = lanczos_axis(in_height, height), lanczos_axis(in_width, width)
     else:
         rows = lanczos_crop_axis(in_height, height, crop.top, crop.height)
         columns = lanczos_crop_axis(in_width, width, crop.left, crop.width)
-    planar = resample(image_HW3, rows, columns)
+    return resample(image_HW3, rows, columns)
+
+
+def resize_and_crop(image_HW3: np.ndarray, size: tuple[int, int], crop: CropBox = FULL_IMAGE) -> np.ndarray:
+    """Lanczos-3 resize to `size` (height, width), then crop and resize back bilinearly.
+
+    Returns planar float32 (3, height, width) on the 0..255 scale, clipped to it.
+    """
+    planar = _resize_and_crop(image_HW3, size, crop)
     return np.clip(planar, 0.0, 255.0, out=planar)
 
 
@@ -129,7 +135,7 @@ def adjust_saturation_hue(rgb_3HW: np.ndarray, saturation: float, hue: float) ->
     """Scale the HSV saturation and turn the hue of planar RGB in [0, 1], in place (TensorFlow's definitions).
 
     The value channel stays, so c * min(saturation, ...) is the new chroma and each channel is the value minus the
-    chroma times a trapezoid of the hue.
+    chroma times a trapezoid of the hue. The result stays in [0, value].
     """
     red, green, blue = rgb_3HW
     value = np.maximum(np.maximum(red, green), blue)
@@ -139,25 +145,32 @@ def adjust_saturation_hue(rgb_3HW: np.ndarray, saturation: float, hue: float) ->
     np.copyto(sector, (blue - red) * scale + 2.0, where=green == value)
     np.copyto(sector, (green - blue) * scale, where=red == value)
     sector += 6.0 * hue
+    sector -= 6.0 * np.floor(sector * (1.0 / 6.0))
     np.minimum(chroma * saturation, value, out=chroma)
-    for channel, offset in zip(rgb_3HW, (5.0, 3.0, 1.0), strict=True):
-        turned = sector + offset
-        turned -= 6.0 * np.floor(turned * (1.0 / 6.0))
-        weight = np.clip(np.minimum(turned, 4.0 - turned), 0.0, 1.0)
+    # Distance of the hue from cyan, green and blue; red is left out near cyan, the others are left out far from theirs.
+    for channel, center, sign in zip(rgb_3HW, (3.0, 2.0, 4.0), (-1.0, 1.0, 1.0), strict=True):
+        weight = np.abs(np.subtract(sector, center, out=scale), out=scale)
+        weight *= sign
+        weight -= 1.5 * sign - 0.5
+        np.clip(weight, 0.0, 1.0, out=weight)
         np.subtract(value, np.multiply(weight, chroma, out=weight), out=channel)
     return rgb_3HW
 
 
 def adjust_colors(rgb_3HW: np.ndarray, draw: AugmentDraw) -> np.ndarray:
-    """Brightness, contrast (about each channel's mean), saturation, hue of planar RGB in [0, 1], in place, clipped."""
-    rgb_3HW += np.float32(draw.brightness)
-    np.clip(rgb_3HW, 0.0, 1.0, out=rgb_3HW)
+    """Brightness, contrast (about each channel's mean), saturation, hue of planar RGB, in place, clipped to [0, 1].
+
+    What is outside [0, 1] at first counts as clipped to it.
+    """
+    brightness = np.float32(draw.brightness)
+    rgb_3HW += brightness
+    # Clipping to [0, 1] before and after the shift, as one pass.
+    np.clip(rgb_3HW, max(brightness, np.float32(0)), min(1 + brightness, np.float32(1)), out=rgb_3HW)
     mean = rgb_3HW.mean(axis=(1, 2), keepdims=True)
     rgb_3HW *= np.float32(draw.contrast)
     rgb_3HW += mean * np.float32(1.0 - draw.contrast)
     np.clip(rgb_3HW, 0.0, 1.0, out=rgb_3HW)
-    adjust_saturation_hue(rgb_3HW, draw.saturation, draw.hue)
-    return np.clip(rgb_3HW, 0.0, 1.0, out=rgb_3HW)
+    return adjust_saturation_hue(rgb_3HW, draw.saturation, draw.hue)
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -184,7 +197,7 @@ class PolicyImageTransform:
         """A stored training frame (uint8) resized and augmented with `draw` (None: only resized), uint8."""
         if draw is None:
             return resize_lanczos(image_HW3, self.size)
-        planar = resize_and_crop(image_HW3, self.size, draw.crop)
+        planar = _resize_and_crop(image_HW3, self.size, draw.crop)
         planar *= np.float32(1.0 / 255.0)
         adjust_colors(planar, draw)
         planar *= np.float32(255.5)

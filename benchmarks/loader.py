@@ -1,0 +1,298 @@
+"""How fast training samples are loaded: frames a second, CPU time a frame, memory; against decoding the images alone.
+
+    python benchmarks/loader.py                                              made-up data, two minutes, 0.4 GB of disk
+    python benchmarks/loader.py --data_root_dir DATA --dataset_name NAME     data of your own, RLDS or LeRobot
+
+A frame here is a whole sample: two views read, decoded, resized to 224 pixels and augmented, normalized for both vision
+models of OpenVLA-7B, tokenized and collated. The yardstick, measured in turns with it, is the plainest loop there is:
+read the same two images and decode them with Pillow. Ratios to it carry over to other machines, times do not.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from prismatic.util.cli import run
+from prismatic.util.errors import UsageError
+from prismatic.util.files import atomic_write
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from prismatic.vla.datasets import RLDSDataset
+
+ROOT = Path(__file__).resolve().parents[1]
+_NAME = "libero_spatial_no_noops"
+_EPISODE_STEPS = 100
+# Means and standard deviations of OpenVLA-7B's two vision models.
+_MEANS = [(0.485, 0.456, 0.406), (0.5, 0.5, 0.5)]
+_STDS = [(0.229, 0.224, 0.225), (0.5, 0.5, 0.5)]
+
+
+@dataclass
+class LoaderConfig:
+    data_root_dir: str = ""  # Folder of datasets; default: made-up ones in a temporary folder
+    dataset_name: str = _NAME  # Dataset or mixture below it
+    frames: int = 1000  # Frames of the small made-up dataset
+    large_frames: int = 8000  # Frames of the large one, which only the memory is compared on
+    stored_size: int = 256  # Pixels of the made-up images
+    batch_size: int = 8
+    num_workers: int = 2  # Processes of the throughput measurement
+    rounds: int = 5  # Rounds of loader and yardstick in turns; the median counts
+    frames_per_round: int = 200
+    out: str = str(ROOT / "benchmarks" / "results" / "loader.json")  # Results file
+
+    def __post_init__(self) -> None:
+        for flag in ("frames", "large_frames"):
+            if getattr(self, flag) < _EPISODE_STEPS:
+                raise UsageError(f"--{flag}: {getattr(self, flag)} found; accepted: {_EPISODE_STEPS} or more")
+        for flag in ("stored_size", "batch_size", "num_workers", "rounds", "frames_per_round"):
+            if getattr(self, flag) < 1:
+                raise UsageError(f"--{flag}: {getattr(self, flag)} found; accepted: 1 or more")
+
+
+def made_up_image(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Smooth waves, edges and some noise: a JPEG of some 20 kB at 256 pixels, as LIBERO's renders have."""
+    import numpy as np
+
+    y, x = np.mgrid[0:size, 0:size] * (256.0 / size)
+    waves = [np.sin(x / rng.uniform(7, 30) + y / rng.uniform(7, 30) + rng.uniform(0, 6)) for _ in range(3)]
+    image = 128 + 60 * np.stack(waves, axis=2) + rng.normal(0, 4, (size, size, 3))
+    top, left = rng.integers(0, size // 2, 2)
+    image[top : top + size // 3, left : left + size // 3] = rng.uniform(0, 255, 3)
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def write_data(root: Path, frames: int, size: int) -> None:
+    """An RLDS dataset of `frames` frames in episodes of 100 steps; 64 different images, repeated."""
+    import numpy as np
+
+    from prismatic.vla.datasets.rlds_writer import Episode, RLDSWriter, encode_jpeg, serialize_episode
+
+    rng = np.random.default_rng(0)
+    images = [encode_jpeg(made_up_image(rng, size)) for _ in range(64)]
+
+    def episode(number: int) -> Episode:
+        chosen = rng.integers(0, len(images), (2, _EPISODE_STEPS))
+        return Episode(
+            images=[images[index] for index in chosen[0]],
+            wrist_images=[images[index] for index in chosen[1]],
+            state=rng.normal(size=(_EPISODE_STEPS, 8)),
+            joint_state=rng.normal(size=(_EPISODE_STEPS, 7)),
+            action=rng.uniform(-1, 1, (_EPISODE_STEPS, 7)),
+            instruction=f"pick up object {number % 10} and place it in the basket",
+            source=f"made-up/{number}",
+        )
+
+    with tempfile.TemporaryDirectory(dir=root) as staging:
+        paths = []
+        for number in range(frames // _EPISODE_STEPS):
+            paths.append(Path(staging) / str(number))
+            paths[-1].write_bytes(serialize_episode(episode(number)))
+        RLDSWriter(root, _NAME, image_size=size).write_payloads(paths)
+
+
+def open_dataset(root: Path, name: str) -> tuple[RLDSDataset, Callable[[Any], Any]]:
+    """The dataset as finetune.py opens it (224 pixels, two views, proprio, augmentation), and its collator."""
+    from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor, PrismaticProcessor
+    from prismatic.util.data_utils import PaddedCollatorForActionPrediction
+    from prismatic.vla.action_tokenizer import ActionTokenizer
+    from prismatic.vla.datasets import RLDSBatchTransform, RLDSDataset
+
+    tokenizer = PrismaticProcessor.from_pretrained(ROOT / "experiments" / "mini" / "weights" / "student").tokenizer
+    processor = PrismaticImageProcessor(
+        use_fused_vision_backbone=True,
+        image_resize_strategy="resize-naive",
+        input_sizes=[(3, 224, 224)] * 2,
+        interpolations=["bicubic"] * 2,
+        means=_MEANS,
+        stds=_STDS,
+    )
+    transform = RLDSBatchTransform(
+        ActionTokenizer(tokenizer),
+        tokenizer,
+        image_transform=processor.apply_transform,
+        use_wrist_image=True,
+        use_proprio=True,
+    )
+    dataset = RLDSDataset(root, name, transform, resize_resolution=(224, 224), image_aug=True)
+    return dataset, PaddedCollatorForActionPrediction(2048, tokenizer.pad_token_id)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Wall and CPU milliseconds a frame."""
+
+    wall_ms: float
+    cpu_ms: float
+
+
+def measure(step: Callable[[], int], frames: int) -> Cost:
+    """Call `step`, which returns how many frames it handled, until `frames` are done."""
+    done, wall, cpu = 0, time.perf_counter(), time.process_time()
+    while done < frames:
+        done += step()
+    return Cost(1e3 * (time.perf_counter() - wall) / done, 1e3 * (time.process_time() - cpu) / done)
+
+
+def median(costs: list[Cost]) -> dict[str, float]:
+    """The median of both times."""
+    import numpy as np
+
+    return {name: round(float(np.median([getattr(cost, name) for cost in costs])), 3) for name in ("wall_ms", "cpu_ms")}
+
+
+def compare(config: LoaderConfig, root: Path) -> dict[str, Any]:
+    """Loader and yardstick in turns, in this process with one thread."""
+    import torch
+
+    from prismatic.vla.datasets import MixtureSampler
+
+    torch.set_num_threads(1)
+    dataset, collate = open_dataset(root, config.dataset_name)
+    batches = iter(MixtureSampler(dataset, config.batch_size))
+
+    def load() -> int:
+        return len(collate([dataset[draw] for draw in next(batches)])["actions"])
+
+    def decode() -> int:
+        draws = next(batches)
+        for draw in draws:
+            source, start = dataset._locate(draw.frame)
+            for view in range(2):
+                source.index.image(view, start)
+        return len(draws)
+
+    for warm_up in (load, decode):
+        measure(warm_up, 40)
+    loads, decodes = [], []
+    for _ in range(config.rounds):
+        loads.append(measure(load, config.frames_per_round))
+        decodes.append(measure(decode, config.frames_per_round))
+    loader, yardstick = median(loads), median(decodes)
+    return {
+        "loader": loader,
+        "decoding_alone": yardstick,
+        "cpu_ratio_to_decoding": round(loader["cpu_ms"] / yardstick["cpu_ms"], 2),
+        "cpu_ms_best_round": round(min(cost.cpu_ms for cost in loads), 3),
+        "frames_in_dataset": len(dataset),
+    }
+
+
+def throughput(config: LoaderConfig, root: Path) -> float:
+    """Frames a second out of the data loader with worker processes, after its queue has filled."""
+    from prismatic.vla.datasets import MixtureSampler, make_dataloader
+
+    dataset, collate = open_dataset(root, config.dataset_name)
+    sampler = MixtureSampler(dataset, config.batch_size)
+    loader: Any = iter(make_dataloader(dataset, sampler, collate, config.num_workers))
+    # The queue holds 4 batches a worker: leave them behind.
+    for _ in range(8 * config.num_workers):
+        next(loader)
+    cost = measure(lambda: len(next(loader)["actions"]), config.rounds * config.frames_per_round)
+    loader.close()  # ends the workers
+    return 1e3 / cost.wall_ms
+
+
+def _memory(root: str, name: str, frames: int, answer: Any) -> None:
+    """In a fresh process: memory when the dataset is opened, and after `frames` random samples."""
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(1)
+    dataset, _ = open_dataset(Path(root), name)
+    rows = {"opened_mb": resident_mb()}
+    for frame in np.random.default_rng(0).integers(0, len(dataset), frames).tolist():
+        dataset[frame]
+    rows["after_mb"] = resident_mb()
+    rows["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    answer.put({"frames_in_dataset": len(dataset), **rows})
+
+
+def resident_mb() -> float:
+    """Memory of this process that no file backs, MB: what other processes cannot use."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return round(int(line.split()[1]) / 1024, 1)
+    return float("nan")
+
+
+def memory(root: Path, name: str, frames: int) -> dict[str, Any]:
+    """:func:`_memory` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=_memory, args=(str(root), name, frames, answer))
+    process.start()
+    result: dict[str, Any] = answer.get(timeout=300)
+    process.join()
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on, without names or paths."""
+    import torch
+    from PIL import Image
+
+    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pillow": Image.__version__,
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def _lines(path: str) -> Iterator[str]:
+    try:
+        yield from Path(path).read_text().splitlines()
+    except OSError:
+        return
+
+
+def main(config: LoaderConfig) -> None:
+    """Measure, print, write the results."""
+    facts = machine()
+    with tempfile.TemporaryDirectory() as folder:
+        results: dict[str, Any] = {}
+        root = Path(config.data_root_dir).expanduser() if config.data_root_dir else Path(folder) / "small"
+        sizes = [root]
+        if not config.data_root_dir:
+            sizes.append(Path(folder) / "large")
+            for path, frames in zip(sizes, (config.frames, config.large_frames), strict=True):
+                path.mkdir()
+                write_data(path, frames, config.stored_size)
+        results |= compare(config, root)
+        results["frames_per_second"] = round(throughput(config, root), 1)
+        results["memory"] = [memory(path, config.dataset_name, 1000) for path in sizes]
+    flags = {name: value for name, value in vars(config).items() if name not in ("out", "data_root_dir")}
+    flags["data"] = "given" if config.data_root_dir else "made up"
+    content = {"benchmark": "loader", "flags": flags, "machine": facts, **results}
+    atomic_write(config.out, json.dumps(content, indent=2) + "\n")
+    loader, decoding = results["loader"], results["decoding_alone"]
+    print(f"loader           {loader['cpu_ms']:6.2f} ms CPU a frame ({results['cpu_ms_best_round']} in the best round)")
+    print(f"decoding alone   {decoding['cpu_ms']:6.2f} ms CPU a frame; ratio {results['cpu_ratio_to_decoding']}")
+    print(f"{config.num_workers} workers        {results['frames_per_second']:6.1f} frames a second")
+    for row in results["memory"]:
+        print(
+            f"{row['frames_in_dataset']:7d} frames: {row['opened_mb']} MB when opened, {row['after_mb']} MB after use"
+        )
+    print(f"results: {config.out}")
+
+
+if __name__ == "__main__":
+    run(LoaderConfig, main)
