@@ -91,6 +91,7 @@ class LiberoEnv:
         choose_renderer()
         self.task: TaskSpec = get_task(suite, task_id)
         self.image_size, self.render, self.camera_depths = image_size, render, camera_depths
+        self.robot_start = "perturbed"  # Or "package"; see `plus_scene`.
         self._black = np.zeros((image_size, image_size, 3), dtype=np.uint8)
         self._init_states: np.ndarray | None = None
         self._cameras: Cameras | None = None
@@ -138,7 +139,7 @@ class LiberoEnv:
             raise UsageError(f"init_state: {self.task.name} expects shape ({length},), got {np.shape(init_state)}")
         self._rebuild(seed)
         self._seed = seed
-        if init_state is not None and self.task.perturbation is not None:
+        if init_state is not None and self.task.perturbation is not None and self.robot_start == "perturbed":
             init_state = with_robot_start(init_state, self._domain, self.task.perturbation)
         timer = self._domain.model_timestep
         if init_state is not None:

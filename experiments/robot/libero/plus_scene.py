@@ -4,8 +4,10 @@ LIBERO's own code builds the scene for the kinds that need no further assets; ca
 compiled model. Light, background and added objects are drawn by LIBERO-Plus's own scene code, from its own assets.
 
 Not obvious: LIBERO's initial states hold the robot's joints. The package sets such a state after the robot was placed,
-so that the arm is back at LIBERO's pose and the robot perturbation is gone but for the controller's resting posture.
-Here the perturbed joints replace those of the state (:func:`with_robot_start`).
+so the arm is back at LIBERO's pose, and only the controller, which still aims at the perturbed pose, pulls it there
+while objects settle: it is under way, about half of the distance done, when the policy takes over. That is
+`robot_start` "package". With "perturbed", the default, the perturbed joints replace those of the state
+(:func:`with_robot_start`), and the arm rests in the pose that the task names.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Episode:
 
     `start_vector`, when given, replaces the benchmark's own state of that number (`--initial_states_path`);
     `max_steps`, when not 0, the protocol's step limit. A perturbed task has a `kind`, where known a `level` (its
-    strength on the generator's scale) and its full `task_name`.
+    strength on the generator's scale) and its full `task_name`; for `robot_start` see :mod:`plus_scene`.
     """
 
     suite: str
@@ -77,6 +77,7 @@ class Episode:
     kind: str | None = None
     level: int | None = None
     task_name: str | None = None
+    robot_start: str = "perturbed"
 
     @property
     def key(self) -> tuple[str, int, int]:

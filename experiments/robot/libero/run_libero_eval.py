@@ -87,6 +87,7 @@ class GenerateConfig:
     base_task_ids: str = ""  # LIBERO-Plus: only perturbations of these tasks of LIBERO's suite, as in 0,3,7
     task_subset: int = 0  # LIBERO-Plus: so many tasks, balanced over kinds, then over base tasks; 0: all
     subset_seed: int = 0  # LIBERO-Plus: which ones
+    robot_start: str = "perturbed"  # LIBERO-Plus: perturbed: the arm rests in the new pose; package: still moves there
     instruction_source: str = (
         "bddl"  # LIBERO-Plus: bddl; base: LIBERO's wording; name: as its package has it, with a leak
     )
