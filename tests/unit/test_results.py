@@ -64,6 +64,22 @@ def test_a_half_written_line_is_dropped_and_the_next_one_readable(tmp_path: Path
     assert load_episodes(tmp_path) == [result(0), result(1)]
 
 
+def test_what_is_not_the_published_protocol_is_said_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    protocol = {"max_steps": 220, "render": "fast", "image_size": 256}
+    identity = {**IDENTITY, "protocol": protocol, "standard_protocol": False}
+    write(tmp_path / "fast", [result(0)], identity)
+    write(tmp_path / "usual", [result(0)], {**IDENTITY, "standard_protocol": True})
+    said = "Not the protocol of published numbers: render fast."
+    assert said in (tmp_path / "fast" / "summary.md").read_text()
+    assert "published" not in (tmp_path / "usual" / "summary.md").read_text()
+    assert main(["report", str(tmp_path / "fast")]) == 0
+    assert said in capsys.readouterr().out
+    assert main(["compare", str(tmp_path / "fast"), str(tmp_path / "usual")]) == 0
+    assert "differ in their protocol" in capsys.readouterr().out
+
+
 def test_a_damaged_line_inside_is_an_error(tmp_path: Path) -> None:
     write(tmp_path, [result(0)])
     file = tmp_path / "episodes.jsonl"

@@ -20,7 +20,13 @@ from typing import Any
 
 from experiments.robot.libero import summary
 from experiments.robot.libero.completeness import Completeness, check, describe, planned_episodes, write_plan
-from experiments.robot.libero.results import EpisodeResult, better_of, differing_values, read_episode_lines
+from experiments.robot.libero.results import (
+    EpisodeResult,
+    better_of,
+    deviations,
+    differing_values,
+    read_episode_lines,
+)
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
@@ -70,7 +76,8 @@ def _write(
         chosen[line[0].key] = line if earlier is None or better_of(earlier[0], line[0]) is line[0] else earlier
     episodes = [chosen[key] for key in sorted(chosen)]
     report = summary.summarize([result for result, _ in episodes])
-    report = {**report, "planned": len(planned), "missing": 0, "identity": config.get("identity", {})}
+    identity = config.get("identity", {})
+    report = {**report, "planned": len(planned), "missing": 0, "deviations": deviations(identity), "identity": identity}
     atomic_write(out / "config.json", json.dumps(config, indent=2) + "\n")
     write_plan(out, "", planned, anew=True)
     atomic_write(out / "episodes.jsonl", b"".join(line + b"\n" for _, line in episodes))

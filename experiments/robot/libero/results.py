@@ -30,7 +30,7 @@ from typing import IO, Any
 
 from experiments.robot.libero import summary
 from experiments.robot.libero.completeness import planned_episodes, write_plan
-from experiments.robot.libero.protocol import Episode
+from experiments.robot.libero.protocol import Episode, Protocol
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
@@ -150,6 +150,7 @@ class RunFolder:
             results, planned = self.finished(), planned_episodes(self.folder)
             missing = len(planned - {result.key for result in results})
             report = {**summary.summarize(results), "planned": len(planned), "missing": missing}
+            report["deviations"] = deviations(self._record["identity"])
             content = {**report, "identity": self._record["identity"]}
             atomic_write(self.folder / "summary.json", json.dumps(content, indent=2) + "\n")
             atomic_write(self.folder / "summary.md", summary.to_markdown(report))
@@ -195,6 +196,22 @@ def differing_values(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         for key in sorted(set(there) | set(now))
         if there.get(key) != now.get(key)
     ]
+
+
+def deviations(identity: Mapping[str, Any]) -> list[str]:
+    """In what a run differs from the protocol of published numbers, as its summary says it: ["render fast", ...]."""
+    if identity.get("standard_protocol", True):
+        return []
+    standard, protocol = Protocol(max_steps=0).as_dict(), identity.get("protocol", {})
+    differing = [
+        name for name in standard if name != "max_steps" and protocol.get(name, standard[name]) != standard[name]
+    ]
+    return [f"{name} {protocol[name]}" for name in differing] or ["step limit or initial states"]
+
+
+def _identity_of(run: Path) -> dict[str, Any]:
+    file = run / "config.json"
+    return read_json(file).get("identity", {}) if file.is_file() else {}
 
 
 def read_episode_lines(file: Path) -> Iterator[tuple[EpisodeResult, bytes]]:
@@ -249,11 +266,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         episodes = [load_episodes(run) for run in arguments.runs]
+        identities = [_identity_of(run) for run in arguments.runs]
         if arguments.command == "compare":
             content = summary.compare(episodes[0], episodes[1])
+            protocols = [identity.get("protocol", {}) for identity in identities]
+            content["protocols_differ"] = differing_values(*protocols) if all(protocols) else []
             text = summary.comparison_to_markdown(content)
         else:
             content = summary.summarize(_merge(arguments.runs, episodes))
+            found = (deviation for identity in identities for deviation in deviations(identity))
+            content["deviations"] = list(dict.fromkeys(found))
             text = summary.to_markdown(content)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

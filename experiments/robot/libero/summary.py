@@ -84,6 +84,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         lines += ["", f"Mean of the {len(report['suites'])} suites: {_percent(report['total']['mean_of_suites'])}"]
     if "perturbations" in report:
         lines += plus_summary.kind_lines(report["perturbations"], _percent)
+    if report.get("deviations"):
+        lines += ["", f"Not the protocol of published numbers: {', '.join(report['deviations'])}."]
     if report.get("missing"):
         lines += ["", f"**Incomplete: {report['missing']} of {report['planned']} episodes have not run.**"]
     if report["total"]["errors"]:
@@ -162,4 +164,6 @@ def comparison_to_markdown(content: dict[str, Any]) -> str:
         f"B minus A: {100 * content['difference_b_minus_a']:+.1f} points on {content['episodes']} shared episodes "
         f"({content['left_out']} left out); exact McNemar test, two-sided: p = {content['p_value']:.4g}",
     ]
+    if content.get("protocols_differ"):
+        rows += ["", f"The runs differ in their protocol: {'; '.join(content['protocols_differ'])}."]
     return "\n".join(rows) + "\n"
