@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,17 @@ def test_stops_after_the_last_requested_layer_with_the_same_features(folder: Pat
     expected = whole(images())
     assert torch.equal(features.layers[0], expected.layers[1])
     assert torch.equal(features.layers[1], expected.layers[0])
+
+
+def test_runs_on_the_images_device_and_builds_no_heads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = VGGTTeacher.from_pretrained(folder, layers=[0])
+    assert [name for name, _ in teacher.named_children()] == ["aggregator"]
+    assert not any("head" in name for name, _ in teacher.named_parameters())
+    # On the meta device nothing can be copied to the host or come from it: clamp, resize and normalization stay there.
+    # It knows no autocast, which plays no part here.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    features = teacher.to("meta")(images().to("meta"))
+    assert features.layers[0].device.type == "meta" and features.image_hw == (28, 28)
 
 
 def test_later_layers_need_no_weights(folder: Path) -> None:
