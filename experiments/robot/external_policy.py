@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.robot.checkpoint import resolve_unnorm_key
 from experiments.robot.policy import Policy
 from prismatic.util.errors import UsageError
 
@@ -80,11 +79,13 @@ def _open_server(config: Any) -> ExternalPolicy:
 
 def _unnorm_key(config: Any, metadata: Mapping[str, Any]) -> str:
     """The statistics to ask for: those that a checkpoint would be evaluated with, else the server's default ("")."""
+    from experiments.robot.libero.plus_plan import unnorm_key_for
+
     keys = metadata.get("unnorm_keys")
     if not isinstance(keys, list):
         return str(config.unnorm_key)
     try:
-        return resolve_unnorm_key(dict.fromkeys(keys), config.unnorm_key, config.task_suite_name)
+        return unnorm_key_for(dict.fromkeys(keys), config.unnorm_key, config.task_suite_name)
     except UsageError:
         if config.unnorm_key or not metadata.get("unnorm_key"):
             raise
