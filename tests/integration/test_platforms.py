@@ -1,0 +1,134 @@
+"""Bridge and ALOHA from their files to actions: fine-tuning, the checkpoint's record, prediction from an adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.robot.checkpoint import open_checkpoint
+from experiments.robot.openvla_utils import OpenVLAPolicy, get_vla_action
+from experiments.robot.policy import Query
+from prismatic.training.metrics import read_log
+from prismatic.util.errors import UsageError
+from prismatic.vla.platforms import ALOHA, BRIDGE, Platform
+from tests.rlds_layouts import ALOHA_STEPS, BRIDGE_STEPS, aloha_episode, bridge_episode, write_layout
+
+ALOHA_NAME = "aloha1_put_X_into_pot_300_demos"
+
+
+@pytest.fixture
+def robots_root(tmp_path: Path) -> Path:
+    """A Bridge and an ALOHA dataset."""
+    root = tmp_path / "robots"
+    write_layout(root, "bridge_orig", BRIDGE_STEPS, *[bridge_episode(12, [1.0] * 6 + [0.0] * 6)] * 2)
+    write_layout(root, ALOHA_NAME, ALOHA_STEPS, aloha_episode(30))
+    return root
+
+
+def _query(platform: Platform, seed: int = 0) -> Query:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
+    state = rng.uniform(0, 1, platform.proprio_dim)
+    return Query(images[0], images[1], state, "put it into the pot", extra_images=(images[2],))
+
+
+@pytest.mark.parametrize(
+    ("platform", "dataset", "num_images", "proprio"),
+    [
+        (BRIDGE, "bridge", 1, True),
+        (ALOHA, ALOHA_NAME, 3, True),
+        (ALOHA, ALOHA_NAME, 2, False),
+    ],
+    ids=["bridge", "aloha-3-proprio", "aloha-2"],
+)
+def test_from_files_to_actions(
+    platform: Platform,
+    dataset: str,
+    num_images: int,
+    proprio: bool,
+    finetune: Callable[..., Path],
+    robots_root: Path,
+) -> None:
+    inputs: dict[str, Any] = {"num_images_in_input": num_images, "use_proprio": proprio}
+    runs = finetune(
+        data_root_dir=robots_root,
+        dataset_name=dataset,
+        platform=platform.name,
+        merge_lora_during_training=False,
+        **inputs,
+    )
+    rows = read_log(runs / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2] and all(0 < row["action_loss"] < 3 for row in rows)
+    folder = runs / "run--2_chkpt"
+    record = json.loads((folder / "run_config.json").read_text())
+    assert (record["platform"], record["num_images_in_input"]) == (platform.name, num_images)
+    # The base model says libero; the run's record decides.
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.adapter_path is not None and checkpoint.config["platform"] == platform.to_dict()
+    settings = SimpleNamespace(
+        **inputs,
+        pretrained_checkpoint=str(folder),
+        use_l1_regression=True,
+        use_diffusion=False,
+        use_film=False,
+        center_crop=True,
+        device="cpu",
+    )
+    policy = OpenVLAPolicy.from_checkpoint(checkpoint, settings, next(iter(checkpoint.statistics)))
+    queries = [_query(platform, seed) for seed in range(2)]
+    actions = policy.act(queries)
+    assert actions.shape == (2, platform.chunk, platform.action_dim) and np.isfinite(actions).all()
+    low, high = (
+        np.array(bound) for bound in platform.normalization.bounds(policy.vla.norm_stats[policy.unnorm_key]["action"])
+    )
+    middle, reach = (low + high) / 2, (high - low) / 2 + 1e-6
+    normalized = np.abs(actions - middle)[..., :6] / reach[:6]
+    assert normalized.max() < 20  # in the units of the data, not of another platform's
+    settings.unnorm_key = policy.unnorm_key
+    observation = {
+        "full_image": queries[0].image,
+        "left_wrist_image": queries[0].wrist_image,
+        "right_wrist_image": queries[0].extra_images[0],
+        "state": queries[0].state,
+    }
+    heads = (policy._parts["action_head"], policy._parts.get("proprio_projector"))
+    single = get_vla_action(settings, policy.vla, policy.processor, observation, queries[0].instruction, *heads)
+    np.testing.assert_allclose(single, actions[0], rtol=1e-4, atol=1e-3)
+
+
+def test_a_dataset_of_another_platform_is_refused(finetune: Callable[..., Path], robots_root: Path) -> None:
+    with pytest.raises(UsageError, match=r"steps/action has shape \(14,\); accepted for platform 'libero': \(7,\)"):
+        finetune(data_root_dir=robots_root, dataset_name=ALOHA_NAME)
+    with pytest.raises(UsageError, match="has no wrist camera"):
+        finetune(data_root_dir=robots_root, dataset_name="bridge_orig", platform="bridge")
+
+
+def test_a_film_run_resumes_exactly(finetune: Callable[..., Path], teacher_folder: Path, tmp_path: Path) -> None:
+    from tests.integration.test_finetune import _weights
+
+    flags: dict[str, Any] = {
+        "use_film": True,
+        "vggt_path": str(teacher_folder),
+        "num_images_in_input": 1,
+        "merge_lora_during_training": False,
+    }
+    straight = finetune(run_root_dir=tmp_path / "a", max_steps=2, save_freq=1, **flags)
+    halfway = straight / "run--1_chkpt"
+    resumed = finetune(run_root_dir=tmp_path / "b", vla_path=str(halfway), resume=True, max_steps=2, **flags)
+    before, expected, actual = (
+        _weights(folder) for folder in (halfway, straight / "run--2_chkpt", resumed / "run--2_chkpt")
+    )
+    assert expected.keys() == actual.keys()
+    film = [key for key in actual if key.startswith("vision_backbone") and (".scale." in key or ".shift." in key)]
+    assert any("vision_backbone" in key and "lora" in key for key in actual)
+    assert film and any(not (before[key] == actual[key]).all() for key in film)
+    for key, value in expected.items():
+        assert value.equal(actual[key]), key
+    with pytest.raises(UsageError, match=r"--use_film: False found, but .* holds a vision_backbone"):
+        finetune(vla_path=str(halfway), resume=True, **{**flags, "use_film": False})
