@@ -57,8 +57,10 @@ def read_outcome(config: DemoConfig, method: str, seeds: Sequence[int]) -> Outco
 
 
 def write_report(config: DemoConfig, seeds: tuple[int, ...], *, minutes: float, console: Console) -> Path:
-    """Write report.md and report.png below `config.out`, print the table, and return the report's path."""
+    """Write report.md, report.png and the runs' page below `config.out`, print the table, and return the report's path."""
     from rich.table import Table
+
+    from experiments.report.training_page import build_page
 
     outcomes = [read_outcome(config, method, seeds) for method in LABELS]
     table = Table(title=f"{config.suite}, tasks {config.tasks}, {config.trials} unseen initial states each")
@@ -69,6 +71,8 @@ def write_report(config: DemoConfig, seeds: tuple[int, ...], *, minutes: float, 
     draw_picture(config, seeds, outcomes, config.out / "report.png")
     report = config.out / "report.md"
     atomic_write(report, _markdown(config, seeds, outcomes, minutes))
+    runs = [config.out / "runs" / f"{method}-seed{seed}" for seed in seeds for method in ("baseline", "rocket")]
+    build_page(runs, config.out / "report.html", config.out / "eval", "Demo: fine-tuning with and without ROCKET")
     console.print(table)
     for name, place in _places(config).items():
         console.print(f"{name}: {place}", highlight=False, soft_wrap=True)
@@ -90,6 +94,7 @@ def _places(config: DemoConfig) -> dict[str, Path]:
     return {
         "report": config.out / "report.md",
         "picture": config.out / "report.png",
+        "page to look at": config.out / "report.html",
         "demonstrations": config.out / "data",
         "checkpoints and loss logs": config.out / "runs",
         "results, one line an episode": config.out / "eval",

@@ -1,0 +1,91 @@
+"""The page about fine-tuning runs: its numbers are those of the logs and result files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.report import training_page
+from experiments.report.settings import setting_rows
+
+
+def _run(root: Path, name: str, *, pairs: int, final: float, **config: Any) -> Path:
+    folder = root / "runs" / name
+    folder.mkdir(parents=True)
+    rows: list[dict[str, float]] = []
+    for step in (1, 10, 20):
+        row = {"step": step, "loss": 1.0, "action_loss": final * 20 / step, "seconds": 60.0}
+        if pairs:
+            row |= {"align_loss": 0.5, **{f"align_loss_pair_{pair}": 0.1 * pair for pair in range(pairs)}}
+        rows.append(row)
+    rows.append({"step": 20, "val/loss": 3.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checkpoint = folder.with_name(f"{name}--20_chkpt")
+    checkpoint.mkdir()
+    (checkpoint / "run_config.json").write_text(json.dumps({"seed": 3, **config}))
+    return folder
+
+
+def _evaluation(root: Path, run: str, step: int, successes: int) -> None:
+    folder = root / "eval" / f"{run}-{step}"
+    (folder / "videos").mkdir(parents=True)
+    record = {"identity": {"suite": "libero_object"}, "environment": {"checkpoint": f"x/{run}--{step}_chkpt"}}
+    (folder / "config.json").write_text(json.dumps(record))
+    for number in range(4):
+        good = number < successes
+        line = {"suite": "libero_object", "task_id": 0, "task": "t", "init_state": number, "seed": 7}
+        line |= {"status": "success" if good else "failure", "success": good, "steps": 9, "error": None, "wall_time": 1}
+        with (folder / "episodes.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        (folder / "videos" / f"libero_object--task00--init{number:02d}--{line['status']}.mp4").write_bytes(b"")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    alignment = {"student_layers": [2, 5], "teacher_layers": [1, 4], "widths": [20, 100], "projector": "matryoshka"}
+    found = [
+        _run(tmp_path, "rocket", pairs=2, final=0.125, recipe="rocket", alignment=alignment),
+        _run(tmp_path, "baseline", pairs=0, final=0.25, recipe="baseline"),
+    ]
+    _evaluation(tmp_path, "rocket", 10, 1)
+    _evaluation(tmp_path, "rocket", 20, 3)
+    return found
+
+
+def test_runs_are_read_with_their_evaluations(runs: list[Path], tmp_path: Path) -> None:
+    rocket, baseline = training_page.load_runs(runs, tmp_path / "eval")
+    assert [(one.step, one.rate.successes) for one in rocket.evaluations] == [(10, 1), (20, 3)]
+    assert rocket.success is not None and rocket.success.rate.value == 0.75
+    assert baseline.success is None and baseline.curve("align_loss") is None
+    assert dict(rocket.details)["training time"] == "3.0 min"
+    assert dict(rocket.details)["action loss"] == "0.1250"
+
+
+def test_the_page_shows_losses_pairs_widths_and_rollouts(runs: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "page" / "training.html"
+    out.parent.mkdir()
+    assert training_page.main([*map(str, runs), "--eval", str(tmp_path / "eval"), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "75.0%" in page and "not evaluated" in page
+    assert "2 : 1" in page and "5 : 4" in page and "<b>100</b>" in page and "--value:20.00" in page
+    assert page.count("<video") == 4
+    assert page.index("--failure.mp4") < page.index("--success.mp4")
+    assert "../eval/rocket-20/videos/" in page and "../eval/rocket-10/" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
+def test_a_folder_without_a_log_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert training_page.main([str(tmp_path)]) == 2
+    assert "no metrics.jsonl" in capsys.readouterr().err
+
+
+def test_settings_that_differ_come_first() -> None:
+    rows = setting_rows([{"a": 1, "b": {"c": "x"}}, {"a": 1, "b": {"c": "y"}, "d": True}])
+    assert [(row.name, row.cells, row.differs) for row in rows] == [
+        ("b.c", ("x", "y"), True),
+        ("d", ("-", "true"), True),
+        ("a", ("1", "1"), False),
+    ]
