@@ -57,7 +57,7 @@ def read_outcome(config: DemoConfig, method: str, seeds: Sequence[int]) -> Outco
 
 
 def write_report(config: DemoConfig, seeds: tuple[int, ...], *, minutes: float, console: Console) -> Path:
-    """Write report.md, report.png and the runs' page below `config.out`, print the table, and return the report's path."""
+    """Write report.md, .png and .html below `config.out`, print the table, and return report.md's path."""
     from rich.table import Table
 
     from experiments.report.training_page import build_page

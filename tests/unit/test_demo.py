@@ -68,7 +68,7 @@ def test_the_report_adds_up_result_files(tmp_path: Path) -> None:
         for method in demo.METHODS:
             log = tmp_path / "runs" / f"{method}-seed{seed}" / "metrics.jsonl"
             log.parent.mkdir(parents=True)
-            rows = [{"step": step, "action_loss": 1 / step, "align_loss": 0.5} for step in (1, 10, 20)]
+            rows = [{"step": step, "loss": 1.0, "action_loss": 1 / step, "align_loss": 0.5} for step in (1, 10, 20)]
             log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     shown = io.StringIO()
     report = demo_report.write_report(config, (0, 1), minutes=3.0, console=Console(file=shown, width=200))
