@@ -69,11 +69,15 @@ class PaddedCollatorForActionPrediction:
         return pad_sequence(list(sequences), batch_first=True, padding_value=value)
 
     def _pixels(self, instances: Sequence[Mapping[str, Any]]) -> torch.Tensor:
-        pixels = torch.stack([instance["pixel_values"] for instance in instances])
-        if "pixel_values_wrist" in instances[0]:
-            wrist = torch.stack([instance["pixel_values_wrist"] for instance in instances])
-            pixels = torch.cat([pixels, wrist], dim=1)
-        return pixels.to(self.pixel_values_dtype)
+        names = [name for name in ("pixel_values", "pixel_values_wrist") if name in instances[0]]
+        views = [[instance[name] for name in names] for instance in instances]
+        channels = sum(len(view) for view in views[0])
+        # Every view is copied once, into its place; stacking and then joining the views would copy it twice.
+        pixels = torch.empty(len(views), channels, *views[0][0].shape[1:], dtype=self.pixel_values_dtype)
+        for row, parts in zip(pixels, views, strict=True):
+            for place, part in zip(row.split([len(part) for part in parts]), parts, strict=True):
+                place.copy_(part)
+        return pixels
 
 
 def _stack(arrays: Sequence[Any]) -> torch.Tensor:

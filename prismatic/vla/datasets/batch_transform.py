@@ -74,8 +74,8 @@ class RLDSBatchTransform:
             "actions": actions,
         }
         if self.use_wrist_image:
-            wrist = [value for key, value in observation.items() if "wrist" in key]
-            sample["pixel_values_wrist"] = torch.cat([self._pixels(image) for image in wrist])
+            wrist = [self._pixels(value) for key, value in observation.items() if "wrist" in key]
+            sample["pixel_values_wrist"] = torch.cat(wrist) if len(wrist) > 1 else wrist[0]
         if self.use_proprio:
             sample["proprio"] = observation["proprio"]
         return sample
