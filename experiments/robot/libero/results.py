@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="success per task and suite over one or several runs")
     report.add_argument("runs", type=Path, nargs="+")
     compare = commands.add_parser("compare", help="paired test of two runs on the episodes both have")
-    compare.add_argument("runs", type=Path, nargs=2, metavar=("RUN_A", "RUN_B"))
+    compare.add_argument("runs", type=Path, nargs=2, metavar="RUN")
     for command in (report, compare):
         command.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     arguments = parser.parse_args(argv)
