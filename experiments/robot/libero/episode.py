@@ -128,8 +128,6 @@ class EpisodeRunner:
         if env is not None:
             env.close()
             del env
-            gc.collect()  # robosuite's objects refer to each other: 0.3 GB an environment would wait for the collector.
-            del env
             gc.collect()  # robosuite's objects refer to each other: hundreds of MB would stay until some later time.
 
     @contextlib.contextmanager
