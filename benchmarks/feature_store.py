@@ -75,6 +75,9 @@ def build(config: BenchmarkConfig, kind: str) -> tuple[Path, dict[str, Any]]:
     """Build a store with the command, if it is not there; returns its folder and what it took."""
     dtype, components = kind.split(":")
     folder = config.work_dir / f"store-{dtype}-{components}"
+    report = config.work_dir / f"{folder.name}.json"
+    if report.is_file():
+        return folder, read_json(report)
     flags = run_config(config) | {"feature_store": folder, "vggt_path": config.teacher, "store_dtype": dtype}
     flags = {name: value for name, value in flags.items() if name not in ("use_proprio", "use_l1_regression")}
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -85,13 +88,15 @@ def build(config: BenchmarkConfig, kind: str) -> tuple[Path, dict[str, Any]]:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     frames = index["frames"]
-    return folder, {
+    took = {
         "frames": frames,
         "bytes_per_frame": round(size / frames),
         "build_seconds_per_frame": (time.perf_counter() - started) / frames,
         "build_cpu_seconds_per_frame": cpu / frames,
         "cosine_of_stored_features": index["cosine_of_stored_features"],
     }
+    atomic_write(report, json.dumps(took))
+    return folder, took
 
 
 class Compared:
@@ -141,27 +146,79 @@ class Compared:
                 return
             yield batch
 
-    def measure(self, store: Path, ranges: Any, count: int) -> dict[str, float]:
-        """Mean cosines between stored and online targets, and the losses against both."""
+    def _attach(self, stores: dict[str, Path]) -> dict[str, Any]:
+        """Let the loader read several stores; returns for each the function that makes targets from a batch."""
+        readers, targets = {}, {}
+        for kind, folder in stores.items():
+            self.training.config.feature_store = str(folder)
+            targets[kind] = self.script.read_stored_targets(self.training, self.align)
+            readers[kind] = self.training.dataset.extras
+        self.training.dataset.extras = lambda *frame: {
+            f"{kind} {name}": value for kind, reader in readers.items() for name, value in reader(*frame).items()
+        }
+        return targets
+
+    def measure(self, stores: dict[str, Path], ranges: Any, count: int) -> dict[str, dict[str, float]]:
+        """For each store the mean cosines between stored and online targets, and the losses against both."""
         import torch
 
-        self.training.config.feature_store = str(store)
-        stored = self.script.read_stored_targets(self.training, self.align)
-        tokens = self.module._num_vision_tokens()
-        sums: dict[str, float] = {}
+        targets, tokens = self._attach(stores), self.module._num_vision_tokens()
+        seen: dict[str, Any] = {}
+        hook = self.alignment.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.update(args=args, kwargs=kwargs), with_kwargs=True
+        )
+        sums: dict[str, dict[str, float]] = {kind: {} for kind in stores}
         for batch in self.batches(ranges, count):
             with torch.no_grad():
-                running, kept = self.online(batch), stored(batch)
+                running = self.online(batch)
                 pooled = self.alignment.targets(running, tokens)
-                cosines = torch.cosine_similarity(pooled, kept.pooled_KBNC, dim=-1)
-                of_others = torch.cosine_similarity(pooled, pooled.roll(1, dims=1), dim=-1)
-                values = {f"cosine_pair_{pair}": float(value) for pair, value in enumerate(cosines.mean((1, 2)))}
-                values["cosine"] = float(cosines.mean())
-                values["cosine_to_another_frame"] = float(of_others.mean())
-                values["loss_online"] = float(self.module(batch, running).metrics["align_loss"])
-                values["loss_stored"] = float(self.module(batch, kept).metrics["align_loss"])
-            sums = {name: sums.get(name, 0.0) + value / count for name, value in values.items()}
+                online = float(self.module(batch, running).metrics["align_loss"])
+                args, kwargs = seen["args"], seen["kwargs"]
+                for kind, sum_of in sums.items():
+                    parts = {k.removeprefix(f"{kind} "): v for k, v in batch["extras"].items() if k.startswith(kind)}
+                    kept = targets[kind]({"extras": parts})
+                    values = self._cosines(pooled, kept.pooled_KBNC) | {"loss_online": online}
+                    values["loss_stored"] = float(self.alignment(*args, **{**kwargs, "teacher": kept}).loss)
+                    for name, value in values.items():
+                        sum_of[name] = sum_of.get(name, 0.0) + value / count
+        hook.remove()
         return sums
+
+    @staticmethod
+    def _cosines(pooled_KBNC: Any, stored_KBNC: Any) -> dict[str, float]:
+        import torch
+
+        cosines = torch.cosine_similarity(pooled_KBNC, stored_KBNC, dim=-1)
+        of_others = torch.cosine_similarity(pooled_KBNC, pooled_KBNC.roll(1, dims=1), dim=-1)
+        by_pair = {f"cosine_pair_{pair}": float(value) for pair, value in enumerate(cosines.mean((1, 2)))}
+        return {"cosine": float(cosines.mean()), "cosine_to_another_frame": float(of_others.mean()), **by_pair}
+
+    def cpu_seconds(self, store: Path, count: int) -> dict[str, dict[str, float]]:
+        """CPU seconds of this process for one batch: loading it, its targets, forward and backward (medians)."""
+        import torch
+
+        stored = self._attach({"": store})[""]
+        read = self.training.dataset.extras
+        times: dict[str, dict[str, list[float]]] = {}
+        self.module.train()
+        for kind, targets, extras in (("online", self.online, None), ("stored", stored, read)):
+            self.training.dataset.extras = extras
+            batches, rows = self.batches(augmentations()["crop and colors"], count), times.setdefault(kind, {})
+            for _ in range(count):
+                marks = [time.process_time()]
+                batch = next(batches)
+                if "extras" in batch:
+                    batch["extras"] = {name.strip(): value for name, value in batch["extras"].items()}
+                marks.append(time.process_time())
+                with torch.no_grad():
+                    wanted = targets(batch)
+                marks.append(time.process_time())
+                self.module(batch, wanted).loss.backward()
+                marks.append(time.process_time())
+                for name, first, last in zip(("loading", "targets", "forward and backward"), marks, marks[1:]):
+                    rows.setdefault(name, []).append(last - first)
+        self.module.eval()
+        return {kind: {name: statistics.median(v) for name, v in rows.items()} for kind, rows in times.items()}
 
 
 def augmentations() -> dict[str, Any]:
@@ -212,12 +269,13 @@ def main(config: BenchmarkConfig) -> None:
     folders = {}
     for kind in config.stores.split(","):
         folders[kind], results["stores"][kind] = build(config, kind)
-    compared = Compared(config)
-    for kind, folder in folders.items():
-        results["stores"][kind]["against_the_running_teacher"] = {
-            name: compared.measure(folder, ranges, config.batches) for name, ranges in augmentations().items()
-        }
-    first = next(iter(folders.values()))
+    compared, first = Compared(config), next(iter(folders.values()))
+    for name, ranges in augmentations().items():
+        for kind, values in compared.measure(folders, ranges, config.batches).items():
+            results["stores"][kind].setdefault("augmentation", {})[name] = values
+    results["cpu_seconds_of_a_batch"] = compared.cpu_seconds(first, config.batches)
+    results["batch_size"] = config.batch_size
+    atomic_write(config.out, json.dumps(results, indent=2) + "\n")
     kinds: dict[str, dict[str, Any]] = {
         "online": {"vggt_path": config.teacher},
         "stored": {"feature_store": first},
