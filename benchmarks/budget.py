@@ -4,7 +4,7 @@
     python benchmarks/budget.py --measured benchmarks/results/full_size_step.json      and set beside a measured step
 
 The training module runs forward and backward at full size on fake tensors: shapes and types pass through every
-operator, nothing is computed. So the prediction follows each change of the code. A few minutes on one core, 2 GB of memory.
+operator, nothing is computed. So the prediction follows each change of the code. Minutes on one core, 2 GB.
 """
 
 from __future__ import annotations

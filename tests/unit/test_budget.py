@@ -1,0 +1,70 @@
+"""The predicted budget: what is counted, on computations whose numbers are known, and at the real models' widths."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.budget import compare_with_published, predict
+from benchmarks.full_size import Sizes, make_batch
+from benchmarks.live_bytes import LiveBytes
+
+FLAGS = SimpleNamespace(views=2, prompt_tokens=40, lora_rank=32)
+ONE_BLOCK = Sizes(llm_blocks=2, vision_blocks=2, teacher_blocks=2)
+
+
+def test_bytes_and_operations_of_a_linear_layer() -> None:
+    tracker = LiveBytes()
+    with FakeTensorMode(), tracker:
+        weight = torch.empty(30, 20, requires_grad=True)
+        inputs = torch.empty(10, 20)
+        resident = tracker.live
+        assert resident == 4 * (30 * 20 + 10 * 20)
+        with tracker.phase("forward"):
+            loss = (torch.nn.functional.linear(inputs, weight) ** 2).sum()
+        # The product is kept for the gradient of its square, the square itself is gone, the sum is one number.
+        assert tracker.live - resident == 4 * (10 * 30 + 1)
+        assert tracker.phases["forward"].peak_bytes - resident == 4 * (2 * 10 * 30 + 1)
+        with tracker.phase("backward"):
+            loss.backward()
+    assert tracker.phases["forward"].flops == 2 * 10 * 20 * 30
+    # Gradient of the weight alone; the inputs need none.
+    assert tracker.phases["backward"].flops == 2 * 10 * 20 * 30
+
+
+def test_a_mask_selects_as_many_as_said() -> None:
+    with FakeTensorMode(), LiveBytes(selected=7):
+        states = torch.empty(2, 5, 3, requires_grad=True)
+        picked = states[torch.ones(2, 5, dtype=torch.bool)]
+        assert picked.shape == (7, 3)
+        picked.sum().backward()
+        assert states.grad is not None and states.grad.shape == states.shape
+
+
+def test_checkpointing_trades_operations_for_memory() -> None:
+    rows = [predict(ONE_BLOCK, FLAGS, batch_size=1, gradient_checkpointing=used) for used in (True, False)]
+    with_it, without = rows
+    assert with_it["kept_for_backward_bytes"] < 0.7 * without["kept_for_backward_bytes"]
+    assert with_it["flops"] > 1.2 * without["flops"]
+    assert with_it["weights_bytes"] == without["weights_bytes"]
+    assert with_it["weights_bytes"]["action_head"] == 4 * 151_117_831
+    # Two moments, as large as what trains; the frozen weights have none.
+    assert with_it["optimizer_bytes"] == 2 * with_it["gradient_bytes"]
+    assert with_it["fits"] == {"40 GB": True, "80 GB": True}
+
+
+def test_the_batch_is_as_the_data_hand_it_over() -> None:
+    batch = make_batch(3, views=2, prompt_tokens=40)
+    assert batch["input_ids"].shape == (3, 40 + 56 + 1)
+    assert ((batch["labels"] > 31743).sum(dim=1) == 56).all()
+    assert batch["pixel_values"].shape == (3, 12, 224, 224)
+
+
+@pytest.mark.parametrize(("peak", "off"), [(60.5, 0.0), (29.5, -50.0)])
+def test_published_figures_are_compared_without_checkpointing(peak: float, off: float) -> None:
+    row = {"recipe": "baseline", "batch_size": 8, "gradient_checkpointing": False, "peak_bytes": peak * 1e9}
+    (found,) = compare_with_published([row, {**row, "gradient_checkpointing": True}, {**row, "batch_size": 4}])
+    assert found["published_gb"] == 62 and found["off_by_percent"] == pytest.approx(off)
