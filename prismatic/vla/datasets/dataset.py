@@ -254,6 +254,10 @@ class RLDSDataset(Dataset):
     def _read_extras(self, draw: FrameDraw) -> Mapping[str, Any]:
         assert self.extras is not None
         source, start = self._locate(draw.frame)
+        if any(len(images) > 1 for images in source.views.values()):
+            raise UsageError(
+                f"--feature_store: {source.name!r} shows one of two cameras at random; accepted: datasets that do not"
+            )
         crops = [FULL_IMAGE if augment is None else augment.crop for augment in self.augmentation(draw).values()]
         try:
             return self.extras(source.name, start, crops)
