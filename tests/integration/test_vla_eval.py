@@ -155,7 +155,7 @@ def test_vla_eval_runs_an_episode_of_libero_against_the_server(
         "episodes_per_task": 1,
         "max_tasks": 1,
         "max_steps": 9,
-        "params": {"suite": "libero_object"},
+        "params": {"suite": "libero_object", "num_steps_wait": 2},
     }
     config = {
         "server": {"url": f"ws://127.0.0.1:{server.port}/vla-eval", "timeout": 60},
@@ -168,7 +168,7 @@ def test_vla_eval_runs_an_episode_of_libero_against_the_server(
         "print('RESULT', json.dumps(api.run(json.loads(sys.argv[1]), docker=False, no_save=True), default=str))"
     )
     command = [sys.executable, "-c", program, json.dumps(config)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     (result,) = json.loads(run.stdout.split("RESULT ")[-1])
     (episode,) = result["tasks"][0]["episodes"]
