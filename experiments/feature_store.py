@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 from prismatic.training.config import TrainConfig
 from prismatic.util.errors import UsageError
 from rocket_align.flags import AlignFlags
+from rocket_align.teacher.store.layout import DTYPES
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
     from rocket_align.teacher.store.layout import StoreLayout
-
-STORE_DTYPES = ("int8", "float16")
 
 
 @dataclass
@@ -41,8 +40,8 @@ class StoreConfig(AlignFlags, TrainConfig):
         """
         if not self.feature_store:
             raise UsageError("--feature_store: empty; accepted: the folder to write")
-        if self.store_dtype not in STORE_DTYPES:
-            raise UsageError(f"--store_dtype: {self.store_dtype!r} found; accepted: {', '.join(STORE_DTYPES)}")
+        if self.store_dtype not in DTYPES:
+            raise UsageError(f"--store_dtype: {self.store_dtype!r} found; accepted: {', '.join(DTYPES)}")
         for name in ("components", "fit_frames", "grid_scale", "batch_size"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: a number above 0")

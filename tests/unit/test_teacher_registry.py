@@ -8,9 +8,17 @@ import pytest
 import torch
 from teacher_models import DEPTH, VIT_TEACHERS, WIDTH, save_vit
 
+from rocket_align import flags
 from rocket_align.alignment import MultiLayerAlignment
 from rocket_align.config import AlignConfig
-from rocket_align.teacher.registry import TeacherInfo, describe_teacher, detect_kind, load_teacher, teacher_hash
+from rocket_align.teacher.registry import (
+    TEACHER_TYPES,
+    TeacherInfo,
+    describe_teacher,
+    detect_kind,
+    load_teacher,
+    teacher_hash,
+)
 from rocket_align.teacher.vggt.aggregator import VGGTAggregator
 from rocket_align.teacher.vggt.checkpoint import save_folder
 from rocket_align.teacher.vggt.config import VGGTConfig
@@ -41,6 +49,10 @@ def test_every_teacher_feeds_the_same_alignment(model: str, tmp_path: Path) -> N
     output = alignment(states, 1, 8, teacher(torch.rand(2, 2, 3, 40, 40)))
     output.loss.backward()
     assert torch.isfinite(output.loss) and states[1].grad is not None
+
+
+def test_the_flag_names_the_teachers_there_are() -> None:
+    assert tuple(flags.TEACHER_TYPES[1:]) == tuple(TEACHER_TYPES)
 
 
 def test_a_wrong_type_is_refused(tmp_path: Path) -> None:
