@@ -123,6 +123,9 @@ def test_a_remote_policy_acts_as_the_local_one(
         ({"policy": "a:b", "pretrained_checkpoint": "c"}, "--policy: found a:b beside --pretrained_checkpoint c"),
         ({"policy": "a:b", "policy_gripper": "up"}, "--policy_gripper: unknown value 'up'"),
         ({"policy": "a:b", "policy_timeout": -1.0}, "--policy_timeout: found -1.0; accepted: 0 or more"),
+        ({"policy": "a:b", "env_img_res": 20000}, "--env_img_res: found 20000; accepted: 16 to 4096 pixels"),
+        ({"policy": "a:b", "env_img_res": 0}, "--env_img_res: found 0; accepted: 16 or more"),
+        ({"policy": "a:b", "num_trials_per_task": 51}, "--num_trials_per_task: found 51; accepted: at most 50"),
         ({"policy": "a:b", "task_suite_name": "libero_spatal"}, "--task_suite_name: unknown value 'libero_spatal'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,13 @@ import json_numpy
 import msgpack
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments.robot.policy import Query
 from experiments.robot.serving.access import TOKEN_VARIABLE, read_token, refusal
 from experiments.robot.serving.batching import Batcher, Overloaded
 from experiments.robot.serving.observation import PolicySpec, Request, RequestError, from_openpi, parse_request
-from experiments.robot.serving.wire import WireError, from_json, from_msgpack, to_json, to_msgpack
+from experiments.robot.serving.wire import WireError, from_json, from_msgpack, to_json, to_msgpack, to_vla_eval
 from prismatic.util.errors import UsageError
 from prismatic.vla.platforms import LIBERO
 
@@ -106,6 +108,30 @@ def test_wrong_msgpack_is_one_line(value: Any) -> None:
         with pytest.raises(WireError) as refused:
             from_msgpack(data)
         assert "\n" not in str(refused.value)
+
+
+def picture(side: int, kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, 8), (10, 200, 30)).save(file, kind)
+    return file.getvalue()
+
+
+def test_vla_evals_arrays_and_pictures() -> None:
+    array = np.arange(6, dtype="<f4").reshape(2, 3)
+    assert_same(from_msgpack(to_vla_eval({"x": array})), {"x": array})
+    assert msgpack.unpackb(to_vla_eval(array))["shape"] == [2, 3]
+    for kind in ("PNG", "JPEG"):
+        found = from_msgpack(msgpack.packb({"__image__": True, "format": kind.lower(), "data": picture(16, kind)}))
+        assert found.shape == (8, 16, 3) and found.dtype == np.uint8
+        assert abs(found[0, 0].astype(int) - (10, 200, 30)).max() <= 3
+    for data, reason in (
+        (picture(5000, "PNG"), r"a picture of \(5000, 8\) pixels; accepted: sides up to 4096"),
+        (picture(16, "BMP"), "neither a PNG nor a JPEG"),
+        (picture(16, "PNG")[:44], "neither a PNG nor a JPEG"),
+        ("text", "a picture's data is str"),
+    ):
+        with pytest.raises(WireError, match=reason):
+            from_msgpack(msgpack.packb({"__image__": True, "format": "png", "data": data}))
 
 
 def test_objects_are_not_sent() -> None:

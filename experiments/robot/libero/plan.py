@@ -35,6 +35,7 @@ from prismatic.vla.platforms import get_platform
 
 SAVE_VIDEOS = ("none", "failures", "all")
 DEVICES = ("auto", "cpu", "cuda")
+MAX_IMAGE_SIDE = 4096
 GRIPPERS = ("auto", "policy", "libero")
 DTYPES = ("auto", "float32", "bfloat16")
 VIEWS = (1, 2)
@@ -120,6 +121,8 @@ def _check_flags(config: Any) -> None:
         if getattr(config, flag) < least:
             raise UsageError(f"--{flag}: found {getattr(config, flag)}; accepted: {least} or more")
     check_plus_flags(config)
+    if config.env_img_res > MAX_IMAGE_SIDE:
+        raise UsageError(f"--env_img_res: found {config.env_img_res}; accepted: 16 to {MAX_IMAGE_SIDE} pixels")
     if config.policy and config.pretrained_checkpoint:
         raise UsageError(
             f"--policy: found {config.policy} beside --pretrained_checkpoint {config.pretrained_checkpoint}; "
