@@ -19,7 +19,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SEQUENTIAL, DIVERGING = "cividis", "RdBu_r"
 _LARGEST_LABELED = 12
-_DARK, _BRIGHT = 0.35, 0.65
+# Tones of the two color maps between which black letters are readable, and above which.
+_DARK, _BRIGHT = 0.2, 0.55
 
 
 def plain(value: Any) -> Any:

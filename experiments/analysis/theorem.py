@@ -99,6 +99,8 @@ def draw(config: TheoremConfig, parts: list[dict[str, Any]]) -> None:
     axes.plot([max(lowest, -1), 1], [max(lowest, -1), 1], color="0.5", lw=0.8, zorder=0)
     if lowest < -5:
         axes.set_xscale("symlog", linthresh=1)
+        axes.set_xticks([tick for tick in (-100, -10, -1, 0, 1) if tick >= 2 * lowest])
+        axes.xaxis.set_major_formatter("{x:g}")
     axes.axhline(0, color="0.8", lw=0.8, zorder=0)
     axes.axvline(0, color="0.8", lw=0.8, zorder=0)
     axes.set(xlabel=r"bound / $|v_a||v_b|$", ylabel=r"$\langle v_a, v_b\rangle$ / $|v_a||v_b|$")

@@ -8,7 +8,7 @@ that every u in span{g} has |u^T (J J^T - c) u| <= eta c |u|^2,
 
 All terms are measured, c and eta as the best ones for the span (from the extreme eigenvalues of J J^T on it), so the
 bound must hold; what it is worth shows in its sign: above zero it proves that two pairs do not work against each other.
-For independent projectors there is no common J, and the same expression with pair 0's is what |Delta_ab| leaves of it.
+For independent projectors, and in part for nested widths, there is no common J: |Delta_ab| shows what that costs.
 
 Everything comes from K x K inner products, summed over tokens, so memory does not grow with the samples.
 """
@@ -72,8 +72,8 @@ class TheoremCheck:
     Args:
         alignment: projectors and pairs.
         reference: where the common Jacobian is taken: at the "first" (shallowest) aligned state, from which the
-            residual stream's increments count, or at the "mean" of the aligned states. A shared projector takes part
-            with the width of its widest pair.
+            residual stream's increments count, or at the "mean" of the aligned states. The projector, and the width
+            of a nested one, is that of the middle pair.
         member: of an ensemble.
 
     Raises:
@@ -87,9 +87,7 @@ class TheoremCheck:
         if not pairs:
             raise ValueError("alignment: found no pair; accepted: one with projectors")
         self._alignment, self._reference, self._member = alignment, reference, member
-        widths = [alignment.projector_of(pair, member)[1] for pair in range(pairs)]
-        shared = alignment.config.projector != "independent"
-        self._reference_pair = widths.index(max(widths)) if shared else 0
+        self._reference_pair = pairs // 2
         self._tokens = 0
         self._sums: dict[str, Tensor] = {}
 

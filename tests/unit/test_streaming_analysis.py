@@ -178,7 +178,7 @@ def test_theorem_terms_equal_those_of_explicit_jacobians(config: AlignConfig, re
     for token_KD, target_KC in zip(tokens.flatten(1, 2).unbind(1), targets.flatten(1, 2).unbind(1)):
         jacobians = [_jacobian(module, token_KD[pair], pair) for pair in range(3)]
         base = token_KD[0] if reference == "first" else token_KD.mean(dim=0)
-        at_reference = _jacobian(module, base, 0 if config.projector == "independent" else 2)
+        at_reference = _jacobian(module, base, 1)
         g = torch.stack([_loss_gradient(module, token_KD[pair], target_KC[pair], pair) for pair in range(3)])
         v = torch.stack([jacobians[pair].T @ g[pair] for pair in range(3)])
         inner.append(v @ v.T)
