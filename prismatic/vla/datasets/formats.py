@@ -30,6 +30,6 @@ def find_splits(
                 f"{data_root_dir / name}: a LeRobot dataset, but {name!r} is registered for its RLDS features "
                 f"({', '.join(spec.numbers)}); accepted: RLDS files, or a name of its own given to register_dataset"
             )
-        return dict(open_lerobot(data_root_dir / name, spec, platform))
+        return dict(open_lerobot(data_root_dir / name, spec, platform, with_proprio))
     rlds = open_dataset(data_root_dir, name, spec, platform, with_proprio)
     return {split: RLDSSplit(spec, files) for split, files in rlds.items()}

@@ -54,8 +54,8 @@ def _find(metadata: Metadata, feature: str, *, image: bool) -> str:
     )
 
 
-def find_columns(metadata: Metadata, spec: DatasetSpec, platform: Platform) -> Columns:
-    """The columns that hold what `spec` asks for.
+def find_columns(metadata: Metadata, spec: DatasetSpec, platform: Platform, with_proprio: bool = True) -> Columns:
+    """The columns that hold what `spec` asks for; states that are not used may have any width.
 
     Raises:
         UsageError: one is missing, or actions or states do not have the platform's width.
@@ -65,7 +65,9 @@ def find_columns(metadata: Metadata, spec: DatasetSpec, platform: Platform) -> C
         state=_find(metadata, spec.state, image=False),
         views={view: _find(metadata, feature, image=True) for view, feature in spec.stored_images.items()},
     )
-    for name, width in ((columns.action, platform.action_dim), (columns.state, platform.proprio_dim)):
+    checked = [(columns.action, platform.action_dim)]
+    checked += [(columns.state, platform.proprio_dim)] if with_proprio else []
+    for name, width in checked:
         shape = tuple(metadata.features[name]["shape"])
         if shape != (width,):
             raise UsageError(

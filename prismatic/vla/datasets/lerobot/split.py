@@ -254,12 +254,16 @@ def _save_arrays(path: Path, identity: dict[str, Any], arrays: dict[str, np.ndar
         atomic_write(path, buffer.getvalue())
 
 
-def open_lerobot(folder: Path, spec: DatasetSpec, platform: Platform) -> dict[str, LeRobotSplit]:
+def open_lerobot(
+    folder: Path, spec: DatasetSpec, platform: Platform, with_proprio: bool = True
+) -> dict[str, LeRobotSplit]:
     """The splits of the LeRobot dataset in `folder`, after a check of its description.
+
+    States that are not used (`with_proprio` False) may have any width.
 
     Raises:
         UsageError: damaged or missing metadata, another version, or columns that do not fit `spec` and `platform`.
     """
     metadata = read_metadata(folder)
-    columns = find_columns(metadata, spec, platform)
+    columns = find_columns(metadata, spec, platform, with_proprio)
     return {split: LeRobotSplit(metadata, spec, columns, split) for split in metadata.splits}
