@@ -90,6 +90,7 @@ def wait_for_lines(folder: Path, run: subprocess.Popen[str], count: int) -> None
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_launched_run_that_is_killed_goes_on_and_is_checked(
     command: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
