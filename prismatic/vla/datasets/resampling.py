@@ -66,27 +66,44 @@ def lanczos_axis(in_size: int, out_size: int) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
+class _CropTables(NamedTuple):
+    """What every crop along an axis shares: the filters, each one's difference to the next, and the output blocks."""
+
+    weights: torch.Tensor
+    difference: torch.Tensor
+    outputs: tuple[slice, ...]
+    ramp: np.ndarray
+
+
+@functools.lru_cache(maxsize=32)
+def _crop_tables(in_size: int, out_size: int) -> _CropTables:
+    weights = torch.from_numpy(_lanczos_band(in_size, out_size).weights)
+    difference = torch.zeros_like(weights)
+    torch.sub(weights[1:], weights[:-1], out=difference[:-1])
+    outputs = tuple(slice(begin, min(begin + _BLOCK, out_size)) for begin in range(0, out_size, _BLOCK))
+    return _CropTables(weights, difference, outputs, np.linspace(0.0, 1.0, out_size) * (out_size - 1))
+
+
 def lanczos_crop_axis(in_size: int, out_size: int, start: float, length: float) -> tuple[Block, ...]:
     """Lanczos-3 to `out_size`, then a crop to the fraction [start, start + length], resized back bilinearly.
 
     The crop's sample positions are corner-aligned (first and last sample lie on the crop's edges), as in
     tf.image.crop_and_resize.
     """
-    band = _lanczos_band(in_size, out_size)
-    positions = (start + np.linspace(0.0, 1.0, out_size) * length) * (out_size - 1)
-    low = np.clip(np.floor(positions).astype(np.int64), 0, out_size - 1)
-    high = np.minimum(low + 1, out_size - 1)
-    fraction = (positions - low).astype(np.float32)[:, None]
-    blocks = []
-    for begin in range(0, out_size, _BLOCK):
-        outputs = slice(begin, min(begin + _BLOCK, out_size))
-        end = outputs.stop - 1
-        # Positions grow, so the first and last row of the block bound its inputs.
-        inputs = slice(int(band.first[low[begin]]), int(band.stop[high[end]]))
-        near, far = band.weights[low[outputs], inputs], band.weights[high[outputs], inputs]
-        near += fraction[outputs] * (far - near)
-        blocks.append(Block(outputs, inputs, torch.from_numpy(near)))
-    return tuple(blocks)
+    band, tables = _lanczos_band(in_size, out_size), _crop_tables(in_size, out_size)
+    positions = tables.ramp * length + start * (out_size - 1)
+    low = np.clip(positions.astype(np.int64), 0, out_size - 1)
+    fraction = torch.from_numpy((positions - low).astype(np.float32))[:, None]
+    rows = torch.from_numpy(low)
+    weights = tables.weights.index_select(0, rows).addcmul_(tables.difference.index_select(0, rows), fraction)
+    # Positions grow, so the first and last row of a block bound its inputs.
+    firsts = band.first[low[[block.start for block in tables.outputs]]].tolist()
+    lasts = low[[block.stop - 1 for block in tables.outputs]]
+    stops = band.stop[np.minimum(lasts + 1, out_size - 1)].tolist()
+    return tuple(
+        Block(outputs, slice(first, stop), weights[outputs, first:stop])
+        for outputs, first, stop in zip(tables.outputs, firsts, stops, strict=True)
+    )
 
 
 def resample(image_HW3: np.ndarray, rows: tuple[Block, ...], columns: tuple[Block, ...]) -> np.ndarray:
