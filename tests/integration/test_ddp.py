@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from prismatic.training.metrics import read_log
+from prismatic.vla.datasets import RLDSDataset
 
 
 def _launch(repo_root: Path, arguments: list[str]) -> None:
@@ -45,7 +46,12 @@ def test_the_script_trains_on_two_processes(
     flags = f"""--vla_path {student_folder} --vggt_path {teacher_folder} --data_root_dir {rlds_root}
         --run_root_dir {tmp_path} --run_id_override run --num_images_in_input 2 --use_proprio True --batch_size 2
         --max_steps 2 --num_workers 0
-        --lora_rank 4 --trackers none --merge_lora_during_training False --wandb_log_freq 1"""
+        --lora_rank 4 --trackers none --merge_lora_during_training False --wandb_log_freq 1
+        --use_val_set True --val_fraction 0.7 --val_freq 2"""
     _launch(repo_root, ["vla-scripts/finetune.py", *flags.split()])
-    assert [row["step"] for row in read_log(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    rows = read_log(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 2]
+    name, size = "libero_spatial_no_noops", (8, 8)
+    held_out = RLDSDataset(rlds_root, name, lambda frame: frame, size, seed=42, holdout=0.7, train=False)
+    assert rows[2]["val/num_samples"] == len(held_out) and rows[2]["val/action_loss"] > 0
     assert (tmp_path / "run--2_chkpt" / "align_projectors--2_checkpoint.pt").is_file()
