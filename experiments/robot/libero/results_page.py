@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import re
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 from urllib.parse import quote
 
 from experiments.report.html import Rate, render
+from experiments.report.settings import SettingRow, setting_rows
 from experiments.robot.libero import summary
 from experiments.robot.libero.completeness import planned_episodes
 from experiments.robot.libero.results import EpisodeResult, load_episodes
@@ -215,23 +215,10 @@ def _videos(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _configuration(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _configuration(runs: Sequence[Run]) -> list[SettingRow]:
     """Settings of all runs side by side; those that differ first."""
-    flat = [_flatten(run.record) for run in runs]
-    names = list(dict.fromkeys(name for of_run in flat for name in of_run))
-    rows = []
-    for name in names:
-        values = [of_run.get(name, "-") for of_run in flat]
-        rows.append({"name": name, "cells": values, "differs": len(set(values)) > 1})
-    return sorted(rows, key=lambda row: not row["differs"])
-
-
-def _flatten(content: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(content, dict) and content:
-        nested = (_flatten(value, f"{prefix}.{name}" if prefix else str(name)) for name, value in content.items())
-        return {name: value for of_one in nested for name, value in of_one.items()}
-    text = content if isinstance(content, str) else json.dumps(content)
-    return {prefix.removeprefix("identity."): text}
+    records = (dict(run.record) for run in runs)
+    return setting_rows([{**record.pop("identity", {}), **record} for record in records])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
