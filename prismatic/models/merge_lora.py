@@ -31,6 +31,7 @@ from prismatic.vla.platforms import recorded_platform
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
 ADAPTER_PATTERNS = ("adapter_model.safetensors", "adapter_model.bin")
 _PEFT_PREFIX = "base_model.model."
+_ELEMENTS_AT_ONCE = 2**23  # 32 MB of float32
 # From the base model, as far as the checkpoint lacks them: what loading the merged folder needs beside weights.
 _PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -118,13 +119,19 @@ class LoraAdapter:
             return weight.to(dtype)
         lora_a, lora_b = (self.files.read(name) for name in self.pairs[target])
         name = target.removesuffix(".weight")
-        state = {
-            f"{name}.base_layer.weight": weight.float(),
-            f"{name}.lora_A.default.weight": lora_a,
-            f"{name}.lora_B.default.weight": lora_b,
-        }
         alpha = self.alpha * math.sqrt(lora_a.shape[0]) if self.rank_stabilized else self.alpha
-        return merge_lora_state_dict(state, alpha)[target].to(dtype)
+        merged = torch.empty(weight.shape, dtype=dtype)
+        # Rows at a time: float32 copies of a whole embedding matrix would take more memory than all else.
+        count = max(1, _ELEMENTS_AT_ONCE // max(1, math.prod(weight.shape[1:])))
+        for start in range(0, weight.shape[0], count):
+            rows = slice(start, start + count)
+            state = {
+                f"{name}.base_layer.weight": weight[rows].float(),
+                f"{name}.lora_A.default.weight": lora_a,
+                f"{name}.lora_B.default.weight": lora_b[rows],
+            }
+            merged[rows] = merge_lora_state_dict(state, alpha)[target]
+        return merged
 
 
 @dataclass(frozen=True)
