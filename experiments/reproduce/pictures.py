@@ -57,7 +57,7 @@ def _drawer(study: Study, records: Sequence[Record], profile: Profile) -> Callab
         return None
     if study.curve:
         return (lambda: draw_curves(study, records, profile)) if _any_curve(study, records, profile) else None
-    suites = ("libero_plus",) if study.plus else profile.suites
+    suites = (profile.plus_suite,) if study.plus else profile.suites
     run = [arm for arm in study.arms(profile) if outcome(records, arm.name, profile.final_step, suites)]
     return (lambda: draw_success(run, records, profile, suites)) if run else None
 

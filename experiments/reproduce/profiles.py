@@ -20,7 +20,7 @@ class Profile:
         seeds: fine-tuning seeds.
         suites: evaluated, one results folder each.
         evaluate: flags of every evaluation.
-        plus: flags of every LIBERO-Plus evaluation.
+        plus_suite, plus: LIBERO-Plus suite of Figure 5, and the flags of its evaluation.
         pairs, selection_count: layer pairs compared in Table 4; layers chosen in Table 5.
         data_fractions: Table 6.
         collects: demonstrations are made by the scripted expert first.
@@ -40,6 +40,7 @@ class Profile:
     seeds: tuple[int, ...]
     suites: tuple[str, ...]
     evaluate: Mapping[str, object]
+    plus_suite: str
     plus: Mapping[str, object]
     pairs: tuple[int, ...]
     selection_count: int
@@ -80,7 +81,13 @@ MINI = Profile(
         "render": "fast",
         "num_workers": 1,
     },
+    plus_suite="libero_plus_object",
     plus={
+        "perturbations": "available",
+        "base_task_ids": "7,9",
+        "task_subset": 100,
+        # The wording of the demonstrations; LIBERO-Plus's own differs in a word.
+        "instruction_source": "base",
         "env_img_res": 128,
         "render": "fast",
         "num_workers": 1,
@@ -117,6 +124,7 @@ PAPER = Profile(
     seeds=(42,),
     suites=("libero_spatial", "libero_object", "libero_goal", "libero_10"),
     evaluate={"num_trials_per_task": 50},
+    plus_suite="libero_plus",
     plus={},
     pairs=(4, 8, 16, 24),
     selection_count=8,

@@ -127,6 +127,7 @@ def evaluation_record(folder: Path) -> dict[str, Any]:
         "suite": config["identity"]["suite"],
         "identity": config["identity"],
         "tasks": {str(result.task_id): result.task for result in episodes},
+        "kinds": {str(result.task_id): result.kind for result in episodes if result.kind},
         "columns": [*columns, "seconds"],
         "episodes": [[*(getattr(result, name) for name in columns), round(result.wall_time, 2)] for result in episodes],
     }

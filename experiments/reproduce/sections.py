@@ -79,6 +79,7 @@ def make_section(study: Study, results: Results) -> Section:
         table = _policies(study, results)
         tables.append(table)
         missing += [row[0] for row in table.rows if NOT_RUN in row]
+        tables += [kinds] if study.plus and (kinds := kind_table(study, results)) else []
     pictures = [results.pictures[study.name]] if study.name in results.pictures else []
     for analysis in study.analyses:
         found = [one for one in results.analyses if (one["study"], one["analysis"]) == (study.name, analysis.name)]
@@ -100,7 +101,7 @@ def success_table(study: Study, results: Results) -> Table:
     """Success of the study's arms with intervals, and the losses at the end of training."""
     profile, records = results.profile, results.records
     header = ("policy", "paper", "success", "95% interval", "episodes", "by seed", "p", "action loss", "alignment loss")
-    suites = ("libero_plus",) if study.plus else profile.suites
+    suites = (profile.plus_suite,) if study.plus else profile.suites
     baseline = outcome(records, BASELINE.name, profile.final_step, suites)
     rows = []
     for arm in study.arms(profile):
@@ -149,6 +150,26 @@ def cost_table(study: Study, results: Results) -> Table:
         success = f"{100 * found.rate:.1f}%" if found else NOT_RUN
         rows.append((arm.label, published_value(study.name, arm), budget, ratio, success))
     return Table(header, tuple(rows))
+
+
+def kind_table(study: Study, results: Results) -> Table | None:
+    """Success for every kind of perturbation; None when no result names one."""
+    profile = results.profile
+    rows: dict[str, dict[str, list[bool]]] = {}
+    for record in results.records:
+        for evaluation in record["evaluations"]:
+            if evaluation["suite"] != profile.plus_suite or evaluation["step"] != profile.final_step:
+                continue
+            for task, _, status, *_ in evaluation["episodes"]:
+                of_kind = rows.setdefault(evaluation["kinds"][str(task)], {})
+                if status != "error":
+                    of_kind.setdefault(record["arm"], []).append(status == "success")
+    arms = study.arms(profile)
+    cells = (
+        (kind, *(f"{sum(found)}/{len(found)}" if (found := by_arm.get(arm.name)) else NOT_RUN for arm in arms))
+        for kind, by_arm in sorted(rows.items())
+    )
+    return Table(("kind of perturbation", *(arm.label for arm in arms)), tuple(cells)) if rows else None
 
 
 def published_value(study: str, arm: Arm) -> str:

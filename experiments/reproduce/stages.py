@@ -135,7 +135,7 @@ def evaluate_job(place: Workplace, arm: Arm, seed: int, step: int, suite: str) -
     flags = {
         "pretrained_checkpoint": place.checkpoint(arm, seed, step),
         "task_suite_name": suite,
-        **(profile.plus if suite == "libero_plus" else profile.evaluate),
+        **(profile.plus if suite == profile.plus_suite else profile.evaluate),
         "local_log_dir": place.out / "eval",
         "run_name": name,
         **place.evaluate,
@@ -161,7 +161,7 @@ def arm_jobs(place: Workplace, study: Study, arm: Arm, seed: int, *, prepare: bo
     """All commands of one arm and seed, in order."""
     profile = place.profile
     steps = profile.curve_steps if study.curve else (profile.final_step,)
-    suites = (*profile.suites, "libero_plus") if study.plus else profile.suites
+    suites = (*profile.suites, profile.plus_suite) if study.plus else profile.suites
     jobs = [select_job(place, arm)] if arm.selection else []
     jobs.append(train_job(place, arm, seed, prepare=prepare))
     jobs += [evaluate_job(place, arm, seed, step, suite) for suite in suites for step in steps]
