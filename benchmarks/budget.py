@@ -147,8 +147,8 @@ def build_on_meta(
     training = training_config(1, gradient_checkpointing=gradient_checkpointing, lora_rank=config.lora_rank)
     align = sizes.alignment(recipe)
     with torch.device("meta"):
-        base = OpenVLAForActionPrediction(sizes.student()).to(torch.bfloat16)
-        vla = adapt_vla(base, training, LIBERO)
+        base: Any = OpenVLAForActionPrediction(sizes.student())
+        vla = adapt_vla(base.to(torch.bfloat16), training, LIBERO)
         vla.vision_backbone.set_num_images_in_input(config.views)
         parts = build_parts(training, Sources("", None, 0), vla, LIBERO)
         teacher = VGGTTeacher(sizes.teacher(), align.teacher_layers) if align.num_pairs else None
@@ -200,9 +200,8 @@ def compare_with_measured(measured: dict[str, Any], config: BudgetConfig) -> dic
     loaded = measured["memory"]["models loaded"]["anonymous"]
     report: dict[str, Any] = {"predicted_weights_bytes": resident}
     for name, phase in row["phases"].items():
-        predicted = phase.peak_bytes if hasattr(phase, "peak_bytes") else phase["peak_bytes"]
         report[name] = {
-            "predicted_bytes_over_weights": predicted - resident,
+            "predicted_bytes_over_weights": phase["peak_bytes"] - resident,
             "measured_bytes_over_weights": measured["phases"][name]["peak_anonymous"] - loaded,
             "flops": phase["flops"],
             "measured_seconds": measured["phases"][name]["seconds"],
