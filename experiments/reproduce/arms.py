@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from experiments.reproduce.profiles import Profile
-from rocket_align.analysis.selection import select_layers
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,10 @@ SELECTIONS = (
 
 def pair_arms(profile: Profile) -> tuple[Arm, ...]:
     """ROCKET with different numbers of evenly spread layer pairs (Table 4)."""
-    arms = []
-    for count in profile.pairs:
-        student, teacher = (
-            ",".join(map(str, select_layers("uniform", num_layers=depth, count=count)))
-            for depth in (profile.student_depth, profile.teacher_depth)
-        )
-        flags = {"recipe": "rocket", "vla_layers_align": student, "vggt_layers_align": teacher}
-        arms.append(Arm(f"rocket-pairs{count}", f"{count} pairs", flags))
-    return tuple(arms)
+    return tuple(
+        Arm(f"rocket-pairs{count}", f"{count} pairs", {"recipe": "rocket"}, {"strategy": "uniform", "count": count})
+        for count in profile.pairs
+    )
 
 
 def selection_arms(profile: Profile) -> tuple[Arm, ...]:

@@ -14,13 +14,23 @@ from typing import Any
 import pytest
 from script_loader import load_finetune_script
 
+from experiments.analysis.config import (
+    CkaConfig,
+    ConeConfig,
+    DepthConfig,
+    GradientsConfig,
+    ProjectorsConfig,
+    SelectConfig,
+    TheoremConfig,
+)
 from experiments.jobs import ROOT, Job
 from experiments.reproduce import __main__ as command
-from experiments.reproduce import arms, outcomes, records, report
+from experiments.reproduce import arms, outcomes, records, report, sections
 from experiments.reproduce.profiles import MINI, PAPER, PROFILES
 from experiments.reproduce.published import PUBLISHED
-from experiments.reproduce.stages import Workplace, arm_jobs
+from experiments.reproduce.stages import Workplace, analysis_job, arm_jobs
 from experiments.reproduce.studies import STUDIES
+from experiments.robot.libero.run_libero_eval import GenerateConfig
 from prismatic.util.errors import UsageError
 
 SCRIPTS = ROOT / "experiments" / "reproduce"
@@ -75,17 +85,33 @@ def test_wrong_flags_are_refused(flags: list[str], message: str, capsys: pytest.
 def test_commands_use_flags_that_the_scripts_have(profile: Any, tmp_path: Path) -> None:
     """Fine-tuning and evaluation flags exist, and every arm's alignment can be formed for the profile's depths."""
     finetune = {field.name for field in dataclasses.fields(load_finetune_script().FinetuneConfig)}
-    from experiments.robot.libero.run_libero_eval import GenerateConfig
-
     evaluate = {field.name for field in dataclasses.fields(GenerateConfig)}
+    select = {field.name for field in dataclasses.fields(SelectConfig)}
+    known = {
+        "vla-scripts/finetune.py": finetune,
+        "experiments/robot/libero/run_libero_eval.py": evaluate,
+        "vla-scripts/select_layers.py": select,
+    }
     place = _place(tmp_path, profile)
-    for study in STUDIES.values():
-        for arm in study.arms(profile):
-            for job in arm_jobs(place, study, arm, profile.seeds[0]):
-                known = {"vla-scripts/finetune.py": finetune, "experiments/robot/libero/run_libero_eval.py": evaluate}
-                if job.arguments[0] in known:
-                    flags = {word[2:] for word in job.arguments if word.startswith("--")}
-                    assert flags <= known[job.arguments[0]], job.name
+    jobs = [job for study in STUDIES.values() for arm in study.arms(profile) for job in arm_jobs(place, study, arm, 0)]
+    for job in jobs:
+        assert {word[2:] for word in job.arguments if word.startswith("--")} <= known[job.arguments[0]], job.name
+
+
+@pytest.mark.parametrize("study", [study for study in STUDIES.values() if study.analyses], ids=lambda study: study.name)
+def test_analyses_are_commands_with_flags_that_exist(study: Any, tmp_path: Path) -> None:
+    for analysis in study.analyses:
+        words = analysis_job(_place(tmp_path), analysis, 0).arguments
+        config = {
+            "gradients": GradientsConfig,
+            "projectors": ProjectorsConfig,
+            "cone": ConeConfig,
+            "cka": CkaConfig,
+            "theorem": TheoremConfig,
+            "depth": DepthConfig,
+        }[words[1]]
+        flags = {word[2:] for word in words if word.startswith("--")}
+        assert flags <= {field.name for field in dataclasses.fields(config)}
 
 
 def test_arms_mean_what_they_say() -> None:
@@ -97,9 +123,7 @@ def test_arms_mean_what_they_say() -> None:
             flags: dict[str, Any] = {name: value for name, value in arm.flags.items() if name in known}
             align = AlignFlags(vggt_path="teacher", **flags).align_config(profile.student_depth, profile.teacher_depth)
             assert bool(align.num_pairs) == (arm.flags["recipe"] != "baseline")
-    paper = {arm.name: arm for arm in arms.pair_arms(PAPER)}
-    assert paper["rocket-pairs8"].flags["vggt_layers_align"] == "2,5,8,11,14,17,20,23"
-    assert paper["rocket-pairs8"].flags["vla_layers_align"] == "3,7,11,15,19,23,27,31"
+    assert [arm.selection["count"] for arm in arms.pair_arms(PAPER)] == [4, 8, 16, 24]
 
 
 def test_the_mini_profile_fits_the_shipped_models() -> None:
@@ -215,3 +239,25 @@ def test_a_record_holds_what_the_run_left(tmp_path: Path) -> None:
     assert record["evaluations"][0]["step"] == 100
     assert record["commands"] == {"train": ["a", "x"]} and record["configuration"]["data_root_dir"] == "data"
     assert str(tmp_path) not in path.read_text()
+
+
+def test_kinds_of_perturbation_have_rows_of_their_own() -> None:
+    found = []
+    for arm, successes in (("baseline", {0, 1}), ("rocket", {0})):
+        record = _record(arm, 0, [])
+        episodes = [[task, 0, "success" if task in successes else "failure", 9, 1.0] for task in range(4)]
+        kinds = {"0": "camera", "1": "robot", "2": "robot", "3": "camera"}
+        plus = {"step": 100, "suite": MINI.plus_suite, "episodes": episodes, "kinds": kinds}
+        found.append({**record, "evaluations": [plus]})
+    table = sections.kind_table(STUDIES["figure5"], sections.Results(MINI, found))
+    assert table is not None
+    assert table.rows == (("camera", "1/2", "1/2"), ("robot", "1/2", "0/2"))
+
+
+def test_analyses_are_averaged_over_seeds() -> None:
+    def one(seed: int, value: float) -> dict[str, Any]:
+        subject = {"label": f"rocket-seed{seed}, step 100", "step": 100, "matched_mean": value}
+        return {"result": {"subjects": [subject]}}
+
+    table = sections.analysis_table("cka", [one(0, 0.2), one(1, 0.4)])
+    assert table.rows == (("rocket, step 100", "0.300 (sd 0.141)"),)
