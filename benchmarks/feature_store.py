@@ -150,7 +150,7 @@ class Compared:
         """Let the loader read several stores; returns for each the function that makes targets from a batch."""
         readers, targets = {}, {}
         for kind, folder in stores.items():
-            self.training.config.feature_store = str(folder)
+            self.flags.feature_store = str(folder)
             targets[kind] = self.script.read_stored_targets(self.training, self.align)
             readers[kind] = self.training.dataset.extras
         self.training.dataset.extras = lambda *frame: {

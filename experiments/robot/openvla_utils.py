@@ -18,7 +18,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -182,6 +182,9 @@ def image_size(vla: Any) -> tuple[int, int]:
     return (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
 
 
+PolicyT = TypeVar("PolicyT", bound="OpenVLAPolicy")
+
+
 class OpenVLAPolicy:
     """A loaded checkpoint that answers batches of queries; see :class:`experiments.robot.policy.Policy`.
 
@@ -203,7 +206,7 @@ class OpenVLAPolicy:
         self._threads = ThreadPoolExecutor(max_workers=8)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint | str, cfg: Any, unnorm_key: str) -> OpenVLAPolicy:
+    def from_checkpoint(cls: type[PolicyT], checkpoint: Checkpoint | str, cfg: Any, unnorm_key: str) -> PolicyT:
         """Load everything that `cfg` asks for: an object with upstream's evaluation flags.
 
         Raises:
