@@ -140,6 +140,6 @@ def test_commands_use_known_flags(program: tuple[str, ...]) -> None:
 
 def test_flags_in_the_text_belong_to_some_command() -> None:
     prose = FENCE.sub("", README)
-    named = {flag for code in re.findall(r"`([^`\n]+)`", prose) for flag in re.findall(r"--[a-z_]+", code)}
+    named = {flag for code in re.findall(r"`([^`\n]+)`", prose) for flag in re.findall(r"--[a-z0-9_]+", code)}
     known = frozenset().union(*(accepted_flags(program) for program in programs()))
     assert named <= known
