@@ -27,7 +27,7 @@ class Outcome:
 
     arm: str
     label: str
-    episodes: Mapping[tuple[int, str, int, int], bool]
+    episodes: Mapping[tuple[int, str, int | str, int], bool]
     errors: int
 
     @property
@@ -41,7 +41,7 @@ class Outcome:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95% interval over all episodes; seeds share initial states, so it says nothing about new tasks."""
+        """Wilson's 95% interval over all episodes: of these trained policies, not of the method."""
         return wilson_interval(self.successes, len(self.episodes))
 
     @property
@@ -51,6 +51,17 @@ class Outcome:
         return {
             seed: statistics.mean(success for key, success in self.episodes.items() if key[0] == seed) for seed in seeds
         }
+
+    @property
+    def seed_interval(self) -> tuple[float, float] | None:
+        """Student's 95% interval of the mean rate of fine-tuning runs, cut to [0, 1]; None for a single seed."""
+        from scipy.stats import t
+
+        rates = list(self.by_seed.values())
+        if len(rates) < 2:
+            return None
+        half = float(t.ppf(0.975, len(rates) - 1)) * statistics.stdev(rates) / len(rates) ** 0.5
+        return max(0.0, self.rate - half), min(1.0, self.rate + half)
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,7 @@ def load_analyses(folder: Path, shown_in: Path) -> list[Record]:
 
 def outcome(records: Iterable[Record], arm: str, step: int, suites: Sequence[str]) -> Outcome | None:
     """An arm's episodes in the given suites; None when none were run."""
-    episodes: dict[tuple[int, str, int, int], bool] = {}
+    episodes: dict[tuple[int, str, int | str, int], bool] = {}
     label, errors = arm, 0
     for record in records:
         if record["arm"] != arm:

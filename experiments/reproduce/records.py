@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.jobs import ROOT, Job
 from experiments.reproduce.arms import Arm
-from experiments.reproduce.stages import Workplace
+from experiments.reproduce.stages import Workplace, is_complete
 from experiments.reproduce.studies import Analysis, Study
 from prismatic.training.metrics import read_log
 from prismatic.util.files import atomic_write, read_json
@@ -35,6 +35,10 @@ def write_record(place: Workplace, arm: Arm, seed: int, jobs: Iterable[Job], res
     path = record_path(place, arm, seed, results)
     checkpoint = place.checkpoint(arm, seed, place.profile.final_step)
     earlier = read_json(path) if path.is_file() else {}
+    # Another study's evaluation may have been stopped halfway.
+    evaluated = [
+        file.parent for file in sorted((place.out / "eval").glob(f"{run_id}-step*/summary.json")) if is_complete(file)
+    ]
     record = {
         "format_version": FORMAT_VERSION,
         "arm": arm.name,
@@ -47,7 +51,7 @@ def write_record(place: Workplace, arm: Arm, seed: int, jobs: Iterable[Job], res
         "configuration": _portable(place, read_json(checkpoint / "run_config.json")),
         "alignment": alignment_record(place, read_json(checkpoint / "run_config.json")),
         "training": training_curves(place.out / "runs" / run_id),
-        "evaluations": [evaluation_record(folder) for folder in sorted((place.out / "eval").glob(f"{run_id}-step*"))],
+        "evaluations": [evaluation_record(folder) for folder in evaluated],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(record, indent=1) + "\n")
@@ -115,21 +119,31 @@ def training_curves(run_dir: Path) -> dict[str, list[float]]:
 
 
 def evaluation_record(folder: Path) -> dict[str, Any]:
-    """One evaluation: its identity, and (task, initial state, status, steps, seconds) of every episode."""
-    from experiments.robot.libero.results import load_episodes
+    """One evaluation: its identity, and (task, initial state, status, steps, seconds) of every episode.
+
+    A task is its number, or "suite:number" in a suite of several (libero_plus), where numbers occur more than once.
+    """
+    from experiments.robot.libero.results import EpisodeResult, load_episodes
 
     config = read_json(folder / "config.json")
     episodes = sorted(load_episodes(folder), key=lambda result: result.key)
-    columns = ("task_id", "init_state", "status", "steps")
+    suite = config["identity"]["suite"]
+
+    def task(result: EpisodeResult) -> int | str:
+        return result.task_id if result.suite == suite else f"{result.suite}:{result.task_id}"
+
     return {
         "name": folder.name,
         "step": int(folder.name.rpartition("-step")[2].split("-")[0]),
-        "suite": config["identity"]["suite"],
+        "suite": suite,
         "identity": config["identity"],
-        "tasks": {str(result.task_id): result.task for result in episodes},
-        "kinds": {str(result.task_id): result.kind for result in episodes if result.kind},
-        "columns": [*columns, "seconds"],
-        "episodes": [[*(getattr(result, name) for name in columns), round(result.wall_time, 2)] for result in episodes],
+        "tasks": {str(task(result)): result.task for result in episodes},
+        "kinds": {str(task(result)): result.kind for result in episodes if result.kind},
+        "columns": ["task_id", "init_state", "status", "steps", "seconds"],
+        "episodes": [
+            [task(result), result.init_state, result.status, result.steps, round(result.wall_time, 2)]
+            for result in episodes
+        ],
     }
 
 

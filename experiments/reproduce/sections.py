@@ -100,28 +100,45 @@ def _policies(study: Study, results: Results) -> Table:
 def success_table(study: Study, results: Results) -> Table:
     """Success of the study's arms with intervals, and the losses at the end of training."""
     profile, records = results.profile, results.records
-    header = ("policy", "paper", "success", "95% interval", "episodes", "by seed", "p", "action loss", "alignment loss")
+    header = (
+        "policy",
+        "paper",
+        "success",
+        "95% of episodes",
+        "episodes",
+        "by seed",
+        "95% of seeds",
+        "p of episodes",
+        "action loss",
+        "alignment loss",
+    )
     suites = (profile.plus_suite,) if study.plus else profile.suites
     baseline = outcome(records, BASELINE.name, profile.final_step, suites)
     rows = []
     for arm in study.arms(profile):
         found = outcome(records, arm.name, profile.final_step, suites)
-        cells = _success_cells(found, baseline) if found else (NOT_RUN, "", "", "", "")
+        cells = _success_cells(found, baseline) if found else (NOT_RUN, *[""] * 5)
         losses = (mean_text(final_values(records, arm.name, name)) for name in ("action_loss", "align_loss"))
         rows.append((arm.label, published_value(study.name, arm), *cells, *losses))
     return Table(header, tuple(rows))
 
 
 def _success_cells(found: Outcome, baseline: Outcome | None) -> tuple[str, ...]:
-    low, high = found.interval
+    of_seeds = found.seed_interval
     test = paired_test(baseline, found) if baseline and found.arm != BASELINE.name else None
     return (
         f"{100 * found.rate:.1f}%",
-        f"{100 * low:.0f} to {100 * high:.0f}%",
+        _range_text(found.interval),
         f"{found.successes}/{len(found.episodes)}" + (f" ({found.errors} errors)" if found.errors else ""),
         ", ".join(f"{100 * rate:.0f}" for rate in found.by_seed.values()),
+        _range_text(of_seeds) if of_seeds else "",
         f"{test.p_value:.2g}" if test else "",
     )
+
+
+def _range_text(interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{100 * low:.0f} to {100 * high:.0f}%"
 
 
 def curve_table(study: Study, results: Results) -> Table:

@@ -13,6 +13,7 @@ from experiments.jobs import Job, start_or_resume
 from experiments.reproduce.arms import Arm
 from experiments.reproduce.profiles import Profile
 from experiments.reproduce.studies import Analysis, Study
+from prismatic.util.files import read_json
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,12 @@ def evaluate_job(place: Workplace, arm: Arm, seed: int, step: int, suite: str) -
         **place.evaluate,
     }
     arguments = place.launched("experiments/robot/libero/run_libero_eval.py", flags)
-    return Job(f"evaluate-{name}", arguments, place.out / "eval" / name / "summary.json")
+    return Job(f"evaluate-{name}", arguments, place.out / "eval" / name / "summary.json", is_complete)
+
+
+def is_complete(summary: Path) -> bool:
+    """Whether an evaluation has run all its episodes; the first of several processes to end writes a summary, too."""
+    return summary.is_file() and not read_json(summary).get("missing")
 
 
 def analysis_job(place: Workplace, analysis: Analysis, seed: int) -> Job:

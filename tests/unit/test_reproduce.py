@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -181,6 +182,8 @@ def test_outcomes_add_up_seeds_and_pair_episodes() -> None:
     assert baseline and rocket
     assert (baseline.successes, len(baseline.episodes)) == (4, 20)
     assert baseline.by_seed == {0: 0.3, 1: 0.1}
+    # Student's t with one degree of freedom: 12.706 * 0.1414 / sqrt(2), cut at 0 and 1.
+    assert baseline.seed_interval == (0.0, 1.0) and rocket.seed_interval is None
     test = outcomes.paired_test(baseline, rocket)
     assert test and (test.only_first, test.only_second) == (0, 5)
     assert test.p_value == pytest.approx(2 * 0.5**5)
@@ -204,7 +207,7 @@ def test_the_end_of_training_and_the_time_of_a_step() -> None:
 def test_the_report_quotes_results_and_names_what_is_missing(tmp_path: Path) -> None:
     _write(tmp_path / "mini", _record("baseline", 0, [0, 1, 2]), _record("rocket", 0, list(range(8))))
     text = report.write_report("mini", tmp_path / "out", results=tmp_path).read_text()
-    assert "| ROCKET | 98.5 | 80.0% | 49 to 94% | 8/10 | 80 | 0.062 |" in text
+    assert "| ROCKET | 98.5 | 80.0% | 49 to 94% | 8/10 | 80 |  | 0.062 |" in text
     assert "| independent projectors | 80 | not run |" in text
     assert "Not run: pi0.5 is not among the supported students." in text
     assert (tmp_path / "out" / "table8.png").stat().st_size > 5_000
@@ -231,14 +234,35 @@ def test_a_record_holds_what_the_run_left(tmp_path: Path) -> None:
     episode = {"suite": "libero_object", "task_id": 7, "task": "t", "init_state": 3, "seed": 7, "status": "success"}
     episode |= {"success": True, "steps": 90, "error": None, "wall_time": 2.345, "attempts": 1}
     (folder / "episodes.jsonl").write_text(json.dumps(episode) + "\n")
+    (folder / "summary.json").write_text('{"missing": 0}')
+    stopped = place.out / "eval" / "rocket-seed0-step50-libero_object"
+    shutil.copytree(folder, stopped)
+    (stopped / "summary.json").write_text('{"missing": 3}')
     path = records.write_record(place, arm, 0, [Job("train", ("a", str(tmp_path / "x")), log)], results=tmp_path / "r")
     record = json.loads(path.read_text())
     assert record["training"] == {"loss": [1.0, 0.5], "seconds": [2.0, 4.0], "step": [1.0, 10.0]}
     assert record["alignment"]["widths"] == [25, 51, 76, 102, 128]
     assert record["evaluations"][0]["episodes"] == [[7, 3, "success", 90, 2.35]]
-    assert record["evaluations"][0]["step"] == 100
+    assert [evaluation["step"] for evaluation in record["evaluations"]] == [100]
     assert record["commands"] == {"train": ["a", "x"]} and record["configuration"]["data_root_dir"] == "data"
     assert str(tmp_path) not in path.read_text()
+
+
+def test_tasks_of_a_suite_of_several_are_told_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "rocket-seed0-step100-libero_plus"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"identity": {"suite": "libero_plus"}}))
+    lines = [
+        {"suite": suite, "task_id": 0, "task": "t", "init_state": 0, "seed": 7, "status": status, "kind": "noise"}
+        | {"success": status == "success", "steps": 9, "error": None, "wall_time": 1.0}
+        for suite, status in (("libero_plus_goal", "success"), ("libero_plus_10", "failure"))
+    ]
+    (folder / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = records.evaluation_record(folder)
+    assert set(found["kinds"]) == {"libero_plus_goal:0", "libero_plus_10:0"}
+    record = {**_record("rocket", 0, []), "evaluations": [found]}
+    result = outcome([record], "rocket", 100, ("libero_plus",))
+    assert result is not None and (result.successes, len(result.episodes)) == (1, 2)
 
 
 def test_kinds_of_perturbation_have_rows_of_their_own() -> None:
