@@ -5,6 +5,7 @@ Files lie in `results/{profile}/{arm}-seed{seed}.json` and belong to the reposit
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -35,6 +36,7 @@ def write_record(place: Workplace, arm: Arm, seed: int, jobs: Iterable[Job], res
     path = record_path(place, arm, seed, results)
     checkpoint = place.checkpoint(arm, seed, place.profile.final_step)
     earlier = read_json(path) if path.is_file() else {}
+    configuration = read_json(checkpoint / "run_config.json")
     # Another study's evaluation may have been stopped halfway.
     evaluated = [
         file.parent for file in sorted((place.out / "eval").glob(f"{run_id}-step*/summary.json")) if is_complete(file)
@@ -46,10 +48,11 @@ def write_record(place: Workplace, arm: Arm, seed: int, jobs: Iterable[Job], res
         "seed": seed,
         "profile": place.profile.name,
         "commands": {**earlier.get("commands", {}), **{job.name: _portable(place, job.arguments) for job in jobs}},
-        "code": earlier.get("code") or code_version(),
-        "versions": earlier.get("versions") or package_versions(),
-        "configuration": _portable(place, read_json(checkpoint / "run_config.json")),
-        "alignment": alignment_record(place, read_json(checkpoint / "run_config.json")),
+        # What trained the policy; checkpoints of other code may not say.
+        "code": configuration.get("code") or earlier.get("code") or code_version(),
+        "versions": configuration.get("versions") or earlier.get("versions") or package_versions(),
+        "configuration": _portable(place, configuration),
+        "alignment": alignment_record(place, configuration),
         "training": training_curves(place.out / "runs" / run_id),
         "evaluations": [evaluation_record(folder) for folder in evaluated],
     }
@@ -78,8 +81,19 @@ def write_analysis_record(
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(record) + "\n")
     if seed == place.profile.seeds[0]:
-        atomic_write(path.with_suffix(".png"), job.result.with_suffix(".png").read_bytes())
+        atomic_write(path.with_suffix(".png"), _small_picture(job.result.with_suffix(".png")))
     return path
+
+
+def _small_picture(file: Path) -> bytes:
+    """A picture for a page as PNG, at most 1,100 pixels wide; the one for a paper stays with the run."""
+    from PIL import Image
+
+    with Image.open(file) as image:
+        image.thumbnail((1100, 1600))
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def _rounded(value: Any) -> Any:
