@@ -48,11 +48,18 @@ class Job:
         name: shown, and the name of the log file.
         arguments: what follows the Python interpreter.
         result: exists once the command has done its work; the job is then skipped.
+        check: says of that path whether the work is done, where its existence is not enough.
     """
 
     name: str
     arguments: tuple[str, ...]
     result: Path
+    check: Callable[[Path], bool] = Path.exists
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.check(self.result)
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Chain:
     @property
     def done(self) -> bool:
         """Whether every job's result is there."""
-        return all(job.result.exists() for job in self.jobs)
+        return all(job.done for job in self.jobs)
 
 
 @dataclass
@@ -90,6 +97,7 @@ class JobRunner:
         self.seconds: dict[str, float] = {}
         self._running: dict[str, _Running] = {}
         self._lock = threading.Lock()
+        self._stopping = threading.Event()
 
     def run(self, jobs: Sequence[Job], parallel: int) -> None:
         """Run what is not done yet.
@@ -113,6 +121,7 @@ class JobRunner:
         todo = sum(not chain.done for chain in chains)
         threads = max(1, (os.cpu_count() or 1) // max(1, min(parallel, todo or 1)))
         failures: list[JobFailed] = []
+        self._stopping.clear()
         watcher = threading.Event()
         display = threading.Thread(target=self._show, args=(watcher,), daemon=True)
         display.start()
@@ -120,7 +129,7 @@ class JobRunner:
         def run_chain(chain: Chain) -> None:
             try:
                 for job in chain.jobs:
-                    if failures and not keep_going:
+                    if self._stopping.is_set() or (failures and not keep_going):
                         return
                     self._run_or_skip(job, threads)
                 if chain.finish is not None:
@@ -130,18 +139,21 @@ class JobRunner:
                 if not keep_going:
                     self._terminate()
 
+        pool = ThreadPoolExecutor(parallel)
         try:
-            with ThreadPoolExecutor(parallel) as pool:
-                for outcome in [pool.submit(run_chain, chain) for chain in chains]:
-                    outcome.result()
+            for outcome in [pool.submit(run_chain, chain) for chain in chains]:
+                outcome.result()
         finally:
-            watcher.set()
+            # After Ctrl-C, which ends the running commands too, nothing that waits may start in their place.
+            self._stopping.set()
             self._terminate()
+            pool.shutdown(cancel_futures=True)
+            watcher.set()
             display.join()
         return failures
 
     def _run_or_skip(self, job: Job, threads: int) -> None:
-        if job.result.exists():
+        if job.done:
             self.console.print(f"[dim]{job.name}: already done ({job.result})[/dim]", highlight=False, soft_wrap=True)
         else:
             self._run_one(job, threads)
@@ -159,14 +171,18 @@ class JobRunner:
             command = [sys.executable, *job.arguments]
             log.write(f"$ {' '.join(command)}\n".encode())
             log.flush()
-            state.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment)
             with self._lock:
+                state.process = subprocess.Popen(
+                    command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment
+                )
                 self._running[job.name] = state
+                if self._stopping.is_set():
+                    state.process.terminate()
             code = state.process.wait()
         with self._lock:
             del self._running[job.name]
         self.seconds[job.name] = time.monotonic() - state.started
-        if code != 0 or not job.result.exists():
+        if code != 0 or not job.done:
             raise JobFailed(f"{job.name} ended with code {code}; its log: {state.log}\n{_tail(state.log, 15)}")
         self.console.print(f"{job.name}: done in {self.seconds[job.name]:.0f} s", highlight=False, soft_wrap=True)
 

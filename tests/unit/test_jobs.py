@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,31 @@ def test_nothing_starts_after_a_failure_unless_asked(runner: JobRunner, tmp_path
     with pytest.raises(JobFailed, match="broken"):
         runner.run([broken, later], parallel=1)
     assert not (tmp_path / "later").exists()
+
+
+def test_an_interruption_starts_nothing_that_waits(
+    runner: JobRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends the running commands; the chains behind them must not start in their place."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    slow = ("-c", f"import time; open({str(tmp_path / 'started')!r}, 'w'); time.sleep(60)")
+    chains = [Chain((Job("quick", _writes(tmp_path / "quick"), tmp_path / "quick"),), interrupted)]
+    chains += [Chain((Job("slow", slow, tmp_path / "never"),))]
+    chains += [Chain((Job(f"later{n}", _writes(tmp_path / f"later{n}"), tmp_path / f"later{n}"),)) for n in range(3)]
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_chains(chains, parallel=1)
+    assert time.monotonic() - begun < 30
+    assert not list(tmp_path.glob("later*"))
+
+
+def test_a_result_that_is_there_may_be_unfinished(runner: JobRunner, tmp_path: Path) -> None:
+    result = tmp_path / "result"
+    result.write_text("half")
+    job = Job("again", _writes(result, "done"), result, lambda path: path.read_text().endswith("done"))
+    runner.run([job], parallel=1)
+    runner.run([job], parallel=1)
+    assert result.read_text() == "halfdone"

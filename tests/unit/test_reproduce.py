@@ -261,7 +261,7 @@ def test_tasks_of_a_suite_of_several_are_told_apart(tmp_path: Path) -> None:
     found = records.evaluation_record(folder)
     assert set(found["kinds"]) == {"libero_plus_goal:0", "libero_plus_10:0"}
     record = {**_record("rocket", 0, []), "evaluations": [found]}
-    result = outcome([record], "rocket", 100, ("libero_plus",))
+    result = outcomes.outcome([record], "rocket", 100, ("libero_plus",))
     assert result is not None and (result.successes, len(result.episodes)) == (1, 2)
 
 
