@@ -94,6 +94,12 @@ def test_wrong_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "no plan*.json" in capsys.readouterr().err
 
 
+def test_a_run_is_not_overwritten_with_its_merger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two_ranks(tmp_path)
+    assert main([str(tmp_path), "--out", str(tmp_path / "x" / "..")]) == 2
+    assert "--out: " in capsys.readouterr().err and not (tmp_path / "episodes.jsonl").exists()
+
+
 def test_the_plan_of_an_extended_run_is_the_union_and_overwriting_forgets_it(tmp_path: Path) -> None:
     write(tmp_path, [result(0, 0)], trials=1)
     write(tmp_path, [], trials=3)

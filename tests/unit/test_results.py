@@ -121,6 +121,11 @@ def test_report_and_compare_commands(tmp_path: Path, capsys: pytest.CaptureFixtu
     write(tmp_path / "c", [result(0, suite="libero_goal")], {**IDENTITY, "suite": "libero_goal"})
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert "+50.0 points on 2 shared episodes" in capsys.readouterr().out
+    other = {**IDENTITY, "initial_states": "f00d"}
+    write(tmp_path / "own", [result(0), result(1)], other)
+    write(tmp_path / "default", [result(0), result(1)], {**IDENTITY, "initial_states": "DEFAULT"})
+    assert main(["compare", str(tmp_path / "own"), str(tmp_path / "default")]) == 0
+    assert "differ in their protocol: initial_states: 'f00d' there, 'DEFAULT' now" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "a"), str(tmp_path / "c")]) == 0
     assert "Mean of the 2 suites: 75.0%" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "a"), str(tmp_path / "b")]) == 2

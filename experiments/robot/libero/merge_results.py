@@ -40,8 +40,11 @@ def merge(folders: Sequence[Path], out: Path | None = None) -> tuple[Completenes
         What was found, and the summary that was written (None when the runs are incomplete).
 
     Raises:
-        UsageError: a folder without results or plan, or runs of different configurations.
+        UsageError: a folder without results or plan, runs of different configurations, or `out` is one of them.
     """
+    out = out or folders[0] / "merged"
+    if out.resolve() in [folder.resolve() for folder in folders]:
+        raise UsageError(f"--out: {out} is one of the runs; accepted: another folder")
     config = _common_config(folders)
     planned = set().union(*(planned_episodes(folder) for folder in folders))
     if not planned:
@@ -55,7 +58,7 @@ def merge(folders: Sequence[Path], out: Path | None = None) -> tuple[Completenes
     found = check(planned, [(result.key, result.status) for result, _ in lines])
     if not found.ok:
         return found, None
-    return found, _write(out or folders[0] / "merged", config, planned, lines)
+    return found, _write(out, config, planned, lines)
 
 
 def _common_config(folders: Sequence[Path]) -> dict[str, Any]:

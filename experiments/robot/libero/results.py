@@ -35,6 +35,8 @@ from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
 STATUSES = ("success", "failure", "error")
+# Of the identity: what changes an episode beside its protocol.
+_CONDITIONS = ("initial_states", "instruction_source", "robot_start", "renderer")
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,16 @@ def deviations(identity: Mapping[str, Any]) -> list[str]:
     differing = [
         name for name in standard if name != "max_steps" and protocol.get(name, standard[name]) != standard[name]
     ]
-    return [f"{name} {protocol[name]}" for name in differing] or ["step limit or initial states"]
+    return [f"{name} {protocol[name]}" for name in differing] or ["step limit, initial states or instructions"]
+
+
+def differing_conditions(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What of two runs differs in how episodes of the same key were run; [] where a run has no record of it."""
+    conditions = []
+    for identity in (first, second):
+        known = {name: identity[name] for name in _CONDITIONS if name in identity and name in first and name in second}
+        conditions.append({**identity.get("protocol", {}), **known})
+    return differing_values(*conditions) if first.get("protocol") and second.get("protocol") else []
 
 
 def _identity_of(run: Path) -> dict[str, Any]:
@@ -269,8 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         identities = [_identity_of(run) for run in arguments.runs]
         if arguments.command == "compare":
             content = summary.compare(episodes[0], episodes[1])
-            protocols = [identity.get("protocol", {}) for identity in identities]
-            content["protocols_differ"] = differing_values(*protocols) if all(protocols) else []
+            content["protocols_differ"] = differing_conditions(*identities)
             text = summary.comparison_to_markdown(content)
         else:
             content = summary.summarize(_merge(arguments.runs, episodes))
