@@ -120,6 +120,14 @@ def test_kinds_of_perturbation_have_a_table_with_both_averages(tmp_path: Path) -
     assert "camera 100% 1/1 noise 33% 1/3 all episodes 50% 2/4 mean of 2 kinds 66.7%" in text
 
 
+def test_runs_of_errors_alone_have_a_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "broken", {1: "ee"})
+    lines = (run / "episodes.jsonl").read_text()
+    (run / "episodes.jsonl").write_text(lines + lines.replace("libero_goal", "libero_10"))
+    build_page([run], tmp_path / "index.html")
+    assert "no completed episodes" in (tmp_path / "index.html").read_text()
+
+
 def test_the_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run) for run in runs]) == 0
     assert (tmp_path / "index.html").is_file() and "page: " in capsys.readouterr().out

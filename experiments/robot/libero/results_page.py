@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from experiments.report.html import Rate, render
+from experiments.report.html import Rate, percent, render
 from experiments.report.settings import SettingRow, setting_rows
 from experiments.robot.libero import summary
 from experiments.robot.libero.completeness import planned_episodes
@@ -45,16 +45,12 @@ class Run:
     episodes: tuple[EpisodeResult, ...]
     record: dict[str, Any]
     planned: int
+    missing: int  # of the planned episodes: how many have no result
 
     @property
     def rate(self) -> Rate:
         """Success over all episodes."""
         return Rate.of(summary.rate(self.episodes))
-
-    @property
-    def missing(self) -> int:
-        """Planned episodes that have no result."""
-        return max(0, self.planned - len(self.episodes))
 
     @property
     def details(self) -> list[tuple[str, str]]:
@@ -64,7 +60,7 @@ class Run:
         solved = [result.steps for result in self.episodes if result.status == "success"]
         rows = [("episodes", f"{self.rate.successes} of {self.rate.trials} solved")]
         if len(suites) > 1:
-            rows.append((f"mean of {len(suites)} suites", f"{100 * report['total']['mean_of_suites']:.1f}%"))
+            rows.append((f"mean of {len(suites)} suites", percent(report["total"]["mean_of_suites"])))
         rows.append(("errors", str(self.rate.errors)))
         if solved:
             rows.append(("steps of a success", f"{sum(solved) / len(solved):.0f}"))
@@ -88,8 +84,10 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
             name = f"{folder.resolve().parent.name}/{name}"
         record = folder / "config.json"
         episodes = tuple(load_episodes(folder))
-        planned = len(planned_episodes(folder) or ())
-        runs.append(Run(name, folder, series, episodes, read_json(record) if record.is_file() else {}, planned))
+        content = read_json(record) if record.is_file() else {}
+        planned = planned_episodes(folder)
+        missing = len(planned - {result.key for result in episodes})
+        runs.append(Run(name, folder, series, episodes, content, len(planned), missing))
     return runs
 
 
