@@ -6,6 +6,7 @@ import base64
 import io
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,7 @@ def test_openpis_names() -> None:
         ({"instruction": 4}, "instruction: found int"),
         ({"unnorm_key": "c"}, "unnorm_key: found 'c'; accepted: a, b"),
         ({"unnorm_key": ["a"]}, "unnorm_key: found"),
+        ({"unnorm_key": np.ones(2)}, "unnorm_key: found"),
         ({"seed": -1}, "seed: found -1"),
         ({"seed": True}, "seed: found True"),
     ],
@@ -305,10 +307,12 @@ def test_too_many_requests_and_shutting_down() -> None:
     running = batcher.submit(request(0))
     assert policy.entered.wait(10)
     waiting = [batcher.submit(request(number)) for number in (1, 2)]
+    given_up = waiting.pop(0)
+    assert given_up.cancel()  # Closing must not stumble over it.
     with pytest.raises(Overloaded, match="2 requests are waiting"):
         batcher.submit(request(3))
-    closing = threading.Thread(target=batcher.close)
-    closing.start()
+    pool = ThreadPoolExecutor(1)
+    closing = pool.submit(batcher.close)
     while True:
         try:
             batcher.submit(request(4))
@@ -316,7 +320,7 @@ def test_too_many_requests_and_shutting_down() -> None:
             if "shutting down" in str(error):
                 break
     policy.gate.set()
-    closing.join(10)
+    closing.result(10)
     assert running.result(10)[0, 0] == 0
     for future in waiting:
         with pytest.raises(Overloaded, match="shutting down"):

@@ -72,7 +72,8 @@ class Batcher:
             self._waiting.put_nowait(None)  # Wakes a thread that waits for work.
         self._thread.join()
         while not self._waiting.empty():
-            if (left := self._waiting.get_nowait()) is not None:
+            left = self._waiting.get_nowait()
+            if left is not None and left[1].set_running_or_notify_cancel():
                 left[1].set_exception(Overloaded("the server is shutting down"))
 
     def _run(self) -> None:

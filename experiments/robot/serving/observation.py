@@ -167,10 +167,10 @@ def _seed(value: Any) -> int:
 
 def _unnorm_key(value: Any, spec: PolicySpec) -> str:
     accepted = ", ".join(spec.unnorm_keys)
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and not value):
         if not spec.unnorm_key:
             raise RequestError(f"unnorm_key: not given, and the server has no default; accepted: {accepted}")
         return spec.unnorm_key
-    if value not in spec.unnorm_keys:
+    if not isinstance(value, str) or value not in spec.unnorm_keys:
         raise RequestError(f"unnorm_key: found {str(value)[:60]!r}; accepted: {accepted}")
-    return str(value)
+    return value

@@ -8,8 +8,7 @@ Not obvious:
   an exception in its place, which a rollout records as an error of that episode.
 - Once a whole timeout was spent waiting for a server that is gone, later queries try it once each without waiting.
 - Upstream's servers answer with the gripper as trained (1 = open), openpi's as LIBERO takes it (-1 = open); ours say
-  which (`gripper_open` in the metadata). `gripper` "policy" or
-  "libero" overrides that.
+  which (`gripper_open` in the metadata). `gripper` "policy" or "libero" overrides that.
 - A server of ours names its checkpoint's hash and settings, which are recorded as a local checkpoint's would be.
 """
 
