@@ -6,8 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.robot.deterministic import FixedShape
+from experiments.robot.deterministic import FIXED_TEXT_TOKENS, FixedShape
+from experiments.robot.libero import run_libero_eval
+from experiments.robot.libero.plan import Plan
+from experiments.robot.libero.protocol import Protocol
 from experiments.robot.policy import Query
+from experiments.robot.time_limit import TimeLimited
 from prismatic.util.errors import UsageError
 
 IMAGE = np.zeros((4, 4, 3), dtype=np.uint8)
@@ -60,3 +64,20 @@ def test_too_few_answers_are_an_error() -> None:
 
     with pytest.raises(ValueError, match="1 chunks to 2 queries"):
         FixedShape(Short(), 2).act(queries(2))
+
+
+def test_a_time_limit_does_not_hide_what_has_to_be_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of a checkpoint's policy are padded to one length, with --policy_timeout too."""
+
+    class Loaded:
+        text_tokens: int | None = None
+
+        def act(self, queries: list[Query]) -> list[np.ndarray]:
+            return [np.full((8, 7), query.seed, dtype=float) for query in queries]
+
+    policy = Loaded()
+    monkeypatch.setattr(run_libero_eval, "_load_policy", lambda config, plan: policy)
+    config = run_libero_eval.GenerateConfig(deterministic=True, max_batch=2, policy_timeout=20.0)
+    ready = run_libero_eval._ready_policy(config, Plan(Protocol(220), (), None, ""), None)
+    assert isinstance(ready, TimeLimited) and policy.text_tokens == FIXED_TEXT_TOKENS
+    assert len(ready.act(queries(3))) == 3

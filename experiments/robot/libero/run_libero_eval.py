@@ -114,7 +114,7 @@ def eval_libero(config: GenerateConfig, policy: Policy | None = None, make_env: 
     Raises:
         UsageError: anything wrong that the user can mend; most of it before anything is loaded.
     """
-    from experiments.robot.deterministic import FixedShape, use_deterministic_kernels
+    from experiments.robot.deterministic import use_deterministic_kernels
     from experiments.robot.libero.plan import default_run_name, make_plan, run_environment, run_identity
 
     plan = make_plan(config, with_checkpoint=policy is None and not config.policy)
@@ -141,10 +141,7 @@ def eval_libero(config: GenerateConfig, policy: Policy | None = None, make_env: 
         done = {result.key: result for result in results.finished()}
         open_episodes = [episode for episode in mine if episode.key not in done or done[episode.key].status == "error"]
         if open_episodes:
-            policy = policy or _load_policy(config, plan)
-            if config.deterministic:
-                policy = FixedShape(policy, max(config.max_batch, 1))
-            _run_episodes(config, plan, policy, open_episodes, results, make_env)
+            _run_episodes(config, plan, _ready_policy(config, plan, policy), open_episodes, results, make_env)
         summary = results.write_summary()
         there = {result.key for result in results.finished()}
     summary["episodes_missing"] = sum(episode.key not in there for episode in plan.episodes)
@@ -154,7 +151,9 @@ def eval_libero(config: GenerateConfig, policy: Policy | None = None, make_env: 
 
 
 def _refuse_existing(config: GenerateConfig, folder: Path) -> None:
-    if not config.resume and not config.overwrite and any(folder.glob("episodes*.jsonl")):
+    # Another process of this run may have created its file already; it is empty.
+    held = any(file.stat().st_size for file in folder.glob("episodes*.jsonl"))
+    if not config.resume and not config.overwrite and held:
         raise UsageError(
             f"--resume: {folder} holds results; accepted: --resume true, --overwrite true or another --run_name"
         )
@@ -169,15 +168,24 @@ def _numerics(config: GenerateConfig) -> tuple[str, str]:
     return device.type, str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
 
 
+def _ready_policy(config: GenerateConfig, plan: Plan, given: Policy | None) -> Policy:
+    """The policy to ask: `given`, else the checkpoint's within --policy_timeout; of one batch shape if asked for."""
+    from experiments.robot.deterministic import FixedShape
+    from experiments.robot.time_limit import TimeLimited
+
+    policy = given or _load_policy(config, plan)
+    if config.deterministic:
+        policy = FixedShape(policy, max(config.max_batch, 1))
+    return TimeLimited(policy, config.policy_timeout) if config.policy_timeout and given is None else policy
+
+
 def _load_policy(config: GenerateConfig, plan: Plan) -> Policy:
     from experiments.robot.openvla_utils import OpenVLAPolicy
     from experiments.robot.robot_utils import set_seed_everywhere
-    from experiments.robot.time_limit import TimeLimited
 
     assert plan.checkpoint is not None
     set_seed_everywhere(config.seed)
-    policy = OpenVLAPolicy.from_checkpoint(plan.checkpoint, config, plan.unnorm_key)
-    return TimeLimited(policy, config.policy_timeout) if config.policy_timeout else policy
+    return OpenVLAPolicy.from_checkpoint(plan.checkpoint, config, plan.unnorm_key)
 
 
 def _run_episodes(
