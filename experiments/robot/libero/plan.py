@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from experiments.robot.libero.rendering import RENDER_MODES, choose_renderer
 from experiments.robot.robot_utils import MODEL_FAMILIES
 from prismatic.util.errors import UsageError, unknown_name
 from prismatic.util.files import read_json
+from prismatic.util.versions import package_version, package_versions
 from prismatic.vla.platforms import get_platform
 
 SAVE_VIDEOS = ("none", "failures", "all")
@@ -265,8 +265,8 @@ def run_identity(config: Any, plan: Plan, numerics: Sequence[str]) -> dict[str, 
         and (config.max_steps, config.max_steps_factor, config.instruction_source, states) == (0, 1, "bddl", "DEFAULT"),
         "initial_states": states,
         "renderer": os.environ.get("MUJOCO_GL"),
-        "mujoco": _version("mujoco"),
-        "robosuite": _version("robosuite"),
+        "mujoco": package_version("mujoco"),
+        "robosuite": package_version("robosuite"),
         "libero": _libero_distribution(),
         "unnorm_key": plan.unnorm_key,
         "policy": {flag: getattr(config, flag) for flag in _POLICY_FLAGS},
@@ -277,13 +277,7 @@ def run_identity(config: Any, plan: Plan, numerics: Sequence[str]) -> dict[str, 
 
 def run_environment(config: Any) -> dict[str, Any]:
     """What is recorded but may differ between the parts of a run: where the checkpoint lay, versions, machine."""
-    packages = ("rocket-vla", "torch", "transformers", "timm", "peft", "numpy")
-    return {
-        "checkpoint": config.pretrained_checkpoint or config.policy,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        **{package: _version(package) for package in packages},
-    }
+    return {"checkpoint": config.pretrained_checkpoint or config.policy, **package_versions()}
 
 
 def default_run_name(config: Any, identity: dict[str, Any]) -> str:
@@ -295,14 +289,7 @@ def default_run_name(config: Any, identity: dict[str, Any]) -> str:
     return f"EVAL-{config.task_suite_name}-{config.model_family}-{checkpoint}-{digest}{note}"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 @functools.lru_cache(maxsize=1)
 def _libero_distribution() -> str:
     owners = importlib.metadata.packages_distributions().get("libero", [])
-    return ", ".join(f"{owner} {_version(owner)}" for owner in sorted(set(owners)))
+    return ", ".join(f"{owner} {package_version(owner)}" for owner in sorted(set(owners)))
