@@ -1,14 +1,16 @@
-"""Files of teachers: a hub repository's local copy, checksums, and writing that leaves no half-written file."""
+"""Files of teachers: a hub repository's local copy, JSON, checksums, and writing that leaves no half-written file."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 CONFIG_NAME = "config.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
@@ -34,6 +36,21 @@ def local_copy(path: str | Path, patterns: Sequence[str] = HUB_FILES) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{path}: no such file or folder here, and not to be had from the hub: {reason}") from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`.
+
+    Raises:
+        ValueError: not readable, not JSON, or something else than an object; one line that names the file.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not valid JSON ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: found JSON of type {type(values).__name__}; accepted: an object")
+    return values
 
 
 def files_hash(files: Sequence[Path]) -> str:

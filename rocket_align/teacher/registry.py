@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rocket_align.teacher.files import CONFIG_NAME, PREPROCESSOR_NAME, files_hash, local_copy
+from rocket_align.teacher.files import CONFIG_NAME, PREPROCESSOR_NAME, files_hash, local_copy, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -52,11 +51,7 @@ def detect_kind(path: str | Path, kind: str = "auto") -> str:
     config = (place if place.is_dir() else place.parent) / CONFIG_NAME
     model_type = None
     if config.is_file():
-        try:
-            values = json.loads(config.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{config}: not valid JSON ({error})") from error
-        model_type = values.get("model_type") if isinstance(values, dict) else None
+        model_type = read_object(config).get("model_type")
     found = next((name for name, types in TEACHER_TYPES.items() if model_type in types), None)
     if found is None:
         accepted = ", ".join(str(name) for types in TEACHER_TYPES.values() for name in types if name)

@@ -11,7 +11,6 @@ Not obvious:
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from rocket_align.layers import resolve_layers
 from rocket_align.teacher.base import TeacherFeatures
-from rocket_align.teacher.files import CONFIG_NAME, PREPROCESSOR_NAME, local_copy
+from rocket_align.teacher.files import CONFIG_NAME, PREPROCESSOR_NAME, local_copy, read_object
 from rocket_align.teacher.preprocess import IMAGENET_MEAN, IMAGENET_STD, fit_images
 
 MODEL_TYPES = ("dinov2", "dinov2_with_registers", "depth_anything")
@@ -59,12 +58,15 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder.
 
     Raises:
-        ValueError: none there, or the index names a missing one.
+        ValueError: none there, an index that is not one, or that names a missing file.
     """
     index = folder / _WEIGHTS_INDEX
     names = [_WEIGHTS]
     if not (folder / _WEIGHTS).is_file() and index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        mapped = read_object(index).get("weight_map")
+        if not isinstance(mapped, dict) or not mapped:
+            raise ValueError(f"{index}: no weight_map; accepted: the index of a model in several safetensors files")
+        names = sorted(set(map(str, mapped.values())))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder / missing[0]}: no such file; accepted: a teacher's weights as safetensors")
@@ -112,10 +114,7 @@ def _preprocessing(folder: Path, config: Any) -> tuple[tuple[float, ...], tuple[
     size, mean, std = config.image_size, IMAGENET_MEAN, IMAGENET_STD
     file = folder / PREPROCESSOR_NAME
     if file.is_file():
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: not valid JSON ({error})") from error
+        values = read_object(file)
         mean, std = tuple(values.get("image_mean", mean)), tuple(values.get("image_std", std))
         sizes = values.get("crop_size") if values.get("do_center_crop") else values.get("size")
         sizes = sizes if isinstance(sizes, dict) else {"height": sizes or size}

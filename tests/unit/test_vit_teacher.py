@@ -122,6 +122,9 @@ def test_pools_with_the_position_embedding(folder: Path) -> None:
         ("llama", "accepted: dinov2"),
         ("no config", "no config.json"),
         ("not json", "not valid JSON"),
+        ("no object", "found JSON of type list"),
+        ("broken index", "index.json: not valid JSON"),
+        ("empty index", "index.json: no weight_map"),
     ],
 )
 def test_wrong_files_are_refused_in_one_line(dinov2: Path, change: str, said: str) -> None:
@@ -138,8 +141,11 @@ def test_wrong_files_are_refused_in_one_line(dinov2: Path, change: str, said: st
         (dinov2 / "config.json").write_text('{"model_type": "llama"}')
     elif change == "no config":
         (dinov2 / "config.json").unlink()
+    elif change.endswith("index"):
+        weights.unlink()
+        (dinov2 / "model.safetensors.index.json").write_text("{" if change == "broken index" else "{}")
     else:
-        (dinov2 / "preprocessor_config.json").write_text("{")
+        (dinov2 / "preprocessor_config.json").write_text("{" if change == "not json" else "[]")
     with pytest.raises(ValueError, match=said) as refused:
         ViTTeacher.from_pretrained(dinov2, layers=[0])
     assert "\n" not in str(refused.value) and str(dinov2) in str(refused.value)

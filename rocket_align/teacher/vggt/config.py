@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from rocket_align.teacher.files import read_object
+
 PatchEmbedKind = Literal["dinov2", "conv"]
 
 
@@ -86,10 +88,7 @@ class VGGTConfig:
         Raises:
             ValueError: not JSON, or a field this class does not have.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON ({error})") from error
+        values = read_object(Path(path))
         values.pop("model_type", None)
         if "img_size" in values:
             values["image_size"] = values.pop("img_size")
