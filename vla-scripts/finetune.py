@@ -61,7 +61,11 @@ def plan_alignment(config: FinetuneConfig) -> tuple[AlignConfig, int]:
 def build_alignment(
     training: TrainingRun, align: AlignConfig, teacher_dim: int
 ) -> tuple[MultiLayerAlignment, Callable[[dict[str, Any]], Any]]:
-    """The alignment loss, and the function that makes its targets from a batch."""
+    """The alignment loss, and the function that makes its targets from a batch.
+
+    Raises:
+        UsageError: the teacher's weights, or its stored features, cannot be used.
+    """
     from rocket_align import MultiLayerAlignment
     from rocket_align.teacher.preprocess import unnormalize_views
     from rocket_align.teacher.registry import load_teacher
@@ -73,7 +77,10 @@ def build_alignment(
     if flags.feature_store:
         return alignment, read_stored_targets(training, align)
     device, dtype = training.device, training.compute_dtype
-    teacher = load_teacher(flags.teacher, align.teacher_layers, flags.teacher_type, device=device, dtype=dtype)
+    try:
+        teacher = load_teacher(flags.teacher, align.teacher_layers, flags.teacher_type, device=device, dtype=dtype)
+    except ValueError as error:
+        raise UsageError(f"--{'teacher_path' if flags.teacher_path else 'vggt_path'}: {error}") from error
     images = training.processor.image_processor
     mean, std, channels = images.means[0], images.stds[0], 3 * len(images.means)
 

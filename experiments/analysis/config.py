@@ -96,6 +96,15 @@ class GradientsConfig(AnalysisConfig):
     num_samples: int = 32  # Samples measured, as in the paper
     block: int = 0  # Block whose matrix is drawn; -1 draws all blocks together
 
+    def __post_init__(self) -> None:
+        if self.block < -1:
+            raise UsageError(f"--block: {self.block} found; accepted: -1, or the number of a block")
+
+    @property
+    def group(self) -> str:
+        """Name of the group of parameters whose matrix is drawn."""
+        return "all" if self.block < 0 else str(self.block)
+
 
 @dataclass
 class ProjectorsConfig(AnalysisConfig):
@@ -142,6 +151,8 @@ class DepthConfig:
         for name in ("episodes", "frames", "image_size", "cells", "pictures", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: 1 or more")
+        if self.mixed_precision not in ("auto", "no", "bf16"):
+            raise unknown_name("--mixed_precision", self.mixed_precision, ("auto", "no", "bf16"))
         if not self.ridge > 0:
             raise UsageError(f"--ridge: {self.ridge} found; accepted: a number above 0")
 

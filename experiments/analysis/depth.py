@@ -146,12 +146,12 @@ def _places(targets_BVPK: Tensor) -> Tensor:
 
 
 def main(config: DepthConfig, join: Join) -> int:
-    """Fit, score, write depth.json and depth.png."""
-    study = DepthStudy(config)
+    """Fit, score, write depth.json and depth.png. `join` is every analysis's; this one looks at no policy."""
     folder = config.frames_dir or config.out_dir / "frames"
-    overlap = set(parse_tasks(config.train_tasks)) & set(parse_tasks(config.test_tasks))
+    overlap = set(parse_tasks(config.train_tasks, "train_tasks")) & set(parse_tasks(config.test_tasks, "test_tasks"))
     if overlap:
         raise UsageError(f"--test_tasks: {sorted(overlap)} found in --train_tasks too; accepted: other tasks")
+    study = DepthStudy(config)
     readouts, control = study.fit(Frames(config, folder, config.train_tasks))
     scores = study.score(Frames(config, folder, config.test_tasks), readouts, control)
     pictures = scores.pop("pictures")

@@ -36,7 +36,10 @@ def block_parameters(vla: nn.Module) -> dict[str, list[Tensor]]:
 def measure(config: GradientsConfig, folder: str, join: Join) -> dict[str, Any]:
     """One checkpoint's part of the report; the action loss is the last row and column of every matrix."""
     subject = Subject(config, folder, join)
-    cosines = GradientCosines(block_parameters(subject.module.vla))
+    groups = block_parameters(subject.module.vla)
+    if config.group not in ("all", *groups):
+        raise UsageError(f"--block: {config.block} found; accepted: -1, or one of {', '.join(groups)}")
+    cosines = GradientCosines(groups)
     for seen in subject.passes(gradients=True):
         with subject.autocast():
             pairs = subject.alignment.pair_losses(
@@ -84,14 +87,11 @@ def _summed_with_action(report: GradientReport) -> float:
 def main(config: GradientsConfig, join: Join) -> int:
     """Measure, write gradients.json and gradients.png."""
     parts = [measure(config, folder, join) for folder in config.checkpoints]
-    chosen = "all" if config.block < 0 else str(config.block)
-    if chosen not in parts[0]["groups"]:
-        raise UsageError(f"--block: {chosen} found; accepted: -1, or 0 to {len(parts[0]['groups']) - 2}")
     write_json(config.out_dir / "gradients.json", {"analysis": "gradients", "subjects": parts})
-    draw(config, parts, chosen)
+    draw(config, parts)
+    where = "all blocks" if config.group == "all" else f"block {config.group}"
     for part in parts:
-        group = part["groups"][chosen]
-        where = "all blocks" if chosen == "all" else f"block {chosen}"
+        group = part["groups"][config.group]
         print(
             f"{part['label']}, {where}: mean cosine between pairs {group['mean_between_pairs']:.3f}, "
             f"of pairs with the action loss {group['mean_with_action']:.3f}"
@@ -99,7 +99,7 @@ def main(config: GradientsConfig, join: Join) -> int:
     return 0
 
 
-def draw(config: GradientsConfig, parts: list[dict[str, Any]], chosen: str) -> None:
+def draw(config: GradientsConfig, parts: list[dict[str, Any]]) -> None:
     """Above: the chosen block's matrix of every checkpoint. Below: averages over the blocks."""
     size = max(1.9, 0.32 * len(parts[0]["losses"]))
     figure = new_figure(max(5.6, (size + 0.5) * len(parts) + 0.8), size + 3.2)
@@ -108,11 +108,11 @@ def draw(config: GradientsConfig, parts: list[dict[str, Any]], chosen: str) -> N
     grid = above.subplots(1, len(parts), squeeze=False)[0]
     for axes, part in zip(grid, parts):
         labels = [name.removeprefix("pair ") for name in part["losses"]]
-        matrix = part["groups"][chosen]["cosine"]
+        matrix = part["groups"][config.group]["cosine"]
         image = heatmap(axes, matrix, limits=(-1, 1), rows=labels, columns=labels, diverging=True)
         axes.tick_params(axis="x", rotation=60)
         axes.set_title(part["label"])
-    where = "all LLM blocks" if chosen == "all" else f"LLM block {chosen}"
+    where = "all LLM blocks" if config.group == "all" else f"LLM block {config.group}"
     above.colorbar(image, ax=list(grid), label=f"gradient cosine,\n{where}", pad=0.02)
     names = ("mean_between_pairs", "mean_with_action")
     for number, (axes, name) in enumerate(zip(below.subplots(1, 2, sharey=True), names)):

@@ -1,4 +1,4 @@
-"""What an analysis leaves behind: a JSON file and a picture, both written at once or not at all."""
+"""What an analysis leaves behind: a JSON file and a picture, each written whole or not at all."""
 
 from __future__ import annotations
 

@@ -50,9 +50,12 @@ def main(config: SelectConfig, join: Join) -> int:
     from prismatic.training.build import student_depth
 
     check_flags(config)
-    (folder,) = config.checkpoints if len(config.checkpoints) == 1 else (_refuse_several(config),)
+    if len(config.checkpoints) > 1:
+        raise UsageError(f"--checkpoint: {len(config.checkpoints)} folders found; accepted: one")
+    (folder,) = config.checkpoints
     flags = training_config(config, folder, join)
     depths = {"student": student_depth(flags), "teacher": describe_teacher_of(flags).depth}
+    _check_sizes(config, depths)
     made: dict[str, Any] = {"strategy": config.strategy, "count": config.count, "student": folder}
     made["teacher"] = teacher_source(flags)[0]
     if config.strategy in BY_POSITION and (config.teacher_strategy or config.strategy) in BY_POSITION:
@@ -75,8 +78,14 @@ def main(config: SelectConfig, join: Join) -> int:
     return 0
 
 
-def _refuse_several(config: SelectConfig) -> str:
-    raise UsageError(f"--checkpoint: {len(config.checkpoints)} folders found; accepted: one")
+def _check_sizes(config: SelectConfig, depths: dict[str, int]) -> None:
+    """Refuse, before anything is loaded or measured, more blocks than the models have."""
+    shallow = min(depths.values())
+    if config.count > shallow:
+        raise UsageError(f"--count: {config.count} found; accepted: 1 to {shallow} pairs")
+    for side, depth in depths.items():
+        if _strategy_of(config, side) in BY_SIMILARITY and config.window > depth:
+            raise UsageError(f"--window: {config.window} found; accepted: 1 to {depth}, the blocks of the {side}")
 
 
 def _strategy_of(config: SelectConfig, side: str) -> str:
@@ -107,10 +116,6 @@ def _by_similarity(
         if strategy in BY_POSITION:
             layers[side] = _by_position(config, side, depths)
             continue
-        if not (config.count <= min(depths.values()) and config.window <= depths[side]):
-            raise UsageError(
-                f"--count, --window: {config.count}, {config.window} found; accepted: up to {depths[side]}"
-            )
         measure = student_importance if side == "student" else teacher_importance
         scores[side] = measure(subject, config.window)
         blocks = select_layers(
@@ -180,7 +185,10 @@ def teacher_importance(subject: Subject, window: int) -> list[float]:
     from rocket_align.teacher.registry import load_teacher
 
     path, kind = teacher_source(subject.config)
-    teacher: Any = load_teacher(path, (-1,), kind, device=subject.device, dtype=subject.training.compute_dtype)
+    try:
+        teacher: Any = load_teacher(path, (-1,), kind, device=subject.device, dtype=subject.training.compute_dtype)
+    except ValueError as error:
+        raise UsageError(f"--vggt_path: {error}") from error
     images = subject.training.processor.image_processor
     mean, std, channels = images.means[0], images.stds[0], 3 * len(images.means)
     blocks, last = _teacher_blocks(teacher)

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from rocket_align.teacher.registry import TeacherInfo
 
 
+# Flags that say the same in two ways: one given to a command puts away what the run recorded in the other way.
+_ALTERNATIVES = (
+    (("vggt_path",), ("teacher_path",)),
+    (("align_layers_file",), ("vla_layers_align", "vggt_layers_align")),
+)
+
+
 class Join(Protocol):
     """What vla-scripts/finetune.py offers: flags, and the join of policy and alignment."""
 
@@ -36,15 +43,18 @@ def training_config(flags: SubjectFlags, folder: str, join: Join) -> Any:
     """The fine-tuning script's flags: those of the checkpoint's run, with the given ones over them.
 
     Raises:
-        UsageError: nothing is at `folder`, or a run's file has a value of another type.
+        UsageError: the run's file is not readable.
     """
     path = Path(folder)
     resume = path.is_dir() and is_checkpoint(path)
     recorded = path / "run_config.json"
     values: dict[str, Any] = read_json(recorded) if resume and recorded.is_file() else {}
-    values |= flags.overrides()
-    if "vggt_path" in flags.overrides():
-        values["teacher_path"] = ""
+    given = flags.overrides()
+    for one, other in _ALTERNATIVES:
+        for ours, theirs in ((one, other), (other, one)):
+            if any(name in given for name in ours):
+                values = {name: value for name, value in values.items() if name not in theirs}
+    values |= given
     if values.get("vggt_path") or values.get("teacher_path"):
         values["feature_store"] = ""  # The teacher itself sees what the student sees.
     values |= {

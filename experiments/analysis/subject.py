@@ -156,11 +156,11 @@ class Subject:
         """The precision of training, for what is computed from a pass."""
         return self.training.accelerator.autocast()
 
-    def student_states(self, seen: Pass, layers: list[int] | None = None) -> Tensor:
-        """Vision tokens (L + 1, B, N, D) of all hidden states, or of `layers`, cut out as the alignment does."""
-        chosen = list(range(len(seen.hidden_states))) if layers is None else layers
+    def student_states(self, seen: Pass) -> Tensor:
+        """Vision tokens (L + 1, B, N, D) of all hidden states, cut out as the alignment does."""
+        layers = range(len(seen.hidden_states))
         return vision_tokens(
-            seen.hidden_states, chosen, seen.vision_start, seen.num_vision_tokens, shift=self.align.shift
+            seen.hidden_states, layers, seen.vision_start, seen.num_vision_tokens, shift=self.align.shift
         )
 
     def describe(self) -> dict[str, Any]:
