@@ -120,7 +120,7 @@ def plan_store(config: StoreConfig, frames: Frames, teacher: Any) -> StoreLayout
         raise UsageError(
             f"--vla_path: backbone {backbone} does not tell its patch size; accepted: timm's ..._patchN_..."
         )
-    side = round(config.grid_scale * (frames.pixels // int(patch[1])))
+    side = max(1, round(config.grid_scale * (frames.pixels // int(patch[1]))))
     return StoreLayout(
         teacher_kind=info.kind,
         teacher_hash=teacher_hash(config.teacher),

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rocket_align.alignment import MultiLayerAlignment
 from rocket_align.flags import AlignFlags
 from rocket_align.teacher.base import Teacher, TeacherFeatures
+from rocket_align.teacher.files import replacing
 from rocket_align.teacher.preprocess import unnormalize_views
 from rocket_align.teacher.registry import describe_teacher, load_teacher
 
@@ -168,16 +169,11 @@ class RocketJoin:
             recent_metrics.update({name: deque(maxlen=length) for name in self._metric_names()})
 
     def save(self, path: str | Path) -> None:
-        """On the main process, write the projectors to `path`: to a temporary name first, then renamed."""
+        """On the main process, write the projectors to `path`: to a temporary name first, flushed, then renamed."""
         if not self.config.num_pairs or int(os.environ.get("RANK", "0")) != 0:
             return
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
+        with replacing(Path(path)) as temporary:
             torch.save(self.alignment.state_dict(), temporary)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _restore(alignment: MultiLayerAlignment, folder: Path, step: int | None) -> None:

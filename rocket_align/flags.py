@@ -4,6 +4,7 @@ A flag left at None takes the recipe's value, so a recipe and a hand-set flag co
 Annotations are not postponed here: draccus 0.8, which OpenVLA-OFT pins, cannot read postponed ones of a base class.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ class AlignFlags:
             )
         if self.ensemble_size is not None and self.ensemble_size < 1:
             raise ValueError(f"--ensemble_size: {self.ensemble_size} found; accepted: 1 or more")
-        if self.align_loss_coeff is not None and self.align_loss_coeff < 0:
+        if self.align_loss_coeff is not None and not 0 <= self.align_loss_coeff < math.inf:
             raise ValueError(f"--align_loss_coeff: {self.align_loss_coeff} found; accepted: 0 or more")
         self._validate_layers_file()
         self._validate_teacher()

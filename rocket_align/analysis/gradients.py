@@ -36,7 +36,7 @@ def cosines_of_gram(gram_KK: Tensor) -> Tensor:
 class GradientCosines:
     """Accumulates the gradients of several losses with respect to groups of parameters, batch by batch.
 
-    Memory: one gradient per loss, however many batches.
+    Memory: a few gradients per loss (their sum, and those of the latest batch), however many batches.
 
     Args:
         groups: disjoint groups by name, such as the blocks of a model; "all" is their union.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 FitMode = Literal["crop", "pad"]
 
-# ImageNet statistics: what OpenVLA's primary (DINOv2) featurizer normalizes with.
+# ImageNet statistics: what OpenVLA's primary (DINOv2) featurizer and VGGT's patch embedding normalize with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

@@ -11,13 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from rocket_align.teacher.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from rocket_align.teacher.vggt.blocks import Block, rotary_table
 from rocket_align.teacher.vggt.config import VGGTConfig
 from rocket_align.teacher.vggt.patch_embed import ConvPatchEmbed, DinoV2PatchEmbed
-
-# ImageNet statistics, which the patch embedding was trained with.
-PIXEL_MEAN = (0.485, 0.456, 0.406)
-PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 class VGGTAggregator(nn.Module):
@@ -64,7 +61,7 @@ class VGGTAggregator(nn.Module):
         """Images in [0, 1] -> special and patch tokens (B, V, 1 + registers + P, C), before any alternating layer."""
         batch, views = images_BV3HW.shape[:2]
         # Plain numbers per channel: a constant tensor would be copied from the host in every step.
-        colors = zip(images_BV3HW.unbind(2), PIXEL_MEAN, PIXEL_STD)
+        colors = zip(images_BV3HW.unbind(2), IMAGENET_MEAN, IMAGENET_STD)
         normalized = torch.stack([(color - mean) / std for color, mean, std in colors], dim=2)
         pixels = normalized.to(self.camera_token.dtype).flatten(0, 1)
         patches = self.patch_embed(pixels).unflatten(0, (batch, views))
