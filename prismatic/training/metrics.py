@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from prismatic.training.folders import LOG_FILE
+from prismatic.util.files import atomic_write
 
 
 class MetricAverager:
@@ -51,9 +52,8 @@ class MetricLog:
         self._accelerator = accelerator
         self._path = folder / LOG_FILE
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
             kept = [row for row in read_log(self._path) if row["step"] <= last_step] if last_step else []
-            self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            atomic_write(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line: the step and its values."""

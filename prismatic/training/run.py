@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 
@@ -58,16 +59,16 @@ class TrainingRun:
         self.run_config = {**run_config, "code": code_version(), "versions": package_versions()}
         self.platform = get_platform(config.platform)
         self.sources = find_sources(config)
+        self.run_dir = Path(config.run_root_dir) / config.run_id()
         self.accelerator = Accelerator(
             mixed_precision=resolve_precision(config.mixed_precision),
             # The last vision block and, without logits, the LM head take no part in the loss.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-            log_with=list(config.tracker_names) or None,
+            log_with=self._trackers() or None,
             project_dir=str(config.run_root_dir),
         )
         self.device = self.accelerator.device
         self.compute_dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
-        self.run_dir = Path(config.run_root_dir) / config.run_id()
         set_seed(config.seed)
         weights_dtype = torch.bfloat16 if config.use_lora and self.device.type != "cpu" else torch.float32
         self.processor = load_processor(self.sources)
@@ -101,6 +102,9 @@ class TrainingRun:
     def fit(self, auxiliary: nn.Module, auxiliary_coeff: float, targets: Callable[[dict[str, Any]], Any]) -> TrainState:
         """Train to the end (or to a stop) with the given auxiliary loss; checkpoints are written on the way."""
         config, accelerator = self.config, self.accelerator
+        if accelerator.process_index:
+            # All processes made the same weights; noise and dropout are to differ.
+            set_seed(config.seed, device_specific=True)
         objective = make_objective(config, self.platform, self.processor.tokenizer)
         module = TrainableVLA(
             self.parts, objective, auxiliary, auxiliary_coeff=auxiliary_coeff, use_film=config.use_film
@@ -127,7 +131,7 @@ class TrainingRun:
             accelerator.wait_for_everyone()
 
         if accelerator.log_with:
-            accelerator.init_trackers(self.run_dir.name, init_kwargs=self._tracker_options())
+            accelerator.init_trackers(config.wandb_project, init_kwargs=self._tracker_options())
         log = MetricLog(self.run_dir, accelerator, last_step=self.sources.step)
         trainer = Trainer(
             config, accelerator, wrapped, optimizer=optimizer, scheduler=scheduler, targets=targets, save=save, log=log
@@ -164,9 +168,14 @@ class TrainingRun:
             return None
         return state["random"][self.accelerator.process_index]
 
+    def _trackers(self) -> list[Any]:
+        """The chosen loggers beside JSONL: TensorBoard in the run's folder, the others by name for accelerate."""
+        place = (self.run_dir.name, self.config.run_root_dir)
+        return [TensorBoardTracker(*place) if name == "tensorboard" else name for name in self.config.tracker_names]
+
     def _tracker_options(self) -> dict[str, dict[str, Any]]:
-        entity = self.config.wandb_entity
-        return {"wandb": {"entity": entity, "name": self.run_dir.name}} if entity else {}
+        name = self.run_dir.name
+        return {"wandb": {"entity": self.config.wandb_entity or None, "name": name}, "trackio": {"name": name}}
 
     def _describe(self, module: TrainableVLA) -> None:
         for name in ("vla", "action_head", "proprio_projector", "noisy_action_projector", "align_projectors"):

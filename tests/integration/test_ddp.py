@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from prismatic.training.metrics import read_log
 from prismatic.vla.datasets import RLDSDataset
 
@@ -55,3 +57,5 @@ def test_the_script_trains_on_two_processes(
     held_out = RLDSDataset(rlds_root, name, lambda frame: frame, size, seed=42, holdout=0.7, train=False)
     assert rows[2]["val/num_samples"] == len(held_out) and rows[2]["val/action_loss"] > 0
     assert (tmp_path / "run--2_chkpt" / "align_projectors--2_checkpoint.pt").is_file()
+    first, second = torch.load(tmp_path / "run--2_chkpt" / "training_state" / "state.pt")["random"]
+    assert not torch.equal(first["torch"], second["torch"])  # else noise and dropout would be the same on both

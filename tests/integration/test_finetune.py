@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from safetensors.torch import load_file
 
 from prismatic.training.metrics import read_log
@@ -53,10 +56,14 @@ def test_a_recipe_trains_and_resumes(recipe: str, finetune: Callable[..., Path],
         assert any(not torch.equal(before[key], after[key]) for key in after if key.startswith(part)), part
 
 
+RANDOM = {"lora_dropout": 0.5, "use_l1_regression": False, "use_diffusion": True, "num_diffusion_steps_train": 3}
+
+
+@pytest.mark.parametrize("options", [{}, RANDOM], ids=["l1", "diffusion and dropout"])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    finetune: Callable[..., Path], teacher_folder: Path, tmp_path: Path
+    options: dict[str, Any], finetune: Callable[..., Path], teacher_folder: Path, tmp_path: Path
 ) -> None:
-    flags: dict[str, Any] = {"vggt_path": str(teacher_folder), "merge_lora_during_training": False}
+    flags: dict[str, Any] = {"vggt_path": str(teacher_folder), "merge_lora_during_training": False, **options}
     straight = finetune(run_root_dir=tmp_path / "a", max_steps=4, **flags)
     finetune(run_root_dir=tmp_path / "b", max_steps=4, save_freq=2, **flags)
     halfway = tmp_path / "b" / "run--2_chkpt"
@@ -65,6 +72,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert expected.keys() == actual.keys()
     for key, value in expected.items():
         assert torch.equal(value, actual[key]), key
+
+
+def test_trackers_get_project_and_run(
+    finetune: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights & Biases needs an account: a module of its name notes how it is called."""
+    calls: list[dict[str, Any]] = []
+    service = ModuleType("wandb")
+    service.__spec__ = ModuleSpec("wandb", None)
+
+    def init(**given: Any) -> SimpleNamespace:
+        calls.append(given)
+        return SimpleNamespace(log=lambda values, step: calls.append({"step": step, **values}), finish=lambda: None)
+
+    monkeypatch.setattr(service, "init", init, raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TENSORBOARD, LoggerType.WANDB])
+    flags = {"recipe": "baseline", "max_steps": 1, "merge_lora_during_training": False}
+    runs = finetune(trackers="tensorboard,wandb", wandb_project="arms", wandb_entity="lab", **flags)
+    assert calls[0] == {"project": "arms", "entity": "lab", "name": "run"}
+    assert calls[1]["step"] == 1 and calls[1]["loss"] > 0
+    assert list((runs / "run").glob("events.out.tfevents.*"))
 
 
 def test_upstreams_checkpoint_layout(finetune: Callable[..., Path], teacher_folder: Path) -> None:

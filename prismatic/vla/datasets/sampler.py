@@ -157,5 +157,6 @@ def make_dataloader(
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if num_workers else None,
+        generator=torch.Generator(),  # else the loader draws a number from training's, and a resumed run one more
     )
     return MixtureLoader(loader, sampler)
