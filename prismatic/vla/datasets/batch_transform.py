@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from prismatic.vla.action_tokenizer import ActionTokenizer
 
+_MAX_PROMPTS = 10_000
+
 
 @dataclass
 class RLDSBatchTransform:
@@ -81,9 +83,11 @@ class RLDSBatchTransform:
         return sample
 
     def _prompt(self, instruction: str) -> list[int]:
-        """Token ids up to the first action token; a dataset has few instructions, so they are kept."""
+        """Token ids up to the first action token; kept for some thousand instructions, most data have fewer."""
         ids = self._prompt_ids.get(instruction)
         if ids is None:
+            if len(self._prompt_ids) >= _MAX_PROMPTS:
+                self._prompt_ids.clear()
             ids = self.base_tokenizer(self.prompt_builder_fn(instruction), add_special_tokens=True).input_ids
             if ids[-1] != EMPTY_TOKEN_ID:
                 ids = [*ids, EMPTY_TOKEN_ID]

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from PIL import Image
 
 from prismatic.util.files import atomic_path, atomic_write
 from prismatic.vla.datasets.rlds_schema import Images, Numbers, Schema, Texts
+from prismatic.vla.datasets.tfrecord import masked_crc
 
 JPEG_QUALITY = 95
 STATE_DIM, JOINT_DIM, ACTION_DIM = 8, 7, 7
@@ -106,12 +106,7 @@ def serialize_episode(episode: Episode) -> bytes:
 def frame_record(payload: bytes) -> bytes:
     """A TFRecord: length, its masked CRC-32C, payload, the payload's."""
     length = struct.pack("<Q", len(payload))
-    return length + _masked_crc(length) + payload + _masked_crc(payload)
-
-
-def _masked_crc(data: bytes) -> bytes:
-    crc = google_crc32c.value(data)
-    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+    return length + struct.pack("<I", masked_crc(length)) + payload + struct.pack("<I", masked_crc(payload))
 
 
 def libero_schema(image_size: int) -> Schema:

@@ -144,14 +144,14 @@ def resolve_mixture(data_mix: str) -> tuple[tuple[str, float], ...]:
     for part in data_mix.split(","):
         name, _, weight_text = part.strip().partition(":")
         if name not in DATASETS:
-            raise unknown_name("dataset_name", name, [*DATASETS, *MIXTURES])
+            raise unknown_name("--dataset_name", name, [*DATASETS, *MIXTURES])
         try:
             weight = float(weight_text or 1.0)
         except ValueError:
             weight = -1.0
         if not 0.0 < weight < float("inf"):
-            raise UsageError(f"dataset_name: weight of {name!r} is {weight_text!r}; accepted: a positive number")
+            raise UsageError(f"--dataset_name: weight of {name!r} is {weight_text!r}; accepted: a positive number")
         if name in dict(pairs):
-            raise UsageError(f"dataset_name: {name!r} is named twice; give it a weight ({name}:2) instead")
+            raise UsageError(f"--dataset_name: {name!r} is named twice; give it a weight ({name}:2) instead")
         pairs.append((name, weight))
     return tuple(pairs)

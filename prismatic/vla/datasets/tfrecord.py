@@ -42,7 +42,8 @@ class MalformedExample(ValueError):
     """The payload is no tf.train.Example; the message says where the parse stopped."""
 
 
-def _masked_crc(data: bytes) -> int:
+def masked_crc(data: bytes) -> int:
+    """The CRC-32C of `data` as TFRecord files store it."""
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -61,7 +62,7 @@ def read_records(path: Path) -> Iterator[Record]:
             if len(header) < _HEADER:
                 raise UsageError(f"{path}: record {number}: the file ends inside the record's header (truncated file?)")
             (length,), (header_crc,) = struct.unpack("<Q", header[:8]), struct.unpack("<I", header[8:])
-            if _masked_crc(header[:8]) != header_crc:
+            if masked_crc(header[:8]) != header_crc:
                 raise UsageError(
                     f"{path}: record {number}: wrong checksum of the length at byte {position} (corrupted)"
                 )
@@ -72,7 +73,7 @@ def read_records(path: Path) -> Iterator[Record]:
                 )
             payload = file.read(length)
             (payload_crc,) = struct.unpack("<I", file.read(_FOOTER))
-            if _masked_crc(payload) != payload_crc:
+            if masked_crc(payload) != payload_crc:
                 raise UsageError(f"{path}: record {number}: wrong checksum of its {length} bytes (corrupted)")
             yield Record(position + _HEADER, payload)
             position += _HEADER + length + _FOOTER
