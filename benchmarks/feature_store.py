@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.util.cli import run
+from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,7 +130,9 @@ class Compared:
         self.alignment, self.online = self.script.build_alignment(self.training, self.align, width)
         file = component_file(config.checkpoint, "align_projectors")
         if file is None:
-            raise SystemExit(f"{config.checkpoint}: has no align_projectors; accepted: a checkpoint of an aligned run")
+            raise UsageError(
+                f"--checkpoint: {config.checkpoint} has no align_projectors; accepted: a checkpoint of an aligned run"
+            )
         load_component(self.alignment, file)
         objective = make_objective(self.flags, self.training.platform, self.training.processor.tokenizer)
         self.module = TrainableVLA(self.training.parts, objective, self.alignment, auxiliary_coeff=self.align.coeff)
