@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,3 +219,18 @@ def test_damaged_files(damage: Callable[[Path], None], message: str, tmp_path: P
         convert(ConvertConfig(hdf5_dir=source, out=tmp_path / "out"))
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "out").glob("*")) or not (tmp_path / "out").exists()
+
+
+def test_what_is_finished_is_written_down_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks end in any order; the metainfo tells of each that has ended, in the order of the tasks."""
+    config = RegenerateConfig(libero_raw_data_dir=tmp_path, libero_target_dir=tmp_path / "out")
+    report = {"demo_0": {"success": True, "initial_state": [0.0]}}
+
+    def reports(config: RegenerateConfig, tasks: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        yield 1, report
+        assert list(json.loads(config.metainfo.read_text())) == ["second"]
+        yield 0, report
+
+    monkeypatch.setattr(regenerate_libero_dataset, "_todo", lambda config, done: {0: "first", 1: "second"})
+    monkeypatch.setattr(regenerate_libero_dataset, "_reports", reports)
+    assert list(json.loads(regenerate(config).read_text())) == ["first", "second"]

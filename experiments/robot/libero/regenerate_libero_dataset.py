@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +192,7 @@ def _todo(config: RegenerateConfig, done: dict[str, Any]) -> dict[int, str]:
 
 
 def _reports(config: RegenerateConfig, tasks: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(task, what became of its demonstrations), as tasks are finished in order."""
+    """(task, what became of its demonstrations), each as soon as it ends: a file without its report stops a resume."""
     if config.num_workers == 1:
         for task_id in tasks:
             yield task_id, regenerate_task(config, task_id)
@@ -201,9 +201,9 @@ def _reports(config: RegenerateConfig, tasks: list[int]) -> Iterator[tuple[int, 
         os.environ.setdefault(name, "1")  # Read by the workers; every core is used by another one already.
     pool = ProcessPoolExecutor(config.num_workers, mp_context=multiprocessing.get_context("spawn"))
     try:
-        pending = [(task_id, pool.submit(regenerate_task, config, task_id)) for task_id in tasks]
-        for task_id, future in pending:
-            yield task_id, future.result()
+        pending = {pool.submit(regenerate_task, config, task_id): task_id for task_id in tasks}
+        for future in as_completed(pending):
+            yield pending[future], future.result()
     except BrokenProcessPool as error:
         raise RuntimeError("a process died (out of memory? fewer --num_workers); run again to continue") from error
     finally:
@@ -219,11 +219,13 @@ def regenerate(config: RegenerateConfig) -> Path:
     from experiments.robot.libero.rendering import choose_renderer
 
     choose_renderer()
-    metainfo = read_json(config.metainfo) if config.metainfo.is_file() else {}
+    before = metainfo = read_json(config.metainfo) if config.metainfo.is_file() else {}
     todo = _todo(config, metainfo)
     config.libero_target_dir.mkdir(parents=True, exist_ok=True)
+    reports: dict[int, dict[str, Any]] = {}
     for task_id, report in _reports(config, list(todo)):
-        metainfo[todo[task_id]] = report
+        reports[task_id] = report
+        metainfo = {**before, **{todo[number]: reports[number] for number in todo if number in reports}}
         atomic_write(config.metainfo, json.dumps(metainfo, indent=2))
     kept = sum(entry["success"] for demos in metainfo.values() for entry in demos.values())
     print(f"kept {kept} of {sum(map(len, metainfo.values()))} demonstrations: {config.libero_target_dir}")
