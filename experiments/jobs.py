@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,13 @@ from prismatic.training.folders import last_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 REFRESH_SECONDS = 1.0
 PLAIN_REPORT_SECONDS = 20.0
+
+
+def as_arguments(flags: Mapping[str, object]) -> Iterator[str]:
+    """Flags as a command line takes them."""
+    for name, value in flags.items():
+        yield f"--{name}"
+        yield str(value)
 
 
 def start_or_resume(run_dir: Path, initial_model: Callable[[], Path]) -> dict[str, object]:

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.jobs import Job, JobFailed, JobRunner, start_or_resume
+from experiments.jobs import Job, JobFailed, JobRunner, as_arguments, start_or_resume
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 
@@ -93,7 +92,7 @@ def collect_job(config: DemoConfig) -> Job:
         "name": name,
     }
     result = config.out / "data" / name / "1.0.0" / "dataset_info.json"
-    return Job("collect", ("-m", "experiments.mini.collect", *_flags(flags)), result)
+    return Job("collect", ("-m", "experiments.mini.collect", *as_arguments(flags)), result)
 
 
 def train_job(config: DemoConfig, method: str, seed: int) -> Job:
@@ -120,7 +119,9 @@ def train_job(config: DemoConfig, method: str, seed: int) -> Job:
         "num_workers": 0,
     }
     return Job(
-        f"train-{run_id}", ("vla-scripts/finetune.py", *_flags(flags)), _checkpoint(config, run_id) / "config.json"
+        f"train-{run_id}",
+        ("vla-scripts/finetune.py", *as_arguments(flags)),
+        _checkpoint(config, run_id) / "config.json",
     )
 
 
@@ -138,14 +139,14 @@ def evaluate_job(config: DemoConfig, run_id: str) -> Job:
         "local_log_dir": config.out / "eval",
         "run_name": run_id,
     }
-    arguments = ("experiments/robot/libero/run_libero_eval.py", *_flags(flags))
+    arguments = ("experiments/robot/libero/run_libero_eval.py", *as_arguments(flags))
     return Job(f"evaluate-{run_id}", arguments, config.out / "eval" / run_id / "summary.json")
 
 
 def video_job(config: DemoConfig, run_id: str) -> Job:
     """One rollout per task on video."""
     evaluation = evaluate_job(config, run_id)
-    arguments = [*evaluation.arguments, *_flags({"save_videos": "all"})]
+    arguments = [*evaluation.arguments, *as_arguments({"save_videos": "all"})]
     arguments[arguments.index("--num_trials_per_task") + 1] = "1"
     arguments[arguments.index("--run_name") + 1] = f"video-{run_id}"
     return Job(f"video-{run_id}", tuple(arguments), config.out / "eval" / f"video-{run_id}" / "summary.json")
@@ -153,12 +154,6 @@ def video_job(config: DemoConfig, run_id: str) -> Job:
 
 def _checkpoint(config: DemoConfig, run_id: str) -> Path:
     return config.out / "runs" / f"{run_id}--{config.max_steps}_chkpt"
-
-
-def _flags(values: dict[str, object]) -> Iterator[str]:
-    for name, value in values.items():
-        yield f"--{name}"
-        yield str(value)
 
 
 def seconds_of_a_seed(seconds: dict[str, float]) -> float:

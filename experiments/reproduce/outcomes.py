@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.robot.libero.summary import wilson_interval
+from experiments.robot.libero.summary import mcnemar_p_value, wilson_interval
 from prismatic.util.errors import UsageError
 from prismatic.util.files import read_json
 
@@ -112,16 +112,12 @@ def outcome(records: Iterable[Record], arm: str, step: int, suites: Sequence[str
 
 def paired_test(first: Outcome, second: Outcome) -> PairedTest | None:
     """Whether one arm solves more of the episodes both have; None when they share none."""
-    from scipy.stats import binomtest
-
     shared = first.episodes.keys() & second.episodes.keys()
     if not shared:
         return None
     only_first = sum(first.episodes[key] and not second.episodes[key] for key in shared)
     only_second = sum(second.episodes[key] and not first.episodes[key] for key in shared)
-    differing = only_first + only_second
-    p_value = float(binomtest(only_second, differing, 0.5).pvalue) if differing else 1.0
-    return PairedTest(only_first, only_second, p_value)
+    return PairedTest(only_first, only_second, mcnemar_p_value(only_first, only_second))
 
 
 def final_value(record: Record, name: str) -> float | None:

@@ -5,11 +5,11 @@ Everything is a command of this repository that can be run by hand; its log begi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.jobs import Job, start_or_resume
+from experiments.jobs import Job, as_arguments, start_or_resume
 from experiments.reproduce.arms import Arm
 from experiments.reproduce.profiles import Profile
 from experiments.reproduce.studies import Analysis, Study
@@ -56,13 +56,6 @@ class Workplace:
         if self.processes > 1:
             launcher = ("-m", "accelerate.commands.launch", "--num_processes", str(self.processes))
         return (*launcher, script, *as_arguments(flags))
-
-
-def as_arguments(flags: Mapping[str, object]) -> Iterator[str]:
-    """Flags as a command line takes them."""
-    for name, value in flags.items():
-        yield f"--{name}"
-        yield str(value)
 
 
 def collect_job(place: Workplace) -> Job:

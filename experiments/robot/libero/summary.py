@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 
 
+def mcnemar_p_value(only_a: int, only_b: int) -> float:
+    """Two-sided p-value of the exact McNemar test, from the episodes that one run solved and the other did not."""
+    from scipy.stats import binomtest
+
+    discordant = only_a + only_b
+    return float(binomtest(only_b, discordant, 0.5).pvalue) if discordant else 1.0
+
+
 def wilson_interval(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Wilson score interval of a success rate (Wilson 1927), without continuity correction; (0, 1) without trials."""
     from scipy.stats import binomtest
@@ -123,8 +131,6 @@ def compare(results_a: Sequence[EpisodeResult], results_b: Sequence[EpisodeResul
 
 
 def _compare_paired(results_a: Sequence[EpisodeResult], results_b: Sequence[EpisodeResult]) -> dict[str, Any]:
-    from scipy.stats import binomtest
-
     by_key_a, by_key_b = (
         {(r.suite, r.task_id, r.init_state): r.status == "success" for r in results if r.status != "error"}
         for results in (results_a, results_b)
@@ -135,7 +141,6 @@ def _compare_paired(results_a: Sequence[EpisodeResult], results_b: Sequence[Epis
     only_a = sum(by_key_a[key] and not by_key_b[key] for key in shared)
     only_b = sum(by_key_b[key] and not by_key_a[key] for key in shared)
     successes_a, successes_b = sum(by_key_a[key] for key in shared), sum(by_key_b[key] for key in shared)
-    discordant = only_a + only_b
     return {
         "episodes": len(shared),
         "left_out": len(by_key_a.keys() ^ by_key_b.keys()),
@@ -146,7 +151,7 @@ def _compare_paired(results_a: Sequence[EpisodeResult], results_b: Sequence[Epis
         "interval_95_b": list(wilson_interval(successes_b, len(shared))),
         "only_a": only_a,
         "only_b": only_b,
-        "p_value": float(binomtest(only_b, discordant, 0.5).pvalue) if discordant else 1.0,
+        "p_value": mcnemar_p_value(only_a, only_b),
     }
 
 
