@@ -24,6 +24,7 @@ from experiments.report.html import Line, Rate, line_chart, render
 from experiments.report.settings import setting_rows
 from prismatic.training.folders import LOG_FILE, last_checkpoint
 from prismatic.training.metrics import read_log
+from prismatic.util.cli import exit_code
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
@@ -211,6 +212,7 @@ def videos(run: Run, out: Path) -> list[dict[str, Any]]:
     return []
 
 
+@exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this module; see its docstring."""
     parser = argparse.ArgumentParser(
@@ -222,11 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--title", default="Fine-tuning")
     arguments = parser.parse_args(argv)
     out: Path = arguments.out or arguments.runs[0] / "training.html"
-    try:
-        build_page(arguments.runs, out, arguments.eval_dir, arguments.title)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    build_page(arguments.runs, out, arguments.eval_dir, arguments.title)
     print(f"page: {out}")
     return 0
 

@@ -5,7 +5,7 @@
     python -m experiments.reproduce report [--profile mini|paper]
 
 What is done is skipped: run again after an interruption, and run one table after another, since they share policies.
-Exit codes: 0 done, 1 a command failed (its log is named), 2 wrong flags.
+Exit codes: 0 done, 1 a command failed (its log is named), 2 wrong flags, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from experiments.reproduce.arms import Arm
 from experiments.reproduce.profiles import PROFILES, Profile
 from experiments.reproduce.stages import Workplace, analysis_job, arm_jobs, collect_job
 from experiments.reproduce.studies import STUDIES, Analysis, Study
+from prismatic.util.cli import exit_code
 from prismatic.util.errors import UsageError
 
 
@@ -165,27 +166,20 @@ def run_studies(arguments: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+@exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = make_parser().parse_args(argv)
-    try:
-        if arguments.command == "list":
-            for study in STUDIES.values():
-                print(
-                    f"{study.name:8} {study.title}" + (f" (not run: {study.unsupported})" if study.unsupported else "")
-                )
-            return 0
-        if arguments.command == "run":
-            return run_studies(arguments)
-        from experiments.reproduce.report import write_report
-
-        print(f"report: {write_report(arguments.profile, arguments.out)}")
+    if arguments.command == "list":
+        for study in STUDIES.values():
+            print(f"{study.name:8} {study.title}" + (f" (not run: {study.unsupported})" if study.unsupported else ""))
         return 0
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if arguments.command == "run":
+        return run_studies(arguments)
+    from experiments.reproduce.report import write_report
+
+    print(f"report: {write_report(arguments.profile, arguments.out)}")
+    return 0
 
 
 if __name__ == "__main__":

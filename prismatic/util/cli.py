@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from draccus.argparsing import ArgumentParser
 from draccus.utils import DecodingError, DraccusException, ParsingError
@@ -21,6 +22,7 @@ from draccus.wrappers.docstring import get_attribute_docstring
 from prismatic.util.errors import UsageError
 
 ConfigT = TypeVar("ConfigT")
+ParametersT = ParamSpec("ParametersT")
 
 
 def _flags_of(config_class: type, prefix: str = "") -> list[str]:
@@ -88,15 +90,24 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
         raise UsageError(f"--config_path: no such file: {error.filename}") from error
 
 
+def exit_code(main: Callable[ParametersT, int | None]) -> Callable[ParametersT, int]:
+    """Decorate a `main` so that it returns its exit code (None counts as 0), also after a mistake of the user's."""
+
+    @functools.wraps(main)
+    def guarded(*args: ParametersT.args, **kwargs: ParametersT.kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UsageError as error:
+            if int(os.environ.get("RANK", "0")) == 0:
+                print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return guarded
+
+
 def run(config_class: type[ConfigT], main: Callable[[ConfigT], Any], argv: Sequence[str] | None = None) -> NoReturn:
-    """Parse the command line, call `main(config)` and leave the process with its exit code (None counts as 0)."""
-    try:
-        code = main(parse(config_class, argv))
-    except UsageError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    sys.exit(code or 0)
+    """Parse the command line, call `main(config)` and leave the process with its exit code."""
+    sys.exit(exit_code(lambda: main(parse(config_class, argv)))())

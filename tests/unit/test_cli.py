@@ -67,3 +67,13 @@ def test_a_defect_keeps_its_traceback() -> None:
 
     with pytest.raises(ValueError, match="a defect of ours"):
         cli.run(Config, broken, [])
+
+
+def test_a_mistake_or_an_interruption_becomes_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    @cli.exit_code
+    def main(error: type[BaseException] | None) -> None:
+        if error:
+            raise error("--out: no such folder")
+
+    assert [main(None), main(UsageError), main(KeyboardInterrupt)] == [0, 2, 130]
+    assert capsys.readouterr().err == "error: --out: no such folder\ninterrupted\n"

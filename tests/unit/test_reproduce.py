@@ -79,7 +79,7 @@ def test_a_script_prints_its_commands(tmp_path: Path) -> None:
 def test_wrong_flags_are_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["run", *flags]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=list(PROFILES))

@@ -27,10 +27,11 @@ from experiments.robot.libero.results import (
     differing_values,
     read_episode_lines,
 )
+from prismatic.util.cli import exit_code
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
-EXIT_INCOMPLETE, EXIT_USAGE, EXIT_ERRORS = 1, 2, 3
+EXIT_INCOMPLETE, EXIT_ERRORS = 1, 3
 
 
 def merge(folders: Sequence[Path], out: Path | None = None) -> tuple[Completeness, dict[str, Any] | None]:
@@ -89,6 +90,7 @@ def _write(
     return report
 
 
+@exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this module; see its docstring."""
     parser = argparse.ArgumentParser(
@@ -98,11 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the merged run (default: RUN/merged)")
     arguments = parser.parse_args(argv)
     out = arguments.out or arguments.runs[0] / "merged"
-    try:
-        found, report = merge(arguments.runs, out)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE
+    found, report = merge(arguments.runs, out)
     for what, keys in (
         ("missing", found.missing),
         ("double", found.doubled),

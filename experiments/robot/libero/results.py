@@ -31,6 +31,7 @@ from typing import IO, Any
 from experiments.robot.libero import summary
 from experiments.robot.libero.completeness import planned_episodes, write_plan
 from experiments.robot.libero.protocol import Episode, Protocol
+from prismatic.util.cli import exit_code
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
@@ -262,6 +263,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(values), default=str))
 
 
+@exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this module; see its docstring."""
     parser = argparse.ArgumentParser(
@@ -275,21 +277,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (report, compare):
         command.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     arguments = parser.parse_args(argv)
-    try:
-        episodes = [load_episodes(run) for run in arguments.runs]
-        identities = [_identity_of(run) for run in arguments.runs]
-        if arguments.command == "compare":
-            content = summary.compare(episodes[0], episodes[1])
-            content["protocols_differ"] = differing_conditions(*identities)
-            text = summary.comparison_to_markdown(content)
-        else:
-            content = summary.summarize(_merge(arguments.runs, episodes))
-            found = (deviation for identity in identities for deviation in deviations(identity))
-            content["deviations"] = list(dict.fromkeys(found))
-            text = summary.to_markdown(content)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    episodes = [load_episodes(run) for run in arguments.runs]
+    identities = [_identity_of(run) for run in arguments.runs]
+    if arguments.command == "compare":
+        content = summary.compare(episodes[0], episodes[1])
+        content["protocols_differ"] = differing_conditions(*identities)
+        text = summary.comparison_to_markdown(content)
+    else:
+        content = summary.summarize(_merge(arguments.runs, episodes))
+        found = (deviation for identity in identities for deviation in deviations(identity))
+        content["deviations"] = list(dict.fromkeys(found))
+        text = summary.to_markdown(content)
     print(json.dumps(content, indent=2) if arguments.json else text)
     return 0
 

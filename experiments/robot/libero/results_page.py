@@ -25,6 +25,7 @@ from experiments.report.settings import SettingRow, setting_rows
 from experiments.robot.libero import summary
 from experiments.robot.libero.completeness import planned_episodes
 from experiments.robot.libero.results import EpisodeResult, load_episodes
+from prismatic.util.cli import exit_code
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
@@ -219,6 +220,7 @@ def _configuration(runs: Sequence[Run]) -> list[SettingRow]:
     return setting_rows([{**record.pop("identity", {}), **record} for record in records])
 
 
+@exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this module; see its docstring."""
     parser = argparse.ArgumentParser(
@@ -233,11 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs: list[Path] = arguments.runs
     above = runs[0] if len(runs) == 1 else Path(os.path.commonpath([run.resolve() for run in runs]))
     out: Path = arguments.out or above / "index.html"
-    try:
-        build_page(runs, out, arguments.title)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    build_page(runs, out, arguments.title)
     print(f"page: {out}")
     return 0
 
