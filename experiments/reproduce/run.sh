@@ -7,4 +7,8 @@ if [[ -z "${PYTHON:-}" ]]; then
   PYTHON=python
   [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
 fi
+if ! "$PYTHON" -c "import draccus, rich" 2>/dev/null; then
+  echo "error: $PYTHON lacks this project's packages; run \`make install\` in $PWD, or name another with PYTHON=" >&2
+  exit 2
+fi
 exec "$PYTHON" -m experiments.reproduce run "$@"

@@ -65,6 +65,23 @@ def test_a_script_prints_its_commands(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("options", [["-S"], []], ids=["without packages", "not there"])
+def test_a_script_without_an_environment_names_make_install(options: list[str], tmp_path: Path) -> None:
+    bare = tmp_path / "python"
+    if options:
+        bare.write_text(f'#!/bin/sh\nexec {sys.executable} {" ".join(options)} "$@"\n')
+        bare.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(SCRIPTS / "table8.sh")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHON": str(bare)},
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "make install" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
