@@ -9,6 +9,7 @@
     cone        mean cosine between tokens, layer by layer and behind the projectors (Figure 4)
     depth       depth read out of every teacher layer, against the simulator's (Figure 2)
     theorem     both sides of the bound on gradient coherence
+    reach       where the hand closes for the first time in LIBERO, beside the object it is to pick up
 
 Models are built as finetune.py builds them, with the flags that the checkpoint's run recorded (run_config.json); flags
 given here win. A checkpoint may also be a base model. `analyze.py COMMAND --help` lists the flags of a command.
@@ -33,6 +34,7 @@ from experiments.analysis.config import (
     DepthConfig,
     GradientsConfig,
     ProjectorsConfig,
+    ReachConfig,
     TheoremConfig,
 )
 from prismatic.util.cli import run
@@ -45,6 +47,7 @@ COMMANDS: dict[str, type] = {
     "cone": ConeConfig,
     "depth": DepthConfig,
     "theorem": TheoremConfig,
+    "reach": ReachConfig,
 }
 
 

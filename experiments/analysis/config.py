@@ -9,6 +9,14 @@ from typing import Any
 from prismatic.util.errors import UsageError, unknown_name
 
 
+def split_checkpoints(text: str) -> tuple[str, ...]:
+    """The folders of `--checkpoint`; raises UsageError when there is none."""
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not found:
+        raise UsageError("--checkpoint: empty; accepted: a checkpoint folder, or several as a comma list")
+    return found
+
+
 @dataclass
 class SubjectFlags:
     """What is measured: models, data, and how much of it. Flags left out are those of the checkpoint's own run."""
@@ -42,15 +50,8 @@ class SubjectFlags:
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
-        """The folders one by one.
-
-        Raises:
-            UsageError: none given.
-        """
-        found = tuple(part.strip() for part in self.checkpoint.split(",") if part.strip())
-        if not found:
-            raise UsageError("--checkpoint: empty; accepted: a checkpoint folder, or several as a comma list")
-        return found
+        """The folders one by one; raises UsageError when there is none."""
+        return split_checkpoints(self.checkpoint)
 
     def overrides(self) -> dict[str, Any]:
         """The training flags given here, by name."""
@@ -155,6 +156,29 @@ class DepthConfig:
             raise unknown_name("--mixed_precision", self.mixed_precision, ("auto", "no", "bf16"))
         if not self.ridge > 0:
             raise UsageError(f"--ridge: {self.ridge} found; accepted: a number above 0")
+
+
+@dataclass
+class ReachConfig:
+    """Where the hand closes for the first time in LIBERO's pick-and-place tasks, beside the object it is to pick up."""
+
+    checkpoint: str = ""  # Checkpoint folders (...--STEP_chkpt) as a comma list
+    base_checkpoint: str = ""  # The base model, when it is not where the checkpoint's adapter says
+    task_suite_name: str = "libero_object"  # A suite of LIBERO
+    task_ids: str = ""  # Tasks, as in 0,3,7 or 0-4; default: all
+    num_trials_per_task: int = 10  # Episodes a task, from its official initial states
+    max_steps: int = 120  # Steps after which a hand that has not closed is given up
+    env_img_res: int = 256  # Side of the rendered images in pixels
+    render: str = "protocol"  # protocol | fast, as in the evaluation
+    seed: int = 7  # Of the policy's randomness (diffusion noise)
+    device: str = "auto"  # auto | cpu | cuda
+    dtype: str = "auto"  # auto | float32 | bfloat16
+    out_dir: Path = Path("analysis")  # Folder for the JSON file and the PNG picture
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """The folders one by one; raises UsageError when there is none."""
+        return split_checkpoints(self.checkpoint)
 
 
 @dataclass

@@ -59,7 +59,8 @@ def training_config(flags: SubjectFlags, folder: str, join: Join) -> Any:
         values["feature_store"] = ""  # The teacher itself sees what the student sees.
     values |= {
         "vla_path": folder, "resume": resume, "resume_step": None, "run_root_dir": Path("runs"),
-        "run_id_override": "analysis", "trackers": "none", "use_val_set": False, "gradient_checkpointing": False,
+        "run_id_override": "analysis", "trackers": "none", "use_val_set": False, "val_fraction": 0.0,
+        "gradient_checkpointing": False,
     }  # fmt: skip
     values["data_root_dir"] = Path(values.get("data_root_dir", TrainConfig.data_root_dir))
     known = {field.name for field in fields(join.FinetuneConfig)}

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.jobs import Chain, Job, JobRunner
+from experiments.jobs import Chain, Job, JobFailed, JobRunner
 from experiments.reproduce.arms import Arm
 from experiments.reproduce.profiles import PROFILES, Profile
-from experiments.reproduce.stages import Workplace, analysis_job, arm_jobs, collect_job
+from experiments.reproduce.stages import Workplace, analysis_job, arm_jobs, collect_job, preparation_jobs
 from experiments.reproduce.studies import STUDIES, Analysis, Study
 from prismatic.util.cli import exit_code
 from prismatic.util.errors import UsageError
@@ -114,6 +114,13 @@ def make_chains(
     return tuple(chain(seed, name) for seed, name in jobs)
 
 
+def make_preparations(studies: Sequence[Study], place: Workplace, wanted: frozenset[str]) -> tuple[Chain, ...]:
+    """What seeds share: they would get in each other's way if each made it."""
+    arms = {arm.name: arm for study in studies for arm in study.arms(place.profile) if arm.name in wanted or not wanted}
+    jobs = (preparation_jobs(place, arm) for arm in arms.values())
+    return tuple(Chain(of_arm) for of_arm in jobs if of_arm)
+
+
 def make_analysis_chains(studies: Sequence[Study], place: Workplace) -> tuple[Chain, ...]:
     """The analyses of the studies; they need the checkpoints of all their arms."""
     from experiments.reproduce.records import write_analysis_record
@@ -149,18 +156,18 @@ def run_studies(arguments: argparse.Namespace) -> int:
     # Analyses compare arms: with a part of them, there is nothing to compare.
     analyses = () if wanted else make_analysis_chains(studies, place)
     makes_data = place.profile.collects and arguments.data_root_dir is None
+    collection = (Chain((collect_job(place),)),) if makes_data else ()
+    stages = (collection, make_preparations(studies, place, wanted), chains, analyses)
     if arguments.dry_run:
-        first = [collect_job(place)] if makes_data else []
-        for job in (*first, *(job for chain in (*chains, *analyses) for job in chain.jobs)):
+        jobs = {job.name: job for stage in stages for chain in stage for job in chain.jobs}
+        for job in jobs.values():
             console.print(f"python {shlex.join(job.arguments)}", highlight=False, soft_wrap=True, markup=False)
         return 0
     runner = JobRunner(place.out / "logs", console)
-    cores = min(4, os.cpu_count() or 1)
-    failures = runner.run_chains([Chain((collect_job(place),))], 1) if makes_data else []
-    if not failures:
-        parallel = arguments.parallel or (cores if place.processes == 1 else 1)
-        failures = runner.run_chains(chains, parallel)
-        failures += [] if failures else runner.run_chains(analyses, parallel)
+    parallel = arguments.parallel or (min(4, os.cpu_count() or 1) if place.processes == 1 else 1)
+    failures: list[JobFailed] = []
+    for stage in stages:
+        failures += [] if failures else runner.run_chains(stage, parallel)
     for failure in failures:
         console.print(str(failure), style="red", markup=False, highlight=False)
     return 1 if failures else 0

@@ -16,12 +16,14 @@ class Arm:
         name: of files; label: of tables.
         flags: fine-tuning flags beyond the profile's.
         selection: flags of `vla-scripts/select_layers.py`, for layers that have to be measured or computed first.
+        stored: the teacher's features are computed once, before training.
     """
 
     name: str
     label: str
     flags: Mapping[str, object]
     selection: Mapping[str, object] = field(default_factory=dict)
+    stored: bool = False
 
 
 BASELINE = Arm("baseline", "no alignment", {"recipe": "baseline"})
@@ -34,6 +36,7 @@ NAIVE_NARROW = Arm("naive-width20", "independent projectors, 20% width", {"recip
 SPATIAL_FORCING_NARROW = Arm(
     "spatial_forcing-width20", "spatial forcing, 20% width", {"recipe": "spatial_forcing", "use_matryoshka": True}
 )
+ROCKET_STORED = Arm("rocket-stored", "ROCKET, stored features", {"recipe": "rocket"}, stored=True)
 METHODS = (BASELINE, SPATIAL_FORCING, NAIVE, SHARED, ROCKET)
 
 # (name, label, flags of select_layers.py) of Table 5.

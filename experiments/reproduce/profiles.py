@@ -24,7 +24,7 @@ class Profile:
         pairs, selection_count: layer pairs compared in Table 4; layers chosen in Table 5.
         data_fractions: Table 6.
         collects: demonstrations are made by the scripted expert first.
-        analysis: flags of every analysis.
+        analysis: flags of every analysis of the models on data; reach: of the analysis in the simulator.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Profile:
     data_fractions: tuple[float, ...]
     collects: bool = False
     analysis: Mapping[str, object] = field(default_factory=dict)
+    reach: Mapping[str, object] = field(default_factory=dict)
 
 
 MINI = Profile(
@@ -96,6 +97,7 @@ MINI = Profile(
     selection_count=3,
     data_fractions=(0.1, 0.25, 1.0),
     collects=True,
+    reach={"task_ids": "7,9", "env_img_res": 128, "render": "fast"},
 )
 
 PAPER = Profile(

@@ -249,6 +249,17 @@ def _bound(subject: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def _reach(subject: Mapping[str, Any]) -> dict[str, float]:
+    """Without the numbers of a policy whose hand never closed."""
+    miss = subject["median_miss"]
+    measured = {
+        "beside the object (cm)": None if miss is None else 100 * miss,
+        "within 2 cm": subject["near_share"],
+        "task ignored": subject["task_ignored"],
+    }
+    return {name: value for name, value in measured.items() if value is not None}
+
+
 # The numbers of one checkpoint that a report shows, by analysis.
 _NUMBERS: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {
     "gradients": _of_all_blocks,
@@ -256,6 +267,7 @@ _NUMBERS: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {
     "projectors": _similarities,
     "cka": lambda subject: {"CKA of the matched layers": subject["matched_mean"]},
     "theorem": _bound,
+    "reach": _reach,
 }
 
 

@@ -14,6 +14,8 @@ from experiments.reproduce.arms import Arm
 from experiments.reproduce.profiles import Profile
 from experiments.reproduce.studies import Analysis, Study
 from prismatic.util.files import read_json
+from prismatic.vla.datasets.specs import resolve_mixture
+from rocket_align.teacher.store.layout import INDEX_NAME
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Workplace:
     def layers_file(self, arm: Arm) -> Path:
         """What select_layers.py writes for an arm."""
         return self.out / "layers" / f"{arm.name}.json"
+
+    def feature_store(self, arm: Arm) -> Path:
+        """What build_feature_store.py writes for an arm."""
+        return self.out / "stores" / arm.name
 
     def analysis_folder(self, analysis: Analysis, seed: int) -> Path:
         """What analyze.py writes for a seed; the teacher has none."""
@@ -92,6 +98,39 @@ def select_job(place: Workplace, arm: Arm) -> Job:
     return Job(f"select-{arm.name}", arguments, place.layers_file(arm))
 
 
+def store_job(place: Workplace, arm: Arm) -> Job:
+    """Compute an arm's teacher features before training."""
+    flags = {"vla_path": place.profile.vla_path, **_learning_flags(place, arm)}
+    # A mixture is finished when each of its data sets is.
+    names = [name for name, _ in resolve_mixture(place.profile.dataset_name)]
+
+    def finished(store: Path) -> bool:
+        return all((store / name / INDEX_NAME).is_file() for name in names)
+
+    arguments = place.launched("vla-scripts/build_feature_store.py", flags)
+    return Job(f"store-{arm.name}", arguments, place.feature_store(arm), finished)
+
+
+def preparation_jobs(place: Workplace, arm: Arm) -> tuple[Job, ...]:
+    """What an arm needs once, before the first of its seeds is trained."""
+    jobs = [select_job(place, arm)] if arm.selection else []
+    return (*jobs, store_job(place, arm)) if arm.stored else tuple(jobs)
+
+
+def _learning_flags(place: Workplace, arm: Arm) -> dict[str, object]:
+    """What is learned from: data, teacher, layers, and the budget."""
+    profile = place.profile
+    return {
+        "vggt_path": profile.teacher_path,
+        "data_root_dir": place.data_root_dir,
+        "dataset_name": profile.dataset_name,
+        **profile.train,
+        **arm.flags,
+        **({"align_layers_file": place.layers_file(arm)} if arm.selection else {}),
+        **({"feature_store": place.feature_store(arm)} if arm.stored else {}),
+    }
+
+
 def train_job(place: Workplace, arm: Arm, seed: int, *, prepare: bool = True) -> Job:
     """LoRA fine-tuning of an arm; with `prepare` an unfinished run is resumed, or cleared when it has no checkpoint."""
     profile, run_id = place.profile, place.run_id(arm, seed)
@@ -101,16 +140,11 @@ def train_job(place: Workplace, arm: Arm, seed: int, *, prepare: bool = True) ->
         start["vla_path"] = start["vla_path"] if start["resume"] else profile.vla_path
     flags = {
         **start,
-        "vggt_path": profile.teacher_path,
-        "data_root_dir": place.data_root_dir,
-        "dataset_name": profile.dataset_name,
         "run_root_dir": place.out / "runs",
         "run_id_override": run_id,
         "seed": seed,
-        **profile.train,
+        **_learning_flags(place, arm),
         "save_specific_steps": ",".join(map(str, profile.curve_steps)),
-        **arm.flags,
-        **({"align_layers_file": place.layers_file(arm)} if arm.selection else {}),
         **place.train,
     }
     result = place.checkpoint(arm, seed, profile.final_step) / "config.json"
@@ -147,11 +181,17 @@ def analysis_job(place: Workplace, analysis: Analysis, seed: int) -> Job:
     """One analysis of one seed."""
     profile = place.profile
     folder = place.analysis_folder(analysis, seed)
-    flags: dict[str, object] = {"vggt_path": profile.teacher_path, **profile.analysis, "out_dir": folder}
+    flags: dict[str, object] = {}
     if analysis.arms:
         steps = profile.curve_steps if analysis.curve else (profile.final_step,)
         checkpoints = [str(place.checkpoint(arm, seed, step)) for arm in analysis.arms for step in steps]
-        flags = {"checkpoint": ",".join(checkpoints), "data_root_dir": place.data_root_dir, **flags}
+        flags["checkpoint"] = ",".join(checkpoints)
+    if analysis.simulator:
+        flags |= profile.reach
+    else:
+        flags |= {"data_root_dir": place.data_root_dir} if analysis.arms else {}
+        flags |= {"vggt_path": profile.teacher_path, **profile.analysis}
+    flags["out_dir"] = folder
     arguments = ("vla-scripts/analyze.py", analysis.command, *as_arguments(flags))
     return Job(f"analyze-{folder.name}", arguments, folder / f"{analysis.command}.json")
 
@@ -161,7 +201,6 @@ def arm_jobs(place: Workplace, study: Study, arm: Arm, seed: int, *, prepare: bo
     profile = place.profile
     steps = profile.curve_steps if study.curve else (profile.final_step,)
     suites = (*profile.suites, profile.plus_suite) if study.plus else profile.suites
-    jobs = [select_job(place, arm)] if arm.selection else []
-    jobs.append(train_job(place, arm, seed, prepare=prepare))
+    jobs = [*preparation_jobs(place, arm), train_job(place, arm, seed, prepare=prepare)]
     jobs += [evaluate_job(place, arm, seed, step, suite) for suite in suites for step in steps]
     return tuple(jobs)

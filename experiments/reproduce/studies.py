@@ -17,17 +17,19 @@ class Analysis:
     Attributes:
         arms: whose checkpoints; none for an analysis of the teacher alone.
         curve: all checkpoints along the training instead of the last one.
+        simulator: policies act in LIBERO; else models are measured on data.
     """
 
     name: str
     command: str
     arms: tuple[Arm, ...] = ()
     curve: bool = False
+    simulator: bool = False
 
 
 @dataclass(frozen=True)
 class Study:
-    """A table or figure.
+    """A table or figure of the paper, or a further question.
 
     Attributes:
         arms: the policies it compares.
@@ -105,6 +107,17 @@ STUDIES = {
             "the theorem's bound, measured",
             lambda profile: (arms.NAIVE, arms.ROCKET),
             analyses=(Analysis("theorem", "theorem", (arms.NAIVE, arms.ROCKET)),),
+        ),
+        Study(
+            "reach",
+            "where the hand closes first, during training",
+            _methods,
+            analyses=(Analysis("reach", "reach", arms.METHODS, curve=True, simulator=True),),
+        ),
+        Study(
+            "store",
+            "stored teacher features",
+            lambda profile: (arms.BASELINE, arms.ROCKET, arms.ROCKET_STORED),
         ),
     )
 }

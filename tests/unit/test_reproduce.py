@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from script_loader import load_finetune_script
+from script_loader import load_finetune_script, load_script
 
 from experiments.analysis.config import (
     CkaConfig,
@@ -21,6 +21,7 @@ from experiments.analysis.config import (
     DepthConfig,
     GradientsConfig,
     ProjectorsConfig,
+    ReachConfig,
     SelectConfig,
     TheoremConfig,
 )
@@ -29,7 +30,7 @@ from experiments.reproduce import __main__ as command
 from experiments.reproduce import arms, outcomes, records, report, sections
 from experiments.reproduce.profiles import MINI, PAPER, PROFILES
 from experiments.reproduce.published import PUBLISHED
-from experiments.reproduce.stages import Workplace, analysis_job, arm_jobs
+from experiments.reproduce.stages import Workplace, analysis_job, arm_jobs, preparation_jobs
 from experiments.reproduce.studies import STUDIES
 from experiments.robot.libero.run_libero_eval import GenerateConfig
 from prismatic.util.errors import UsageError
@@ -105,10 +106,12 @@ def test_commands_use_flags_that_the_scripts_have(profile: Any, tmp_path: Path) 
     finetune = {field.name for field in dataclasses.fields(load_finetune_script().FinetuneConfig)}
     evaluate = {field.name for field in dataclasses.fields(GenerateConfig)}
     select = {field.name for field in dataclasses.fields(SelectConfig)}
+    store = {field.name for field in dataclasses.fields(load_script("build_feature_store").StoreConfig)}
     known = {
         "vla-scripts/finetune.py": finetune,
         "experiments/robot/libero/run_libero_eval.py": evaluate,
         "vla-scripts/select_layers.py": select,
+        "vla-scripts/build_feature_store.py": store,
     }
     place = _place(tmp_path, profile)
     jobs = [job for study in STUDIES.values() for arm in study.arms(profile) for job in arm_jobs(place, study, arm, 0)]
@@ -127,6 +130,7 @@ def test_analyses_are_commands_with_flags_that_exist(study: Any, tmp_path: Path)
             "cka": CkaConfig,
             "theorem": TheoremConfig,
             "depth": DepthConfig,
+            "reach": ReachConfig,
         }[words[1]]
         flags = {word[2:] for word in words if word.startswith("--")}
         assert flags <= {field.name for field in dataclasses.fields(config)}
@@ -169,6 +173,31 @@ def test_studies_share_the_commands_of_an_arm(tmp_path: Path) -> None:
     assert sum(name.startswith("train-") for name in names) == 1
     assert [name for name in names if "step100" in name] == ["evaluate-rocket-seed0-step100-libero_object"]
     assert sum(name.startswith("evaluate-") for name in names) == len(MINI.curve_steps)
+
+
+def test_seeds_share_what_is_made_once(tmp_path: Path) -> None:
+    """Layers and stored features come before all trainings, once; the training names the file or folder they fill."""
+    studies, place = command.choose_studies(["table4", "store"]), _place(tmp_path)
+    prepared = [job for chain in command.make_preparations(studies, place, frozenset()) for job in chain.jobs]
+    assert [job.name for job in prepared] == [
+        *(f"select-rocket-pairs{count}" for count in MINI.pairs),
+        "store-rocket-stored",
+    ]
+    train = arm_jobs(place, studies[1], arms.ROCKET_STORED, 1)[1].arguments
+    assert train[train.index("--feature_store") + 1] == str(prepared[-1].result)
+    only = command.make_preparations(studies, place, frozenset({"rocket"}))
+    assert only == ()
+
+
+def test_a_store_is_done_when_every_data_set_of_the_mixture_is(tmp_path: Path) -> None:
+    place = _place(tmp_path, PAPER)
+    (job,) = preparation_jobs(place, arms.ROCKET_STORED)
+    for suite in ("spatial", "object", "goal", "10"):
+        assert not job.done
+        folder = job.result / f"libero_{suite}_no_noops"
+        folder.mkdir(parents=True)
+        (folder / "index.json").write_text("{}")
+    assert job.done
 
 
 def _record(arm: str, seed: int, successes: list[int], *, losses: tuple[float, ...] = (1.0, 0.5)) -> dict[str, Any]:

@@ -1,0 +1,189 @@
+"""Where the hand closes first, beside the object it is to pick up: tells a policy that goes to the wrong place from one
+that grasps badly, and keeps measuring where success is 0 or 100%. Not an analysis of the paper."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from experiments.analysis.config import ReachConfig
+from experiments.analysis.report import COLORS, new_figure, save_figure, write_json
+from experiments.analysis.settings import Join
+from experiments.mini.expert import Goal, read_goal
+from experiments.robot.libero.environment import LiberoEnv
+from experiments.robot.libero.episode import EpisodeRunner, make_libero_env
+from experiments.robot.libero.plan import make_plan
+from experiments.robot.libero.protocol import Episode, Protocol, to_env_action
+from experiments.robot.libero.run_libero_eval import GenerateConfig
+from experiments.robot.libero.tasks import get_task
+from experiments.robot.openvla_utils import OpenVLAPolicy
+from experiments.robot.robot_utils import set_seed_everywhere
+from prismatic.util.files import read_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from experiments.robot.policy import Policy
+
+# A hand this far beside an object's middle misses the objects of LIBERO, which are 3 to 8 cm wide.
+NEAR = 0.02
+COLUMNS = ("task_id", "init_state", "step", "hand_x", "hand_y", "object_x", "object_y")
+Array = npt.NDArray[Any]
+
+
+class Watch:
+    """Starts episodes as the evaluation does, and stops each at the first action that closes the gripper."""
+
+    def __init__(self, protocol: Protocol, goals: dict[int, Goal]) -> None:
+        self._goals, self._protocol = goals, protocol
+        self._env: LiberoEnv | None = None
+        self._runner = EpisodeRunner(protocol, self._make_env)
+
+    def _make_env(self, episode: Episode, protocol: Protocol) -> LiberoEnv:
+        self._env = make_libero_env(episode, protocol)
+        return self._env
+
+    def run(self, policy: Policy, episode: Episode) -> list[Any]:
+        """An episode's row of :data:`COLUMNS`; `step` is None for a hand that never closed (its place: the last)."""
+        turn = self._runner.begin(episode)
+        assert self._env is not None
+        item = self._env.domain.objects_dict[self._goals[episode.task_id].item].root_body
+        object_xy = self._env.domain.sim.data.get_body_xpos(item)[:2].copy()
+        closed = False
+        while turn.query is not None and not closed:
+            chunk: Array = np.asarray(policy.act([turn.query])[0])[: self._protocol.open_loop_steps]
+            closing = np.flatnonzero([to_env_action(action)[-1] > 0 for action in chunk])
+            closed = bool(closing.size)
+            turn = self._runner.advance(chunk[: closing[0] + 1] if closed else chunk)
+        hand_xy = self._env.state[:2]
+        place = (*hand_xy, *object_xy)
+        return [episode.task_id, episode.init_state, turn.steps if closed else None, *map(float, place)]
+
+    def close(self) -> None:
+        """Free the environment."""
+        self._runner.close()
+
+
+def policy_flags(config: ReachConfig, folder: str) -> GenerateConfig:
+    """The evaluation's flags for a checkpoint: inputs and heads as its run recorded them."""
+    record = Path(folder) / "run_config.json"
+    trained = read_json(record) if record.is_file() else {}
+    names = ("num_images_in_input", "use_proprio", "use_film", "use_l1_regression", "use_diffusion")
+    values = {name: trained[name] for name in names if name in trained}
+    if "image_aug" in trained:
+        values["center_crop"] = trained["image_aug"]
+    shared = {field.name for field in fields(GenerateConfig)} & {field.name for field in fields(config)}
+    values |= {name: getattr(config, name) for name in shared}
+    return GenerateConfig(pretrained_checkpoint=folder, **values)
+
+
+def measure(config: ReachConfig, folder: str) -> dict[str, Any]:
+    """One checkpoint's part of the report."""
+    flags = policy_flags(config, folder)
+    plan = make_plan(flags)
+    assert plan.checkpoint is not None
+    goals = {
+        task: read_goal(get_task(flags.task_suite_name, task))
+        for task in dict.fromkeys(episode.task_id for episode in plan.episodes)
+    }
+    set_seed_everywhere(flags.seed)
+    policy = OpenVLAPolicy.from_checkpoint(plan.checkpoint, flags, plan.unnorm_key)
+    watch = Watch(plan.protocol, goals)
+    try:
+        rows = [watch.run(policy, episode) for episode in plan.episodes]
+    finally:
+        watch.close()
+    name = Path(folder).name
+    run, _, step = name.removesuffix("_chkpt").rpartition("--")
+    return {
+        "checkpoint": name,
+        "label": f"{run}, step {int(step):,}" if run and step.isdigit() else name,
+        "step": int(step) if step.isdigit() else 0,
+        "tasks": {str(episode.task_id): episode.task for episode in plan.episodes},
+        "columns": list(COLUMNS),
+        "episodes": rows,
+        **summarize(rows),
+    }
+
+
+def summarize(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Numbers of one policy from rows of :data:`COLUMNS`.
+
+    Returns:
+        median_miss: distance in m between hand and object, horizontally, where the hand first closes.
+        near_share: part of the episodes in which it is below :data:`NEAR`.
+        task_ignored: mean over episodes of how far from the task's own object toward the middle of all tasks' objects
+            the hand closes: 0 at its own, 1 for a policy that goes to the same place whatever the task; None for a
+            single task.
+        never_closed: episodes in which the hand did not close; they count in none of the above.
+    """
+    closed = [row for row in rows if row[2] is not None]
+    hands, objects = np.array([row[3:5] for row in closed]), np.array([row[5:7] for row in closed])
+    result: dict[str, Any] = {"never_closed": len(rows) - len(closed), "task_ignored": None}
+    if not closed:
+        return {**result, "median_miss": None, "near_share": None}
+    misses = np.linalg.norm(hands - objects, axis=1)
+    result |= {"median_miss": float(np.median(misses)), "near_share": float(np.mean(misses < NEAR))}
+    tasks = np.array([row[0] for row in closed])
+    places = {task: objects[tasks == task].mean(0) for task in dict.fromkeys(tasks.tolist())}
+    if len(places) > 1:
+        toward = np.mean(list(places.values()), axis=0) - objects
+        result["task_ignored"] = float(np.mean(((hands - objects) * toward).sum(1) / (toward**2).sum(1)))
+    return result
+
+
+def main(config: ReachConfig, join: Join) -> int:
+    """Measure, write reach.json and reach.png. `join` is every analysis's; policies are loaded as for an evaluation."""
+    parts = [measure(config, folder) for folder in config.checkpoints]
+    settings = {name: getattr(config, name) for name in ("task_suite_name", "num_trials_per_task", "render", "seed")}
+    write_json(config.out_dir / "reach.json", {"analysis": "reach", **settings, "near": NEAR, "subjects": parts})
+    draw(config, parts)
+    for part in parts:
+        if part["median_miss"] is None:
+            print(f"{part['label']}: the hand never closed")
+            continue
+        ignored = "" if part["task_ignored"] is None else f", task ignored {part['task_ignored']:.2f}"
+        print(
+            f"{part['label']}: closes {100 * part['median_miss']:.1f} cm beside the object (median), "
+            f"{100 * part['near_share']:.0f}% within {100 * NEAR:.0f} cm{ignored}"
+        )
+    return 0
+
+
+def draw(config: ReachConfig, parts: list[dict[str, Any]]) -> None:
+    """From above: the objects, and where each policy closed its hand; a color a task, a row a run of several steps."""
+    steps = len({part["step"] for part in parts})
+    columns = steps if steps > 1 else min(len(parts), 5)
+    rows = -(-len(parts) // columns)
+    figure = new_figure(max(1.7 * columns, 3.5), 1.9 * rows + 0.5)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.ravel()[len(parts) :]:
+        axes.set_axis_off()
+    for axes, part in zip(grid.ravel(), parts, strict=False):
+        _draw_part(axes, part)
+    grid[0, 0].margins(0.15)
+    figure.supxlabel("to the side (cm)", fontsize=9)
+    figure.supylabel("to the front (cm)", fontsize=9)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    save_figure(figure, config.out_dir / "reach.png")
+
+
+def _draw_part(axes: Axes, part: dict[str, Any]) -> None:
+    for number, (task, instruction) in enumerate(part["tasks"].items()):
+        rows = [row for row in part["episodes"] if str(row[0]) == task]
+        color = COLORS[number % len(COLORS)]
+        own_cm = 100 * np.median([row[5:7] for row in rows], axis=0)
+        axes.plot(own_cm[1], own_cm[0], "s", ms=9, mfc="none", mec=color)
+        closed_cm = 100 * np.array([row[3:5] for row in rows if row[2] is not None]).reshape(-1, 2)
+        what = re.sub(r"^pick up the (.*?) and place it .*", r"\1", instruction)
+        axes.plot(closed_cm[:, 1], closed_cm[:, 0], "x", ms=4, mew=1, color=color, label=f"hand at: {what} (box)")
+    miss = "" if part["median_miss"] is None else f": {100 * part['median_miss']:.1f} cm"
+    axes.set_title(part["label"].replace(", step ", "\nstep ") + miss, fontsize=8)
+    axes.set_aspect("equal")
