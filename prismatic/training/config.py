@@ -147,6 +147,8 @@ class TrainConfig:
             raise UsageError(f"--data_fraction: {self.data_fraction} found; accepted: above 0, at most 1")
         if not 0 <= self.val_fraction < 1:
             raise UsageError(f"--val_fraction: {self.val_fraction} found; accepted: 0 or more, below 1")
+        if self.val_fraction and not self.use_val_set:
+            raise UsageError(f"--val_fraction: {self.val_fraction} without --use_val_set; accepted: 0, or both of them")
 
     def _validate_paths(self) -> None:
         if not Path(self.data_root_dir).is_dir():

@@ -25,6 +25,8 @@ def run_folder(tmp_path: Path) -> Path:
         "vla_layers_align": "1,2",
         "vggt_layers_align": "0,1",
         "shuffle_buffer_size": 7,
+        "use_val_set": True,
+        "val_fraction": 0.1,
     }
     (tmp_path / "lora_adapter").mkdir()
     (tmp_path / "run_config.json").write_text(json.dumps(recorded))
@@ -49,7 +51,7 @@ def test_a_given_flag_replaces_what_was_recorded_in_its_place(
 ) -> None:
     config = training_config(SubjectFlags(**given), str(run_folder), load_script("finetune"))
     assert {name: getattr(config, name) for name in expected} == expected
-    assert config.shuffle_buffer_size == 7
+    assert (config.shuffle_buffer_size, config.use_val_set, config.val_fraction) == (7, False, 0.0)
 
 
 def test_more_blocks_than_the_models_have_are_refused_before_anything_is_loaded() -> None:

@@ -37,6 +37,7 @@ def test_defaults_with_existing_folders_are_accepted(tmp_path: Path) -> None:
         ({"trackers": "trackio"}, "trackio is not installed"),
         ({"save_specific_steps": "1,two"}, "--save_specific_steps"),
         ({"vla_path": "./nowhere"}, "--vla_path"),
+        ({"val_fraction": 0.1}, "--val_fraction: 0.1 without --use_val_set"),
         ({"resume": True}, "--resume"),
     ],
 )
