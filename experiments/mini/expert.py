@@ -14,6 +14,7 @@ from scipy.spatial.transform import Rotation
 from experiments.mini.geometry import Scene
 from experiments.mini.grasp import Grasp, plan_grasp
 from experiments.robot.libero.environment import LiberoEnv
+from experiments.robot.libero.rendering import choose_renderer
 from experiments.robot.libero.tasks import TaskSpec
 from prismatic.util.errors import UsageError
 
@@ -44,6 +45,7 @@ def read_goal(task: TaskSpec) -> Goal:
     Raises:
         UsageError: the expert cannot solve this kind of task.
     """
+    choose_renderer()  # LIBERO's module loads MuJoCo, after which it is too late.
     from libero.libero.envs.bddl_utils import robosuite_parse_problem
 
     problem = robosuite_parse_problem(str(task.bddl_path))
