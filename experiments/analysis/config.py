@@ -133,7 +133,7 @@ class DepthConfig:
     """Depth read out of every teacher layer by a linear probe, against the simulator's depth."""
 
     vggt_path: str = ""  # The 3D teacher: a folder, a weights file, or a hub id
-    frames_dir: Path | None = None  # Folder of frames with depth; default: OUT_DIR/frames. Missing tasks are rendered
+    frames_dir: Path | None = None  # Frames with depth, taken as they are; default: OUT_DIR/frames, made when missing
     train_tasks: str = "libero_object:0,2;libero_spatial:0"  # Tasks the probe is fitted on: SUITE:NUMBERS[;...]
     test_tasks: str = "libero_object:5"  # Tasks it is tested on
     episodes: int = 3  # Episodes a task, where frames are rendered

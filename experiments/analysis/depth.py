@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,24 +30,28 @@ class Frames:
     """Shards of `experiments.mini.teacher_data`, one a task, read a few frames at a time.
 
     Args:
-        folder: where they lie; those missing are rendered in the simulator.
+        config: says where they lie. Those missing are rendered in the simulator; a folder that the user names may
+            hold frames of any origin.
         tasks: in the form of `parse_tasks`.
+
+    Raises:
+        UsageError: there are frames made with other flags.
     """
 
-    def __init__(self, config: DepthConfig, folder: Path, tasks: str) -> None:
-        missing = [f"{suite}:{task}" for suite, task in parse_tasks(tasks) if not _shard(folder, suite, task).is_file()]
-        if missing:
+    def __init__(self, config: DepthConfig, tasks: str) -> None:
+        folder = config.frames_dir or config.out_dir / "frames"
+        self._shards = [folder / f"{suite}-{task}.npz" for suite, task in parse_tasks(tasks)]
+        if config.frames_dir is None or not all(shard.is_file() for shard in self._shards):
             render_frames(
                 TeacherDataConfig(
                     folder,
-                    tasks=";".join(missing),
+                    tasks=tasks,
                     episodes=config.episodes,
                     frames=config.frames,
                     image_size=config.image_size,
                     seed=config.seed,
                 )
             )
-        self._shards = [_shard(folder, suite, task) for suite, task in parse_tasks(tasks)]
         self._batch_size = config.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -60,10 +63,6 @@ class Frames:
                 part = slice(first, first + self._batch_size)
                 pixels = torch.from_numpy(images[part]).movedim(-1, 2).float() / 255
                 yield pixels, torch.from_numpy(depths[part]).float().clamp(max=MAX_DEPTH)
-
-
-def _shard(folder: Path, suite: str, task: int) -> Path:
-    return folder / f"{suite}-{task}.npz"
 
 
 class DepthStudy:
@@ -147,13 +146,12 @@ def _places(targets_BVPK: Tensor) -> Tensor:
 
 def main(config: DepthConfig, join: Join) -> int:
     """Fit, score, write depth.json and depth.png. `join` is every analysis's; this one looks at no policy."""
-    folder = config.frames_dir or config.out_dir / "frames"
     overlap = set(parse_tasks(config.train_tasks, "train_tasks")) & set(parse_tasks(config.test_tasks, "test_tasks"))
     if overlap:
         raise UsageError(f"--test_tasks: {sorted(overlap)} found in --train_tasks too; accepted: other tasks")
     study = DepthStudy(config)
-    readouts, control = study.fit(Frames(config, folder, config.train_tasks))
-    scores = study.score(Frames(config, folder, config.test_tasks), readouts, control)
+    readouts, control = study.fit(Frames(config, config.train_tasks))
+    scores = study.score(Frames(config, config.test_tasks), readouts, control)
     pictures = scores.pop("pictures")
     settings = {
         name: getattr(config, name) for name in ("vggt_path", "train_tasks", "test_tasks", "cells", "ridge", "seed")

@@ -2,7 +2,8 @@
 
     python -m experiments.mini.teacher_data --out FOLDER
 
-One `.npz` a task, resumable: a file that is there is not made again. What varies within a task: the official initial
+One `.npz` a task, resumable: a file that is there is not made again, and `frames.json` beside them says with which
+flags they were made, so that frames of others are not taken for them. What varies within a task: the official initial
 state, small shifts of the objects, the arm (it wanders between objects and free space, with noise) and the
 third-person camera (its pose is perturbed in most frames, so depth cannot be learned by heart). Pictures use the
 fast renderer and LIBERO's mirrored orientation, as the demonstrations for the mini student do.
@@ -10,6 +11,7 @@ fast renderer and LIBERO's mirrored orientation, as the demonstrations for the m
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import numpy as np
 
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_path
+from prismatic.util.files import atomic_path, atomic_write, read_json
 
 if TYPE_CHECKING:
     from experiments.robot.libero.environment import LiberoEnv
@@ -36,6 +38,8 @@ _FRAMES_PER_WAYPOINT = 3
 _OBJECT_SHIFT = 0.015
 _CAMERA_SHIFT, _CAMERA_TURN = 0.06, np.deg2rad(3.0)
 _CAMERA_PERTURBED = 0.75
+# What frames of the same task depend on.
+_RECORDED_FLAGS = ("episodes", "frames", "image_size", "seed")
 _WORKSPACE = np.array([[-0.25, -0.3, 0.02], [0.15, 0.35, 0.35]])
 
 
@@ -212,10 +216,32 @@ def task_frames(cfg: TeacherDataConfig, suite: str, task_id: int) -> Iterator[Fr
                 yield frame
 
 
+def _check_origin(cfg: TeacherDataConfig) -> None:
+    """Note beside the frames with which flags they are made; raises UsageError when those there have other ones."""
+    record, ours = cfg.out / "frames.json", {name: getattr(cfg, name) for name in _RECORDED_FLAGS}
+    if not record.is_file():
+        if any(cfg.out.glob("*.npz")):
+            raise UsageError(
+                f"{cfg.out}: holds frames and no {record.name} on how they were made; accepted: another folder"
+            )
+        return atomic_write(record, json.dumps(ours, indent=2) + "\n")
+    there = read_json(record)
+    differing = [f"--{name} {there.get(name)}, not {value}" for name, value in ours.items() if there.get(name) != value]
+    if differing:
+        raise UsageError(
+            f"{cfg.out}: holds frames made with {', '.join(differing)}; accepted: these, or another folder"
+        )
+
+
 def main(cfg: TeacherDataConfig) -> None:
-    """Make every shard that is not there yet."""
+    """Make every shard that is not there yet.
+
+    Raises:
+        UsageError: the folder holds frames made with other flags, or with flags that nobody noted.
+    """
     from rich.progress import Progress
 
+    _check_origin(cfg)
     tasks = parse_tasks(cfg.tasks)
     with Progress() as progress:
         bar = progress.add_task("frames", total=len(tasks) * cfg.episodes * cfg.frames)

@@ -159,12 +159,27 @@ def test_depth_of_real_frames(run: Any, tmp_path: Path) -> None:
     for task, part in ((0, slice(0, None, 2)), (1, slice(1, None, 2))):
         np.savez(frames / f"libero_object-{task}.npz", images=images[part], depths=depths[part])
     tasks = ["--train_tasks", "libero_object:0", "--test_tasks", "libero_object:1", "--cells", 2, "--pictures", 2]
-    found = run("depth", "--vggt_path", teacher, "--ridge", 0.3, *tasks)
+    found = run("depth", "--vggt_path", teacher, "--ridge", 0.3, "--frames_dir", frames, *tasks)
     assert found["test_frames"] == 4
     assert list(found["layers"]) == [str(layer) for layer in range(6)]
     best = min(errors["abs_rel"] for errors in found["layers"].values())
     # Four frames are few to fit on, but one number for all depths would be off by more than half.
     assert best < 0.35
+
+
+def test_depth_does_not_take_frames_of_others_for_its_own(
+    analyze: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames, teacher = tmp_path / "frames", ROOT / "experiments" / "mini" / "weights" / "teacher"
+    frames.mkdir()
+    for task in (0, 1):
+        np.savez(frames / f"libero_object-{task}.npz", images=np.zeros(0), depths=np.zeros(0))
+    (frames / "frames.json").write_text('{"episodes": 3, "frames": 8, "image_size": 128, "seed": 1}')
+    tasks = ["--train_tasks", "libero_object:0", "--test_tasks", "libero_object:1"]
+    with pytest.raises(SystemExit) as end:
+        analyze.main(["depth", "--vggt_path", str(teacher), *tasks, "--out_dir", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and "--seed 1, not 0" in error
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,19 @@ def test_a_finished_shard_is_kept(folder: Path) -> None:
     main(TeacherDataConfig(out=folder, tasks="libero_spatial:0", episodes=1, frames=4, image_size=SIZE))
     assert shard.stat().st_mtime_ns == before
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("flag", ["episodes", "frames", "image_size", "seed"])
+def test_frames_made_with_other_flags_are_not_reused(folder: Path, flag: str) -> None:
+    flags = {"episodes": 1, "frames": 4, "image_size": SIZE, "seed": 0}
+    with pytest.raises(UsageError, match=f"--{flag} {flags[flag]}, not 7; accepted: these, or another folder"):
+        main(TeacherDataConfig(out=folder, tasks="libero_spatial:0", **{**flags, flag: 7}))
+
+
+def test_frames_of_unknown_origin_are_not_reused(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "libero_spatial-0.npz", tmp_path)
+    with pytest.raises(UsageError, match=r"no frames\.json on how they were made"):
+        main(TeacherDataConfig(out=tmp_path, tasks="libero_spatial:0", episodes=1, frames=4, image_size=SIZE))
 
 
 def test_same_flags_same_frames(folder: Path, tmp_path: Path) -> None:
