@@ -4,7 +4,7 @@ that grasps badly, and keeps measuring where success is 0 or 100%. Not an analys
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,10 @@ import numpy.typing as npt
 from experiments.analysis.config import ReachConfig
 from experiments.analysis.report import COLORS, new_figure, save_figure, write_json
 from experiments.analysis.settings import Join
-from experiments.mini.expert import Goal, read_goal
+from experiments.mini.expert import read_goal
 from experiments.robot.libero.environment import LiberoEnv
 from experiments.robot.libero.episode import EpisodeRunner, make_libero_env
-from experiments.robot.libero.plan import make_plan
+from experiments.robot.libero.plan import Plan, make_plan
 from experiments.robot.libero.protocol import Episode, Protocol, to_env_action
 from experiments.robot.libero.run_libero_eval import GenerateConfig
 from experiments.robot.libero.tasks import get_task
@@ -34,40 +34,54 @@ if TYPE_CHECKING:
 # A hand this far beside an object's middle misses the objects of LIBERO, which are 3 to 8 cm wide.
 NEAR = 0.02
 COLUMNS = ("task_id", "init_state", "step", "hand_x", "hand_y", "object_x", "object_y")
+_KEPT = 4  # Environments at a time; one takes about 1 GB.
 Array = npt.NDArray[Any]
 
 
 class Watch:
-    """Starts episodes as the evaluation does, and stops each at the first action that closes the gripper."""
+    """Starts episodes as the evaluation does, and stops each at the first action that closes the gripper.
 
-    def __init__(self, protocol: Protocol, goals: dict[int, Goal]) -> None:
-        self._goals, self._protocol = goals, protocol
-        self._env: LiberoEnv | None = None
-        self._runner = EpisodeRunner(protocol, self._make_env)
+    Keeps the environments of a few tasks for the next policy: to make one takes longer than its episodes.
+    """
+
+    def __init__(self, protocol: Protocol, suite: str, tasks: Iterable[int]) -> None:
+        self._protocol = protocol
+        self._goals = {task: read_goal(get_task(suite, task)) for task in tasks}
+        self._envs: dict[int, LiberoEnv] = {}
+        self._runners: dict[int, EpisodeRunner] = {}
 
     def _make_env(self, episode: Episode, protocol: Protocol) -> LiberoEnv:
-        self._env = make_libero_env(episode, protocol)
-        return self._env
+        env: LiberoEnv = make_libero_env(episode, protocol)
+        self._envs[episode.task_id] = env
+        return env
+
+    def _runner(self, task: int) -> EpisodeRunner:
+        if task not in self._runners:
+            if len(self._runners) == _KEPT:
+                self._runners.pop(next(iter(self._runners))).close()
+            self._runners[task] = EpisodeRunner(self._protocol, self._make_env)
+        return self._runners[task]
 
     def run(self, policy: Policy, episode: Episode) -> list[Any]:
         """An episode's row of :data:`COLUMNS`; `step` is None for a hand that never closed (its place: the last)."""
-        turn = self._runner.begin(episode)
-        assert self._env is not None
-        item = self._env.domain.objects_dict[self._goals[episode.task_id].item].root_body
-        object_xy = self._env.domain.sim.data.get_body_xpos(item)[:2].copy()
+        runner = self._runner(episode.task_id)
+        turn = runner.begin(episode)
+        env = self._envs[episode.task_id]
+        item = env.domain.objects_dict[self._goals[episode.task_id].item].root_body
+        object_xy = env.domain.sim.data.get_body_xpos(item)[:2].copy()
         closed = False
         while turn.query is not None and not closed:
             chunk: Array = np.asarray(policy.act([turn.query])[0])[: self._protocol.open_loop_steps]
             closing = np.flatnonzero([to_env_action(action)[-1] > 0 for action in chunk])
             closed = bool(closing.size)
-            turn = self._runner.advance(chunk[: closing[0] + 1] if closed else chunk)
-        hand_xy = self._env.state[:2]
-        place = (*hand_xy, *object_xy)
+            turn = runner.advance(chunk[: closing[0] + 1] if closed else chunk)
+        place = (*env.state[:2], *object_xy)
         return [episode.task_id, episode.init_state, turn.steps if closed else None, *map(float, place)]
 
     def close(self) -> None:
-        """Free the environment."""
-        self._runner.close()
+        """Free the environments."""
+        for runner in self._runners.values():
+            runner.close()
 
 
 def policy_flags(config: ReachConfig, folder: str) -> GenerateConfig:
@@ -83,23 +97,13 @@ def policy_flags(config: ReachConfig, folder: str) -> GenerateConfig:
     return GenerateConfig(pretrained_checkpoint=folder, **values)
 
 
-def measure(config: ReachConfig, folder: str) -> dict[str, Any]:
+def measure(flags: GenerateConfig, plan: Plan, watch: Watch) -> dict[str, Any]:
     """One checkpoint's part of the report."""
-    flags = policy_flags(config, folder)
-    plan = make_plan(flags)
     assert plan.checkpoint is not None
-    goals = {
-        task: read_goal(get_task(flags.task_suite_name, task))
-        for task in dict.fromkeys(episode.task_id for episode in plan.episodes)
-    }
     set_seed_everywhere(flags.seed)
     policy = OpenVLAPolicy.from_checkpoint(plan.checkpoint, flags, plan.unnorm_key)
-    watch = Watch(plan.protocol, goals)
-    try:
-        rows = [watch.run(policy, episode) for episode in plan.episodes]
-    finally:
-        watch.close()
-    name = Path(folder).name
+    rows = [watch.run(policy, episode) for episode in plan.episodes]
+    name = Path(flags.pretrained_checkpoint).name
     run, _, step = name.removesuffix("_chkpt").rpartition("--")
     return {
         "checkpoint": name,
@@ -140,7 +144,14 @@ def summarize(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
 
 def main(config: ReachConfig, join: Join) -> int:
     """Measure, write reach.json and reach.png. `join` is every analysis's; policies are loaded as for an evaluation."""
-    parts = [measure(config, folder) for folder in config.checkpoints]
+    flags = [policy_flags(config, folder) for folder in config.checkpoints]
+    plans = [make_plan(one) for one in flags]  # Before the first of them runs: a wrong folder is named at once.
+    tasks = dict.fromkeys(episode.task_id for episode in plans[0].episodes)
+    watch = Watch(plans[0].protocol, config.task_suite_name, tasks)
+    try:
+        parts = [measure(one, plan, watch) for one, plan in zip(flags, plans, strict=True)]
+    finally:
+        watch.close()
     settings = {name: getattr(config, name) for name in ("task_suite_name", "num_trials_per_task", "render", "seed")}
     write_json(config.out_dir / "reach.json", {"analysis": "reach", **settings, "near": NEAR, "subjects": parts})
     draw(config, parts)

@@ -14,7 +14,6 @@ from script_loader import load_script
 pytest.importorskip("libero", reason="LIBERO is not installed")
 
 from experiments.analysis.reach import Watch, summarize
-from experiments.mini.expert import read_goal
 from experiments.robot.libero.protocol import Episode, Protocol
 from experiments.robot.libero.tasks import get_task
 from experiments.robot.policy import Query
@@ -42,7 +41,7 @@ class Scripted:
 @pytest.fixture(scope="module")
 def watch() -> Iterator[Watch]:
     """A watch over one task; episodes of 24 steps at most."""
-    watch = Watch(Protocol(max_steps=24, image_size=64, render="fast"), {TASK: read_goal(get_task(SUITE, TASK))})
+    watch = Watch(Protocol(max_steps=24, image_size=64, render="fast"), SUITE, [TASK])
     yield watch
     watch.close()
 
