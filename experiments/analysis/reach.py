@@ -194,7 +194,7 @@ def _draw_part(axes: Axes, part: dict[str, Any]) -> None:
         axes.plot(own_cm[1], own_cm[0], "s", ms=9, mfc="none", mec=color)
         closed_cm = 100 * np.array([row[3:5] for row in rows if row[2] is not None]).reshape(-1, 2)
         what = re.sub(r"^pick up the (.*?) and place it .*", r"\1", instruction)
-        axes.plot(closed_cm[:, 1], closed_cm[:, 0], "x", ms=4, mew=1, color=color, label=f"hand at: {what} (box)")
+        axes.plot(closed_cm[:, 1], closed_cm[:, 0], "x", ms=4, mew=1, color=color, label=f"{what}: box; hand: x")
     miss = "" if part["median_miss"] is None else f": {100 * part['median_miss']:.1f} cm"
     axes.set_title(part["label"].replace(", step ", "\nstep ") + miss, fontsize=8)
     axes.set_aspect("equal")

@@ -31,7 +31,9 @@ COLORS = {
 _OTHER = "#d55e00"
 
 
-def draw_pictures(records: Sequence[Record], profile: Profile, folder: Path) -> dict[str, Path]:
+def draw_pictures(
+    records: Sequence[Record], profile: Profile, folder: Path, analyses: Sequence[Record] = ()
+) -> dict[str, Path]:
     """Draw what there are results for; returns the file of every study that has one, and of "training"."""
     import matplotlib
 
@@ -46,6 +48,9 @@ def draw_pictures(records: Sequence[Record], profile: Profile, folder: Path) -> 
         draw = _drawer(study, records, profile)
         if draw is not None:
             pictures[study.name] = _save(draw, folder / f"{study.name}.png")
+    reach = [one for one in analyses if one["analysis"] == "reach"]
+    if reach:
+        pictures["reach"] = _save(lambda: draw_reach(reach, records, profile), folder / "reach.png")
     if any(record["training"] for record in records):
         pictures["training"] = _save(lambda: draw_training(records), folder / "training.png")
     return pictures
@@ -122,6 +127,46 @@ def draw_curves(study: Study, records: Sequence[Record], profile: Profile) -> Fi
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
     axes.legend(frameon=False)
     return figure
+
+
+def draw_reach(analyses: Sequence[Record], records: Sequence[Record], profile: Profile) -> Figure:
+    """How far beside the object the hand closes: along the training, and what it means for success at the end."""
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained")
+    for arm in METHODS:
+        color, misses_cm = COLORS[arm.name], _misses_cm(analyses, arm)
+        steps = sorted({step for _, step in misses_cm})
+        seeds_cm = [[miss for (_, step), miss in misses_cm.items() if step == wanted] for wanted in steps]
+        left.plot(steps, list(map(np.mean, seeds_cm)), color=color, marker="o", linewidth=1.5, label=arm.label)
+        left.fill_between(
+            steps, list(map(min, seeds_cm)), list(map(max, seeds_cm)), color=color, alpha=0.12, linewidth=0
+        )
+        found = outcome(records, arm.name, profile.final_step, profile.suites)
+        for seed, rate in found.by_seed.items() if found else ():
+            if (seed, profile.final_step) in misses_cm:
+                right.plot(misses_cm[seed, profile.final_step], rate, "o", color=color, markersize=6, alpha=0.8)
+    left.set(title="during training; mean and range of seeds", xlabel="step", ylabel="hand beside the object (cm)")
+    left.legend(frameon=False, fontsize=8)
+    right.set(
+        title=f"step {profile.final_step}, every seed", xlabel="hand beside the object (cm)", ylabel="success rate"
+    )
+    right.set_ylim(-0.03, 1.03)
+    right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    for axes in (left, right):
+        axes.set_xlim(0, None)
+    left.set_ylim(0, None)
+    return figure
+
+
+def _misses_cm(analyses: Sequence[Record], arm: Arm) -> dict[tuple[int, int], float]:
+    """(seed, step) -> median distance in cm between hand and object; without policies whose hand never closed."""
+    return {
+        (one["seed"], subject["step"]): 100 * subject["median_miss"]
+        for one in analyses
+        for subject in one["result"]["subjects"]
+        if subject["label"].partition("-seed")[0] == arm.name and subject["median_miss"] is not None
+    }
 
 
 def draw_training(records: Sequence[Record]) -> Figure:

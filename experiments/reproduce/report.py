@@ -30,8 +30,9 @@ def write_report(profile_name: str, out: Path | None = None, results: Path = RES
     records = load_records(source)
     folder = out or source
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = draw_pictures(records, profile, folder)
-    found = Results(profile, records, load_analyses(source, folder), {name: path.name for name, path in drawn.items()})
+    analyses = load_analyses(source, folder)
+    drawn = draw_pictures(records, profile, folder, analyses)
+    found = Results(profile, records, analyses, {name: path.name for name, path in drawn.items()})
     introduction = introduction_lines(records, profile)
     findings = (source / "findings.md").read_text().strip() if (source / "findings.md").is_file() else ""
     sections = make_sections(found)

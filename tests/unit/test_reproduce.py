@@ -331,3 +331,24 @@ def test_analyses_are_averaged_over_seeds() -> None:
 
     table = sections.analysis_table("cka", [one(0, 0.2), one(1, 0.4)])
     assert table.rows == (("rocket, step 100", "0.300 (sd 0.141)"),)
+
+
+def test_the_report_shows_where_hands_close(tmp_path: Path) -> None:
+    """Averages over seeds, a policy that never closed left out; and the picture of it beside success."""
+    folder = tmp_path / "mini"
+    _write(folder, _record("rocket", 0, [0, 1]), _record("rocket", 1, []))
+    (folder / "analyses").mkdir()
+    for seed, miss in ((0, 0.01), (1, 0.05)):
+        measured = {"median_miss": miss, "near_share": 0.5, "task_ignored": 0.25}
+        open_hand = {"median_miss": None, "near_share": None, "task_ignored": None}
+        subjects = [
+            {"label": f"rocket-seed{seed}, step 100", "step": 100, **measured},
+            {"label": f"naive-seed{seed}, step 100", "step": 100, **open_hand},
+        ]
+        record = {"study": "reach", "analysis": "reach", "seed": seed, "result": {"subjects": subjects}}
+        (folder / "analyses" / f"reach-reach-seed{seed}.json").write_text(json.dumps(record))
+    text = report.write_report("mini", tmp_path / "out", results=tmp_path).read_text()
+    assert "| rocket, step 100 | 3.000 (sd 2.828) | 0.500 (sd 0.000) | 0.250 (sd 0.000) |" in text
+    assert "| naive, step 100 |  |  |  |" in text
+    assert "![where the hand closes first, during training](reach.png)" in text
+    assert (tmp_path / "out" / "reach.png").stat().st_size > 5_000
