@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import re
@@ -20,7 +22,14 @@ from prismatic.vla.datasets.builder import open_dataset
 from prismatic.vla.datasets.episode_table import cache_folder
 from prismatic.vla.datasets.frame_index import load_frame_index
 from prismatic.vla.datasets.image_transforms import decode_image
-from prismatic.vla.datasets.specs import DATASETS, LIBERO_SPEC, DatasetSpec, register_dataset, resolve_mixture
+from prismatic.vla.datasets.specs import (
+    DATASETS,
+    LIBERO_SPEC,
+    DatasetSpec,
+    Standardize,
+    register_dataset,
+    resolve_mixture,
+)
 from prismatic.vla.datasets.statistics import normalize
 from prismatic.vla.platforms import ALOHA, LIBERO
 from tests.rlds_files import encode_example, episode, frame_record, write_dataset
@@ -131,6 +140,20 @@ class TestCache:
         assert second.dataset_statistics == first.dataset_statistics
         for number in range(len(first)):
             np.testing.assert_array_equal(first.frame(number)["action"], second.frame(number)["action"])
+
+    def test_a_transform_of_the_same_name_has_its_own_statistics(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Edited code and a value from outside alike; also callables that have no name."""
+
+        def scaled(factor: float) -> Standardize:
+            return lambda action, state: (action * factor, state)
+
+        means = []
+        for transform in (scaled(1.0), scaled(2.0), functools.partial(scaled(4.0))):
+            monkeypatch.setitem(DATASETS, NAME, dataclasses.replace(LIBERO_SPEC, standardize=transform))
+            means.append(_open(root).dataset_statistics[NAME]["action"]["mean"])
+        np.testing.assert_allclose(np.array(means[1:]) / means[0], [[2.0] * 7, [4.0] * 7], rtol=1e-6)
 
     def test_changed_data_are_read_again(self, root: Path) -> None:
         assert len(_open(root)) == 8

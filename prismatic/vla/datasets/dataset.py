@@ -65,18 +65,13 @@ class _Source:
     starts: np.ndarray
 
 
-def _all_transitions(spec: DatasetSpec, indices: list[EpisodeTable]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(actions, proprios) of each split, standardized episode by episode."""
-    actions, proprios = [], []
-    for index in indices:
-        bounds = index.episode_start
-        pairs = [
-            spec.standardize(index.action[first:last], index.state[first:last])
-            for first, last in itertools.pairwise(bounds)
-        ]
-        actions.append(np.concatenate([action for action, _ in pairs]))
-        proprios.append(np.concatenate([proprio for _, proprio in pairs]))
-    return actions, proprios
+def _transitions(spec: DatasetSpec, index: EpisodeTable) -> tuple[np.ndarray, np.ndarray]:
+    """(actions, proprios) of a split, standardized episode by episode."""
+    pairs = [
+        spec.standardize(index.action[first:last], index.state[first:last])
+        for first, last in itertools.pairwise(index.episode_start)
+    ]
+    return np.concatenate([action for action, _ in pairs]), np.concatenate([proprio for _, proprio in pairs])
 
 
 def _views(name: str, spec: DatasetSpec, index: EpisodeTable, count: int | None) -> dict[str, tuple[int, ...]]:
@@ -104,19 +99,30 @@ def _starts(spec: DatasetSpec, index: EpisodeTable, action_FA: np.ndarray, episo
 
 
 def _statistics(
-    name: str, spec: DatasetSpec, splits: Mapping[str, Split], loaded: Mapping[str, EpisodeTable]
+    name: str,
+    spec: DatasetSpec,
+    splits: Mapping[str, Split],
+    own: str,
+    index: EpisodeTable,
+    transitions: tuple[np.ndarray, np.ndarray],
 ) -> Statistics:
-    """Statistics over all splits (as upstream), from their JSON cache or computed now."""
+    """Statistics over all splits (as upstream), from their JSON cache or computed now.
+
+    `index` and `transitions` are of the split `own`.
+    """
     identity = [splits[split].fingerprint() for split in sorted(splits)]
-    key = json.dumps([identity, spec.standardize.__qualname__, spec.action_mask], sort_keys=True)
-    folder = cache_folder(next(iter(splits.values())).folder)
-    path = folder / f"dataset_statistics_{hashlib.sha256(key.encode()).hexdigest()}.json"
+    digest = hashlib.sha256(json.dumps([identity, spec.action_mask], sort_keys=True).encode())
+    # A transform is known by what it makes of the data: its name stays when its code, or what it calls, is edited.
+    for array in transitions:
+        digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    path = cache_folder(splits[own].folder) / f"dataset_statistics_{digest.hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):  # not there yet, or damaged
         return json.loads(path.read_text())[name]
-    indices = [loaded.get(split) or splits[split].load() for split in sorted(splits)]
-    actions, proprios = _all_transitions(spec, indices)
-    episodes = sum(index.num_episodes for index in indices)
-    statistics = compute_statistics(np.concatenate(actions), np.concatenate(proprios), episodes, spec.action_mask)
+    indices = {split: index if split == own else splits[split].load() for split in sorted(splits)}
+    made = [transitions if split == own else _transitions(spec, indices[split]) for split in indices]
+    actions, proprios = (np.concatenate(arrays) for arrays in zip(*made))
+    episodes = sum(table.num_episodes for table in indices.values())
+    statistics = compute_statistics(actions, proprios, episodes, spec.action_mask)
     with contextlib.suppress(OSError):  # a read-only disk only costs the computation at the next start
         atomic_write(path, json.dumps({name: statistics}))
     return statistics
@@ -216,8 +222,9 @@ class RLDSDataset(Dataset):
         held_out = self.holdout if "val" not in splits else 0.0
         split = choose_split(splits, name, train or held_out > 0)
         index = split.load()
-        statistics = self.dataset_statistics[name] = _statistics(name, spec, splits, {split.split: index})
-        (action,), (proprio,) = _all_transitions(spec, [index])
+        action, proprio = _transitions(spec, index)
+        statistics = _statistics(name, spec, splits, split.split, index, (action, proprio))
+        self.dataset_statistics[name] = statistics
         future = self.platform.chunk - 1
         lengths = np.diff(index.episode_start)
         instructions = [index.instructions[index.language[begin]] for begin in index.episode_start[:-1]]
