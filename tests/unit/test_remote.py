@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import threading
 import time
@@ -11,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.server import serve as websockets_serve
 
 from experiments.robot.policy import Query
 from experiments.robot.serving.client import ServerError, chunk_of
 from experiments.robot.serving.observation import PolicySpec
 from experiments.robot.serving.remote import open_remote
 from experiments.robot.serving.server import PolicyServer, ServerSettings
+from experiments.robot.serving.websocket_client import WebSocketPolicyClient
 from experiments.robot.serving.wire import to_json
 from experiments.robot.time_limit import TimeLimited
 from prismatic.vla.platforms import LIBERO
@@ -171,3 +175,19 @@ def test_a_policy_that_raises_raises() -> None:
 
     with pytest.raises(RuntimeError, match="out of memory"):
         TimeLimited(Broken(), 5.0).act([query(1.0)])
+
+
+def test_a_server_that_says_nothing_is_left_again() -> None:
+    left = threading.Event()
+
+    def say_nothing(connection: Any) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            connection.recv()
+        left.set()
+
+    with websockets_serve(say_nothing, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = WebSocketPolicyClient(f"ws://127.0.0.1:{server.socket.getsockname()[1]}", timeout_s=0.2)
+        with pytest.raises(TimeoutError):
+            client.metadata()
+        assert left.wait(5)

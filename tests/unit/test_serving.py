@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -325,3 +326,23 @@ def test_too_many_requests_and_shutting_down() -> None:
     for future in waiting:
         with pytest.raises(Overloaded, match="shutting down"):
             future.result(10)
+
+
+def test_a_request_that_comes_while_the_batcher_closes_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was let in before, and gets into the queue when closing has had the time to end."""
+    policy = CountingPolicy()
+    policy.gate.set()
+    batcher, pool = Batcher(policy), ThreadPoolExecutor(1)
+    put, closing = batcher._waiting.put_nowait, []
+
+    def put_late(item: Any) -> None:
+        if item is not None:
+            closing.append(pool.submit(batcher.close))
+            wait(closing, timeout=0.3)
+        put(item)
+
+    monkeypatch.setattr(batcher._waiting, "put_nowait", put_late)
+    with contextlib.suppress(Overloaded):
+        wait([future := batcher.submit(request(1))], timeout=10)
+        assert future.done()
+    closing[0].result(10)

@@ -47,6 +47,7 @@ class Batcher:
         self._policy, self._max_batch, self._max_wait_s = policy, max_batch, max_wait_s
         self._waiting: queue.Queue[tuple[Request, Future[Array]] | None] = queue.Queue(max_queue)
         self._closed = threading.Event()
+        self._entrance = threading.Lock()  # Nobody gets in behind the back of `close`: it would wait forever.
         self._thread = threading.Thread(target=self._run, name="policy", daemon=True)
         self._thread.start()
 
@@ -56,18 +57,20 @@ class Batcher:
         Raises:
             Overloaded: too many requests wait, or :meth:`close` was called.
         """
-        if self._closed.is_set():
-            raise Overloaded("the server is shutting down")
         future: Future[Array] = Future()
-        try:
-            self._waiting.put_nowait((request, future))
-        except queue.Full:
-            raise Overloaded(f"{self._waiting.maxsize} requests are waiting; try again later") from None
+        with self._entrance:
+            if self._closed.is_set():
+                raise Overloaded("the server is shutting down")
+            try:
+                self._waiting.put_nowait((request, future))
+            except queue.Full:
+                raise Overloaded(f"{self._waiting.maxsize} requests are waiting; try again later") from None
         return future
 
     def close(self) -> None:
         """Finish the batch that is running, refuse the rest and end the thread."""
-        self._closed.set()
+        with self._entrance:
+            self._closed.set()
         with contextlib.suppress(queue.Full):
             self._waiting.put_nowait(None)  # Wakes a thread that waits for work.
         self._thread.join()

@@ -78,8 +78,10 @@ class WebSocketPolicyClient:
             "ping_interval": None,  # A policy that compiles or loads may be silent for minutes.
         }
         try:
-            connection = contextlib.ExitStack().enter_context(connect(self.url, **options))
-            first = connection.recv(timeout=self.timeout_s)
+            with contextlib.ExitStack() as closing:
+                connection = closing.enter_context(connect(self.url, **options))
+                first = connection.recv(timeout=self.timeout_s)
+                closing.pop_all()  # From here on the connection is kept; what failed before is closed.
         except InvalidStatus as error:
             body = (error.response.body or b"").decode(errors="replace").strip()
             raise ServerError(error.response.status_code, body[:200] or "connection refused") from None
