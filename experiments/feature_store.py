@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prismatic.training.config import TrainConfig
 from prismatic.util.errors import UsageError
 from rocket_align.flags import AlignFlags
-from rocket_align.teacher.store.layout import DTYPES
+from rocket_align.teacher.store.layout import DTYPES, StoreError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -184,7 +184,7 @@ def build(config: StoreConfig, accelerator: Any) -> None:
                     f"{work.folder}: {len(work.frames)} frames, {layout.frame_bytes:,} bytes each; "
                     f"cosine of stored and pooled features by layer: {kept}"
                 )
-    except ValueError as error:
+    except StoreError as error:
         raise UsageError(f"--feature_store: {error}") from error
 
 
@@ -242,5 +242,5 @@ def verify(config: StoreConfig) -> None:
             features = DatasetFeatures(root, name, layout, fingerprint)
             features.verify()
             print(f"{features.folder}: {len(features)} records of {len(layout.layers)} layers are whole")
-    except ValueError as error:
+    except StoreError as error:
         raise UsageError(f"--feature_store: {error}") from error

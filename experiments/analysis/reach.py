@@ -120,7 +120,8 @@ def summarize(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """Numbers of one policy from rows of :data:`COLUMNS`.
 
     Returns:
-        median_miss: distance in m between hand and object, horizontally, where the hand first closes.
+        miss: distance in m between hand and object, horizontally, where the hand first closes; each task's median, and
+            their mean, since a policy that goes to one task's object in all of them would have a fine median.
         near_share: part of the episodes in which it is below :data:`NEAR`.
         task_ignored: mean over episodes of how far from the task's own object toward the middle of all tasks' objects
             the hand closes: 0 at its own, 1 for a policy that goes to the same place whatever the task; None for a
@@ -131,11 +132,12 @@ def summarize(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
     hands, objects = np.array([row[3:5] for row in closed]), np.array([row[5:7] for row in closed])
     result: dict[str, Any] = {"never_closed": len(rows) - len(closed), "task_ignored": None}
     if not closed:
-        return {**result, "median_miss": None, "near_share": None}
-    misses = np.linalg.norm(hands - objects, axis=1)
-    result |= {"median_miss": float(np.median(misses)), "near_share": float(np.mean(misses < NEAR))}
-    tasks = np.array([row[0] for row in closed])
-    places = {task: objects[tasks == task].mean(0) for task in dict.fromkeys(tasks.tolist())}
+        return {**result, "miss": None, "near_share": None}
+    misses, tasks = np.linalg.norm(hands - objects, axis=1), np.array([row[0] for row in closed])
+    numbers = dict.fromkeys(tasks.tolist())
+    result["miss"] = float(np.mean([np.median(misses[tasks == task]) for task in numbers]))
+    result["near_share"] = float(np.mean(misses < NEAR))
+    places = {task: objects[tasks == task].mean(0) for task in numbers}
     if len(places) > 1:
         toward = np.mean(list(places.values()), axis=0) - objects
         result["task_ignored"] = float(np.mean(((hands - objects) * toward).sum(1) / (toward**2).sum(1)))
@@ -156,12 +158,12 @@ def main(config: ReachConfig, join: Join) -> int:
     write_json(config.out_dir / "reach.json", {"analysis": "reach", **settings, "near": NEAR, "subjects": parts})
     draw(config, parts)
     for part in parts:
-        if part["median_miss"] is None:
+        if part["miss"] is None:
             print(f"{part['label']}: the hand never closed")
             continue
         ignored = "" if part["task_ignored"] is None else f", task ignored {part['task_ignored']:.2f}"
         print(
-            f"{part['label']}: closes {100 * part['median_miss']:.1f} cm beside the object (median), "
+            f"{part['label']}: closes {100 * part['miss']:.1f} cm beside the object, "
             f"{100 * part['near_share']:.0f}% within {100 * NEAR:.0f} cm{ignored}"
         )
     return 0
@@ -195,6 +197,6 @@ def _draw_part(axes: Axes, part: dict[str, Any]) -> None:
         closed_cm = 100 * np.array([row[3:5] for row in rows if row[2] is not None]).reshape(-1, 2)
         what = re.sub(r"^pick up the (.*?) and place it .*", r"\1", instruction)
         axes.plot(closed_cm[:, 1], closed_cm[:, 0], "x", ms=4, mew=1, color=color, label=f"{what}: box; hand: x")
-    miss = "" if part["median_miss"] is None else f": {100 * part['median_miss']:.1f} cm"
+    miss = "" if part["miss"] is None else f": {100 * part['miss']:.1f} cm"
     axes.set_title(part["label"].replace(", step ", "\nstep ") + miss, fontsize=8)
     axes.set_aspect("equal")

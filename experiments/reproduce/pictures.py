@@ -160,12 +160,12 @@ def draw_reach(analyses: Sequence[Record], records: Sequence[Record], profile: P
 
 
 def _misses_cm(analyses: Sequence[Record], arm: Arm) -> dict[tuple[int, int], float]:
-    """(seed, step) -> median distance in cm between hand and object; without policies whose hand never closed."""
+    """(seed, step) -> distance in cm between hand and object; without policies whose hand never closed."""
     return {
-        (one["seed"], subject["step"]): 100 * subject["median_miss"]
+        (one["seed"], subject["step"]): 100 * subject["miss"]
         for one in analyses
         for subject in one["result"]["subjects"]
-        if subject["label"].partition("-seed")[0] == arm.name and subject["median_miss"] is not None
+        if subject["label"].partition("-seed")[0] == arm.name and subject["miss"] is not None
     }
 
 

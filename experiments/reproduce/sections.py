@@ -251,7 +251,7 @@ def _bound(subject: Mapping[str, Any]) -> dict[str, float]:
 
 def _reach(subject: Mapping[str, Any]) -> dict[str, float]:
     """Without the numbers of a policy whose hand never closed."""
-    miss = subject["median_miss"]
+    miss = subject["miss"]
     measured = {
         "beside the object (cm)": None if miss is None else 100 * miss,
         "within 2 cm": subject["near_share"],

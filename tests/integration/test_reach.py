@@ -71,20 +71,22 @@ def _rows(*hands: tuple[int, float, float]) -> list[list[object]]:
 
 def test_numbers_of_a_policy() -> None:
     knows = summarize(_rows((0, 0.01, 0.0), (1, 0.2, 0.01)))
-    assert knows["median_miss"] == pytest.approx(0.01) and knows["near_share"] == 1.0
+    assert knows["miss"] == pytest.approx(0.01) and knows["near_share"] == 1.0
     assert knows["task_ignored"] == pytest.approx(0.05)  # 1 of the 10 cm to the middle, and 0
     ignores = summarize(_rows((0, 0.08, 0.02), (1, 0.08, 0.02)))
     assert ignores["task_ignored"] == pytest.approx((0.8 + 1.2) / 2) and ignores["near_share"] == 0.0
+    one_place = summarize(_rows((0, 0.0, 0.0), (0, 0.0, 0.0), (1, 0.0, 0.0)))  # The first task's, in both.
+    assert one_place["miss"] == pytest.approx(0.1)
     one_task = summarize(_rows((0, 0.03, 0.04)))
-    assert one_task["task_ignored"] is None and one_task["median_miss"] == pytest.approx(0.05)
+    assert one_task["task_ignored"] is None and one_task["miss"] == pytest.approx(0.05)
 
 
 def test_open_hands_are_counted_apart() -> None:
     rows = _rows((0, 0.01, 0.0), (1, 0.5, 0.0))
     rows[1][2] = None
     found = summarize(rows)
-    assert found["never_closed"] == 1 and found["median_miss"] == pytest.approx(0.01)
-    assert summarize(rows[1:])["median_miss"] is None
+    assert found["never_closed"] == 1 and found["miss"] == pytest.approx(0.01)
+    assert summarize(rows[1:])["miss"] is None
 
 
 def test_the_command_on_the_shipped_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

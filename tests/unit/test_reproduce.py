@@ -339,8 +339,8 @@ def test_the_report_shows_where_hands_close(tmp_path: Path) -> None:
     _write(folder, _record("rocket", 0, [0, 1]), _record("rocket", 1, []))
     (folder / "analyses").mkdir()
     for seed, miss in ((0, 0.01), (1, 0.05)):
-        measured = {"median_miss": miss, "near_share": 0.5, "task_ignored": 0.25}
-        open_hand = {"median_miss": None, "near_share": None, "task_ignored": None}
+        measured = {"miss": miss, "near_share": 0.5, "task_ignored": 0.25}
+        open_hand = {"miss": None, "near_share": None, "task_ignored": None}
         subjects = [
             {"label": f"rocket-seed{seed}, step 100", "step": 100, **measured},
             {"label": f"naive-seed{seed}, step 100", "step": 100, **open_hand},
