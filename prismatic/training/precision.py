@@ -1,4 +1,4 @@
-"""Which precision a device is fast at."""
+"""Which precision a device is fast at, and the types that follow from it."""
 
 from __future__ import annotations
 
@@ -15,3 +15,12 @@ def resolve_precision(flag: str) -> str:
         return flag
     native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if native else "no"
+
+
+def base_weights_dtype(arithmetic: torch.dtype, device: torch.device, *, frozen: bool) -> torch.dtype:
+    """Type of the base model's weights: the arithmetic's where they are frozen, float32 where they train.
+
+    They must not be narrower than the arithmetic, since the heads, whose weights are float32, take the model's states
+    as they come. On CPUs they are float32 also for bf16 arithmetic.
+    """
+    return arithmetic if frozen and device.type != "cpu" else torch.float32

@@ -32,7 +32,7 @@ from prismatic.training.config import TrainConfig
 from prismatic.training.loop import Trainer, TrainState
 from prismatic.training.metrics import MetricLog
 from prismatic.training.module import TrainableVLA, count_parameters, same_device
-from prismatic.training.precision import resolve_precision
+from prismatic.training.precision import base_weights_dtype, resolve_precision
 from prismatic.training.schedule import make_optimizer
 from prismatic.training.validation import Validator
 from prismatic.util.data_utils import PaddedCollatorForActionPrediction
@@ -70,7 +70,7 @@ class TrainingRun:
         self.device = self.accelerator.device
         self.compute_dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
         set_seed(config.seed)
-        weights_dtype = torch.bfloat16 if config.use_lora and self.device.type != "cpu" else torch.float32
+        weights_dtype = base_weights_dtype(self.compute_dtype, self.device, frozen=config.use_lora)
         self.processor = load_processor(self.sources)
         self.dataset = self._dataset(train=True)
         self.vla = load_vla(config, self.sources, self.platform, weights_dtype)
