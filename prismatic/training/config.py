@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,10 +168,16 @@ class TrainConfig:
             raise UsageError(f"--vla_path: {local} has no config.json; accepted: a model folder, or --resume True")
 
     def run_id(self) -> str:
-        """The run's name: upstream's pattern of model, data and hyperparameters, or `run_id_override`."""
+        """The run's name: upstream's pattern of model, data and hyperparameters, or `run_id_override`.
+
+        A resumed run keeps the name it began with, which that of its checkpoint folder begins with.
+        """
         if self.run_id_override:
             return self.run_id_override
-        name = f"{Path(self.vla_path).name}+{self.dataset_name}+b{self.batch_size * self.grad_accumulation_steps}"
+        folder = Path(self.vla_path).name
+        if self.resume:
+            return re.sub(r"--\d+_chkpt$", "", folder)
+        name = f"{folder}+{self.dataset_name}+b{self.batch_size * self.grad_accumulation_steps}"
         name += f"+lr-{self.learning_rate}"
         if self.use_lora:
             name += f"+lora-r{self.lora_rank}+dropout-{self.lora_dropout}"

@@ -66,6 +66,12 @@ def test_the_run_name_follows_upstreams_pattern() -> None:
     assert config.run_id() == expected
 
 
+@pytest.mark.parametrize("folder", ["one--500_chkpt", "one", "one--500_chkpt/"])
+def test_a_resumed_run_keeps_its_name(folder: str) -> None:
+    assert TrainConfig(vla_path=f"runs/{folder}", resume=True).run_id() == "one"
+    assert TrainConfig(vla_path=f"runs/{folder}", resume=True, run_id_override="two").run_id() == "two"
+
+
 def test_the_last_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) -> None:
     for name in ("run--9_chkpt", "run--100_chkpt", "run-b--500_chkpt", ".run--900_chkpt.7.tmp"):
         (tmp_path / name).mkdir()
