@@ -87,7 +87,7 @@ def test_the_store_works_with_augmentation_and_refuses_other_teachers(
 def test_building_refuses_what_cannot_be(build_store: Callable[..., Path], tmp_path: Path) -> None:
     build_store(vggt_layers_align="0", vla_layers_align="0", recipe="spatial_forcing", fit_frames=2)
     for flags, said in (
-        ({}, "holds another store"),
+        ({}, "--feature_store: .*holds another store"),
         ({"store_dtype": "int4"}, "--store_dtype"),
         ({"grid_scale": 0.0}, "--grid_scale"),
         ({"vggt_path": ""}, "no teacher"),
@@ -97,3 +97,15 @@ def test_building_refuses_what_cannot_be(build_store: Callable[..., Path], tmp_p
         with pytest.raises(UsageError, match=said) as refused:
             build_store(**flags)
         assert "\n" not in str(refused.value)
+
+
+def test_a_defect_while_building_is_no_wrong_flag(
+    build_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("shapes do not fit")
+
+    monkeypatch.setattr("rocket_align.teacher.store.writer.encode", broken)
+    with pytest.raises(ValueError, match="shapes do not fit") as defect:
+        build_store(fit_frames=2)
+    assert not isinstance(defect.value, UsageError)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rocket_align.pooling import POSITION_WEIGHT, sine_position_embedding
 from rocket_align.teacher.base import AlignmentTargets, TeacherFeatures
+from rocket_align.teacher.store.layout import StoreError
 
 _INT8_MAX = 127.0
 
@@ -97,7 +98,7 @@ def encode(features_BKVPC: Tensor, basis: Basis, dtype: torch.dtype) -> Codes:
     """Features to codes; `dtype` is torch.int8 or torch.float16.
 
     Raises:
-        ValueError: features that are not finite, or too large for float16.
+        StoreError: features that are not finite, or too large for float16.
     """
     centered = features_BKVPC - basis.mean_KC[:, None, None]
     if basis.directions_KCR is not None:
@@ -110,7 +111,7 @@ def encode(features_BKVPC: Tensor, basis: Basis, dtype: torch.dtype) -> Codes:
         codes = Codes(centered.to(torch.float16), None)
         finite = codes.values_BKVPR.isfinite().all()
     if not finite:
-        raise ValueError("teacher features: found values that are not finite or too large; accepted: int8, finite ones")
+        raise StoreError("teacher features: found values that are not finite or too large; accepted: int8, finite ones")
     return codes
 
 

@@ -20,6 +20,10 @@ DTYPES = ("int8", "float16")
 SHARD_BYTES, SHARD_FRAMES = 256 * 2**20, 512
 
 
+class StoreError(ValueError):
+    """A store that is damaged, is another one than asked for, or cannot hold what is asked; one line for the user."""
+
+
 @dataclass(frozen=True)
 class StoreLayout:
     """Everything that decides a store's numbers, apart from the data.
@@ -66,11 +70,11 @@ class StoreLayout:
         return max(1, min(SHARD_FRAMES, SHARD_BYTES // self.frame_bytes))
 
     def check_layers(self, layers: Iterable[int], place: object) -> None:
-        """Raises ValueError, naming `place`, when a teacher block is not among the stored ones."""
+        """Raises StoreError, naming `place`, when a teacher block is not among the stored ones."""
         absent = [layer for layer in layers if layer not in self.layers]
         if absent:
             lists = [", ".join(map(str, layers)) for layers in (absent, self.layers)]
-            raise ValueError(f"{place}: holds no teacher layers {lists[0]}; accepted: {lists[1]}")
+            raise StoreError(f"{place}: holds no teacher layers {lists[0]}; accepted: {lists[1]}")
 
     def differences(self, other: StoreLayout) -> str:
         """What differs, as "layers (1, 2), not (1, 3)" with this one's value first; empty when equal."""
@@ -90,17 +94,17 @@ def read_index(path: Path) -> dict[str, Any]:
     """A store's JSON file.
 
     Raises:
-        ValueError: missing, damaged, or of another version of the format; one line.
+        StoreError: missing, damaged, or of another version of the format; one line.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
+        raise StoreError(
             f"{path}: no index of a feature store ({' '.join(str(error).split())}); "
             "accepted: a folder that vla-scripts/build_feature_store.py wrote"
         ) from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise ValueError(f"{path}: no feature store of format {FORMAT}; accepted: one built by this version")
+        raise StoreError(f"{path}: no feature store of format {FORMAT}; accepted: one built by this version")
     return values
 
 
@@ -115,14 +119,14 @@ def read_layout(root: Path) -> StoreLayout:
     """The layout of the store at `root`.
 
     Raises:
-        ValueError: see :func:`read_index`.
+        StoreError: see :func:`read_index`.
     """
     stored = read_index(root / INDEX_NAME).get("layout") or {}
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
     try:
         return StoreLayout(**values)
     except TypeError as error:
-        raise ValueError(f"{root / INDEX_NAME}: its layout is damaged ({error}); accepted: a new build") from error
+        raise StoreError(f"{root / INDEX_NAME}: its layout is damaged ({error}); accepted: a new build") from error
 
 
 def made_from(root: Path, layout: StoreLayout, fingerprint: str, frames: bytes) -> str:

@@ -20,6 +20,7 @@ from rocket_align.teacher.store.layout import (
     BASIS_NAME,
     FRAMES_NAME,
     INDEX_NAME,
+    StoreError,
     StoreLayout,
     made_from,
     read_index,
@@ -45,13 +46,13 @@ def read_basis(root: Path) -> Basis:
     """The basis of the store at `root`, all layers.
 
     Raises:
-        ValueError: missing or damaged.
+        StoreError: missing or damaged.
     """
     try:
         tensors = load_file(root / BASIS_NAME)
         return Basis(tensors["mean"], tensors.get("directions"))
     except (SafetensorError, OSError, KeyError) as error:
-        raise ValueError(f"{root / BASIS_NAME}: not readable ({error}); accepted: a new build") from error
+        raise StoreError(f"{root / BASIS_NAME}: not readable ({error}); accepted: a new build") from error
 
 
 class DatasetFeatures:
@@ -67,34 +68,34 @@ class DatasetFeatures:
         fingerprint: of the data set as it is now.
 
     Raises:
-        ValueError: no such data set in the store, made of other data, incomplete or damaged; one line.
+        StoreError: no such data set in the store, made of other data, incomplete or damaged; one line.
     """
 
     def __init__(self, root: Path, name: str, layout: StoreLayout, fingerprint: str) -> None:
         self.folder, self.layout = root / name, layout
         if not (self.folder / INDEX_NAME).is_file():
-            raise ValueError(
+            raise StoreError(
                 f"{root}: holds no finished features of data set {name!r}; "
                 "accepted: after vla-scripts/build_feature_store.py has run to its end"
             )
         index = read_index(self.folder / INDEX_NAME)
         if index.get("fingerprint") != fingerprint:
-            raise ValueError(
+            raise StoreError(
                 f"{self.folder}: made of other data than the data set {name!r} here; accepted: a store built from it"
             )
         try:
             self.frames = np.load(self.folder / FRAMES_NAME, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{self.folder / FRAMES_NAME}: not readable ({error}); accepted: a new build") from error
+            raise StoreError(f"{self.folder / FRAMES_NAME}: not readable ({error}); accepted: a new build") from error
         if index.get("made_from") != made_from(root, layout, fingerprint, self.frames.tobytes()):
-            raise ValueError(f"{self.folder}: does not belong to {root / BASIS_NAME}; accepted: a new build")
+            raise StoreError(f"{self.folder}: does not belong to {root / BASIS_NAME}; accepted: a new build")
         self.shards = tuple(self.folder / shard["file"] for shard in index["shards"])
         if index["frames"] != len(self.frames) or len(self.shards) != -(-len(self.frames) // layout.shard_frames):
-            raise ValueError(f"{self.folder}: index, frames and shards disagree; accepted: a new build")
+            raise StoreError(f"{self.folder}: index, frames and shards disagree; accepted: a new build")
         for path, shard in zip(self.shards, index["shards"]):
             found = path.stat().st_size if path.is_file() else 0
             if found != shard["bytes"]:
-                raise ValueError(f"{path}: has {found} bytes, not {shard['bytes']}; accepted: a new build of this file")
+                raise StoreError(f"{path}: has {found} bytes, not {shard['bytes']}; accepted: a new build of this file")
         self._open: OrderedDict[int, Any] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,7 +112,7 @@ class DatasetFeatures:
             try:
                 opened = self._open[number] = safe_open(self.shards[number], framework="pt").__enter__()
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self.shards[number]}: not readable ({error}); accepted: a new build") from error
+                raise StoreError(f"{self.shards[number]}: not readable ({error}); accepted: a new build") from error
         self._open.move_to_end(number)
         return opened
 
@@ -121,7 +122,7 @@ class DatasetFeatures:
         Only the bytes of these layers are read.
 
         Raises:
-            ValueError: the record is damaged; names file and record.
+            StoreError: the record is damaged; names file and record.
         """
         number, position = divmod(row, self.layout.shard_frames)
         shard = self._shard(number)
@@ -135,24 +136,24 @@ class DatasetFeatures:
         values = parts("values")
         scales = parts("scales") if self.layout.dtype == "int8" else None
         if record_checksums(values, scales) != parts("checksums").tolist():
-            raise ValueError(f"{self.shards[number]}: record {position} is damaged; accepted: a new build of this file")
+            raise StoreError(f"{self.shards[number]}: record {position} is damaged; accepted: a new build of this file")
         return values, scales
 
     def row_of(self, frame: int) -> int:
         """The record of a frame number of the data set.
 
         Raises:
-            ValueError: the store has none for it.
+            StoreError: the store has none for it.
         """
         row = int(np.searchsorted(self.frames, frame))
         if row == len(self.frames) or self.frames[row] != frame:
-            raise ValueError(
+            raise StoreError(
                 f"{self.folder}: no record of frame {frame}; accepted: a store built with this --data_fraction and seed"
             )
         return row
 
     def verify(self) -> None:
-        """Read every record once; raises ValueError for the first damaged one."""
+        """Read every record once; raises StoreError for the first damaged one."""
         for row in range(len(self)):
             self.record(row, range(len(self.layout.layers)))
 
@@ -172,7 +173,7 @@ class FeatureStore:
         view_pixels: side of the student's views.
 
     Raises:
-        ValueError: the store was made with another teacher, layers, views or data, or is damaged; one line.
+        StoreError: the store was made with another teacher, layers, views or data, or is damaged; one line.
     """
 
     def __init__(
@@ -197,14 +198,14 @@ class FeatureStore:
     def _check(self, layers: Iterable[int], teacher_hash: str | None, views: tuple[str, ...], pixels: int) -> None:
         layout = self.layout
         if teacher_hash not in (None, layout.teacher_hash):
-            raise ValueError(f"{self.root}: made with another teacher; accepted: the one it was built with")
+            raise StoreError(f"{self.root}: made with another teacher; accepted: the one it was built with")
         layout.check_layers(layers, self.root)
         if views != layout.views:
-            raise ValueError(
+            raise StoreError(
                 f"{self.root}: made of the views {', '.join(layout.views)}; accepted: the same, not {', '.join(views)}"
             )
         if pixels != layout.view_pixels:
-            raise ValueError(
+            raise StoreError(
                 f"{self.root}: made of views of {layout.view_pixels} pixels; accepted: the same, not {pixels}"
             )
 
@@ -230,7 +231,7 @@ class FeatureStore:
         return StoredTeacher(self.basis(), geometry, position_embedding=position_embedding)
 
     def __call__(self, dataset: str, frame: int, crops: Sequence[Sequence[float]]) -> dict[str, Tensor]:
-        """One frame's stored features; raises ValueError for a damaged record or an unknown frame."""
+        """One frame's stored features; raises StoreError for a damaged record or an unknown frame."""
         features = self.datasets[dataset]
         values, scales = features.record(features.row_of(frame), self.rows)
         result = {"values_BKVPR": values, "crops_BV4": torch.tensor(crops, dtype=torch.float32)}

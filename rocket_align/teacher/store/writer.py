@@ -21,6 +21,7 @@ from rocket_align.teacher.store.layout import (
     BASIS_NAME,
     FRAMES_NAME,
     INDEX_NAME,
+    StoreError,
     StoreLayout,
     made_from,
     read_layout,
@@ -33,12 +34,12 @@ def begin_store(root: Path, layout: StoreLayout) -> None:
     """Write the store's index, or accept the one that is there.
 
     Raises:
-        ValueError: the folder holds a store of another layout; one line with the differences.
+        StoreError: the folder holds a store of another layout; one line with the differences.
     """
     if (root / INDEX_NAME).is_file():
         found = read_layout(root).differences(layout)
         if found:
-            raise ValueError(f"{root}: holds another store ({found}); accepted: an empty folder, or the same settings")
+            raise StoreError(f"{root}: holds another store ({found}); accepted: an empty folder, or the same settings")
         return
     write_index(root / INDEX_NAME, {"layout": layout.__dict__})
 
