@@ -18,6 +18,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ class CheckpointWriter:
         """Write the checkpoint of `step` and return its folder. Call on the main process only."""
         target = checkpoint_folder(self.run_dir, step, latest_only=self.latest_only)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # Of a killed process that had this one's number.
         temporary.mkdir(parents=True)
         try:
             self._write(temporary, "latest" if self.latest_only else str(step))
@@ -123,15 +125,26 @@ class CheckpointWriter:
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:
-    """Rename a complete folder; entries of an existing one (the latest-only checkpoint) are replaced one by one."""
+    """Rename a complete folder to `target`.
+
+    One that is there already (the latest-only checkpoint, in the run's folder) is put aside and not filled up; what
+    else the run keeps there, its logs, moves on. A kill between the two renames leaves both checkpoints whole, under
+    names that begin with a dot.
+    """
     if not target.exists():
         temporary.replace(target)
         return
-    for entry in sorted(temporary.iterdir()):
-        destination = target / entry.name
-        if destination.is_dir():
-            shutil.rmtree(destination)
-        entry.replace(destination)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    target.replace(aside)
+    try:
+        temporary.replace(target)
+    finally:
+        if not target.exists():
+            aside.replace(target)
+    for entry in aside.iterdir():
+        if not (target / entry.name).exists():
+            entry.replace(target / entry.name)
+    shutil.rmtree(aside)
 
 
 def gather_training_state(

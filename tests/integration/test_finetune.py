@@ -122,6 +122,7 @@ def test_latest_checkpoint_only_overwrites_one_folder(finetune: Callable[..., Pa
     runs = finetune(max_steps=2, save_freq=1, save_latest_checkpoint_only=True, merge_lora_during_training=False)
     assert [path.name for path in runs.iterdir()] == ["run"]
     assert (runs / "run" / "action_head--latest_checkpoint.pt").is_file()
+    assert [row["step"] for row in read_log(runs / "run" / "metrics.jsonl")] == [1, 2]
     assert torch.load(runs / "run/training_state/state.pt", weights_only=True)["step"] == 2
 
 
