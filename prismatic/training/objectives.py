@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,10 +52,10 @@ def action_hidden_states(hidden_BSD: Tensor, labels_BS: Tensor, platform: Platfo
         labels_BS: labels of the text tokens alone; positions are shifted by one as in next-token prediction.
     """
     text_BSD = hidden_BSD[:, num_prefix:-1]
-    shifted = labels_BS[:, 1:]
-    mask = get_all_actions_mask(shifted, platform.action_dim)
-    batch, _, width = hidden_BSD.shape
-    return text_BSD[mask].reshape(batch, platform.chunk * platform.action_dim, width)
+    mask = get_all_actions_mask(labels_BS[:, 1:], platform.action_dim)
+    # Every row has as many action tokens; indexing with the mask would wait for the device to count them.
+    places = mask.int().argsort(dim=1, descending=True, stable=True)[:, : platform.num_action_tokens]
+    return text_BSD.gather(1, places[..., None].expand(-1, -1, text_BSD.shape[-1]))
 
 
 def chunk_l1_metrics(predicted_BTA: Tensor, actions_BTA: Tensor) -> dict[str, Tensor]:
@@ -153,13 +152,14 @@ class DiscreteObjective:
         prefix = _num_prefix(batch, output)
         predicted = output.logits[:, prefix:-1].argmax(dim=-1)
         truth = batch["labels"][:, 1:]
-        bins = torch.as_tensor(self.action_tokenizer.bin_centers, device=truth.device, dtype=torch.float32)
-        vocabulary = self.action_tokenizer.tokenizer.vocab_size
+        centers, vocabulary = self.action_tokenizer.bin_centers, self.action_tokenizer.tokenizer.vocab_size
+        bins = [(vocabulary - ids - 1).clamp(0, len(centers) - 1) for ids in (predicted, truth)]
+        # Centers are evenly spaced, so their distance needs no table on the device.
+        distance = (bins[0] - bins[1]).abs() * float(centers[1] - centers[0])
         metrics = {}
         for name, mask_of in (("curr_action", get_current_action_mask), ("next_actions", get_next_actions_mask)):
             mask = mask_of(truth, self.platform.action_dim)
             count = mask.sum().clamp(min=1)
             metrics[f"{name}_accuracy"] = ((predicted == truth) & mask).sum() / count
-            decoded = [bins[(vocabulary - ids - 1).clamp(0, len(bins) - 1)] for ids in (predicted, truth)]
-            metrics[f"{name}_l1_loss"] = ((decoded[0] - decoded[1]).abs() * mask).sum() / count
+            metrics[f"{name}_l1_loss"] = (distance * mask).sum() / count
         return output.loss, metrics

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,25 +12,32 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prismatic.models.lora import add_lora
 from prismatic.training.build import PolicyParts, _wrap_film, build_parts, find_sources, make_objective
 from prismatic.training.config import TrainConfig
 from prismatic.training.module import TrainableVLA
+from prismatic.training.precision import base_weights_dtype
 from prismatic.util.errors import UsageError
 from prismatic.vla.platforms import BRIDGE, LIBERO, NormalizationType, Platform
-from rocket_align import MultiLayerAlignment
+from rocket_align import MultiLayerAlignment, VGGTConfig, VGGTTeacher
 from rocket_align.recipes import RECIPES
 from rocket_align.teacher.base import TeacherFeatures
+from rocket_align.teacher.preprocess import unnormalize_views
 from tests.student_helpers import tiny_config, tiny_student
 
-DEPTH, TEACHER_DEPTH, TEACHER_DIM = 4, 4, 6
+DEPTH, TEACHER_DEPTH, TEACHER_DIM = 4, 4, 8
 HEADS: dict[str, dict[str, Any]] = {
     "l1": {},
     "diffusion": {"use_l1_regression": False, "use_diffusion": True, "num_diffusion_steps_train": 5},
     "discrete": {"use_l1_regression": False},
 }
 TOKENIZER: Any = SimpleNamespace(vocab_size=32000)
+TEACHER = VGGTConfig(
+    image_size=42, embed_dim=TEACHER_DIM, depth=TEACHER_DEPTH, num_heads=2, vit_depth=2, vit_num_heads=2
+)
 
 
 def _config(**flags: Any) -> TrainConfig:
@@ -114,6 +123,68 @@ def test_two_steps(head: str, film: bool, recipe: str) -> None:
         assert any(part in name for name in changed), part
     if head == "discrete":
         assert 0 <= rows[0]["curr_action_accuracy"] <= 1
+
+
+class _HostCopies(TorchDispatchMode):
+    """Counts the copies from the host to the device, for each of which a step would wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") is not None:
+            self.count += args[0].device.type == "cpu" and torch.device(kwargs["device"]).type == "cuda"
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _gpu_autocast(enabled: bool) -> Iterator[None]:
+    """`torch.autocast("cuda", torch.bfloat16, enabled)`, which turns itself off on a machine without a GPU."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", enabled)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.clear_autocast_cache()
+
+
+def _empty_gpu_copies(module: nn.Module, frozen: torch.dtype) -> None:
+    """Every tensor of `module` becomes a fake one on a GPU; parameters that do not train get the type `frozen`."""
+    for part in module.modules():
+        for name, value in part.named_parameters(recurse=False):
+            dtype = value.dtype if value.requires_grad else frozen
+            fake = torch.empty(value.shape, dtype=dtype, device="cuda")
+            setattr(part, name, nn.Parameter(fake, requires_grad=value.requires_grad))
+        for name, value in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty(value.shape, dtype=value.dtype, device="cuda"))
+
+
+@pytest.mark.parametrize("arithmetic", [torch.bfloat16, torch.float32], ids=["bf16", "no"])
+@pytest.mark.parametrize("film", [False, True], ids=["plain", "film"])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_step_with_the_types_and_devices_of_a_gpu(head: str, film: bool, arithmetic: torch.dtype) -> None:
+    """On tensors without values, so no GPU is needed, with the types and the autocast of `TrainingRun`.
+
+    Fails on tensors of two devices, on types that an operator does not take together, and on reading a value back,
+    for which the host would wait.
+    """
+    config = _config(use_film=film, **HEADS[head])
+    module = _module(config)
+    teacher = VGGTTeacher(TEACHER, RECIPES["rocket"](DEPTH, TEACHER_DEPTH).teacher_layers)
+    batch = _batch(config, LIBERO)
+    # The noise schedule is a host tensor until it is first used.
+    with FakeTensorMode(allow_non_fake_inputs=True), _HostCopies() as copies:
+        _empty_gpu_copies(module, base_weights_dtype(arithmetic, torch.device("cuda"), frozen=True))
+        _empty_gpu_copies(teacher, arithmetic)
+        batch = {name: torch.empty(value.shape, dtype=value.dtype, device="cuda") for name, value in batch.items()}
+        with _gpu_autocast(arithmetic == torch.bfloat16):
+            targets = teacher(unnormalize_views(batch["pixel_values"]))
+            output = module(batch, targets)
+    assert (output.loss.device.type, output.loss.dtype) == ("cuda", torch.float32)
+    assert targets.layers[0].dtype == arithmetic
+    assert copies.count == (head == "diffusion")
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 3])
