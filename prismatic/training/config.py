@@ -144,6 +144,10 @@ class TrainConfig:
         for name in at_least_0.split():
             if not getattr(self, name) >= 0:
                 raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: 0 or more")
+        if not self.lora_dropout < 1:
+            raise UsageError(f"--lora_dropout: {self.lora_dropout} found; accepted: 0 or more, below 1")
+        if not 0 <= self.seed < 2**31:
+            raise UsageError(f"--seed: {self.seed} found; accepted: 0 to {2**31 - 1}")
         if not 0 < self.data_fraction <= 1:
             raise UsageError(f"--data_fraction: {self.data_fraction} found; accepted: above 0, at most 1")
         if not 0 <= self.val_fraction < 1:
