@@ -99,7 +99,8 @@ def merge_lora_state_dict(
     """Plain weights of a state dict that holds `X.base_layer.*`, `X.lora_A.*.weight` and `X.lora_B.*.weight`.
 
     The update is (alpha / rank) * B @ A, alpha defaulting to min(rank, 16); works for linear and convolution layers. A
-    state dict without adapters comes back as it is.
+    state dict without adapters comes back as it is. Sums are formed on the weights' device and returned on the CPU: a
+    GPU that trains a model may have no room for another one.
     """
     adapters = {key.split(_LORA_A)[0]: key for key in state_dict if _LORA_A in key}
     merged = {
@@ -113,5 +114,5 @@ def merge_lora_state_dict(
         scale = (min(rank, 16) if alpha is None else alpha) / rank
         weight = merged[f"{name}.weight"]
         update = scale * (lora_b.flatten(1) @ lora_a.flatten(1)).reshape(weight.shape)
-        merged[f"{name}.weight"] = (weight.float() + update).to(weight.dtype)
+        merged[f"{name}.weight"] = (weight.float() + update).to(weight.dtype).cpu()
     return merged

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prismatic.models.film_vit_wrapper import FiLMedPrismaticVisionBackbone, load_film_backbone
 from prismatic.models.lora import add_lora, load_lora, lora_target_modules, merge_lora_state_dict
@@ -68,6 +69,17 @@ def test_merged_state_dict_equals_pefts_merge(tmp_path: Path) -> None:
     assert any(not torch.equal(value, tiny_student().state_dict()[name]) for name, value in merged.items())
     for name, value in expected.items():
         torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-5)
+
+
+def test_merging_takes_no_memory_of_the_gpu_that_trains() -> None:
+    with FakeTensorMode():
+        state = {
+            "fc1.base_layer.weight": torch.empty(6, 5, dtype=torch.bfloat16, device="cuda"),
+            "fc1.lora_A.default.weight": torch.empty(2, 5, device="cuda"),
+            "fc1.lora_B.default.weight": torch.empty(6, 2, device="cuda"),
+        }
+        merged = merge_lora_state_dict(state)
+    assert (merged["fc1.weight"].device.type, merged["fc1.weight"].dtype) == ("cpu", torch.bfloat16)
 
 
 def test_film_checkpoint_of_a_lora_run_loads_merged(tmp_path: Path) -> None:
