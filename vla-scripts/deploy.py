@@ -15,29 +15,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments.robot.policy_flags import PolicyFlags
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError, unknown_name
 
 
 @dataclass
-class DeployConfig:
-    """OpenVLA-OFT's server flags, and ours at the end."""
+class DeployConfig(PolicyFlags):
+    """OpenVLA-OFT's server flags, and ours."""
 
     # What is served
-    pretrained_checkpoint: str = ""  # Checkpoint folder or hub id (owner/name)
-    model_family: str = "openvla"
     unnorm_key: str = ""  # Statistics for requests that name none; default: the only one, else requests must name it
-    num_images_in_input: int = 2  # Camera views: full_image, then wrist images
-    center_crop: bool = True  # The policy was trained with image augmentation
-    use_proprio: bool = True  # The policy takes the robot's state
-    use_film: bool = False  # The policy was trained with FiLM
-    use_l1_regression: bool = True  # Continuous actions from the L1 head
-    use_diffusion: bool = False  # Continuous actions from the diffusion head; neither: discrete action tokens
-    num_diffusion_steps_train: int = 50
-    num_diffusion_steps_inference: int = 50
-    lora_rank: int = 32  # Accepted for compatibility; the rank is read from the adapter
-    load_in_8bit: bool = False
-    load_in_4bit: bool = False
     seed: int = 7  # Of torch; diffusion noise depends on the request's seed alone
     # Accepted for compatibility; turning relative actions into absolute ones is the client's part
     use_relative_actions: bool = False
@@ -47,9 +35,6 @@ class DeployConfig:
     port: int = 8777  # 0: any free port
 
     # Ours
-    base_checkpoint: str = ""  # Base model of a checkpoint that holds only a LoRA adapter; default: what it says
-    device: str = "auto"  # auto, cpu or cuda
-    dtype: str = "auto"  # auto (bfloat16 on a GPU, float32 on CPU), float32 or bfloat16
     token_file: str = ""  # File with the token that clients must send; default: POLICY_SERVER_TOKEN, else no token
     max_batch: int = 16  # Most requests answered in one forward pass
     max_wait_ms: float = 3.0  # How long a request waits for others to share a forward pass

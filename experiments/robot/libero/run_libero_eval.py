@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from experiments.robot.policy_flags import PolicyFlags
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 
@@ -37,27 +38,14 @@ EXIT_MISSING, EXIT_ERRORS = 1, 3
 
 
 @dataclass
-class GenerateConfig:
-    """OpenVLA-OFT's evaluation flags, and ours at the end."""
+class GenerateConfig(PolicyFlags):
+    """OpenVLA-OFT's evaluation flags, and ours."""
 
     # What is evaluated
-    pretrained_checkpoint: str = ""  # Checkpoint folder or hub id (owner/name)
+    unnorm_key: str = ""  # Dataset whose statistics un-normalize actions; default: the suite, then suite_no_noops
     policy: str = ""  # Instead of a checkpoint: http://HOST:PORT or ws://HOST:PORT of a server, or MODULE:FACTORY
     policy_gripper: str = "auto"  # Gripper of a server's actions; policy: 1 = open; libero: -1 = open; auto: as it says
     policy_timeout: float = 0.0  # Seconds an answer may take, then the episode is an error; 0: 60 of servers, else any
-    model_family: str = "openvla"
-    unnorm_key: str = ""  # Dataset whose statistics un-normalize actions; default: the suite, then suite_no_noops
-    num_images_in_input: int = 2  # 1: third-person camera; 2: wrist camera too
-    center_crop: bool = True  # The policy was trained with image augmentation
-    use_proprio: bool = True  # The policy takes the robot's state
-    use_film: bool = False  # The policy was trained with FiLM
-    use_l1_regression: bool = True  # Continuous actions from the L1 head
-    use_diffusion: bool = False  # Continuous actions from the diffusion head; neither: discrete action tokens
-    num_diffusion_steps_train: int = 50
-    num_diffusion_steps_inference: int = 50
-    lora_rank: int = 32  # Accepted for compatibility; the rank is read from the adapter
-    load_in_8bit: bool = False
-    load_in_4bit: bool = False
 
     # The protocol
     task_suite_name: str = "libero_spatial"  # libero_spatial, _object, _goal, _10, _90, or another installed suite
@@ -97,11 +85,6 @@ class GenerateConfig:
     run_name: str = ""  # Folder within local_log_dir; default: from suite, checkpoint and settings
     overwrite: bool = False  # Discard results in that folder
     resume: bool = True  # Continue from results in that folder
-    base_checkpoint: str = (
-        ""  # Base model of a checkpoint that holds only a LoRA adapter; default: what the adapter says
-    )
-    device: str = "auto"  # auto, cpu or cuda
-    dtype: str = "auto"  # auto (bfloat16 on a GPU, float32 on CPU), float32 or bfloat16
 
 
 def eval_libero(config: GenerateConfig, policy: Policy | None = None, make_env: Any = None) -> dict[str, Any]:
