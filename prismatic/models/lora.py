@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 
 _LORA_A, _LORA_B = ".lora_A.", ".lora_B."
+_FILM_LAYER = re.compile(r"vision_backbone\.vision_backbone\..*\.blocks\.\d+\.(?:scale|shift)\.")
 
 
 def lora_target_modules(model: nn.Module) -> list[str]:
@@ -86,6 +87,11 @@ def name_without_film(name: str) -> str:
     """The name of a weight in the plain model, for a name inside the FiLM wrapper of the vision backbone."""
     plain = name.replace("vision_backbone.vision_backbone.", "vision_backbone.")
     return plain if plain == name else re.sub(r"(\.blocks\.\d+)\.block\.", r"\1.", plain)
+
+
+def state_dict_without_film(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state_dict` under the plain model's names; FiLM's own layers, which that model lacks, are left out."""
+    return {name_without_film(key): value for key, value in state_dict.items() if not _FILM_LAYER.search(key)}
 
 
 def strip_module_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import shutil
 import tempfile
@@ -25,10 +26,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from prismatic.models.lora import merge_lora_state_dict
+from prismatic.models.lora import merge_lora_state_dict, state_dict_without_film
 from prismatic.training.folders import checkpoint_folder
 from prismatic.training.folders import component_file as component_file
 from prismatic.training.module import TrainableVLA
+from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write
 
 STATE_FILE = Path("training_state") / "state.pt"
@@ -38,15 +40,21 @@ VISION_COMPONENT = "vision_backbone"
 
 
 def _save_model(folder: Path, vla: Any, *, merge: bool) -> None:
-    """LoRA: the adapter and, when asked, the merged model, formed from copies; else the whole model."""
-    if not isinstance(vla, PeftModel):
-        vla.save_pretrained(folder)
-        return
-    vla.save_pretrained(str(folder / "lora_adapter"))
-    if merge:
+    """LoRA: the adapter and, when asked, the merged model, formed from copies; else the whole model.
+
+    The model has the plain one's names, as a merge from disk writes them: with FiLM, the vision backbone's component
+    file holds the FiLM layers.
+    """
+    if isinstance(vla, PeftModel):
+        vla.save_pretrained(str(folder / "lora_adapter"))
+        if not merge:
+            return
         base: Any = vla.get_base_model()
         lora: Any = vla.peft_config[vla.active_adapter]
-        base.save_pretrained(folder, state_dict=merge_lora_state_dict(base.state_dict(), lora.lora_alpha))
+        weights = merge_lora_state_dict(base.state_dict(), lora.lora_alpha)
+    else:
+        base, weights = vla, vla.state_dict()
+    base.save_pretrained(folder, state_dict=state_dict_without_film(weights))
 
 
 def _random_state() -> dict[str, Any]:
@@ -166,6 +174,14 @@ def load_training_state(folder: Path, *, lazily: bool = False) -> dict[str, Any]
     """The `training_state` of a checkpoint folder, or None for a checkpoint of upstream's, which has none.
 
     `lazily` leaves tensors on disk until they are used: for who wants a number, not the optimizer's moments.
+
+    Raises:
+        UsageError: the file cannot be read.
     """
     file = folder / STATE_FILE
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=lazily) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=lazily)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise UsageError(f"{file}: not readable, cut off? ({' '.join(str(error).split())[:120]})") from error

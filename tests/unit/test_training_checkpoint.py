@@ -1,12 +1,19 @@
-"""How a finished checkpoint takes its place: the only one of a run is replaced as a whole."""
+"""What a checkpoint holds, and how a finished one takes its place: the only one of a run is replaced as a whole."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from prismatic.training.checkpoint import _move_into_place
+from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+from prismatic.models.lora import add_lora
+from prismatic.training.build import _wrap_film
+from prismatic.training.checkpoint import STATE_FILE, _move_into_place, _save_model, load_training_state
+from prismatic.util.errors import UsageError
+from tests.student_helpers import tiny_student
 
 FILES = ("action_head--latest_checkpoint.pt", "lora_adapter/adapter_model.safetensors", "training_state/state.pt")
 
@@ -50,3 +57,33 @@ def test_a_crash_leaves_one_whole_checkpoint(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         _move_into_place(new, run)
     assert contents(run) == {"old" if step < 2 else "new"}
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "whole"])
+def test_a_film_run_saves_a_plain_model(lora: bool, tmp_path: Path) -> None:
+    vla: Any = tiny_student()
+    if lora:
+        vla = add_lora(vla, rank=2)
+        for name, parameter in vla.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+    _wrap_film(vla)
+    _save_model(tmp_path, vla, merge=True)
+    loaded, info = OpenVLAForActionPrediction.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    film = (vla.merge_and_unload() if lora else vla).vision_backbone.vision_backbone
+    for featurizer, blocks in zip(loaded.vision_backbone.featurizers, film.featurizers):
+        torch.testing.assert_close(featurizer.blocks[0].attn.qkv.weight, blocks.blocks[0].block.attn.qkv.weight)
+
+
+def test_a_damaged_training_state_is_refused(tmp_path: Path) -> None:
+    assert load_training_state(tmp_path) is None
+    file = tmp_path / STATE_FILE
+    file.parent.mkdir()
+    torch.save({"step": 3, "moments": torch.zeros(1000)}, file)
+    assert (load_training_state(tmp_path) or {})["step"] == 3
+    file.write_bytes(file.read_bytes()[:2000])
+    for lazily in (True, False):
+        with pytest.raises(UsageError, match=r"state\.pt: not readable") as refusal:
+            load_training_state(tmp_path, lazily=lazily)
+        assert "\n" not in str(refusal.value)
