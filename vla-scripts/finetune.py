@@ -58,6 +58,27 @@ def plan_alignment(config: FinetuneConfig) -> tuple[AlignConfig, int]:
         raise UsageError(str(error)) from error
 
 
+def check_resumed_alignment(config: FinetuneConfig, align: AlignConfig) -> None:
+    """In a resume, refuse another alignment than the checkpoint's; its coefficient may change.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    from prismatic.util.files import read_json
+
+    record = Path(config.vla_path) / "run_config.json"
+    if not config.resume or not record.is_file():
+        return
+    before = read_json(record).get("alignment") or {}
+    for name, now in asdict(align).items():
+        # JSON has lists for tuples.
+        now = list(now) if isinstance(now, tuple) else now
+        if name != "coeff" and before.get(name, now) != now:
+            raise UsageError(
+                f"--resume: the alignment's {name} is {now}, but {before[name]} in {record}; accepted: that"
+            )
+
+
 def build_alignment(
     training: TrainingRun, align: AlignConfig, teacher_dim: int
 ) -> tuple[MultiLayerAlignment, Callable[[dict[str, Any]], Any]]:
@@ -118,6 +139,7 @@ def main(config: FinetuneConfig) -> int:
     """Train; returns 0, or 130 when stopped early (the checkpoint is written first)."""
     config.validate()
     align, teacher_dim = plan_alignment(config)
+    check_resumed_alignment(config, align)
     from prismatic.training.run import TrainingRun
 
     training = TrainingRun(config, asdict(config))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,17 +58,28 @@ def _check_components(config: TrainConfig, checkpoint: Path | None) -> None:
             raise UsageError(f"{flag}: {used} found, but {checkpoint} {holds} {name}; accepted: {not used}")
 
 
+def _check_model(base: str) -> None:
+    """Refuse a folder that holds another model than OpenVLA's; of a hub id nothing is known yet."""
+    if not Path(base).is_dir():
+        return
+    file = Path(base) / "config.json"
+    found = read_json(file).get("model_type")
+    if found != "openvla":
+        raise UsageError(f"--vla_path: {file}: model_type {found!r} found; accepted: 'openvla'")
+
+
 def find_sources(config: TrainConfig) -> Sources:
     """Resolve --vla_path and --resume.
 
     Raises:
-        UsageError: the checkpoint's adapter does not name its base model, its step cannot be told, or the flags do not
-            fit the parts it holds.
+        UsageError: the checkpoint's adapter does not name its base model, its step cannot be told, the flags do not
+            fit the parts it holds, or there is another model than OpenVLA's.
     """
     if not config.resume:
         # Of a hub repository the heads are wanted here; the model itself is fetched by from_pretrained.
         checkpoint = find_folder("--vla_path", str(config.vla_path), ["config.json", "*_checkpoint.pt"])
         _check_components(config, checkpoint)
+        _check_model(str(checkpoint))
         return Sources(config.vla_path, checkpoint, 0)
     folder = Path(config.vla_path)
     _check_components(config, folder)
@@ -87,28 +100,50 @@ def find_sources(config: TrainConfig) -> Sources:
             )
         if not Path(base).is_dir() and not HUB_ID.fullmatch(base):
             raise UsageError(f"{adapter}: no such base model: {base}; accepted: another one with --base_checkpoint")
+    _check_model(base)
     return Sources(base, folder, step)
+
+
+@contextmanager
+def _readable(base: str) -> Iterator[None]:
+    """Turn what transformers says of a missing or damaged file of the base model into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"--vla_path: {base}: {' '.join(str(error).split())[:300]}") from error
 
 
 def student_depth(config: TrainConfig) -> int:
     """Blocks of the base model's LLM, from its config file alone."""
     from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 
-    return int(OpenVLAConfig.from_pretrained(find_sources(config).base).text_config.num_hidden_layers)
+    base = find_sources(config).base
+    with _readable(base):
+        return int(OpenVLAConfig.from_pretrained(base).text_config.num_hidden_layers)
 
 
 def load_processor(sources: Sources) -> Any:
     """Tokenizer and image processor of the base model; reads no weights."""
     from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 
-    return PrismaticProcessor.from_pretrained(sources.base)
+    with _readable(sources.base):
+        return PrismaticProcessor.from_pretrained(sources.base)
 
 
 def load_vla(config: TrainConfig, sources: Sources, platform: Platform, dtype: torch.dtype) -> Any:
-    """The base model with LoRA: new, or the checkpoint's when resuming."""
+    """The base model with LoRA: new, or the checkpoint's when resuming.
+
+    Raises:
+        UsageError: no weights at the base model's place, or not all of them.
+    """
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 
-    vla: Any = OpenVLAForActionPrediction.from_pretrained(sources.base, dtype=dtype)
+    with _readable(sources.base):
+        loaded: Any = OpenVLAForActionPrediction.from_pretrained(sources.base, dtype=dtype, output_loading_info=True)
+    vla, info = loaded
+    # transformers makes missing weights up and only warns.
+    if missing := sorted(info["missing_keys"]):
+        raise UsageError(f"--vla_path: {sources.base} lacks {len(missing)} weights of the model, such as {missing[0]}")
     adapter = sources.checkpoint / LORA_FOLDER if config.resume and sources.checkpoint else None
     return adapt_vla(vla, config, platform, adapter if adapter is not None and adapter.is_dir() else None)
 
@@ -135,6 +170,8 @@ def _wrap_film(vla: Any) -> None:
 
     base = vla.get_base_model() if hasattr(vla, "get_base_model") else vla
     base.vision_backbone = FiLMedPrismaticVisionBackbone(vision_backbone=base.vision_backbone, llm_dim=base.llm_dim)
+    # A policy acts on one prompt, without padding: a sample must not depend on how long its neighbors' prompts are.
+    base.config.film_exclude_padding = True
 
 
 def build_parts(config: TrainConfig, sources: Sources, vla: Any, platform: Platform) -> PolicyParts:

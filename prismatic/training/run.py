@@ -36,6 +36,7 @@ from prismatic.training.precision import base_weights_dtype, resolve_precision
 from prismatic.training.schedule import make_optimizer
 from prismatic.training.validation import Validator
 from prismatic.util.data_utils import PaddedCollatorForActionPrediction
+from prismatic.util.errors import UsageError
 from prismatic.util.versions import code_version, package_versions
 from prismatic.vla.datasets import (
     MixtureLoader,
@@ -149,7 +150,11 @@ class TrainingRun:
     def _restore(
         self, module: TrainableVLA, optimizer: Any, scheduler: Any, loader: MixtureLoader
     ) -> dict[str, Any] | None:
-        """Load a checkpoint's auxiliary weights, optimizer, schedule and data position; return its random state."""
+        """Load a checkpoint's auxiliary weights, optimizer, schedule and data position; return its random state.
+
+        Raises:
+            UsageError: damaged files, or an optimizer of other parameters than train here.
+        """
         if not self.config.resume or self.sources.checkpoint is None:
             return None
         file = component_file(self.sources.checkpoint, "align_projectors")
@@ -159,7 +164,13 @@ class TrainingRun:
         if state is None:
             self.accelerator.print("the checkpoint has no training_state: optimizer, schedule and data start anew")
             return None
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise UsageError(
+                f"--resume: the optimizer in {self.sources.checkpoint} belongs to other parameters than train here; "
+                "accepted: the flags in its run_config.json"
+            ) from error
         scheduler.load_state_dict(state["scheduler"])
         loader.load_state_dict(state["sampler"])
         if state["num_processes"] != self.accelerator.num_processes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import LoggerType
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from prismatic.training.metrics import read_log
 from prismatic.util.errors import UsageError
@@ -180,6 +181,40 @@ def test_wrong_flags_are_refused_before_any_weights_are_loaded(
         finetune(**{"vggt_path": str(teacher_folder), **flags})
     message = str(refusal.value)
     assert words in message and "\n" not in message
+
+
+def test_a_resume_with_another_alignment_is_refused(finetune: Callable[..., Path], teacher_folder: Path) -> None:
+    flags: dict[str, Any] = {"merge_lora_during_training": False, "vggt_path": str(teacher_folder)}
+    resumed = {**flags, "vla_path": str(finetune(max_steps=1, **flags) / "run--1_chkpt"), "resume": True}
+    for change, words in (
+        ({"recipe": "baseline"}, "alignment's student_layers is [], but [1, 2, 3, 4, 5] in"),
+        ({"recipe": "shared"}, "alignment's projector is shared, but matryoshka in"),
+        ({"use_lora": False}, "config.json: no such file"),
+    ):
+        with pytest.raises(UsageError) as refusal:
+            finetune(**{**resumed, **change})
+        assert words in str(refusal.value) and "\n" not in str(refusal.value)
+    finetune(**resumed, align_loss_coeff=0.1)
+
+
+def test_a_base_model_that_is_none_is_refused(
+    finetune: Callable[..., Path], student_folder: Path, tmp_path: Path
+) -> None:
+    """transformers would build a model of default size, or make missing weights up."""
+    folder = tmp_path / "model"
+    shutil.copytree(student_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: value for name, value in weights.items() if "patch_embed" not in name}, folder / "model.safetensors"
+    )
+    with pytest.raises(UsageError, match=r"--vla_path: .* lacks 4 weights of the model, such as vision_backbone\.feat"):
+        finetune(vla_path=str(folder), recipe="baseline")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"--vla_path: .*no file named model.safetensors"):
+        finetune(vla_path=str(folder), recipe="baseline")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UsageError, match=r"--vla_path: .*model_type 'llama' found; accepted: 'openvla'"):
+        finetune(vla_path=str(folder), recipe="baseline")
 
 
 def test_ctrl_c_saves_and_stops(repo_root: Path, student_folder: Path, rlds_root: Path, tmp_path: Path) -> None:

@@ -125,6 +125,19 @@ def test_two_steps(head: str, film: bool, recipe: str) -> None:
         assert 0 <= rows[0]["curr_action_accuracy"] <= 1
 
 
+@pytest.mark.parametrize("film", [False, True], ids=["plain", "film"])
+def test_padding_changes_nothing(film: bool) -> None:
+    config = _config(use_film=film)
+    module = _module(config, "baseline").eval()
+    batch = _batch(config, LIBERO)
+    fills = {"input_ids": 32000, "attention_mask": False, "labels": -100}
+    padded = {
+        name: torch.cat([batch[name], torch.full_like(batch[name][:, :3], fill)], 1) for name, fill in fills.items()
+    }
+    losses = [module(one, None).loss.item() for one in (batch, batch | padded)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 class _HostCopies(TorchDispatchMode):
     """Counts the copies from the host to the device, for each of which a step would wait."""
 
