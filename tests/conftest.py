@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,22 @@ def golden_dir() -> Path:
     if not GOLDEN_SUBSET.is_dir():
         pytest.skip("no reference data: neither shared/golden beside the checkout nor tests/golden")
     return GoldenSubset(GOLDEN_SUBSET)
+
+
+@pytest.fixture(scope="session")
+def openvla_checkpoint(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with the component files that upstream's training saved, of the L1 and the diffusion head."""
+    folder = tmp_path_factory.mktemp("openvla") / "checkpoint"
+    shutil.copytree((golden_dir / "openvla_tiny" / "model.safetensors").parent, folder)
+    shutil.copytree(golden_dir / "finetuned_ckpt_files", folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def l1_checkpoint(openvla_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the L1 head alone."""
+    diffusion = shutil.ignore_patterns("noisy_action_projector--*")
+    return Path(shutil.copytree(openvla_checkpoint, tmp_path_factory.mktemp("l1") / "checkpoint", ignore=diffusion))
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import http.client
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -54,19 +53,9 @@ def deploy_script(repo_root: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with the component files that upstream's training saved."""
-    folder = tmp_path_factory.mktemp("deploy") / "checkpoint"
-    weights = golden_dir / "openvla_tiny" / "model.safetensors"
-    shutil.copytree(weights.parent, folder)
-    shutil.copytree(golden_dir / "finetuned_ckpt_files", folder, dirs_exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def policy(checkpoint: Path) -> ServedPolicy:
-    cfg = SimpleNamespace(pretrained_checkpoint=str(checkpoint), **FLAGS)
-    return ServedPolicy.from_checkpoint(str(checkpoint), cfg, "libero_tiny")
+def policy(openvla_checkpoint: Path) -> ServedPolicy:
+    cfg = SimpleNamespace(pretrained_checkpoint=str(openvla_checkpoint), **FLAGS)
+    return ServedPolicy.from_checkpoint(str(openvla_checkpoint), cfg, "libero_tiny")
 
 
 def serve(policy: ServedPolicy, **settings: Any) -> PolicyServer:
@@ -106,7 +95,7 @@ def post(server: PolicyServer, body: str | bytes, **headers: str) -> tuple[int, 
 
 
 def test_the_client_gets_what_the_policy_answers(
-    server: PolicyServer, policy: ServedPolicy, checkpoint: Path, queries: list[Query]
+    server: PolicyServer, policy: ServedPolicy, openvla_checkpoint: Path, queries: list[Query]
 ) -> None:
     client = PolicyClient(port=server.port)
     assert client.is_healthy()
@@ -273,8 +262,8 @@ def run_script(repo_root: Path, *flags: str, **environment: str) -> subprocess.P
     )
 
 
-def test_the_script_serves_until_interrupted(repo_root: Path, checkpoint: Path, queries: list[Query]) -> None:
-    flags = ["--pretrained_checkpoint", str(checkpoint), "--unnorm_key", "libero_tiny", "--port", "0"]
+def test_the_script_serves_until_interrupted(repo_root: Path, openvla_checkpoint: Path, queries: list[Query]) -> None:
+    flags = ["--pretrained_checkpoint", str(openvla_checkpoint), "--unnorm_key", "libero_tiny", "--port", "0"]
     process = run_script(repo_root, *flags, "--device", "cpu", POLICY_SERVER_TOKEN="not-to-be-guessed")
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -302,18 +291,18 @@ def test_the_script_serves_until_interrupted(repo_root: Path, checkpoint: Path, 
     ],
 )
 def test_wrong_flags_are_refused(
-    deploy_script: ModuleType, checkpoint: Path, flags: dict[str, Any], message: str
+    deploy_script: ModuleType, openvla_checkpoint: Path, flags: dict[str, Any], message: str
 ) -> None:
-    config = deploy_script.DeployConfig(**{"pretrained_checkpoint": str(checkpoint), "port": 0, **flags})
+    config = deploy_script.DeployConfig(**{"pretrained_checkpoint": str(openvla_checkpoint), "port": 0, **flags})
     with pytest.raises(UsageError, match=message) as refused:
         deploy_script.main(config)
     assert "\n" not in str(refused.value)
 
 
 def test_a_port_in_use_is_refused_before_the_policy_is_loaded(
-    deploy_script: ModuleType, checkpoint: Path, server: PolicyServer, monkeypatch: pytest.MonkeyPatch
+    deploy_script: ModuleType, openvla_checkpoint: Path, server: PolicyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ServedPolicy, "from_checkpoint", lambda *_: pytest.fail("loaded"))
-    config = deploy_script.DeployConfig(pretrained_checkpoint=str(checkpoint), port=server.port)
+    config = deploy_script.DeployConfig(pretrained_checkpoint=str(openvla_checkpoint), port=server.port)
     with pytest.raises(UsageError, match=rf"--port: 127.0.0.1:{server.port} cannot be used"):
         deploy_script.main(config)

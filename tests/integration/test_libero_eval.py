@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -40,16 +39,6 @@ def small(folder: Path, **changes: Any) -> GenerateConfig:
     return GenerateConfig(**{**settings, **changes})
 
 
-@pytest.fixture(scope="module")
-def checkpoint(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    weights = golden_dir / "openvla_tiny" / "model.safetensors"
-    shutil.copytree(weights.parent, folder)
-    shutil.copytree(golden_dir / "finetuned_ckpt_files", folder, dirs_exist_ok=True)
-    (folder / "noisy_action_projector--7_checkpoint.pt").unlink()  # The head is the L1 one.
-    return folder
-
-
 class Recording(NoisePolicy):
     def __init__(self) -> None:
         self.seen: dict[int, tuple[bytes, bytes, bytes]] = {}
@@ -75,9 +64,13 @@ def test_processes_see_what_one_process_sees(tmp_path: Path) -> None:
     ]
 
 
-def test_a_killed_run_goes_on_where_it_was(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_where_it_was(l1_checkpoint: Path, tmp_path: Path) -> None:
     config = small(
-        tmp_path, pretrained_checkpoint=str(checkpoint), unnorm_key="libero_tiny", num_trials_per_task=6, device="cpu"
+        tmp_path,
+        pretrained_checkpoint=str(l1_checkpoint),
+        unnorm_key="libero_tiny",
+        num_trials_per_task=6,
+        device="cpu",
     )
     flags = [word for name, value in vars(config).items() if value is not None for word in (f"--{name}", str(value))]
     run = subprocess.Popen([sys.executable, str(SCRIPT), *flags], stderr=subprocess.PIPE, text=True)
@@ -100,7 +93,7 @@ def test_a_killed_run_goes_on_where_it_was(checkpoint: Path, tmp_path: Path) -> 
     assert [result.init_state for result in load_episodes(tmp_path / "run")] == list(range(6))
     record = json.loads(lines.read_text().splitlines()[-1])
     assert record["identity"]["checkpoint_hash"] and record["identity"]["unnorm_key"] == "libero_tiny"
-    assert record["environment"]["checkpoint"] == str(checkpoint)
+    assert record["environment"]["checkpoint"] == str(l1_checkpoint)
     assert "standard_protocol" in record["identity"] and not record["identity"]["standard_protocol"]
     with pytest.raises(UsageError, match=r"another configuration \(seed: 7 there, 8 now\)"):
         main(GenerateConfig(**{**vars(config), "seed": 8}))
@@ -109,12 +102,12 @@ def test_a_killed_run_goes_on_where_it_was(checkpoint: Path, tmp_path: Path) -> 
 
 
 def test_errors_have_their_own_exit_code_and_are_repeated(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    l1_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Statistics with NaN make every answer unusable; with them mended, the same command repeats the episodes."""
     from experiments.robot import openvla_utils
 
-    config = small(tmp_path, pretrained_checkpoint=str(checkpoint), unnorm_key="libero_tiny", device="cpu")
+    config = small(tmp_path, pretrained_checkpoint=str(l1_checkpoint), unnorm_key="libero_tiny", device="cpu")
     act = openvla_utils.OpenVLAPolicy.act
     monkeypatch.setattr(openvla_utils.OpenVLAPolicy, "act", lambda self, queries: act(self, queries) * np.nan)
     assert main(config) == EXIT_ERRORS

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -45,19 +44,14 @@ def small(folder: Path, **changes: Any) -> GenerateConfig:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("remote") / "tiny"
-    weights = golden_dir / "openvla_tiny" / "model.safetensors"
-    shutil.copytree(weights.parent, folder)
-    shutil.copytree(golden_dir / "finetuned_ckpt_files", folder, dirs_exist_ok=True)
-    (folder / "noisy_action_projector--7_checkpoint.pt").unlink()  # The head is the L1 one.
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(repo_root: Path, checkpoint: Path) -> Iterator[str]:
+def server(repo_root: Path, l1_checkpoint: Path) -> Iterator[str]:
     """host:port of vla-scripts/deploy.py with that checkpoint."""
-    command = [sys.executable, str(repo_root / "vla-scripts" / "deploy.py"), "--pretrained_checkpoint", str(checkpoint)]
+    command = [
+        sys.executable,
+        str(repo_root / "vla-scripts" / "deploy.py"),
+        "--pretrained_checkpoint",
+        str(l1_checkpoint),
+    ]
     command += ["--unnorm_key", "other_tiny", "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, TOKEN_VARIABLE: TOKEN})
     assert process.stdout is not None
@@ -83,11 +77,11 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
 
 
 def test_a_remote_policy_acts_as_the_local_one(
-    checkpoint: Path, server: str, executed: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    l1_checkpoint: Path, server: str, executed: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over HTTP and over WebSocket; the server's default statistics are others than those asked for."""
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    local = {"pretrained_checkpoint": str(checkpoint), "unnorm_key": "libero_tiny", "device": "cpu"}
+    local = {"pretrained_checkpoint": str(l1_checkpoint), "unnorm_key": "libero_tiny", "device": "cpu"}
     assert main(small(tmp_path / "local", **local)) == 0
     expected = np.stack(executed)
     assert expected.shape == (40, 7)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -66,15 +65,11 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(tmp_path: Path)
 
 
 @pytest.fixture
-def command(golden_dir: Path, tmp_path: Path) -> list[str]:
+def command(l1_checkpoint: Path, tmp_path: Path) -> list[str]:
     """A run of four short episodes over two processes of accelerate's launcher."""
-    checkpoint = tmp_path / "tiny"
-    shutil.copytree((golden_dir / "openvla_tiny" / "model.safetensors").parent, checkpoint)
-    shutil.copytree(golden_dir / "finetuned_ckpt_files", checkpoint, dirs_exist_ok=True)
-    (checkpoint / "noisy_action_projector--7_checkpoint.pt").unlink()  # The head is the L1 one.
     # --multi_gpu is what starts several processes; the script finds no GPU and uses the CPU.
     launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    flags = f"""--pretrained_checkpoint {checkpoint} --unnorm_key libero_tiny --device cpu
+    flags = f"""--pretrained_checkpoint {l1_checkpoint} --unnorm_key libero_tiny --device cpu
         --task_suite_name libero_object
         --task_ids 2,4 --num_trials_per_task 2 --max_steps 8 --env_img_res 64 --num_workers 1
         --local_log_dir {tmp_path} --run_name run"""

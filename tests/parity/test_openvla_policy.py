@@ -50,16 +50,6 @@ def settings(folder: Path, **changes: Any) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def merged(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with the component files that upstream's training saved."""
-    folder = tmp_path_factory.mktemp("merged") / "checkpoint"
-    weights = golden_dir / "openvla_tiny" / "model.safetensors"
-    shutil.copytree(weights.parent, folder)
-    shutil.copytree(golden_dir / "finetuned_ckpt_files", folder, dirs_exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def queries() -> list[Query]:
     rng = np.random.default_rng(3)
     words = ("put the bowl on the stove", "open the middle drawer of the cabinet and put the mug into it", "stop")
@@ -80,8 +70,8 @@ def test_proprio(golden_dir: Path) -> None:
     assert constant.any() and (normalized[:, constant] != 0).all()
 
 
-def test_actions_of_a_loaded_checkpoint(golden_dir: Path, merged: Path) -> None:
-    cfg = settings(merged)
+def test_actions_of_a_loaded_checkpoint(golden_dir: Path, openvla_checkpoint: Path) -> None:
+    cfg = settings(openvla_checkpoint)
     vla = get_vla(cfg)
     golden = load_file(golden_dir / "predict_action.safetensors")
     parts = {
@@ -97,10 +87,10 @@ def test_actions_of_a_loaded_checkpoint(golden_dir: Path, merged: Path) -> None:
     assert tokens == golden["input_ids"][0].tolist()
 
 
-def test_diffusion_from_given_noise(golden_dir: Path, merged: Path) -> None:
+def test_diffusion_from_given_noise(golden_dir: Path, openvla_checkpoint: Path) -> None:
     from prismatic.models.action_heads import DiffusionActionHead
 
-    cfg = settings(merged, use_l1_regression=False, use_diffusion=True)
+    cfg = settings(openvla_checkpoint, use_l1_regression=False, use_diffusion=True)
     vla = get_vla(cfg)
     heads = load_torch_file(golden_dir / "heads.safetensors")
     head = DiffusionActionHead(vla.llm_dim, vla.llm_dim, 7, num_diffusion_steps_train=10).eval()
@@ -138,11 +128,11 @@ def test_an_adapter_acts_as_the_merged_model(golden_dir: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("layout", ["plain model", "model saved with the wrapper"])
-def test_a_film_checkpoint(golden_dir: Path, merged: Path, tmp_path: Path, layout: str) -> None:
+def test_a_film_checkpoint(golden_dir: Path, openvla_checkpoint: Path, tmp_path: Path, layout: str) -> None:
     """The vision weights come from `vision_backbone--*`, whatever names the model's own file has."""
     from safetensors.torch import save_file
 
-    folder = Path(shutil.copytree(merged, tmp_path / "film"))
+    folder = Path(shutil.copytree(openvla_checkpoint, tmp_path / "film"))
     golden = load_torch_file(golden_dir / "forward_film.safetensors")
     prefix = "weights."
     backbone = {f"module.{key.removeprefix(prefix)}": golden[key] for key in golden if key.startswith(prefix)}
@@ -166,8 +156,8 @@ def test_a_film_checkpoint(golden_dir: Path, merged: Path, tmp_path: Path, layou
     np.testing.assert_allclose(actions[0], golden["predict_action.actions"].numpy(), atol=1e-4)
 
 
-def test_a_batch_answers_as_each_query_alone(merged: Path, queries: list[Query]) -> None:
-    policy = OpenVLAPolicy.from_checkpoint(str(merged), settings(merged), "libero_tiny")
+def test_a_batch_answers_as_each_query_alone(openvla_checkpoint: Path, queries: list[Query]) -> None:
+    policy = OpenVLAPolicy.from_checkpoint(str(openvla_checkpoint), settings(openvla_checkpoint), "libero_tiny")
     together = policy.act(queries)
     assert together.shape == (3, 8, 7) and together.dtype == np.float64
     for one, query in zip(together, queries):
@@ -176,16 +166,16 @@ def test_a_batch_answers_as_each_query_alone(merged: Path, queries: list[Query])
     query = queries[1]
     observation = {"full_image": query.image, "wrist_image": query.wrist_image, "state": query.state.copy()}
     chunk = get_vla_action(
-        settings(merged), policy.vla, policy.processor, observation, query.instruction, **policy._parts
+        settings(openvla_checkpoint), policy.vla, policy.processor, observation, query.instruction, **policy._parts
     )
     assert len(chunk) == 8
     np.testing.assert_allclose(np.stack(chunk), together[1], atol=1e-4)
     np.testing.assert_array_equal(observation["state"], query.state)
 
 
-def test_diffusion_noise_belongs_to_the_query(merged: Path, queries: list[Query]) -> None:
-    policy = OpenVLAPolicy.from_checkpoint(str(merged), settings(merged), "libero_tiny")
-    policy._cfg = settings(merged, use_diffusion=True, use_l1_regression=False)
+def test_diffusion_noise_belongs_to_the_query(openvla_checkpoint: Path, queries: list[Query]) -> None:
+    policy = OpenVLAPolicy.from_checkpoint(str(openvla_checkpoint), settings(openvla_checkpoint), "libero_tiny")
+    policy._cfg = settings(openvla_checkpoint, use_diffusion=True, use_l1_regression=False)
     noise = policy._noise(queries)
     assert noise.shape == (3, 8, 7)
     torch.testing.assert_close(noise[1:2], policy._noise(queries[1:2]), rtol=0, atol=0)
@@ -203,11 +193,11 @@ def test_images_of_the_policys_size_are_only_cropped(golden_dir: Path) -> None:
     np.testing.assert_array_equal(whole, golden["sq224.in"])
 
 
-def test_missing_weights_are_never_random_numbers(merged: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_never_random_numbers(openvla_checkpoint: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    shutil.copytree(merged, tmp_path / "partial")
-    weights = load_torch_file(merged / "model.safetensors")
+    shutil.copytree(openvla_checkpoint, tmp_path / "partial")
+    weights = load_torch_file(openvla_checkpoint / "model.safetensors")
     removed = next(key for key in weights if "layers.1.mlp.up_proj" in key)
     del weights[removed]
     save_file(weights, tmp_path / "partial" / "model.safetensors", metadata={"format": "pt"})
@@ -215,26 +205,30 @@ def test_missing_weights_are_never_random_numbers(merged: Path, tmp_path: Path) 
         get_vla(settings(tmp_path / "partial"))
 
 
-def test_a_head_of_another_model_is_refused(merged: Path, tmp_path: Path) -> None:
-    shutil.copytree(merged, tmp_path / "mixed")
-    shutil.copy(merged / "proprio_projector--7_checkpoint.pt", tmp_path / "mixed" / "action_head--7_checkpoint.pt")
+def test_a_head_of_another_model_is_refused(openvla_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(openvla_checkpoint, tmp_path / "mixed")
+    shutil.copy(
+        openvla_checkpoint / "proprio_projector--7_checkpoint.pt", tmp_path / "mixed" / "action_head--7_checkpoint.pt"
+    )
     cfg = settings(tmp_path / "mixed")
     with pytest.raises(UsageError, match=r"action_head--7_checkpoint.pt: does not fit the model"):
         get_action_head(cfg, 64)
 
 
-def test_statistics_of_the_folder_replace_those_of_the_configuration(merged: Path, tmp_path: Path) -> None:
-    shutil.copytree(merged, tmp_path / "joint")
-    statistics = json.loads((merged / "dataset_statistics.json").read_text())
+def test_statistics_of_the_folder_replace_those_of_the_configuration(openvla_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(openvla_checkpoint, tmp_path / "joint")
+    statistics = json.loads((openvla_checkpoint / "dataset_statistics.json").read_text())
     (tmp_path / "joint" / "dataset_statistics.json").write_text(json.dumps({"mine": statistics["libero_tiny"]}))
     assert set(get_vla(settings(tmp_path / "joint")).norm_stats) == {"mine"}
     with pytest.raises(UsageError, match=r"--unnorm_key: .*accepted: mine"):
-        OpenVLAPolicy.from_checkpoint(open_checkpoint(str(tmp_path / "joint")), settings(merged), "libero_tiny")
+        OpenVLAPolicy.from_checkpoint(
+            open_checkpoint(str(tmp_path / "joint")), settings(openvla_checkpoint), "libero_tiny"
+        )
 
 
-def test_component_files_are_not_unpickled(merged: Path, tmp_path: Path) -> None:
+def test_component_files_are_not_unpickled(openvla_checkpoint: Path, tmp_path: Path) -> None:
     """A state-dict file that carries code is refused without running it."""
-    shutil.copytree(merged, tmp_path / "evil")
+    shutil.copytree(openvla_checkpoint, tmp_path / "evil")
     marker = tmp_path / "ran"
 
     class Evil:
