@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from prismatic.training.config import TrainConfig
 from prismatic.training.module import TrainableVLA, same_device
 from prismatic.vla.datasets.dataset import FrameDraw, MixturePart, RLDSDataset
-from prismatic.vla.datasets.sampler import worker_error
+from prismatic.vla.datasets.sampler import outlive_stop_signals, worker_error
 
 NumberedBatch = tuple[int, str, list[FrameDraw]]
 
@@ -96,6 +96,7 @@ class Validator:
             collate_fn=self.collate,
             num_workers=self.config.num_workers,
             generator=torch.Generator(),  # else the loader draws a number from training's
+            worker_init_fn=outlive_stop_signals,
         )
         with worker_error():
             yield from loader

@@ -217,16 +217,22 @@ def test_a_base_model_that_is_none_is_refused(
         finetune(vla_path=str(folder), recipe="baseline")
 
 
-def test_ctrl_c_saves_and_stops(repo_root: Path, student_folder: Path, rlds_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves(
+    number: signal.Signals, repo_root: Path, student_folder: Path, rlds_root: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C and a cluster's SIGTERM reach the loader's process too, whose batches the step still needs."""
     command = f"""{sys.executable} vla-scripts/finetune.py --vla_path {student_folder} --data_root_dir {rlds_root}
         --run_root_dir {tmp_path} --run_id_override run --batch_size 2 --max_steps 100000 --wandb_log_freq 1
-        --lora_rank 4 --num_workers 1 --trackers none --merge_lora_during_training False"""
-    process = subprocess.Popen(command.split(), cwd=repo_root, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+        --lora_rank 4 --num_workers 1 --trackers none --merge_lora_during_training False --grad_accumulation_steps 8"""
+    process = subprocess.Popen(
+        command.split(), cwd=repo_root, stderr=subprocess.PIPE, text=True, env=dict(os.environ), start_new_session=True
+    )
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while len(read_log(log)) < 2 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     steps = len(read_log(log))

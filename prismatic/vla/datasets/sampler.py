@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -107,6 +108,13 @@ def worker_error() -> Iterator[None]:
         raise UsageError(str(error).strip().splitlines()[-1].split("UsageError: ")[-1]) from error
 
 
+def outlive_stop_signals(worker: int) -> None:
+    """What a loader process begins with: Ctrl-C, or the SIGTERM of a cluster, reaches the whole process group, but
+    training wants batches until it has saved. It ends with the process that it loads for, or when that one says so."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class MixtureLoader:
     """A DataLoader whose state is what was handed out, not what its workers have fetched ahead."""
 
@@ -158,5 +166,6 @@ def make_dataloader(
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if num_workers else None,
         generator=torch.Generator(),  # else the loader draws a number from training's, and a resumed run one more
+        worker_init_fn=outlive_stop_signals,
     )
     return MixtureLoader(loader, sampler)
