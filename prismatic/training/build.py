@@ -141,8 +141,9 @@ def load_vla(config: TrainConfig, sources: Sources, platform: Platform, dtype: t
     with _readable(sources.base):
         loaded: Any = OpenVLAForActionPrediction.from_pretrained(sources.base, dtype=dtype, output_loading_info=True)
     vla, info = loaded
-    # transformers makes missing weights up and only warns.
-    if missing := sorted(info["missing_keys"]):
+    # transformers makes missing weights up and only warns. Those of a FiLM backbone may come from its component file.
+    film = config.use_film and sources.checkpoint and component_file(sources.checkpoint, VISION_COMPONENT)
+    if missing := sorted(key for key in info["missing_keys"] if not (film and key.startswith("vision_backbone."))):
         raise UsageError(f"--vla_path: {sources.base} lacks {len(missing)} weights of the model, such as {missing[0]}")
     adapter = sources.checkpoint / LORA_FOLDER if config.resume and sources.checkpoint else None
     return adapt_vla(vla, config, platform, adapter if adapter is not None and adapter.is_dir() else None)
