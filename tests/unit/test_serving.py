@@ -302,6 +302,16 @@ def test_a_request_that_breaks_the_policy_spoils_no_other() -> None:
     batcher.close()
 
 
+def test_a_policy_that_answers_too_few_of_a_batch_leaves_nobody_waiting() -> None:
+    policy = CountingPolicy()
+    act, policy.act = policy.act, lambda queries, key=None: act(queries, key)[:1]  # type: ignore[method-assign]
+    batcher = Batcher(policy, max_batch=8, max_wait_s=0)
+    futures = [batcher.submit(request(number)) for number in range(3)]
+    policy.gate.set()
+    assert [future.result(10)[0, 0] for future in futures] == [0, 1, 2]
+    batcher.close()
+
+
 def test_too_many_requests_and_shutting_down() -> None:
     policy = CountingPolicy()
     batcher = Batcher(policy, max_batch=1, max_wait_s=0, max_queue=2)

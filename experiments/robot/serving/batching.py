@@ -109,6 +109,7 @@ class Batcher:
         self.batch_sizes[len(group)] = self.batch_sizes.get(len(group), 0) + 1
         try:
             actions_BTA = self._policy.act([request.query for request, _ in group], key)
+            answers = list(zip(group, actions_BTA, strict=True))  # A request without an answer would wait forever.
         except Exception as error:
             # Whatever a policy raises, the server goes on.
             if len(group) > 1:
@@ -118,5 +119,5 @@ class Batcher:
             log.exception("the policy failed on a request")
             group[0][1].set_exception(error)
             return
-        for (_, future), actions_TA in zip(group, actions_BTA):
+        for (_, future), actions_TA in answers:
             future.set_result(actions_TA)
