@@ -142,9 +142,12 @@ class AlignFlags:
 
     def _layers(self, flag: str, num_layers: int, convention: LayerConvention) -> tuple[int, ...]:
         try:
-            return resolve_layers(str(getattr(self, flag)).strip("[]() "), num_layers, convention=convention)
+            layers = resolve_layers(str(getattr(self, flag)).strip("[]() "), num_layers, convention=convention)
         except ValueError as error:
             raise ValueError(f"--{flag}: {error}") from None
+        if not layers:
+            raise ValueError(f"--{flag}: no layer found; accepted: one or more, or --recipe baseline to align none")
+        return layers
 
     def _layers_of_file(self, num_student_layers: int, num_teacher_layers: int) -> tuple[tuple[int, ...], ...]:
         try:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +171,12 @@ class TrainConfig:
             )
         if local.is_dir() and not self.resume and not (local / "config.json").is_file():
             raise UsageError(f"--vla_path: {local} has no config.json; accepted: a model folder, or --resume True")
+        try:
+            Path(self.run_root_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--run_root_dir: {self.run_root_dir} cannot be a folder ({error})") from None
+        if not os.access(self.run_root_dir, os.W_OK):
+            raise UsageError(f"--run_root_dir: {self.run_root_dir} is not writable; accepted: a folder that is")
 
     def run_id(self) -> str:
         """The run's name: upstream's pattern of model, data and hyperparameters, or `run_id_override`.

@@ -155,6 +155,7 @@ def test_objectives_and_switches_combine_with_rocket(
         ({"use_diffusion": True}, "--use_l1_regression and --use_diffusion"),
         ({"vla_layers_align": "3,1", "vggt_layers_align": "1,3"}, "--vla_layers_align"),
         ({"vla_layers_align": "1,40", "vggt_layers_align": "1,3"}, "--vla_layers_align"),
+        ({"vla_layers_align": "", "vggt_layers_align": ""}, "--vla_layers_align: no layer found"),
         ({"pooling_func": "mean"}, "--pooling_func"),
         ({"dataset_name": "libero_spatal_no_noops"}, "did you mean"),
         ({"vggt_path": "/no/such/teacher"}, "--vggt_path"),
