@@ -1,7 +1,7 @@
 """The one module that training wraps: policy, heads and auxiliary loss together.
 
-Everything that has a trainable parameter is called inside `forward`, so that DDP or FSDP sees every gradient; upstream
-calls the heads through `.module`, which leaves their gradients unsynchronized across processes.
+Everything that has a trainable parameter is called inside `forward`, so that DDP sees every gradient; upstream calls
+the heads through `.module`, which leaves their gradients unsynchronized across processes.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import nn
 
 from prismatic.models.components import load_component
@@ -47,6 +47,19 @@ from prismatic.vla.datasets import (
 from prismatic.vla.platforms import get_platform
 
 
+def refuse_sharding(launched: DistributedType) -> None:
+    """Refuse a launch whose processes hold parts of the model each: the main process alone writes checkpoints.
+
+    Raises:
+        UsageError: names the kind of launch.
+    """
+    if launched in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UsageError(
+            f"accelerate's configuration: {launched.value} found; accepted: one process a GPU, each with the whole "
+            "model (torchrun, or accelerate launch --multi_gpu)"
+        )
+
+
 class TrainingRun:
     """Holds one run's parts. `fit` takes the auxiliary loss, which this module knows nothing about.
 
@@ -68,6 +81,7 @@ class TrainingRun:
             log_with=self._trackers() or None,
             project_dir=str(config.run_root_dir),
         )
+        refuse_sharding(self.accelerator.distributed_type)
         self.device = self.accelerator.device
         self.compute_dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
         set_seed(config.seed)

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.models.lora import add_lora
 from prismatic.training.build import _wrap_film
 from prismatic.training.checkpoint import STATE_FILE, _move_into_place, _save_model, load_training_state
+from prismatic.training.run import refuse_sharding
 from prismatic.util.errors import UsageError
 from tests.student_helpers import tiny_student
 
@@ -87,3 +89,12 @@ def test_a_damaged_training_state_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"state\.pt: not readable") as refusal:
             load_training_state(tmp_path, lazily=lazily)
         assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("launched", DistributedType)
+def test_a_launch_that_the_main_process_could_not_save_is_refused(launched: DistributedType) -> None:
+    if launched.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        with pytest.raises(UsageError, match=f"{launched.value} found; accepted: one process a GPU"):
+            refuse_sharding(launched)
+    else:
+        refuse_sharding(launched)
