@@ -21,7 +21,7 @@ OUTSIDE = ("/", "../", "runs", "runs/", "datasets/", "data/", ".venv", "facebook
 # Scripts whose flags belong to a subcommand.
 SUBCOMMANDS = {
     "experiments.reproduce": ("list", "run", "report"),
-    "vla-scripts/analyze.py": ("cka", "gradients", "projectors", "cone", "depth", "theorem"),
+    "vla-scripts/analyze.py": ("cka", "gradients", "projectors", "cone", "depth", "theorem", "reach"),
     "experiments.robot.libero.results": ("report", "compare"),
     "patches": ("apply", "check", "revert"),
 }
