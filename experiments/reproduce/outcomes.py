@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,19 @@ def outcome(records: Iterable[Record], arm: str, step: int, suites: Sequence[str
                 else:
                     episodes[record["seed"], evaluation["suite"], task, state] = status == "success"
     return Outcome(arm, label, episodes, errors) if episodes else None
+
+
+def curve(records: Sequence[Record], arm: str, steps: Sequence[int], suites: Sequence[str]) -> list[Outcome | None]:
+    """An arm's outcomes along the training, all over the same seeds: those that every evaluated step has."""
+    found = [outcome(records, arm, step, suites) for step in steps]
+    shared = set.intersection(*(set(one.by_seed) for one in found if one)) if any(found) else set()
+
+    def of_shared(one: Outcome | None) -> Outcome | None:
+        if one is None or not shared:
+            return one
+        return replace(one, episodes={key: success for key, success in one.episodes.items() if key[0] in shared})
+
+    return [of_shared(one) for one in found]
 
 
 def paired_test(first: Outcome, second: Outcome) -> PairedTest | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from experiments.reproduce.arms import METHODS, NAIVE_NARROW, ROCKET, Arm
-from experiments.reproduce.outcomes import Record, outcome
+from experiments.reproduce.outcomes import Record, curve, outcome
 from experiments.reproduce.profiles import Profile
 from experiments.reproduce.studies import STUDIES, Study
 from prismatic.util.files import atomic_path
@@ -96,9 +96,10 @@ def draw_success(arms: Sequence[Arm], records: Sequence[Record], profile: Profil
         axes.plot(list(found.by_seed.values()), [row] * len(found.by_seed), "|", color=color, markersize=11)
         axes.plot(found.rate, row, "o", color=color, markersize=7)
         axes.text(
-            1.02, row, f"{found.successes}/{len(found.episodes)}", va="center", transform=axes.get_yaxis_transform()
+            1.04, row, f"{found.successes}/{len(found.episodes)}", va="center", transform=axes.get_yaxis_transform()
         )
     axes.set_yticks(range(len(arms)), [arm.label for arm in arms])
+    axes.set_xlim(-0.02, 1.02)
     axes.invert_yaxis()
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_xlabel("success rate, 95% interval; ticks: single seeds")
@@ -113,8 +114,8 @@ def draw_curves(study: Study, records: Sequence[Record], profile: Profile) -> Fi
     figure, axes = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
     arms = study.arms(profile)
     for number, arm in enumerate(arms):
-        points = [(step, outcome(records, arm.name, step, profile.suites)) for step in profile.curve_steps]
-        shown = [(step, one) for step, one in points if one is not None]
+        found = curve(records, arm.name, profile.curve_steps, profile.suites)
+        shown = [(step, one) for step, one in zip(profile.curve_steps, found, strict=True) if one is not None]
         if not shown:
             continue
         # A little to the side, or the intervals hide one another.

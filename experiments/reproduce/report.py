@@ -72,8 +72,8 @@ def introduction_lines(records: Sequence[Record], profile: Profile) -> list[str]
         f"{len(records)} fine-tuned policies; code {', '.join(commits)}; {'; '.join(machines)}. All were trained with "
         f"the same budget ({train}). Rates are over the episodes of all seeds. Two intervals of 95%: Wilson's over the "
         "episodes, of these trained policies; Student's over the seeds' rates, of the method. p is of an exact paired "
-        "test against the policies without alignment on equal seeds, tasks and initial states; it too is of these "
-        "policies: where seeds differ much, only the interval over seeds says something of a method.",
+        "test against the policies without alignment on equal data, seeds, tasks and initial states; it too is of "
+        "these policies: where seeds differ much, only the interval over seeds says something of a method.",
         "",
         scale,
     ]

@@ -11,6 +11,7 @@ from experiments.reproduce.arms import BASELINE, Arm
 from experiments.reproduce.outcomes import (
     Outcome,
     Record,
+    curve,
     final_values,
     outcome,
     paired_test,
@@ -113,19 +114,27 @@ def success_table(study: Study, results: Results) -> Table:
         "alignment loss",
     )
     suites = (profile.plus_suite,) if study.plus else profile.suites
-    baseline = outcome(records, BASELINE.name, profile.final_step, suites)
     rows = []
     for arm in study.arms(profile):
         found = outcome(records, arm.name, profile.final_step, suites)
-        cells = _success_cells(found, baseline) if found else (NOT_RUN, *[""] * 5)
+        unaligned = outcome(records, _without_alignment(study, profile, arm), profile.final_step, suites)
+        cells = _success_cells(found, unaligned) if found else (NOT_RUN, *[""] * 5)
         losses = (mean_text(final_values(records, arm.name, name)) for name in ("action_loss", "align_loss"))
         rows.append((arm.label, published_value(study.name, arm), *cells, *losses))
     return Table(header, tuple(rows))
 
 
-def _success_cells(found: Outcome, baseline: Outcome | None) -> tuple[str, ...]:
+def _without_alignment(study: Study, profile: Profile, arm: Arm) -> str:
+    """The arm that differs from this one by the alignment alone: it sees the same part of the data."""
+    for other in study.arms(profile):
+        if other.flags["recipe"] == "baseline" and other.flags.get("data_fraction") == arm.flags.get("data_fraction"):
+            return other.name
+    return BASELINE.name
+
+
+def _success_cells(found: Outcome, unaligned: Outcome | None) -> tuple[str, ...]:
     of_seeds = found.seed_interval
-    test = paired_test(baseline, found) if baseline and found.arm != BASELINE.name else None
+    test = paired_test(unaligned, found) if unaligned and unaligned.arm != found.arm else None
     return (
         f"{100 * found.rate:.1f}%",
         _range_text(found.interval),
@@ -147,7 +156,7 @@ def curve_table(study: Study, results: Results) -> Table:
     header = ("policy", *(f"step {step}" for step in profile.curve_steps), "paper")
     rows = []
     for arm in study.arms(profile):
-        found = [outcome(results.records, arm.name, step, profile.suites) for step in profile.curve_steps]
+        found = curve(results.records, arm.name, profile.curve_steps, profile.suites)
         cells = (f"{100 * one.rate:.1f}% ({one.successes}/{len(one.episodes)})" if one else NOT_RUN for one in found)
         rows.append((arm.label, *cells, published_value(study.name, arm)))
     return Table(header, tuple(rows))

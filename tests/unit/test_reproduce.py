@@ -236,6 +236,26 @@ def test_outcomes_add_up_seeds_and_pair_episodes() -> None:
     assert outcomes.outcome(found, "rocket", 50, ("libero_object",)) is None
 
 
+def test_a_curve_is_of_the_same_seeds_at_every_step() -> None:
+    early, late, alone = (_record("rocket", seed, list(range(4 * seed))) for seed in (0, 1, 2))
+    for record in (early, late):
+        record["evaluations"].append({**record["evaluations"][0], "step": 50})
+    found = outcomes.curve([early, late, alone], "rocket", (25, 50, 100), ("libero_object",))
+    assert found[0] is None
+    assert [list(one.by_seed) for one in found[1:] if one] == [[0, 1], [0, 1]]
+
+
+def test_a_policy_on_part_of_the_data_is_compared_with_that_of_the_same_part() -> None:
+    found = [
+        _record("baseline", 0, list(range(10))),
+        _record("baseline-data10", 0, [0]),
+        _record("rocket-data10", 0, [1]),
+    ]
+    table = sections.success_table(STUDIES["table6"], sections.Results(MINI, found))
+    p_values = {row[0]: row[7] for row in table.rows}
+    assert p_values["no alignment, 10% of the data"] == "" and p_values["ROCKET, 10% of the data"] == "1"
+
+
 def test_errors_are_not_failures() -> None:
     record = _record("rocket", 0, [0])
     record["evaluations"][0]["episodes"][5][2] = "error"
