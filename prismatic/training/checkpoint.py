@@ -6,7 +6,7 @@
         tokenizer and preprocessor files        the processor
         action_head--{step}_checkpoint.pt ...   one state dict per component
         dataset_statistics.json
-        training_state/state.pt                 step, optimizer, schedule, data position, random states; ours alone
+        training_state/state.pt                 step, optimizer, data position, random states; ours alone
 
 The folder is written under another name and renamed when it is complete. Only the main process writes; the model is
 merged into copies, without touching the weights that are being trained.
@@ -34,6 +34,7 @@ from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write
 
 STATE_FILE = Path("training_state") / "state.pt"
+RUN_CONFIG = "run_config.json"
 # Attribute of TrainableVLA -> name of the component's file, as upstream names them.
 COMPONENTS = ("action_head", "proprio_projector", "noisy_action_projector", "align_projectors")
 VISION_COMPONENT = "vision_backbone"
@@ -129,7 +130,7 @@ class CheckpointWriter:
             state = self.module.vla.vision_backbone.state_dict()
             torch.save(state, folder / f"{VISION_COMPONENT}--{tag}_checkpoint.pt")
         atomic_write(folder / "dataset_statistics.json", json.dumps(self.statistics, indent=2))
-        atomic_write(folder / "run_config.json", json.dumps(self.run_config, indent=2, default=str))
+        atomic_write(folder / RUN_CONFIG, json.dumps(self.run_config, indent=2, default=str))
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:
@@ -155,15 +156,12 @@ def _move_into_place(temporary: Path, target: Path) -> None:
     shutil.rmtree(aside)
 
 
-def gather_training_state(
-    accelerator: Any, optimizer: Any, scheduler: Any, sampler_state: dict[str, Any]
-) -> dict[str, Any]:
+def gather_training_state(accelerator: Any, optimizer: Any, sampler_state: dict[str, Any]) -> dict[str, Any]:
     """What a resume needs beside the weights; call on every process (each has its own random state)."""
     from accelerate.utils import gather_object
 
     return {
         "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
         "sampler": sampler_state,
         "random": gather_object([_random_state()]),
         "num_processes": accelerator.num_processes,

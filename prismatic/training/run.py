@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from prismatic.training.build import (
     make_objective,
 )
 from prismatic.training.checkpoint import (
+    RUN_CONFIG,
     CheckpointWriter,
     component_file,
     gather_training_state,
@@ -33,10 +35,11 @@ from prismatic.training.loop import Trainer, TrainState
 from prismatic.training.metrics import MetricLog
 from prismatic.training.module import TrainableVLA, count_parameters, same_device
 from prismatic.training.precision import base_weights_dtype, resolve_precision
-from prismatic.training.schedule import make_optimizer
+from prismatic.training.schedule import make_optimizer, make_schedule
 from prismatic.training.validation import Validator
 from prismatic.util.data_utils import PaddedCollatorForActionPrediction
 from prismatic.util.errors import UsageError
+from prismatic.util.files import read_json
 from prismatic.util.versions import code_version, package_versions
 from prismatic.vla.datasets import (
     MixtureLoader,
@@ -45,6 +48,12 @@ from prismatic.vla.datasets import (
     make_dataloader,
 )
 from prismatic.vla.platforms import get_platform
+
+# What run_config.json holds that differs between a run and its resumption, or does not shape training.
+_OF_EACH_START = {
+    *("vla_path", "base_checkpoint", "resume", "resume_step", "max_steps"),
+    *("run_root_dir", "run_id_override", "run_id_note", "code", "versions"),
+}
 
 
 def refuse_sharding(launched: DistributedType) -> None:
@@ -58,6 +67,14 @@ def refuse_sharding(launched: DistributedType) -> None:
             f"accelerate's configuration: {launched.value} found; accepted: one process a GPU, each with the whole "
             "model (torchrun, or accelerate launch --multi_gpu)"
         )
+
+
+def changed_flags(record: Path, flags: dict[str, Any]) -> list[str]:
+    """Those of `flags` that differ from a checkpoint's `record`, but for where a resumed run has its own."""
+    before = read_json(record) if record.is_file() else {}
+    now = json.loads(json.dumps(flags, default=str))
+    differing = [name for name in now if name in before.keys() - _OF_EACH_START and now[name] != before[name]]
+    return [f"--{name} {now[name]} (was {before[name]})" for name in differing]
 
 
 class TrainingRun:
@@ -126,7 +143,9 @@ class TrainingRun:
         )
         optimizer, scheduler = make_optimizer(module.trainable_parameters(), config)
         loader = self._loader(self.dataset)
-        random_state = self._restore(module, optimizer, scheduler, loader)
+        random_state = self._restore(module, optimizer, loader)
+        if self.sources.step:
+            scheduler = make_schedule(optimizer, config, self.sources.step)
         wrapped, optimizer = accelerator.prepare(module, optimizer)
         self._describe(module)
         writer = CheckpointWriter(
@@ -140,7 +159,7 @@ class TrainingRun:
         )
 
         def save(step: int) -> None:
-            state = gather_training_state(accelerator, optimizer, scheduler, loader.state_dict())
+            state = gather_training_state(accelerator, optimizer, loader.state_dict())
             if accelerator.is_main_process:
                 accelerator.print(f"saved {writer.save(step, state)}")
             accelerator.wait_for_everyone()
@@ -161,10 +180,8 @@ class TrainingRun:
         accelerator.end_training()
         return state
 
-    def _restore(
-        self, module: TrainableVLA, optimizer: Any, scheduler: Any, loader: MixtureLoader
-    ) -> dict[str, Any] | None:
-        """Load a checkpoint's auxiliary weights, optimizer, schedule and data position; return its random state.
+    def _restore(self, module: TrainableVLA, optimizer: Any, loader: MixtureLoader) -> dict[str, Any] | None:
+        """Load a checkpoint's auxiliary weights, optimizer and data position; return its random state.
 
         Raises:
             UsageError: damaged files, or an optimizer of other parameters than train here.
@@ -174,9 +191,11 @@ class TrainingRun:
         file = component_file(self.sources.checkpoint, "align_projectors")
         if file is not None and module.align_projectors.state_dict():
             load_component(module.align_projectors, file)
+        for line in changed_flags(self.sources.checkpoint / RUN_CONFIG, self.run_config):
+            self.accelerator.print(f"other than the run it goes on with: {line}")
         state = load_training_state(self.sources.checkpoint)
         if state is None:
-            self.accelerator.print("the checkpoint has no training_state: optimizer, schedule and data start anew")
+            self.accelerator.print("the checkpoint has no training_state: optimizer and data start anew")
             return None
         try:
             optimizer.load_state_dict(state["optimizer"])
@@ -185,7 +204,6 @@ class TrainingRun:
                 f"--resume: the optimizer in {self.sources.checkpoint} belongs to other parameters than train here; "
                 "accepted: the flags in its run_config.json"
             ) from error
-        scheduler.load_state_dict(state["scheduler"])
         loader.load_state_dict(state["sampler"])
         if state["num_processes"] != self.accelerator.num_processes:
             # The data go on at the same draw; only the random numbers of diffusion and pooling cannot.

@@ -28,7 +28,17 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return factor * (DECAY if step >= config.num_steps_before_decay else 1.0)
 
 
+def make_schedule(optimizer: torch.optim.AdamW, config: TrainConfig, step: int = 0) -> LambdaLR:
+    """The schedule after `step` optimizer steps.
+
+    Rate and weight decay are the flags', also where `optimizer` comes from the checkpoint of a run that had others.
+    """
+    for group in optimizer.param_groups:
+        group |= {"initial_lr": config.learning_rate, "weight_decay": config.weight_decay}
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, config), last_epoch=step - 1)
+
+
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> tuple[torch.optim.AdamW, LambdaLR]:
     """AdamW with torch's betas, and the schedule. Vectors and scalars are not exempt from weight decay, as upstream."""
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
+    return optimizer, make_schedule(optimizer, config)

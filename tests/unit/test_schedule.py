@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prismatic.training.config import TrainConfig
-from prismatic.training.schedule import learning_rate_factor, make_optimizer
+from prismatic.training.schedule import learning_rate_factor, make_optimizer, make_schedule
 
 
 def test_warmup_rises_linearly_from_a_tenth() -> None:
@@ -40,3 +40,21 @@ def test_matches_torchs_multistep_schedule() -> None:
         reference.step()
         schedule.step()
         expected.step()
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["its optimizer", "a new optimizer"])
+def test_a_resumed_run_is_where_its_step_and_its_flags_say(loaded: bool) -> None:
+    first, _ = make_optimizer([torch.nn.Parameter(torch.zeros(1))], TrainConfig(weight_decay=0.3))
+    config = TrainConfig(learning_rate=1e-3, weight_decay=0.1, num_steps_before_decay=5)
+    optimizer, _ = make_optimizer([torch.nn.Parameter(torch.zeros(1))], config)
+    if loaded:
+        optimizer.load_state_dict(first.state_dict())
+    schedule = make_schedule(optimizer, config, step=4)
+    rates = []
+    for _ in range(3):
+        rates.append(optimizer.param_groups[0]["lr"])
+        assert schedule.get_last_lr() == rates[-1:]
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([1e-3, 1e-4, 1e-4])
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1

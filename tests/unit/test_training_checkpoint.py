@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.models.lora import add_lora
 from prismatic.training.build import _wrap_film
 from prismatic.training.checkpoint import STATE_FILE, _move_into_place, _save_model, load_training_state
-from prismatic.training.run import refuse_sharding
+from prismatic.training.run import changed_flags, refuse_sharding
 from prismatic.util.errors import UsageError
 from tests.student_helpers import tiny_student
 
@@ -98,3 +99,15 @@ def test_a_launch_that_the_main_process_could_not_save_is_refused(launched: Dist
             refuse_sharding(launched)
     else:
         refuse_sharding(launched)
+
+
+def test_a_resume_tells_which_flags_differ(tmp_path: Path) -> None:
+    record = tmp_path / "run_config.json"
+    flags = {"seed": 42, "data_root_dir": Path("data"), "recipe": None, "max_steps": 9, "code": {"commit": "b"}}
+    assert changed_flags(record, flags) == []
+    record.write_text(json.dumps({**flags, "code": {"commit": "a"}, "max_steps": 5}, default=str))
+    assert changed_flags(record, flags) == []
+    assert changed_flags(record, {**flags, "seed": 7, "recipe": "rocket", "new": 1}) == [
+        "--seed 7 (was 42)",
+        "--recipe rocket (was None)",
+    ]
