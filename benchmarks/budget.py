@@ -87,6 +87,7 @@ def predict(
     from benchmarks.full_size import make_batch, teacher_targets
     from benchmarks.live_bytes import LiveBytes
     from prismatic.vla.platforms import LIBERO
+    from rocket_align.pooling import sine_position_embedding
 
     align = sizes.alignment(recipe)
     module, teacher = build_on_meta(sizes, config, gradient_checkpointing=gradient_checkpointing, recipe=recipe)
@@ -110,6 +111,7 @@ def predict(
         kept = tracker.live - resident
         with tracker.phase("backward"):
             output.loss.backward()
+    sine_position_embedding.cache_clear()  # It has no values, and a later call would get it.
     trained = [p for p in module.parameters() if p.grad is not None]
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in trained if p.grad is not None)
     # AdamW's two moments, which exist from the first step's end on.
