@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from prismatic.models.components import load_component
 from prismatic.training.checkpoint import VISION_COMPONENT, component_file, load_training_state
@@ -150,7 +151,11 @@ def load_vla(config: TrainConfig, sources: Sources, platform: Platform, dtype: t
 
 
 def adapt_vla(vla: Any, config: TrainConfig, platform: Platform, adapter: Path | None = None) -> Any:
-    """A loaded base model as the flags want it trained: images, checkpointing, LoRA (new or `adapter`'s), FiLM."""
+    """A loaded base model as the flags want it trained: images, checkpointing, LoRA (new or `adapter`'s), FiLM.
+
+    Raises:
+        UsageError: an adapter that cannot be read, or of another model.
+    """
     from prismatic.models.lora import add_lora, load_lora
 
     vla.vision_backbone.set_num_images_in_input(config.num_images_in_input)
@@ -158,7 +163,10 @@ def adapt_vla(vla: Any, config: TrainConfig, platform: Platform, adapter: Path |
     if config.gradient_checkpointing:
         vla.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.use_lora and adapter is not None:
-        vla = load_lora(vla, adapter, is_trainable=True)
+        try:
+            vla = load_lora(vla, adapter, is_trainable=True)
+        except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+            raise UsageError(f"--resume: {adapter}: {' '.join(str(error).split())[:300]}") from error
     elif config.use_lora:
         vla = add_lora(vla, config.lora_rank, config.lora_dropout)
     if config.use_film:

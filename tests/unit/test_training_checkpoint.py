@@ -12,11 +12,13 @@ from accelerate.utils import DistributedType
 
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.models.lora import add_lora
-from prismatic.training.build import _wrap_film
+from prismatic.training.build import _wrap_film, adapt_vla
 from prismatic.training.checkpoint import STATE_FILE, _move_into_place, _save_model, load_training_state
+from prismatic.training.config import TrainConfig
 from prismatic.training.run import changed_flags, refuse_sharding
 from prismatic.util.errors import UsageError
-from tests.student_helpers import tiny_student
+from prismatic.vla.platforms import LIBERO
+from tests.student_helpers import tiny_config, tiny_student
 
 FILES = ("action_head--latest_checkpoint.pt", "lora_adapter/adapter_model.safetensors", "training_state/state.pt")
 
@@ -89,6 +91,19 @@ def test_a_damaged_training_state_is_refused(tmp_path: Path) -> None:
     for lazily in (True, False):
         with pytest.raises(UsageError, match=r"state\.pt: not readable") as refusal:
             load_training_state(tmp_path, lazily=lazily)
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_damaged_or_foreign_adapter_is_refused(tmp_path: Path) -> None:
+    add_lora(tiny_student(), rank=2).save_pretrained(str(tmp_path))
+    config = TrainConfig(num_images_in_input=2)
+    adapt_vla(tiny_student(), config, LIBERO, tmp_path)
+    wider = {**tiny_config().text_config.to_dict(), "intermediate_size": 32}
+    file = tmp_path / "adapter_model.safetensors"
+    for student, content in ((tiny_student(text_config=wider), file.read_bytes()), (tiny_student(), b"cut")):
+        file.write_bytes(content)
+        with pytest.raises(UsageError, match=f"--resume: {tmp_path}: ") as refusal:
+            adapt_vla(student, config, LIBERO, tmp_path)
         assert "\n" not in str(refusal.value)
 
 
