@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from prismatic.training.config import TrainConfig
 from prismatic.training.metrics import MetricAverager, MetricLog
-from prismatic.training.module import same_device
+from prismatic.training.module import move_batch
 
 Targets = Callable[[dict[str, Any]], Any]
 Batches = Iterator[dict[str, Any]]
@@ -124,7 +124,7 @@ class Trainer:
         """One optimizer step over `grad_accumulation_steps` batches."""
         micro_steps = self.config.grad_accumulation_steps
         for micro in range(micro_steps):
-            batch = same_device(next(batches), self.accelerator.device)
+            batch = move_batch(next(batches), self.accelerator.device)
             if micro == 0 and self._samples_now():
                 self._averages.add(self._sampled_errors(batch))
             with torch.no_grad(), self.accelerator.autocast():

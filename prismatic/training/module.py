@@ -138,12 +138,12 @@ def count_parameters(module: nn.Module | None) -> tuple[int, int]:
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 
-def same_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def move_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Move the tensors of a batch, nested ones too, to `device` without waiting."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, dict):
-            return same_device(value, device)
+            return move_batch(value, device)
         return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
 
     return {key: moved(value) for key, value in batch.items()}

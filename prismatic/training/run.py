@@ -33,7 +33,7 @@ from prismatic.training.checkpoint import (
 from prismatic.training.config import TrainConfig
 from prismatic.training.loop import Trainer, TrainState
 from prismatic.training.metrics import MetricLog
-from prismatic.training.module import TrainableVLA, count_parameters, same_device
+from prismatic.training.module import TrainableVLA, count_parameters, move_batch
 from prismatic.training.precision import base_weights_dtype, resolve_precision
 from prismatic.training.schedule import make_optimizer, make_schedule
 from prismatic.training.validation import Validator
@@ -129,7 +129,7 @@ class TrainingRun:
     def batches(self) -> Iterator[dict[str, Any]]:
         """The training data in training's order, endless, on the device; for who looks instead of training."""
         for batch in self._loader(self.dataset):
-            yield same_device(batch, self.device)
+            yield move_batch(batch, self.device)
 
     def fit(self, auxiliary: nn.Module, auxiliary_coeff: float, targets: Callable[[dict[str, Any]], Any]) -> TrainState:
         """Train to the end (or to a stop) with the given auxiliary loss; checkpoints are written on the way."""

@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from prismatic.training.config import TrainConfig
-from prismatic.training.module import TrainableVLA, same_device
+from prismatic.training.module import TrainableVLA, move_batch
 from prismatic.vla.datasets.dataset import FrameDraw, MixturePart, RLDSDataset
 from prismatic.vla.datasets.sampler import outlive_stop_signals, worker_error
 
@@ -104,7 +104,7 @@ class Validator:
     def _measure(self, batch: dict[str, Any], number: int) -> dict[str, float]:
         """Metrics of one batch, with random numbers that depend on its number alone."""
         accelerator = self.accelerator
-        batch = same_device(batch, accelerator.device)
+        batch = move_batch(batch, accelerator.device)
         seed = int(np.random.SeedSequence((self.config.seed, 7, number)).generate_state(1)[0])
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad(), accelerator.autocast():
