@@ -31,13 +31,8 @@ class PhaseCount:
 
 @dataclass
 class LiveBytes(TorchDispatchMode):
-    """A mode that follows every storage from its first use to its end.
+    """A mode that follows every storage from its first use to its end."""
 
-    Args:
-        selected: how many entries a boolean index selects, where the code has one (fake tensors have no values).
-    """
-
-    selected: int = 0
     live: int = 0
     phases: dict[str, PhaseCount] = field(default_factory=dict)
 
@@ -74,24 +69,10 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = self._boolean_index(func, args)
-        if out is None:
-            out = func(*args, **kwargs)
-            self._phase.flops += _flops(func, args, kwargs, out)
+        out = func(*args, **kwargs)
+        self._phase.flops += _flops(func, args, kwargs, out)
         self.count((args, kwargs, out))
         return out
-
-    def _boolean_index(self, func: Any, args: Any) -> Any:
-        """What an index by a boolean mask gives, which fake tensors cannot tell; None for all other operators."""
-        packet = func._overloadpacket
-        if packet not in (_aten.index, _aten._index_put_impl_, _aten.index_put, _aten.index_put_):
-            return None
-        source, indices = args[0], args[1]
-        if not any(index is not None and index.dtype == torch.bool for index in indices):
-            return None
-        if packet is _aten.index:
-            return source.new_empty((self.selected, *source.shape[indices[0].ndim :]))
-        return source.clone() if packet is _aten.index_put else source
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:

@@ -35,15 +35,6 @@ def test_bytes_and_operations_of_a_linear_layer() -> None:
     assert tracker.phases["backward"].flops == 2 * 10 * 20 * 30
 
 
-def test_a_mask_selects_as_many_as_said() -> None:
-    with FakeTensorMode(), LiveBytes(selected=7):
-        states = torch.empty(2, 5, 3, requires_grad=True)
-        picked = states[torch.ones(2, 5, dtype=torch.bool)]
-        assert picked.shape == (7, 3)
-        picked.sum().backward()
-        assert states.grad is not None and states.grad.shape == states.shape
-
-
 def test_checkpointing_trades_operations_for_memory() -> None:
     rows = [predict(ONE_BLOCK, FLAGS, batch_size=1, gradient_checkpointing=used) for used in (True, False)]
     with_it, without = rows
