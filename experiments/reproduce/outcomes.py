@@ -61,7 +61,8 @@ class Outcome:
         if len(rates) < 2:
             return None
         half = float(t.ppf(0.975, len(rates) - 1)) * statistics.stdev(rates) / len(rates) ** 0.5
-        return max(0.0, self.rate - half), min(1.0, self.rate + half)
+        mean = statistics.mean(rates)  # Not `rate`: a seed with errors has fewer episodes.
+        return max(0.0, mean - half), min(1.0, mean + half)
 
 
 @dataclass(frozen=True)

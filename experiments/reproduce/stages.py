@@ -147,7 +147,8 @@ def train_job(place: Workplace, arm: Arm, seed: int, *, prepare: bool = True) ->
         "save_specific_steps": ",".join(map(str, profile.curve_steps)),
         **place.train,
     }
-    result = place.checkpoint(arm, seed, profile.final_step) / "config.json"
+    # Every checkpoint has it; config.json is in merged ones alone.
+    result = place.checkpoint(arm, seed, profile.final_step) / "run_config.json"
     return Job(f"train-{run_id}", place.launched("vla-scripts/finetune.py", flags), result)
 
 

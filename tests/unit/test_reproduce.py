@@ -30,7 +30,7 @@ from experiments.reproduce import __main__ as command
 from experiments.reproduce import arms, outcomes, records, report, sections
 from experiments.reproduce.profiles import MINI, PAPER, PROFILES
 from experiments.reproduce.published import PUBLISHED
-from experiments.reproduce.stages import Workplace, analysis_job, arm_jobs, preparation_jobs
+from experiments.reproduce.stages import Workplace, analysis_job, arm_jobs, preparation_jobs, train_job
 from experiments.reproduce.studies import STUDIES
 from experiments.robot.libero.run_libero_eval import GenerateConfig
 from prismatic.util.errors import UsageError
@@ -200,6 +200,18 @@ def test_a_store_is_done_when_every_data_set_of_the_mixture_is(tmp_path: Path) -
     assert job.done
 
 
+def test_training_is_done_with_a_checkpoint_that_is_not_merged(tmp_path: Path) -> None:
+    """The paper's profile writes adapters alone: a folder without the model's config.json."""
+    place = _place(tmp_path, PAPER)
+    job = train_job(place, arms.ROCKET, 42)
+    assert job.arguments[job.arguments.index("--merge_lora_during_training") + 1] == "False" and not job.done
+    adapter = place.checkpoint(arms.ROCKET, 42, PAPER.final_step) / "lora_adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter.parent / "run_config.json").write_text("{}")
+    assert job.done
+
+
 def _record(arm: str, seed: int, successes: list[int], *, losses: tuple[float, ...] = (1.0, 0.5)) -> dict[str, Any]:
     episodes = [[7, number, "success" if number in successes else "failure", 100, 1.0] for number in range(10)]
     steps = list(range(10, 10 * len(losses) + 1, 10))
@@ -233,6 +245,13 @@ def test_outcomes_add_up_seeds_and_pair_episodes() -> None:
     test = outcomes.paired_test(baseline, rocket)
     assert test and (test.only_first, test.only_second) == (0, 5)
     assert test.p_value == pytest.approx(2 * 0.5**5)
+    # With errors in one seed, the mean over seeds (50, 100 and 80%) is not the rate of all episodes.
+    uneven = [_record("naive", 0, [0, 1, 2, 3, 4]), _record("naive", 1, [0, 1]), _record("naive", 2, list(range(8)))]
+    uneven[1]["evaluations"][0]["episodes"][2:] = [[7, number, "error", 0, 1.0] for number in range(2, 10)]
+    naive = outcomes.outcome(uneven, "naive", 100, ("libero_object",))
+    assert naive and naive.seed_interval and naive.rate == pytest.approx(15 / 22)
+    low, high = naive.seed_interval
+    assert high == 1.0 and low == pytest.approx((0.5 + 1.0 + 0.8) / 3 - 4.302653 * 0.2516611 / 3**0.5)
     assert outcomes.outcome(found, "rocket", 50, ("libero_object",)) is None
 
 
