@@ -57,7 +57,7 @@ def measure(config: GradientsConfig, folder: str, join: Join) -> dict[str, Any]:
 
 def describe(report: GradientReport) -> dict[str, Any]:
     """One group of parameters in the report, with its averages."""
-    cosine = report.cosine_KK
+    cosine = report.cosine_KK.cpu()
     pairs = cosine[:-1, :-1]
     others = pairs[~torch.eye(len(pairs), dtype=torch.bool)]
     return {

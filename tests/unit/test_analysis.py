@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.analysis.gradients import describe
+from experiments.analysis.report import heatmap, new_figure
 from rocket_align.analysis.cka import cka_map, linear_cka
+from rocket_align.analysis.gradients import GradientReport
 from rocket_align.analysis.importance import layer_importance, residual_stream
 from rocket_align.analysis.matching import match_layers
 from rocket_align.analysis.selection import STRATEGIES, select_layers
@@ -137,3 +140,22 @@ def test_importance_counts_only_masked_positions() -> None:
         layer_importance([[first, second]], windows=(2,))
     with pytest.raises(ValueError, match="batches"):
         layer_importance([])
+
+
+class _OnGPU(torch.Tensor):
+    """Like a GPU's tensor, it has to be brought to the CPU before NumPy or matplotlib can read it."""
+
+    def __array__(self, *args: object, **kwargs: object) -> None:  # type: ignore[override]
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self, *args: object, **kwargs: object) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_gradient_cosines_of_a_gpu_can_be_drawn() -> None:
+    cosine, norm = torch.eye(3).as_subclass(_OnGPU), torch.ones(3).as_subclass(_OnGPU)
+    described = describe(GradientReport(cosine, cosine, cosine, norm))
+    labels = ["1-1", "2-2", "action"]
+    axes = new_figure(2, 2).subplots()
+    heatmap(axes, described["cosine"], limits=(-1, 1), rows=labels, columns=labels, diverging=True)
+    assert described["mean_between_pairs"] == 0
