@@ -138,6 +138,19 @@ def test_a_film_or_diffusion_checkpoint_is_not_taken_for_another(config: Callabl
         make_plan(config(use_l1_regression=False, use_diffusion=True))
 
 
+def test_scenes_with_the_same_instruction_have_states_of_their_own(
+    config: Callable[..., GenerateConfig], tmp_path: Path
+) -> None:
+    """As regenerate_libero_dataset.py writes them: the second scene's are under the task's whole name."""
+    names = {"turn_on_the_stove": 3.0, "KITCHEN_SCENE9_turn_on_the_stove": 9.0}
+    states = {name: {"demo_0": {"initial_state": [value], "success": True}} for name, value in names.items()}
+    file = tmp_path / "libero_90_metainfo.json"
+    file.write_text(json.dumps(states))
+    flags = {"task_suite_name": "libero_90", "unnorm_key": "libero_spatial_no_noops", "num_trials_per_task": 1}
+    plan = make_plan(config(task_ids="20,44", initial_states_path=str(file), **flags))
+    assert [episode.start_vector for episode in plan.episodes] == [(3.0,), (9.0,)]
+
+
 def test_no_renderer_is_found_out_early(config: Callable[..., GenerateConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)

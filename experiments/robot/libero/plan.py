@@ -200,7 +200,7 @@ def _episodes(config: Any) -> tuple[Episode, ...]:
             _check_trials(config, len(tasks.load_init_states(task)), task.name)
             episodes += [Episode(suite, task_id, task.instruction, number, seed) for number in numbers]
             continue
-        vectors = _states_of(own_states, task.instruction, config.initial_states_path)
+        vectors = _states_of(own_states, task, config.initial_states_path)
         _check_trials(config, len(vectors), task.name)
         chosen = [(number, vectors[number]) for number in numbers if vectors[number] is not None]
         episodes += [Episode(suite, task_id, task.instruction, number, seed, vector) for number, vector in chosen]
@@ -224,12 +224,13 @@ def _read_states(path: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _states_of(content: dict[str, Any], instruction: str, path: str) -> list[tuple[float, ...] | None]:
+def _states_of(content: dict[str, Any], task: tasks.TaskSpec, path: str) -> list[tuple[float, ...] | None]:
     """Start vectors of a task from upstream's JSON layout; None where the demonstration is marked as failed.
 
-    Layout: {instruction_with_underscores: {"demo_0": {"initial_state": [...], "success": true}, ...}}.
+    Layout: {instruction_with_underscores: {"demo_0": {"initial_state": [...], "success": true}, ...}}. Where scenes of
+    libero_90 share an instruction, regenerate_libero_dataset.py names the second and third by the task's whole name.
     """
-    key = instruction.replace(" ", "_")
+    key = task.name if task.name in content else task.instruction.replace(" ", "_")
     if key not in content:
         raise UsageError(
             f"--initial_states_path: {path} has no entry {key!r}; it has: {', '.join(sorted(content))[:300]}"
