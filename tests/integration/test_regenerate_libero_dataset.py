@@ -135,7 +135,7 @@ def test_metainfo_gives_the_evaluation_its_states(raw: Path, regenerated: Path) 
     content = json.loads(path.read_text())
     key = "pick_up_the_butter_and_place_it_in_the_basket"
     assert {name: entry["success"] for name, entry in content[key].items()} == {"demo_0": False, "demo_1": True}
-    states = _states_of(_read_states(path), task.instruction, str(path))
+    states = _states_of(_read_states(path), task, str(path))
     assert states[0] is None
     ((_, found),) = read_demonstrations(demonstration_file(regenerated, task.name))
     np.testing.assert_array_equal(states[1], found.states[0])
