@@ -77,7 +77,7 @@ def check(config: DeployConfig) -> None:
 def main(config: DeployConfig) -> int:
     """Load the policy and serve it until interrupted; returns 0."""
     check(config)
-    from experiments.robot.checkpoint import open_checkpoint, resolve_unnorm_key
+    from experiments.robot.checkpoint import check_policy_flags, open_checkpoint, resolve_unnorm_key
     from experiments.robot.robot_utils import set_seed_everywhere
     from experiments.robot.serving.access import read_token
 
@@ -87,6 +87,7 @@ def main(config: DeployConfig) -> int:
     default_key = config.unnorm_key or (keys[0] if len(keys) == 1 else "")
     if default_key:
         default_key = resolve_unnorm_key(checkpoint.statistics, default_key, "")
+    check_policy_flags(config, checkpoint, default_key or keys[0])
     from experiments.robot.serving.server import PolicyServer, ServedPolicy, ServerSettings, bind_address, warm_up
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

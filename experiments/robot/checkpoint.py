@@ -146,6 +146,39 @@ def component_file(checkpoint: Checkpoint, name: str, flag: str) -> Path:
     return checkpoint.components[name]
 
 
+def check_policy_flags(config: Any, checkpoint: Checkpoint, unnorm_key: str) -> None:
+    """Compare the flags of a policy (`policy_flags.PolicyFlags`) with what the checkpoint holds and records.
+
+    Raises:
+        UsageError: a component is missing, or the policy was trained with other flags (upstream's record none).
+    """
+    if config.use_l1_regression or config.use_diffusion:
+        flag = "--use_l1_regression" if config.use_l1_regression else "--use_diffusion"
+        component_file(checkpoint, "action_head", flag)
+    if config.use_diffusion:
+        component_file(checkpoint, "noisy_action_projector", "--use_diffusion")
+    elif "noisy_action_projector" in checkpoint.components and config.use_l1_regression:
+        raise UsageError(
+            f"--use_l1_regression: {checkpoint.path} holds a diffusion head (noisy_action_projector); "
+            "accepted: --use_l1_regression false --use_diffusion true"
+        )
+    if config.use_proprio:
+        component_file(checkpoint, "proprio_projector", "--use_proprio")
+        if "proprio" not in checkpoint.statistics[unnorm_key]:
+            raise UsageError(f"--use_proprio: the statistics {unnorm_key!r} of the checkpoint have no proprio")
+    if config.use_film:
+        component_file(checkpoint, "vision_backbone", "--use_film")
+    elif "vision_backbone" in checkpoint.components:
+        raise UsageError(f"--use_film: {checkpoint.path} was trained with FiLM; accepted: --use_film true")
+    record = checkpoint.path / "run_config.json"
+    trained = read_json(record) if record.is_file() else {}
+    for flag in ("use_l1_regression", "use_diffusion", "use_film", "use_proprio", "num_images_in_input"):
+        if flag in trained and trained[flag] != getattr(config, flag):
+            raise UsageError(
+                f"--{flag}: found {getattr(config, flag)}; accepted: {trained[flag]}, as {record} says it was trained"
+            )
+
+
 def _base_model(path: Path, base_checkpoint: str | None) -> Path:
     """Folder of the model that the adapter in `path` was trained on."""
     if base_checkpoint:

@@ -6,6 +6,7 @@ import http.client
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -262,8 +263,8 @@ def run_script(repo_root: Path, *flags: str, **environment: str) -> subprocess.P
     )
 
 
-def test_the_script_serves_until_interrupted(repo_root: Path, openvla_checkpoint: Path, queries: list[Query]) -> None:
-    flags = ["--pretrained_checkpoint", str(openvla_checkpoint), "--unnorm_key", "libero_tiny", "--port", "0"]
+def test_the_script_serves_until_interrupted(repo_root: Path, l1_checkpoint: Path, queries: list[Query]) -> None:
+    flags = ["--pretrained_checkpoint", str(l1_checkpoint), "--unnorm_key", "libero_tiny", "--port", "0"]
     process = run_script(repo_root, *flags, "--device", "cpu", POLICY_SERVER_TOKEN="not-to-be-guessed")
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -288,21 +289,37 @@ def test_the_script_serves_until_interrupted(repo_root: Path, openvla_checkpoint
         ({"pretrained_checkpoint": "/no/such"}, "--pretrained_checkpoint: no such folder"),
         ({"host": "no.such.host.invalid"}, "--host: 'no.such.host.invalid' is no address of this machine"),
         ({"token_file": "/no/such"}, "--token_file: /no/such: cannot be read"),
+        ({"use_film": True}, "--use_film: .* has no vision_backbone"),
     ],
 )
 def test_wrong_flags_are_refused(
-    deploy_script: ModuleType, openvla_checkpoint: Path, flags: dict[str, Any], message: str
+    deploy_script: ModuleType, l1_checkpoint: Path, flags: dict[str, Any], message: str
 ) -> None:
-    config = deploy_script.DeployConfig(**{"pretrained_checkpoint": str(openvla_checkpoint), "port": 0, **flags})
+    config = deploy_script.DeployConfig(**{"pretrained_checkpoint": str(l1_checkpoint), "port": 0, **flags})
     with pytest.raises(UsageError, match=message) as refused:
         deploy_script.main(config)
     assert "\n" not in str(refused.value)
 
 
+def test_a_policy_that_was_trained_otherwise_is_refused(
+    deploy_script: ModuleType, l1_checkpoint: Path, openvla_checkpoint: Path, tmp_path: Path
+) -> None:
+    """As in an evaluation: it would answer, but with wrong actions."""
+    trained = Path(shutil.copytree(l1_checkpoint, tmp_path / "trained"))
+    (trained / "run_config.json").write_text(json.dumps({"use_proprio": True}))
+    for folder, flags, message in (
+        (trained, {"use_proprio": False}, "--use_proprio: found False; accepted: True, as .* says"),
+        (openvla_checkpoint, {}, "--use_l1_regression: .* holds a diffusion head"),
+    ):
+        config = deploy_script.DeployConfig(pretrained_checkpoint=str(folder), **flags)
+        with pytest.raises(UsageError, match=message):
+            deploy_script.main(config)
+
+
 def test_a_port_in_use_is_refused_before_the_policy_is_loaded(
-    deploy_script: ModuleType, openvla_checkpoint: Path, server: PolicyServer, monkeypatch: pytest.MonkeyPatch
+    deploy_script: ModuleType, l1_checkpoint: Path, server: PolicyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ServedPolicy, "from_checkpoint", lambda *_: pytest.fail("loaded"))
-    config = deploy_script.DeployConfig(pretrained_checkpoint=str(openvla_checkpoint), port=server.port)
+    config = deploy_script.DeployConfig(pretrained_checkpoint=str(l1_checkpoint), port=server.port)
     with pytest.raises(UsageError, match=rf"--port: 127.0.0.1:{server.port} cannot be used"):
         deploy_script.main(config)

@@ -17,11 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.robot.checkpoint import (
-    Checkpoint,
-    component_file,
-    open_checkpoint,
-)
+from experiments.robot.checkpoint import Checkpoint, check_policy_flags, open_checkpoint
 from experiments.robot.libero import tasks
 from experiments.robot.libero.plus import is_plus
 from experiments.robot.libero.plus_plan import check_plus_flags, plus_episodes, plus_identity, unnorm_key_for
@@ -147,41 +143,12 @@ def _check_flags(config: Any) -> None:
 
 def _check_policy(config: Any, checkpoint: Checkpoint, unnorm_key: str) -> None:
     """Checks of the flags against what the checkpoint holds."""
-    if config.use_l1_regression or config.use_diffusion:
-        flag = "--use_l1_regression" if config.use_l1_regression else "--use_diffusion"
-        component_file(checkpoint, "action_head", flag)
-    if config.use_diffusion:
-        component_file(checkpoint, "noisy_action_projector", "--use_diffusion")
-    elif "noisy_action_projector" in checkpoint.components and config.use_l1_regression:
-        raise UsageError(
-            f"--use_l1_regression: {checkpoint.path} holds a diffusion head (noisy_action_projector); "
-            "accepted: --use_l1_regression false --use_diffusion true"
-        )
-    if config.use_proprio:
-        component_file(checkpoint, "proprio_projector", "--use_proprio")
-        if "proprio" not in checkpoint.statistics[unnorm_key]:
-            raise UsageError(f"--use_proprio: the statistics {unnorm_key!r} of the checkpoint have no proprio")
-    if config.use_film:
-        component_file(checkpoint, "vision_backbone", "--use_film")
-    elif "vision_backbone" in checkpoint.components:
-        raise UsageError(f"--use_film: {checkpoint.path} was trained with FiLM; accepted: --use_film true")
+    check_policy_flags(config, checkpoint, unnorm_key)
     robot = get_platform(checkpoint.config.get("platform", "libero"))
     if config.num_open_loop_steps > robot.chunk:
         raise UsageError(
             f"--num_open_loop_steps: found {config.num_open_loop_steps}; accepted: 1 to {robot.chunk}, the chunk length"
         )
-    _check_training_flags(config, checkpoint)
-
-
-def _check_training_flags(config: Any, checkpoint: Checkpoint) -> None:
-    """Compare with the flags the policy was trained with, where the checkpoint records them (upstream's do not)."""
-    record = checkpoint.path / "run_config.json"
-    trained = read_json(record) if record.is_file() else {}
-    for flag in ("use_l1_regression", "use_diffusion", "use_film", "use_proprio", "num_images_in_input"):
-        if flag in trained and trained[flag] != getattr(config, flag):
-            raise UsageError(
-                f"--{flag}: found {getattr(config, flag)}; accepted: {trained[flag]}, as {record} says it was trained"
-            )
 
 
 def _episodes(config: Any) -> tuple[Episode, ...]:
