@@ -80,7 +80,8 @@ class Run:
         found = [("steps", str(self.last_step)), ("action loss", _number(last.get("action_loss")))]
         if "align_loss" in last:
             found.append(("alignment loss", _number(last["align_loss"])))
-        recipe = self.config.get("recipe") or ("rocket" if self.config.get("vggt_path") else "baseline")
+        aligned = any(self.config.get(name) for name in ("vggt_path", "teacher_path", "feature_store"))
+        recipe = self.config.get("recipe") or ("rocket" if aligned else "baseline")
         found += [("recipe", str(recipe)), ("seed", str(self.config.get("seed", "-")))]
         return [*found, ("training time", _duration(sum(row.get("seconds", 0.0) for row in self.rows)))]
 

@@ -73,12 +73,14 @@ class CardFacts:
             raise UsageError(f"--checkpoint: {folder} has no dataset_statistics.json; no policy can act without it")
         components = {name: component_file(folder, name, "--checkpoint") for name in (*COMPONENTS, "align_projectors")}
         named = base_model or str(adapter.get("base_model_name_or_path") or run_config.get("vla_path") or "")
-        recipe = str(run_config.get("recipe") or ("rocket" if run_config.get("vggt_path") else "baseline"))
+        teacher = str(run_config.get("teacher_path") or run_config.get("vggt_path") or "")
+        aligned = teacher or run_config.get("feature_store")
+        recipe = str(run_config.get("recipe") or ("rocket" if aligned else "baseline"))
         return cls(
             base_model=named if HUB_ID.fullmatch(named) and not Path(named).exists() else Path(named).name,
             datasets=tuple(sorted(statistics)),
             recipe=recipe if run_config else "",
-            teacher=Path(str(run_config.get("vggt_path") or "")).name if recipe != "baseline" else "",
+            teacher=Path(teacher).name if recipe != "baseline" else "",
             step=_step_of(folder, [file for file in components.values() if file is not None]),
             run_config=run_config,
             components={name: file for name, file in components.items() if file is not None},
@@ -154,7 +156,8 @@ def _introduction(facts: CardFacts) -> str:
     text += f" on {', '.join(f'`{name}`' for name in facts.datasets)}"
     text += f" for {facts.step:,} steps" if facts.step is not None else ""
     if facts.recipe and facts.recipe != "baseline":
-        text += f". Its hidden states were aligned with the 3D teacher `{facts.teacher}` (recipe `{facts.recipe}`); "
+        teacher = f"the 3D teacher `{facts.teacher}`" if facts.teacher else "a 3D teacher's stored features"
+        text += f". Its hidden states were aligned with {teacher} (recipe `{facts.recipe}`); "
         text += "the teacher is not needed to use it"
     return text + "."
 

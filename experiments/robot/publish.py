@@ -38,9 +38,9 @@ def changed_texts(folder: Path, base_model: str) -> dict[str, str]:
     texts = {}
     if (folder / _RUN_CONFIG).is_file():
         flags = {name: value for name, value in read_json(folder / _RUN_CONFIG).items() if name not in _PRIVATE_FLAGS}
-        for name in ("vla_path", "vggt_path", "base_checkpoint"):
-            if Path(str(flags.get(name) or "")).is_absolute():
-                flags[name] = Path(flags[name]).name
+        for name, value in flags.items():
+            if isinstance(value, str) and Path(value).is_absolute():
+                flags[name] = Path(value).name
         texts[_RUN_CONFIG] = json.dumps(flags, indent=2) + "\n"
     if (folder / _ADAPTER_CONFIG).is_file():
         adapter = {**read_json(folder / _ADAPTER_CONFIG), "base_model_name_or_path": base_model}

@@ -154,6 +154,27 @@ def test_a_dry_run_writes_the_same_files(released: Path, tmp_path: Path) -> None
         script.main(config)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"teacher_path": "/home/somebody/depth-anything"}, "aligned with the 3D teacher `depth-anything`"),
+        ({"feature_store": "/home/somebody/store"}, "aligned with a 3D teacher's stored features"),
+    ],
+)
+def test_an_alignment_without_vggt_path_is_not_called_a_baseline(
+    released: Path, tmp_path: Path, given: dict[str, str], words: str
+) -> None:
+    """Without --recipe, any teacher means rocket; where it lay on this machine is nobody's business."""
+    checkpoint = make_run(released, tmp_path)
+    flags = {"vla_path": "openvla/openvla-7b", "recipe": None, "align_layers_file": "/home/somebody/l.json", **given}
+    (checkpoint / "run_config.json").write_text(json.dumps(flags))
+    script = load_script("push_to_hub")
+    assert script.main(script.PushConfig(str(checkpoint), "me/x", "mit", dry_run=str(tmp_path / "out"))) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{words} (recipe `rocket`)" in card
+    assert "/home/somebody" not in card + (tmp_path / "out" / "run_config.json").read_text()
+
+
 def test_what_cannot_be_published_is_refused(released: Path, golden_dir: Path, tmp_path: Path) -> None:
     script = load_script("push_to_hub")
     checkpoint = make_run(released, tmp_path)
