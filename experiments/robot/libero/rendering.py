@@ -51,6 +51,30 @@ def choose_renderer() -> str:
     raise UsageError(f"no off-screen renderer found (neither EGL nor OSMesa); install one: {APT_HINT}")
 
 
+def _draw_on_own_gpu(rank: int) -> None:
+    """Let MuJoCo draw on the GPU of this rank of a distributed run: by itself it takes the first GPU in every process.
+
+    Does nothing with a single GPU, with software rendering, or where MUJOCO_EGL_DEVICE_ID says which one to take.
+    """
+    if "MUJOCO_EGL_DEVICE_ID" in os.environ:
+        return
+    from mujoco import egl
+    from OpenGL.EGL import EGL_EXTENSIONS
+    from OpenGL.EGL.EXT.device_query import eglQueryDeviceStringEXT
+
+    if not eglQueryDeviceStringEXT:  # An EGL that cannot tell what its devices are.
+        return
+    devices = egl.EGL.eglQueryDevicesEXT()
+    about = [eglQueryDeviceStringEXT(device, EGL_EXTENSIONS) or b"" for device in devices]
+    gpus = [place for place, extensions in enumerate(about) if b"EGL_MESA_device_software" not in extensions]
+    for turn in range(len(gpus) if len(gpus) > 1 else 0):
+        os.environ["MUJOCO_EGL_DEVICE_ID"] = str(gpus[(rank + turn) % len(gpus)])
+        # A GPU that belongs to another job may be listed, but does not start.
+        if egl.create_initialized_egl_device_display() != egl.EGL.EGL_NO_DISPLAY:
+            return
+    os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)
+
+
 @dataclass(frozen=True)
 class CameraView:
     """Geometry of one camera's image at one moment.
@@ -144,6 +168,8 @@ class Cameras:
         self._holder: dict[str, Any] = {}
         self._finalizer = weakref.finalize(self, _release, self._holder)
         try:
+            if choose_renderer() == "egl" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+                _draw_on_own_gpu(int(os.environ.get("LOCAL_RANK", "0")))
             self._holder["gl"] = GLContext(size, size)
             self._holder["gl"].make_current()
             self._holder["mujoco"] = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_150)
