@@ -105,8 +105,8 @@ STUDIES = {
         Study(
             "theorem",
             "the theorem's bound, measured",
-            lambda profile: (arms.NAIVE, arms.ROCKET),
-            analyses=(Analysis("theorem", "theorem", (arms.NAIVE, arms.ROCKET)),),
+            lambda profile: _PROJECTORS,
+            analyses=(Analysis("theorem", "theorem", _PROJECTORS),),
         ),
         Study(
             "reach",
