@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from prismatic.training.folders import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 REFRESH_SECONDS = 1.0
+_PROMPT = "$ "
 PLAIN_REPORT_SECONDS = 20.0
 
 
@@ -176,7 +178,7 @@ class JobRunner:
         }
         with state.log.open("wb") as log:
             command = [sys.executable, *job.arguments]
-            log.write(f"$ {' '.join(command)}\n".encode())
+            log.write(f"{_PROMPT}{shlex.join(command)}\n".encode())
             log.flush()
             with self._lock:
                 state.process = subprocess.Popen(
@@ -217,6 +219,15 @@ class JobRunner:
             for name, state in self._running.items():
                 table.add_row(name, f"{time.monotonic() - state.started:.0f} s", _tail(state.log, 1))
         return table
+
+
+def logged_arguments(log: Path) -> tuple[str, ...]:
+    """What the interpreter was given by the command of a :class:`JobRunner`'s log; () without a log."""
+    if not log.is_file():
+        return ()
+    with log.open(encoding="utf-8", errors="replace") as stream:
+        command = stream.readline()
+    return tuple(shlex.split(command.removeprefix(_PROMPT))[1:])
 
 
 def _tail(log: Path, lines: int) -> str:

@@ -163,7 +163,7 @@ def run_studies(arguments: argparse.Namespace) -> int:
         for job in jobs.values():
             console.print(f"python {shlex.join(job.arguments)}", highlight=False, soft_wrap=True, markup=False)
         return 0
-    runner = JobRunner(place.out / "logs", console)
+    runner = JobRunner(place.logs, console)
     parallel = arguments.parallel or (min(4, os.cpu_count() or 1) if place.processes == 1 else 1)
     failures: list[JobFailed] = []
     for stage in stages:

@@ -13,7 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from experiments.jobs import ROOT, Job
+from experiments.jobs import ROOT, Job, logged_arguments
 from experiments.reproduce.arms import Arm
 from experiments.reproduce.stages import Workplace, is_complete
 from experiments.reproduce.studies import Analysis, Study
@@ -47,7 +47,7 @@ def write_record(place: Workplace, arm: Arm, seed: int, jobs: Iterable[Job], res
         "label": arm.label,
         "seed": seed,
         "profile": place.profile.name,
-        "commands": {**earlier.get("commands", {}), **{job.name: _portable(place, job.arguments) for job in jobs}},
+        "commands": {**earlier.get("commands", {}), **{job.name: _command(place, job) for job in jobs}},
         # What trained the policy; checkpoints of other code may not say.
         "code": configuration.get("code") or earlier.get("code") or code_version(),
         "versions": configuration.get("versions") or earlier.get("versions") or package_versions(),
@@ -73,7 +73,7 @@ def write_analysis_record(
         "analysis": analysis.name,
         "seed": seed if analysis.arms else None,
         "profile": place.profile.name,
-        "command": _portable(place, job.arguments),
+        "command": _command(place, job),
         "code": code_version(),
         "versions": package_versions(),
         "result": _portable(place, _rounded(read_json(job.result))),
@@ -159,6 +159,11 @@ def evaluation_record(folder: Path) -> dict[str, Any]:
             for result in episodes
         ],
     }
+
+
+def _command(place: Workplace, job: Job) -> list[str]:
+    """What was run: a job that was done already would now be told to go on at its own checkpoint."""
+    return _portable(place, logged_arguments(place.logs / f"{job.name}.log") or job.arguments)
 
 
 def _portable(place: Workplace, value: Any) -> Any:

@@ -36,6 +36,11 @@ class Workplace:
     train: Mapping[str, object] = field(default_factory=dict)
     evaluate: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def logs(self) -> Path:
+        """Folder of the commands' logs."""
+        return self.out / "logs"
+
     def run_id(self, arm: Arm, seed: int) -> str:
         """Name of a fine-tuning run."""
         return f"{arm.name}-seed{seed}"

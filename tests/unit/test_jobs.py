@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments.jobs import Chain, Job, JobFailed, JobRunner
+from experiments.jobs import Chain, Job, JobFailed, JobRunner, logged_arguments
 
 
 def _writes(path: Path, text: str = "done") -> tuple[str, ...]:
@@ -28,6 +28,8 @@ def test_runs_jobs_and_keeps_their_logs(runner: JobRunner, tmp_path: Path) -> No
     log = (tmp_path / "logs" / "one.log").read_text().splitlines()
     assert log[0].startswith("$ ") and log[1] == "working"
     assert set(runner.seconds) == {"one", "two", "three"}
+    assert logged_arguments(tmp_path / "logs" / "one.log") == jobs[0].arguments
+    assert logged_arguments(tmp_path / "logs" / "four.log") == ()
 
 
 def test_a_job_whose_result_exists_is_skipped(runner: JobRunner, tmp_path: Path) -> None:

@@ -331,6 +331,11 @@ def test_a_record_holds_what_the_run_left(tmp_path: Path) -> None:
     assert [evaluation["step"] for evaluation in record["evaluations"]] == [100]
     assert record["commands"] == {"train": ["a", "x"]} and record["configuration"]["data_root_dir"] == "data"
     assert str(tmp_path) not in path.read_text()
+    # Asked for again, a finished training would be told to resume: the record keeps what its log says was run.
+    place.logs.mkdir()
+    (place.logs / "train.log").write_text("$ /usr/bin/python a --resume False\nstep 1\n")
+    records.write_record(place, arm, 0, [Job("train", ("a", "--resume", "True"), log)], results=tmp_path / "r")
+    assert json.loads(path.read_text())["commands"] == {"train": ["a", "--resume", "False"]}
 
 
 def test_tasks_of_a_suite_of_several_are_told_apart(tmp_path: Path) -> None:
