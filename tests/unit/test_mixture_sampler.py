@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,3 +168,16 @@ def test_bad_data_in_a_worker_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^/.*record 0: step \d: image primary: 8 bytes") as caught:
         next(iter(loader))
     assert "\n" not in str(caught.value)
+
+
+def test_a_program_ends_though_a_loader_was_left_running() -> None:
+    """At its end Python sends loader processes a SIGTERM, which they do not heed, and waits for them."""
+    program = (
+        "import torch\n"
+        "from torch.utils.data import DataLoader\n"
+        "from prismatic.vla.datasets.sampler import outlive_stop_signals\n"
+        "left = iter(DataLoader(range(100), num_workers=1, worker_init_fn=outlive_stop_signals))\n"
+        "kept = (left, next(left))\n"
+        "import sys; sys.modules['kept'] = kept\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True)
