@@ -24,6 +24,7 @@ from experiments.robot.libero.run_libero_eval import GenerateConfig
 from experiments.robot.libero.tasks import get_task
 from experiments.robot.openvla_utils import OpenVLAPolicy
 from experiments.robot.robot_utils import set_seed_everywhere
+from prismatic.training.folders import split_checkpoint_name
 from prismatic.util.files import read_json
 
 if TYPE_CHECKING:
@@ -104,11 +105,11 @@ def measure(flags: GenerateConfig, plan: Plan, watch: Watch) -> dict[str, Any]:
     policy = OpenVLAPolicy.from_checkpoint(plan.checkpoint, flags, plan.unnorm_key)
     rows = [watch.run(policy, episode) for episode in plan.episodes]
     name = Path(flags.pretrained_checkpoint).name
-    run, _, step = name.removesuffix("_chkpt").rpartition("--")
+    run, step = split_checkpoint_name(name)
     return {
         "checkpoint": name,
-        "label": f"{run}, step {int(step):,}" if run and step.isdigit() else name,
-        "step": int(step) if step.isdigit() else 0,
+        "label": run if step is None else f"{run}, step {step:,}",
+        "step": step or 0,
         "tasks": {str(episode.task_id): episode.task for episode in plan.episodes},
         "columns": list(COLUMNS),
         "episodes": rows,

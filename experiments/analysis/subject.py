@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from experiments.analysis.settings import Join, describe_teacher_of, training_co
 from prismatic.models.components import load_component
 from prismatic.training.build import make_objective, student_depth
 from prismatic.training.checkpoint import component_file
+from prismatic.training.folders import split_checkpoint_name
 from prismatic.training.module import TrainableVLA
 from prismatic.training.run import TrainingRun
 from prismatic.util.errors import UsageError
@@ -127,7 +127,7 @@ class Subject:
         """For legends: the run's name and the step."""
         if not self.config.resume:
             return self.name
-        return f"{re.sub(r'--[0-9]+_chkpt$', '', self.name)}, step {self.step:,}"
+        return f"{split_checkpoint_name(self.name)[0]}, step {self.step:,}"
 
     @property
     def num_blocks(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from prismatic.models.components import load_component
 from prismatic.training.checkpoint import VISION_COMPONENT, component_file, load_training_state
 from prismatic.training.config import TrainConfig
+from prismatic.training.folders import split_checkpoint_name
 from prismatic.training.objectives import (
     DiffusionObjective,
     DiscreteObjective,
@@ -86,11 +86,12 @@ def find_sources(config: TrainConfig) -> Sources:
     _check_components(config, folder)
     step = config.resume_step
     if step is None:
-        named = re.search(r"--(\d+)_chkpt$", folder.name)
+        _, step = split_checkpoint_name(folder.name)
         state = load_training_state(folder, lazily=True)
-        if state is None and named is None:
+        if state is not None:
+            step = int(state["step"])
+        if step is None:
             raise UsageError(f"--resume_step: {folder} does not tell its step; accepted: the step as a number")
-        step = int(state["step"]) if state is not None else int(named.group(1))  # type: ignore[union-attr]
     adapter = folder / LORA_FOLDER / "adapter_config.json"
     base = str(folder)
     if config.use_lora and adapter.is_file():

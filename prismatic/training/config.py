@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from prismatic.training.folders import LOG_FILE
+from prismatic.training.folders import LOG_FILE, split_checkpoint_name
 from prismatic.util.errors import UsageError, unknown_name
 from prismatic.util.hub import HUB_ID
 
@@ -187,7 +186,7 @@ class TrainConfig:
             return self.run_id_override
         folder = Path(self.vla_path).name
         if self.resume:
-            return re.sub(r"--\d+_chkpt$", "", folder)
+            return split_checkpoint_name(folder)[0]
         name = f"{folder}+{self.dataset_name}+b{self.batch_size * self.grad_accumulation_steps}"
         name += f"+lr-{self.learning_rate}"
         if self.use_lora:

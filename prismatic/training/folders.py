@@ -15,6 +15,12 @@ def checkpoint_folder(run_dir: Path, step: int, *, latest_only: bool) -> Path:
     return run_dir if latest_only else run_dir.with_name(f"{run_dir.name}--{step}_chkpt")
 
 
+def split_checkpoint_name(name: str) -> tuple[str, int | None]:
+    """Run and step of a checkpoint folder's name `{run}--{step}_chkpt`; another name has no step."""
+    named = re.search(r"--(\d+)_chkpt$", name)
+    return (name[: named.start()], int(named.group(1))) if named else (name, None)
+
+
 def last_checkpoint(run_dir: Path) -> Path | None:
     """The complete checkpoint folder of a run with the highest step, or None."""
     pattern = re.compile(re.escape(run_dir.name) + r"--(\d+)_chkpt")
@@ -34,8 +40,8 @@ def component_file(folder: Path, component: str, flag: str = "--vla_path") -> Pa
         UsageError: several, and no telling which is meant; the message begins with `flag`, which named the folder.
     """
     found = {file.name: file for file in sorted(folder.glob(f"{component}--*_checkpoint.pt"))}
-    step = re.search(r"--(\d+)_chkpt$", folder.resolve().name)
-    for tag in ([step.group(1)] if step else []) + ["latest"]:
+    _, step = split_checkpoint_name(folder.resolve().name)
+    for tag in ([] if step is None else [str(step)]) + ["latest"]:
         if file := found.get(f"{component}--{tag}_checkpoint.pt"):
             return file
     if len(found) > 1:
