@@ -44,7 +44,7 @@ $(INSTALLED): pyproject.toml | system-check
 	@touch $@
 
 demo: install ## Collect demonstrations, fine-tune with and without alignment, evaluate in LIBERO (CPU, minutes)
-	@$(PY) -m experiments.mini.demo
+	@$(PY) -m experiments.reproduce.demo
 
 test: install ## Run the tests, all but the slow ones
 	@$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)

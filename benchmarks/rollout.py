@@ -2,9 +2,10 @@
 
     python benchmarks/rollout.py [--checkpoint CKPT] [--tasks 2,4] [--out benchmarks/results/rollout.json]
 
-The plain loop (tests/plain_rollout.py) is what upstream's script does: LIBERO's own environment, every step rendered,
-hard resets, one robot a forward. Every way runs in a process of its own, one after the other, from the same initial
-states, with pictures of the protocol (256 pixels) but for the row that says otherwise. About four minutes on two cores.
+The plain loop (tests/helpers/plain_rollout.py) is what upstream's script does: LIBERO's own environment, every step
+rendered, hard resets, one robot a forward. Every way runs in a process of its own, one after the other, from the same
+initial states, with pictures of the protocol (256 pixels) but for the row that says otherwise. About four minutes on
+two cores.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one way in this process; what it took."""
-    from experiments.robot.libero.plan import make_plan
+    from experiments.robot.libero.rollouts.plan import make_plan
     from experiments.robot.libero.run_libero_eval import GenerateConfig
     from experiments.robot.openvla_utils import OpenVLAPolicy
 
@@ -137,9 +138,9 @@ def run_plain(plan: Any, policy: Any) -> tuple[list[dict[str, Any]], dict[str, f
 
 
 def run_ours(plan: Any, policy: Any, workers: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    from experiments.robot.libero.episode import EpisodeRunner
-    from experiments.robot.libero.rollout import Rollouts, RolloutSettings
-    from experiments.robot.libero.workers import make_workers, policy_threads
+    from experiments.robot.libero.rollouts.episode import EpisodeRunner
+    from experiments.robot.libero.rollouts.rollout import Rollouts, RolloutSettings
+    from experiments.robot.libero.rollouts.workers import make_workers, policy_threads
 
     memory: dict[str, float] = {}
     episodes: list[dict[str, Any]] = []

@@ -1,0 +1,32 @@
+"""Robots, studies and analyses around the policy."""
+
+from prismatic.util.moved import keep_earlier_names
+
+_LIBERO = "experiments.robot.libero"
+_ROOMS = {
+    "simulator": ("control", "decimation", "environment", "rendering"),
+    "suites": ("perturbations", "plus", "plus_scene", "tasks"),
+    "rollouts": ("episode", "plan", "plus_plan", "progress", "protocol", "rollout", "workers"),
+    "results": ("plus_summary", "summary"),
+}
+_MAKE = (
+    "make_tokenizer", "pretrain_student", "student_config", "teacher_data", "teacher_frames", "teacher_model",
+    "teacher_readout", "train_teacher",
+)  # fmt: skip
+
+keep_earlier_names(
+    {f"{_LIBERO}.{name}": f"{_LIBERO}.{room}.{name}" for room, names in _ROOMS.items() for name in names}
+    | {f"experiments.mini.{name}": f"experiments.mini.make.{name}" for name in _MAKE}
+    | {
+        f"{_LIBERO}.completeness": f"{_LIBERO}.results.planned",
+        f"{_LIBERO}.merge_results": f"{_LIBERO}.results.merge",
+        f"{_LIBERO}.results_page": f"{_LIBERO}.results.page",
+        "experiments.jobs": "experiments.reproduce.jobs",
+        "experiments.mini.demo": "experiments.reproduce.demo",
+        "experiments.mini.demo_report": "experiments.reproduce.demo_report",
+        "experiments.report": "experiments.reproduce.report",
+        "experiments.report.html": "experiments.reproduce.report.html",
+        "experiments.report.settings": "experiments.reproduce.report.settings",
+        "experiments.report.training_page": "experiments.reproduce.report.training_page",
+    }
+)

@@ -12,8 +12,8 @@ from torch import Tensor
 from experiments.analysis.config import DepthConfig
 from experiments.analysis.report import SEQUENTIAL, new_figure, save_figure, write_json
 from experiments.analysis.settings import Join
-from experiments.mini.teacher_data import TeacherDataConfig, parse_tasks
-from experiments.mini.teacher_data import main as render_frames
+from experiments.mini.make.teacher_data import TeacherDataConfig, parse_tasks
+from experiments.mini.make.teacher_data import main as render_frames
 from prismatic.training.precision import resolve_precision
 from prismatic.util.errors import UsageError
 from rocket_align.analysis.depth_probe import DepthErrors, LinearReadout, RidgeProbe, depth_map, patch_depths
@@ -27,7 +27,7 @@ _DRAWN_LAYERS = 5
 
 
 class Frames:
-    """Shards of `experiments.mini.teacher_data`, one a task, read a few frames at a time.
+    """Shards of `experiments.mini.make.teacher_data`, one a task, read a few frames at a time.
 
     Args:
         config: says where they lie. Those missing are rendered in the simulator; a folder that the user names may

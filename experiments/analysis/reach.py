@@ -16,12 +16,12 @@ from experiments.analysis.config import ReachConfig
 from experiments.analysis.report import COLORS, new_figure, save_figure, write_json
 from experiments.analysis.settings import Join
 from experiments.mini.expert import read_goal
-from experiments.robot.libero.environment import LiberoEnv
-from experiments.robot.libero.episode import EpisodeRunner, make_libero_env
-from experiments.robot.libero.plan import Plan, make_plan
-from experiments.robot.libero.protocol import Episode, Protocol, to_env_action
+from experiments.robot.libero.rollouts.episode import EpisodeRunner, make_libero_env
+from experiments.robot.libero.rollouts.plan import Plan, make_plan
+from experiments.robot.libero.rollouts.protocol import Episode, Protocol, to_env_action
 from experiments.robot.libero.run_libero_eval import GenerateConfig
-from experiments.robot.libero.tasks import get_task
+from experiments.robot.libero.simulator.environment import LiberoEnv
+from experiments.robot.libero.suites.tasks import get_task
 from experiments.robot.openvla_utils import OpenVLAPolicy
 from experiments.robot.robot_utils import set_seed_everywhere
 from prismatic.training.folders import split_checkpoint_name

@@ -104,7 +104,7 @@ def parse_tasks(text: str, count: int) -> tuple[int, ...]:
 def _collect_block(config: CollectConfig, task: int, episodes: range) -> None:
     """Work of one process: the given episodes of one task, each stored when it is finished."""
     from experiments.mini.demonstrate import demonstrate, derive_seed
-    from experiments.robot.libero.environment import LiberoEnv
+    from experiments.robot.libero.simulator.environment import LiberoEnv
     from prismatic.vla.datasets.rlds_writer import serialize_episode
 
     todo = [number for number in episodes if not config.staged(task, number).with_suffix(".json").exists()]
@@ -145,8 +145,8 @@ def _blocks(tasks: tuple[int, ...], episodes: int, workers: int) -> list[tuple[i
 def _check_tasks(config: CollectConfig) -> tuple[int, ...]:
     """Refuse what cannot be collected before anything is started."""
     from experiments.mini.expert import read_goal
-    from experiments.robot.libero.rendering import choose_renderer
-    from experiments.robot.libero.tasks import get_task, num_tasks
+    from experiments.robot.libero.simulator.rendering import choose_renderer
+    from experiments.robot.libero.suites.tasks import get_task, num_tasks
 
     choose_renderer()
     tasks = parse_tasks(config.tasks, num_tasks(config.suite))

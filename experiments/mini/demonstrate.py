@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.mini.expert import MAX_STEPS, OPEN, Expert, settle
 from experiments.robot.libero.demonstrations import is_no_op
-from experiments.robot.libero.environment import LiberoEnv, Observation
+from experiments.robot.libero.simulator.environment import LiberoEnv, Observation
 from prismatic.vla.datasets.rlds_writer import Episode, encode_jpeg
 
 NOISE_LEVELS = (0.1, 0.2, 0.3)

@@ -13,9 +13,9 @@ from scipy.spatial.transform import Rotation
 
 from experiments.mini.geometry import Scene
 from experiments.mini.grasp import Grasp, plan_grasp
-from experiments.robot.libero.environment import LiberoEnv
-from experiments.robot.libero.rendering import choose_renderer
-from experiments.robot.libero.tasks import TaskSpec
+from experiments.robot.libero.simulator.environment import LiberoEnv
+from experiments.robot.libero.simulator.rendering import choose_renderer
+from experiments.robot.libero.suites.tasks import TaskSpec
 from prismatic.util.errors import UsageError
 
 OPEN, CLOSE = -1.0, 1.0

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.jobs import Chain, Job, JobFailed, JobRunner
 from experiments.reproduce.arms import Arm
+from experiments.reproduce.jobs import Chain, Job, JobFailed, JobRunner
 from experiments.reproduce.profiles import PROFILES, Profile
 from experiments.reproduce.stages import Workplace, analysis_job, arm_jobs, collect_job, preparation_jobs
 from experiments.reproduce.studies import STUDIES, Analysis, Study
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.command == "run":
         return run_studies(arguments)
-    from experiments.reproduce.report import write_report
+    from experiments.reproduce.report.study import write_report
 
     print(f"report: {write_report(arguments.profile, arguments.out)}")
     return 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.robot.libero.summary import mcnemar_p_value, wilson_interval
+from experiments.robot.libero.results.summary import mcnemar_p_value, wilson_interval
 from prismatic.util.errors import UsageError
 from prismatic.util.files import read_json
 

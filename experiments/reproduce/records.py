@@ -13,8 +13,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from experiments.jobs import ROOT, Job, logged_arguments
 from experiments.reproduce.arms import Arm
+from experiments.reproduce.jobs import ROOT, Job, logged_arguments
 from experiments.reproduce.stages import Workplace, is_complete
 from experiments.reproduce.studies import Analysis, Study
 from prismatic.training.metrics import read_log
@@ -137,7 +137,7 @@ def evaluation_record(folder: Path) -> dict[str, Any]:
 
     A task is its number, or "suite:number" in a suite of several (libero_plus), where numbers occur more than once.
     """
-    from experiments.robot.libero.results import EpisodeResult, load_episodes
+    from experiments.robot.libero.results.run_folder import EpisodeResult, load_episodes
 
     config = read_json(folder / "config.json")
     episodes = sorted(load_episodes(folder), key=lambda result: result.key)

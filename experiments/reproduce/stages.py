@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.jobs import Job, as_arguments, start_or_resume
 from experiments.reproduce.arms import Arm
+from experiments.reproduce.jobs import Job, as_arguments, start_or_resume
 from experiments.reproduce.profiles import Profile
 from experiments.reproduce.studies import Analysis, Study
 from prismatic.util.files import read_json

@@ -79,7 +79,7 @@ def _open_server(config: Any) -> ExternalPolicy:
 
 def _unnorm_key(config: Any, metadata: Mapping[str, Any]) -> str:
     """The statistics to ask for: those that a checkpoint would be evaluated with, else the server's default ("")."""
-    from experiments.robot.libero.plus_plan import unnorm_key_for
+    from experiments.robot.libero.rollouts.plus_plan import unnorm_key_for
 
     keys = metadata.get("unnorm_keys")
     if not isinstance(keys, list):

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from script_loader import load_finetune_script
+
+from tests.helpers.script_loader import load_finetune_script
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +24,7 @@ def finetune_script() -> ModuleType:
 @pytest.fixture(scope="session")
 def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mini student with random weights and its processor."""
-    from experiments.mini.student_config import build_student
+    from experiments.mini.make.student_config import build_student
 
     folder = tmp_path_factory.mktemp("student")
     model, processor = build_student(seed=0)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
-from script_loader import load_script
+
+from tests.helpers.script_loader import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 

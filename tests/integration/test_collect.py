@@ -12,7 +12,7 @@ pytest.importorskip("libero", reason="LIBERO is not installed")
 
 from experiments.mini.collect import CollectConfig, collect
 from experiments.mini.expert import read_goal
-from experiments.robot.libero.tasks import get_task
+from experiments.robot.libero.suites.tasks import get_task
 from prismatic.util.errors import UsageError
 
 TASK = 6  # libero_object: the butter.

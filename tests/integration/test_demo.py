@@ -12,7 +12,7 @@ import pytest
 
 def _demo(repo_root: Path, out: Path) -> str:
     flags = f"--out {out} --tasks 9 --episodes 2 --max_steps 2 --batch_size 4 --trials 1 --seeds 0 --parallel 2"
-    command = [sys.executable, "-m", "experiments.mini.demo", *flags.split()]
+    command = [sys.executable, "-m", "experiments.reproduce.demo", *flags.split()]
     done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from eval_helpers import RecordedLiberos
-from plain_rollout import plain_rollouts
 
 from experiments.robot.deterministic import FixedShape
-from experiments.robot.libero.episode import EpisodeRunner
-from experiments.robot.libero.protocol import Episode, Protocol
-from experiments.robot.libero.results import EpisodeResult
-from experiments.robot.libero.rollout import Rollouts, RolloutSettings
-from experiments.robot.libero.workers import make_workers
+from experiments.robot.libero.results.run_folder import EpisodeResult
+from experiments.robot.libero.rollouts.episode import EpisodeRunner
+from experiments.robot.libero.rollouts.protocol import Episode, Protocol
+from experiments.robot.libero.rollouts.rollout import Rollouts, RolloutSettings
+from experiments.robot.libero.rollouts.workers import make_workers
 from experiments.robot.policy import Query
 from prismatic.util.errors import UsageError
+from tests.helpers.eval_helpers import RecordedLiberos
+from tests.helpers.plain_rollout import plain_rollouts
 
 pytest.importorskip("libero", reason="LIBERO is not installed")
 pytestmark = pytest.mark.sim
@@ -51,7 +51,7 @@ def fixed_shape(student: Any, batch: int) -> FixedShape:
 
 def test_trajectories_are_those_of_the_plain_loop(student: Any, tmp_path: Path) -> None:
     """One worker; two workers and the other order; LIBERO's own environment in a plain loop: the same states."""
-    from experiments.robot.libero.tasks import get_task
+    from experiments.robot.libero.suites.tasks import get_task
 
     words = get_task("libero_object", 2).instruction
     todo = [Episode("libero_object", 2, words, number, 7) for number in range(3)]

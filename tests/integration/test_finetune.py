@@ -245,7 +245,7 @@ def test_lerobot_data_give_the_same_losses_as_rlds(finetune: Callable[..., Path]
     """Two steps on the same episodes: the golden data set as RLDS, and rewritten as LeRobot with the same JPEGs."""
     pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     from prismatic.vla.datasets.tfrecord import Example, read_records
-    from tests.lerobot_files import LeRobotFiles
+    from tests.helpers.lerobot_files import LeRobotFiles
 
     name, episodes = "libero_spatial_no_noops", []
     for shard in sorted((tmp_path / "rlds" / name / "1.0.0").glob("*-train.tfrecord-*")):

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from fake_hub import serve_hub
-from script_loader import load_script
 
 from prismatic.util.errors import UsageError
+from tests.helpers.fake_hub import serve_hub
+from tests.helpers.script_loader import load_script
 
 JOINT = "moojink/openvla-7b-oft-finetuned-libero-spatial-object-goal-10"
 SUITES = [f"libero_{name}_no_noops" for name in ("10", "goal", "object", "spatial")]

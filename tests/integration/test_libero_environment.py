@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("libero", reason="LIBERO is not installed")
 
-from experiments.robot.libero.environment import CAMERAS, LiberoEnv, Observation
+from experiments.robot.libero.simulator.environment import CAMERAS, LiberoEnv, Observation
 from prismatic.util.errors import UsageError
 
 SIZE = 64
@@ -151,7 +151,7 @@ def test_torques_are_those_of_robosuite(env: LiberoEnv) -> None:
 
 def test_what_is_out_of_view_changes_no_pixel(env: LiberoEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer geoms are drawn, and no pixel differs, though the stove mirrors some that are not in view themselves."""
-    from experiments.robot.libero import rendering
+    from experiments.robot.libero.simulator import rendering
 
     model, left_out = env.domain.sim.model._model, []
     find = rendering.geoms_out_of_view

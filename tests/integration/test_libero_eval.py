@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from eval_helpers import NoisePolicy
 
-from experiments.robot.libero.results import load_episodes
+from experiments.robot.libero.results.run_folder import load_episodes
 from experiments.robot.libero.run_libero_eval import EXIT_ERRORS, GenerateConfig, eval_libero, main
 from prismatic.util.errors import UsageError
+from tests.helpers.eval_helpers import NoisePolicy
 
 pytest.importorskip("libero", reason="LIBERO is not installed")
 pytestmark = pytest.mark.sim

@@ -25,7 +25,7 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout with the alignment injected into the stand-in for upstream's script."""
     root = tmp_path_factory.mktemp("checkout")
     (root / SCRIPT).parent.mkdir()
-    shutil.copy(Path(__file__).parents[1] / "openvla_oft_stand_in.py", root / SCRIPT)
+    shutil.copy(Path(__file__).parents[1] / "helpers" / "openvla_oft_stand_in.py", root / SCRIPT)
     assert main(["apply", str(root)]) == 0
     return root
 

@@ -17,7 +17,7 @@ from experiments.robot.policy import Query
 from prismatic.training.metrics import read_log
 from prismatic.util.errors import UsageError
 from prismatic.vla.platforms import ALOHA, BRIDGE, Platform
-from tests.rlds_layouts import ALOHA_STEPS, BRIDGE_STEPS, aloha_episode, bridge_episode, write_layout
+from tests.helpers.rlds_layouts import ALOHA_STEPS, BRIDGE_STEPS, aloha_episode, bridge_episode, write_layout
 
 ALOHA_NAME = "aloha1_put_X_into_pot_300_demos"
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from eval_helpers import NoisePolicy
 
-from experiments.robot.libero import plus
-from experiments.robot.libero.environment import LiberoEnv
-from experiments.robot.libero.plus import PlusTask
-from experiments.robot.libero.protocol import DUMMY_ACTION
+from experiments.robot.libero.rollouts.protocol import DUMMY_ACTION
 from experiments.robot.libero.run_libero_eval import GenerateConfig, eval_libero
+from experiments.robot.libero.simulator.environment import LiberoEnv
+from experiments.robot.libero.suites import plus
+from experiments.robot.libero.suites.plus import PlusTask
+from tests.helpers.eval_helpers import NoisePolicy
 
 pytest.importorskip("libero", reason="LIBERO is not installed")
 pytest.importorskip("liberoplus", reason=f"LIBERO-Plus is not installed: {plus.INSTALL_HINT}")

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from script_loader import load_script
+
+from tests.helpers.script_loader import load_script
 
 pytest.importorskip("libero", reason="LIBERO is not installed")
 
 from experiments.analysis.reach import Watch, summarize
-from experiments.robot.libero.protocol import Episode, Protocol
-from experiments.robot.libero.tasks import get_task
+from experiments.robot.libero.rollouts.protocol import Episode, Protocol
+from experiments.robot.libero.suites.tasks import get_task
 from experiments.robot.policy import Query
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,10 +26,10 @@ from experiments.robot.libero.demonstrations import (
     rotate,
     write_demonstration,
 )
-from experiments.robot.libero.environment import LiberoEnv
-from experiments.robot.libero.plan import _read_states, _states_of
 from experiments.robot.libero.regenerate_libero_dataset import RegenerateConfig, quaternions, regenerate
-from experiments.robot.libero.tasks import get_task
+from experiments.robot.libero.rollouts.plan import _read_states, _states_of
+from experiments.robot.libero.simulator.environment import LiberoEnv
+from experiments.robot.libero.suites.tasks import get_task
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets import RLDSDataset
 

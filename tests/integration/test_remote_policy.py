@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.robot.libero import episode as episode_module
-from experiments.robot.libero.results import load_episodes
+from experiments.robot.libero.results.run_folder import load_episodes
+from experiments.robot.libero.rollouts import episode as episode_module
 from experiments.robot.libero.run_libero_eval import EXIT_ERRORS, GenerateConfig, main
-from experiments.robot.libero.tasks import get_task, load_init_states
+from experiments.robot.libero.suites.tasks import get_task, load_init_states
 from experiments.robot.serving.access import TOKEN_VARIABLE
 from prismatic.util.errors import UsageError
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from experiments.report.html import Line, Rate, line_chart
-from experiments.robot.libero.episode import write_video
-from experiments.robot.libero.results_page import build_page, main
+from experiments.reproduce.report.html import Line, Rate, line_chart
+from experiments.robot.libero.results.page import build_page, main
+from experiments.robot.libero.rollouts.episode import write_video
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome-headless-shell")
 EVIL = 'pick up the <b>milk</b> & "run" <script>alert(1)</script>'

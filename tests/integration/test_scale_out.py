@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from eval_helpers import NoisePolicy
 
-from experiments.robot.libero import merge_results
-from experiments.robot.libero.results import load_episodes
+from experiments.robot.libero.results import merge as merge_results
+from experiments.robot.libero.results.run_folder import load_episodes
 from experiments.robot.libero.run_libero_eval import GenerateConfig, eval_libero
 from experiments.robot.policy import Query
+from tests.helpers.eval_helpers import NoisePolicy
 
 pytest.importorskip("libero", reason="LIBERO is not installed")
 pytestmark = pytest.mark.sim

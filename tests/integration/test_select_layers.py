@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
-from script_loader import load_script
 
 from prismatic.training.metrics import read_log
 from prismatic.util.cli import run as run_command
 from prismatic.util.errors import UsageError
+from tests.helpers.script_loader import load_script
 
 
 @pytest.fixture(scope="module")

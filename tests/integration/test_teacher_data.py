@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("libero", reason="LIBERO's simulator is not installed")
 
-from experiments.mini.teacher_data import OBJECT, ROBOT, TeacherDataConfig, main
-from experiments.mini.teacher_frames import ROTATION, TRANSLATION, FrameSet, geometry, load_frames
+from experiments.mini.make.teacher_data import OBJECT, ROBOT, TeacherDataConfig, main
+from experiments.mini.make.teacher_frames import ROTATION, TRANSLATION, FrameSet, geometry, load_frames
 from prismatic.util.cli import parse
 from prismatic.util.errors import UsageError
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from script_loader import load_script
-from teacher_models import VIT_TEACHERS, save_vit
 
 from prismatic.training.metrics import read_log
 from prismatic.util.errors import UsageError
+from tests.helpers.script_loader import load_script
+from tests.helpers.teacher_models import VIT_TEACHERS, save_vit
 
 LIGHT: dict[str, Any] = {"merge_lora_during_training": False}
 

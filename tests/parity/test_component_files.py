@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from student_helpers import WIDTH
 from torch import nn
 
 from prismatic.models.action_heads import L1RegressionActionHead
@@ -16,6 +15,7 @@ from prismatic.models.projectors import NoisyActionProjector, ProprioProjector
 from prismatic.training.folders import component_file
 from prismatic.util.errors import UsageError
 from rocket_align import AlignConfig, MultiLayerAlignment
+from tests.helpers.student_helpers import WIDTH
 
 LAYERS = (1, 2, 3)
 COMPONENTS: dict[str, Callable[[], nn.Module]] = {

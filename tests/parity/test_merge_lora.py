@@ -19,7 +19,7 @@ from experiments.robot.checkpoint import open_checkpoint
 from experiments.robot.openvla_utils import get_vla
 from prismatic.models import merge_lora
 from prismatic.util.errors import UsageError
-from tests.student_helpers import forward_inputs, load_heads
+from tests.helpers.student_helpers import forward_inputs, load_heads
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from prismatic.models.film_vit_wrapper import load_film_backbone
 from prismatic.models.lora import load_lora
 from prismatic.training.train_utils import get_all_actions_mask
-from tests.student_helpers import assert_gradients_close, forward_inputs, load_heads, load_student
+from tests.helpers.student_helpers import assert_gradients_close, forward_inputs, load_heads, load_student
 
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
 

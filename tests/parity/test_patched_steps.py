@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from student_helpers import load_student
 from torch import Tensor, nn
+
+from tests.helpers.student_helpers import load_student
 
 pytest.importorskip("libcst")
 
@@ -32,7 +33,7 @@ from rocket_align import AlignConfig, MultiLayerAlignment, VGGTTeacher
 from rocket_align.teacher.preprocess import IMAGENET_MEAN, IMAGENET_STD, unnormalize_views
 from rocket_align.teacher.vggt import VGGTConfig
 
-STAND_IN = Path(__file__).resolve().parents[1] / "openvla_oft_stand_in.py"
+STAND_IN = Path(__file__).resolve().parents[1] / "helpers" / "openvla_oft_stand_in.py"
 ALIGN = AlignConfig(student_layers=(1, 2, 3), teacher_layers=(1, 2, 3))
 STEPS, LEARNING_RATE, NUM_PREFIX = 5, 5e-4, 33
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "labels")

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from script_loader import load_script
 
 from experiments.analysis.config import DepthConfig, GradientsConfig, SelectConfig, SubjectFlags
 from experiments.analysis.select import _check_sizes
 from experiments.analysis.settings import training_config
 from prismatic.util.errors import UsageError
+from tests.helpers.script_loader import load_script
 
 
 @pytest.fixture

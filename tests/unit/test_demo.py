@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from script_loader import load_finetune_script
 
-from experiments.mini import demo, demo_report
+from experiments.reproduce import demo, demo_report
 from experiments.robot.libero.run_libero_eval import GenerateConfig
 from prismatic.util import cli
 from prismatic.util.errors import UsageError
+from tests.helpers.script_loader import load_finetune_script
 
 
 def _config(out: Path) -> demo.DemoConfig:

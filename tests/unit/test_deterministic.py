@@ -8,8 +8,8 @@ import pytest
 
 from experiments.robot.deterministic import FIXED_TEXT_TOKENS, FixedShape
 from experiments.robot.libero import run_libero_eval
-from experiments.robot.libero.plan import Plan
-from experiments.robot.libero.protocol import Protocol
+from experiments.robot.libero.rollouts.plan import Plan
+from experiments.robot.libero.rollouts.protocol import Protocol
 from experiments.robot.policy import Query
 from experiments.robot.time_limit import TimeLimited
 from prismatic.util.errors import UsageError

@@ -20,7 +20,7 @@ from prismatic.vla.datasets.image_transforms import (
     resize_and_crop,
     resize_lanczos,
 )
-from tests.rlds_files import jpeg
+from tests.helpers.rlds_files import jpeg
 
 
 def _image(height: int, width: int, seed: int = 0) -> np.ndarray:

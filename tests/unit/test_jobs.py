@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments.jobs import Chain, Job, JobFailed, JobRunner, logged_arguments
+from experiments.reproduce.jobs import Chain, Job, JobFailed, JobRunner, logged_arguments
 
 
 def _writes(path: Path, text: str = "done") -> tuple[str, ...]:

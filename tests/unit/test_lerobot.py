@@ -27,8 +27,8 @@ from prismatic.vla.datasets import FrameDraw, MixtureSampler, RLDSDataset, make_
 from prismatic.vla.datasets.lerobot import images as lerobot_images
 from prismatic.vla.datasets.specs import DATASETS, LIBERO_SPEC
 from prismatic.vla.platforms import ALOHA
-from tests.lerobot_files import LeRobotFiles
-from tests.rlds_files import episode, jpeg, write_dataset
+from tests.helpers.lerobot_files import LeRobotFiles
+from tests.helpers.rlds_files import episode, jpeg, write_dataset
 
 NAME = "libero_goal_no_noops"
 OTHER = "libero_object_no_noops"

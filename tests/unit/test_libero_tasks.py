@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.robot.libero import rendering, tasks
+from experiments.robot.libero.simulator import rendering
+from experiments.robot.libero.suites import tasks
 from prismatic.util.errors import UsageError
 
 installed = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="LIBERO is not installed")

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prismatic.models.film_vit_wrapper import FiLMedPrismaticVisionBackbone, load_film_backbone
 from prismatic.models.lora import add_lora, load_lora, lora_target_modules, merge_lora_state_dict
-from tests.student_helpers import tiny_config, tiny_student
+from tests.helpers.student_helpers import tiny_config, tiny_student
 
 ADAPTER = "adapter_model.safetensors"
 HEAD = "base_model.model.language_model.lm_head.base_layer.weight"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.mini.make_tokenizer import (
+from experiments.mini.make.make_tokenizer import (
     ACTION_CHARACTERS,
     SPACE_ID,
     build_tokenizer,

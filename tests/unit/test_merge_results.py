@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.robot.libero.completeness import check, describe, planned_episodes
-from experiments.robot.libero.merge_results import main
-from experiments.robot.libero.protocol import Episode
-from experiments.robot.libero.results import EpisodeResult, RunFolder, load_episodes
+from experiments.robot.libero.results.merge import main
+from experiments.robot.libero.results.planned import check, describe, planned_episodes
+from experiments.robot.libero.results.run_folder import EpisodeResult, RunFolder, load_episodes
+from experiments.robot.libero.rollouts.protocol import Episode
 
 IDENTITY = {"suite": "libero_goal", "seed": 7}
 

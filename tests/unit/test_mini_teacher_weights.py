@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.mini.teacher_model import load_model
+from experiments.mini.make.teacher_model import load_model
 from rocket_align.teacher.vggt.teacher import VGGTTeacher
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "mini" / "weights" / "teacher"

@@ -17,7 +17,7 @@ import torch
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets import FrameDraw, MixtureSampler, RLDSDataset, make_dataloader
 from prismatic.vla.datasets.dataset import MixturePart
-from tests.rlds_files import episode, write_dataset
+from tests.helpers.rlds_files import episode, write_dataset
 
 
 def _mixture(*sizes_and_weights: tuple[int, float]) -> Any:

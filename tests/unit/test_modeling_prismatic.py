@@ -16,7 +16,7 @@ from prismatic.models.action_heads import DiffusionActionHead, L1RegressionActio
 from prismatic.models.film_vit_wrapper import FiLMedPrismaticVisionBackbone
 from prismatic.models.lora import add_lora
 from prismatic.models.projectors import NoisyActionProjector, ProprioProjector
-from tests.student_helpers import tiny_batch, tiny_config, tiny_student
+from tests.helpers.student_helpers import tiny_batch, tiny_config, tiny_student
 
 PROMPT_LENGTHS = (9, 14, 6)
 

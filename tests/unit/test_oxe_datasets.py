@@ -20,7 +20,16 @@ from prismatic.vla.datasets.sampler import MixtureSampler
 from prismatic.vla.datasets.specs import DATASETS, MIXTURES, resolve_mixture
 from prismatic.vla.datasets.tfrecord import read_records
 from prismatic.vla.platforms import ALOHA, BRIDGE, NormalizationType, Platform
-from tests.rlds_layouts import ALOHA_STEPS, BRIDGE_STEPS, IMAGE, SIZE, aloha_episode, bridge_episode, gray, write_layout
+from tests.helpers.rlds_layouts import (
+    ALOHA_STEPS,
+    BRIDGE_STEPS,
+    IMAGE,
+    SIZE,
+    aloha_episode,
+    bridge_episode,
+    gray,
+    write_layout,
+)
 
 RT1 = Platform("rt1", chunk=2, action_dim=7, proprio_dim=8, normalization=NormalizationType.BOUNDS)
 SEVEN = Platform("seven", chunk=2, action_dim=7, proprio_dim=7, normalization=NormalizationType.BOUNDS)

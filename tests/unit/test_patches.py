@@ -17,7 +17,7 @@ from patches.__main__ import main
 from patches.checkout import JOIN, PACKAGE, SCRIPT, STATE, Checkout
 from patches.rewrite import inject
 
-STAND_IN = Path(__file__).resolve().parents[1] / "openvla_oft_stand_in.py"
+STAND_IN = Path(__file__).resolve().parents[1] / "helpers" / "openvla_oft_stand_in.py"
 # A real checkout may be given; the tests below then run on a copy of its script too.
 REAL = os.environ.get("OPENVLA_OFT_CHECKOUT")
 

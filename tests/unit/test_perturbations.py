@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.robot.libero.perturbations import NOISES, UNMOVED, CameraShift, degrade, shifted_camera
+from experiments.robot.libero.suites.perturbations import NOISES, UNMOVED, CameraShift, degrade, shifted_camera
 
 # Cameras of LIBERO's floor scene, and of one on a table.
 FLOOR = (

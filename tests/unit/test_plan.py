@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.robot.libero import tasks
-from experiments.robot.libero.plan import default_run_name, make_plan, run_environment, run_identity
+from experiments.robot.libero.rollouts.plan import default_run_name, make_plan, run_environment, run_identity
 from experiments.robot.libero.run_libero_eval import GenerateConfig
+from experiments.robot.libero.suites import tasks
 from prismatic.util.errors import UsageError
 
 pytest.importorskip("libero", reason="LIBERO is not installed")

@@ -9,14 +9,21 @@ from typing import Any
 
 import pytest
 
-from experiments.robot.libero import plus
-from experiments.robot.libero.perturbations import CameraShift
-from experiments.robot.libero.plan import make_plan, run_identity
-from experiments.robot.libero.plus import KIND_COUNTS, KINDS, choose_tasks, instruction_of, parse_kinds, parse_name
-from experiments.robot.libero.plus_plan import left_out_notice, unnorm_key_for
-from experiments.robot.libero.protocol import PLUS_SUITES
+from experiments.robot.libero.rollouts.plan import make_plan, run_identity
+from experiments.robot.libero.rollouts.plus_plan import left_out_notice, unnorm_key_for
+from experiments.robot.libero.rollouts.protocol import PLUS_SUITES
 from experiments.robot.libero.run_libero_eval import GenerateConfig
-from experiments.robot.libero.tasks import get_task, load_init_states, num_tasks
+from experiments.robot.libero.suites import plus
+from experiments.robot.libero.suites.perturbations import CameraShift
+from experiments.robot.libero.suites.plus import (
+    KIND_COUNTS,
+    KINDS,
+    choose_tasks,
+    instruction_of,
+    parse_kinds,
+    parse_name,
+)
+from experiments.robot.libero.suites.tasks import get_task, load_init_states, num_tasks
 from prismatic.util.errors import UsageError
 
 installed = pytest.mark.skipif(

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.robot.libero import progress
-from experiments.robot.libero.progress import EvalProgress
-from experiments.robot.libero.results import EpisodeResult
+from experiments.robot.libero.results.run_folder import EpisodeResult
+from experiments.robot.libero.rollouts import progress
+from experiments.robot.libero.rollouts.progress import EvalProgress
 
 
 def result(init_state: int, status: str) -> EpisodeResult:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.robot.libero.protocol import (
+from experiments.robot.libero.rollouts.protocol import (
     MAX_STEPS,
     Episode,
     EpisodeQueue,

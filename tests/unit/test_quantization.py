@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from student_helpers import tiny_batch, tiny_student
 
 from experiments.robot import quantization
 from experiments.robot.checkpoint import Checkpoint
 from experiments.robot.quantization import check_quantization, quantization_arguments
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.util.errors import UsageError
+from tests.helpers.student_helpers import tiny_batch, tiny_student
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 NONE = {"load_in_8bit": False, "load_in_4bit": False, "use_film": False}

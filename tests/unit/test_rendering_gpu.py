@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from experiments.robot.libero.rendering import _draw_on_own_gpu, choose_renderer
+from experiments.robot.libero.simulator.rendering import _draw_on_own_gpu, choose_renderer
 
 SOFTWARE, GPU = b"EGL_MESA_device_software", b"EGL_NV_device_cuda EGL_EXT_device_drm"
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from script_loader import load_finetune_script, load_script
 
 from experiments.analysis.config import (
     CkaConfig,
@@ -25,15 +24,17 @@ from experiments.analysis.config import (
     SelectConfig,
     TheoremConfig,
 )
-from experiments.jobs import ROOT, Job
 from experiments.reproduce import __main__ as command
-from experiments.reproduce import arms, outcomes, records, report, sections
+from experiments.reproduce import arms, outcomes, records, sections
+from experiments.reproduce.jobs import ROOT, Job
 from experiments.reproduce.profiles import MINI, PAPER, PROFILES
 from experiments.reproduce.published import PUBLISHED
+from experiments.reproduce.report import study as report
 from experiments.reproduce.stages import Workplace, analysis_job, arm_jobs, preparation_jobs, train_job
 from experiments.reproduce.studies import STUDIES
 from experiments.robot.libero.run_libero_eval import GenerateConfig
 from prismatic.util.errors import UsageError
+from tests.helpers.script_loader import load_finetune_script, load_script
 
 SCRIPTS = ROOT / "experiments" / "reproduce"
 

@@ -32,7 +32,7 @@ from prismatic.vla.datasets.specs import (
 )
 from prismatic.vla.datasets.statistics import normalize
 from prismatic.vla.platforms import ALOHA, LIBERO
-from tests.rlds_files import encode_example, episode, frame_record, write_dataset
+from tests.helpers.rlds_files import encode_example, episode, frame_record, write_dataset
 
 NAME = "libero_spatial_no_noops"
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from eval_helpers import IMAGE, LineEnv, LineEnvs, LinePolicy, PatientEnvs
 
-from experiments.robot.libero.episode import EpisodeRunner
-from experiments.robot.libero.protocol import Episode, Protocol
-from experiments.robot.libero.results import EpisodeResult
-from experiments.robot.libero.rollout import MAX_ATTEMPTS, Rollouts, RolloutSettings, ask
-from experiments.robot.libero.workers import LocalWorker, ProcessWorker, make_workers
+from experiments.robot.libero.results.run_folder import EpisodeResult
+from experiments.robot.libero.rollouts.episode import EpisodeRunner
+from experiments.robot.libero.rollouts.protocol import Episode, Protocol
+from experiments.robot.libero.rollouts.rollout import MAX_ATTEMPTS, Rollouts, RolloutSettings, ask
+from experiments.robot.libero.rollouts.workers import LocalWorker, ProcessWorker, make_workers
 from experiments.robot.policy import Query
 from prismatic.util.errors import UsageError
+from tests.helpers.eval_helpers import IMAGE, LineEnv, LineEnvs, LinePolicy, PatientEnvs
 
 PROTOCOL = Protocol(max_steps=20, settle_steps=2, open_loop_steps=8)
 
@@ -86,7 +86,7 @@ def test_a_result_says_where_its_time_went() -> None:
 def test_torch_gets_the_cores_that_the_workers_leave_over(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from experiments.robot.libero import workers
+    from experiments.robot.libero.rollouts import workers
 
     monkeypatch.setattr(workers, "available_cores", lambda: 8)
     before = torch.get_num_threads()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.mini.student_config import IMAGE_SIZE, build_student
+from experiments.mini.make.student_config import IMAGE_SIZE, build_student
 
 PROMPT = "In: What action should the robot take to pick up the milk and place it in the basket?\nOut:"
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.mini.teacher_data import parse_tasks
-from experiments.mini.teacher_frames import (
+from experiments.mini.make.teacher_data import parse_tasks
+from experiments.mini.make.teacher_frames import (
     CROP,
     ROTATION,
     TRANSLATION,

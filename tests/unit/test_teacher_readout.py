@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from experiments.mini.teacher_data import OBJECT
-from experiments.mini.teacher_frames import CAMERA_DIM, Targets
-from experiments.mini.teacher_readout import Prediction, Readout, Scale, readout_loss, scores, summarize
+from experiments.mini.make.teacher_data import OBJECT
+from experiments.mini.make.teacher_frames import CAMERA_DIM, Targets
+from experiments.mini.make.teacher_readout import Prediction, Readout, Scale, readout_loss, scores, summarize
 
 
 def _targets(seed: int = 0, batch: int = 4, cells: int = 6) -> Targets:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from teacher_models import DEPTH, VIT_TEACHERS, WIDTH, save_vit
 
 from rocket_align import flags
 from rocket_align.alignment import MultiLayerAlignment
@@ -22,6 +21,7 @@ from rocket_align.teacher.registry import (
 from rocket_align.teacher.vggt.aggregator import VGGTAggregator
 from rocket_align.teacher.vggt.checkpoint import save_folder
 from rocket_align.teacher.vggt.config import VGGTConfig
+from tests.helpers.teacher_models import DEPTH, VIT_TEACHERS, WIDTH, save_vit
 
 CONFIG = VGGTConfig(image_size=28, embed_dim=16, depth=3, num_heads=2, vit_depth=1, vit_num_heads=2)
 

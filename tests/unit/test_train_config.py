@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.jobs import start_or_resume
+from experiments.reproduce.jobs import start_or_resume
 from prismatic.training.config import TrainConfig
 from prismatic.training.folders import last_checkpoint
 from prismatic.util.errors import UsageError

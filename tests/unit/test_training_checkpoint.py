@@ -18,7 +18,7 @@ from prismatic.training.config import TrainConfig
 from prismatic.training.run import changed_flags, refuse_sharding
 from prismatic.util.errors import UsageError
 from prismatic.vla.platforms import LIBERO
-from tests.student_helpers import tiny_config, tiny_student
+from tests.helpers.student_helpers import tiny_config, tiny_student
 
 FILES = ("action_head--latest_checkpoint.pt", "lora_adapter/adapter_model.safetensors", "training_state/state.pt")
 

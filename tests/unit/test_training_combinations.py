@@ -27,7 +27,7 @@ from rocket_align.pooling import sine_position_embedding
 from rocket_align.recipes import RECIPES
 from rocket_align.teacher.base import TeacherFeatures
 from rocket_align.teacher.preprocess import unnormalize_views
-from tests.student_helpers import tiny_config, tiny_student
+from tests.helpers.student_helpers import tiny_config, tiny_student
 
 DEPTH, TEACHER_DEPTH, TEACHER_DIM = 4, 4, 8
 HEADS: dict[str, dict[str, Any]] = {

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from teacher_models import DEPTH, MEAN, REGISTERS, STD, VIT_TEACHERS, WIDTH, build_vit, save_vit
 
 from rocket_align.pooling import pool_teacher
 from rocket_align.teacher.base import TeacherFeatures
 from rocket_align.teacher.vit import ViTTeacher
+from tests.helpers.teacher_models import DEPTH, MEAN, REGISTERS, STD, VIT_TEACHERS, WIDTH, build_vit, save_vit
 
 
 @pytest.fixture(scope="module", params=VIT_TEACHERS)

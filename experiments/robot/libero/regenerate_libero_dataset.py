@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from experiments.robot.libero.demonstrations import Demonstration
-    from experiments.robot.libero.environment import LiberoEnv
+    from experiments.robot.libero.simulator.environment import LiberoEnv
 
 _SETTLE_STEPS = 10
 
@@ -73,7 +73,7 @@ def replay(env: LiberoEnv, actions_TA: np.ndarray, initial_state: np.ndarray) ->
     import numpy as np
 
     from experiments.robot.libero.demonstrations import Demonstration, is_no_op, rotate
-    from experiments.robot.libero.protocol import DUMMY_ACTION
+    from experiments.robot.libero.rollouts.protocol import DUMMY_ACTION
 
     env.reset(initial_state)
     for _ in range(_SETTLE_STEPS):
@@ -128,8 +128,8 @@ def regenerate_task(config: RegenerateConfig, task_id: int) -> dict[str, Any]:
         read_array,
         write_demonstration,
     )
-    from experiments.robot.libero.environment import LiberoEnv
-    from experiments.robot.libero.tasks import get_task
+    from experiments.robot.libero.simulator.environment import LiberoEnv
+    from experiments.robot.libero.suites.tasks import get_task
 
     task = get_task(config.libero_task_suite, task_id)
     target = demonstration_file(config.libero_target_dir, task.name)
@@ -163,8 +163,8 @@ def _todo(config: RegenerateConfig, done: dict[str, Any]) -> dict[int, str]:
         UsageError: unknown suite or task, a missing file of a task, or files in the way.
     """
     from experiments.robot.libero.demonstrations import demonstration_file
-    from experiments.robot.libero.protocol import parse_task_ids
-    from experiments.robot.libero.tasks import get_task, num_tasks
+    from experiments.robot.libero.rollouts.protocol import parse_task_ids
+    from experiments.robot.libero.suites.tasks import get_task, num_tasks
 
     count = num_tasks(config.libero_task_suite)
     if not config.libero_raw_data_dir.is_dir():
@@ -216,7 +216,7 @@ def regenerate(config: RegenerateConfig) -> Path:
     Raises:
         UsageError: a wrong flag, a missing or damaged file.
     """
-    from experiments.robot.libero.rendering import choose_renderer
+    from experiments.robot.libero.simulator.rendering import choose_renderer
 
     choose_renderer()
     before = metainfo = read_json(config.metainfo) if config.metainfo.is_file() else {}

@@ -29,9 +29,9 @@ from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 
 if TYPE_CHECKING:
-    from experiments.robot.libero.plan import Plan
-    from experiments.robot.libero.protocol import Episode
-    from experiments.robot.libero.results import EpisodeResult, RunFolder
+    from experiments.robot.libero.results.run_folder import EpisodeResult, RunFolder
+    from experiments.robot.libero.rollouts.plan import Plan
+    from experiments.robot.libero.rollouts.protocol import Episode
     from experiments.robot.policy import Policy
 
 EXIT_MISSING, EXIT_ERRORS = 1, 3
@@ -98,7 +98,7 @@ def eval_libero(config: GenerateConfig, policy: Policy | None = None, make_env: 
         UsageError: anything wrong that the user can mend; most of it before anything is loaded.
     """
     from experiments.robot.deterministic import use_deterministic_kernels
-    from experiments.robot.libero.plan import default_run_name, make_plan, run_environment, run_identity
+    from experiments.robot.libero.rollouts.plan import default_run_name, make_plan, run_environment, run_identity
 
     plan = make_plan(config, with_checkpoint=policy is None and not config.policy)
     if config.policy:
@@ -115,7 +115,7 @@ def eval_libero(config: GenerateConfig, policy: Policy | None = None, make_env: 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     # Neighbors stay together: they are of one task, and every task costs a process an environment.
     mine = plan.episodes[len(plan.episodes) * rank // world : len(plan.episodes) * (rank + 1) // world]
-    from experiments.robot.libero.results import RunFolder
+    from experiments.robot.libero.results.run_folder import RunFolder
 
     _refuse_existing(config, folder)
     shard = f".rank{rank}-of-{world}" if world > 1 else ""
@@ -174,10 +174,10 @@ def _load_policy(config: GenerateConfig, plan: Plan) -> Policy:
 def _run_episodes(
     config: GenerateConfig, plan: Plan, policy: Policy, episodes: list[Episode], results: RunFolder, make_env: Any
 ) -> None:
-    from experiments.robot.libero.episode import EpisodeRunner, make_libero_env
-    from experiments.robot.libero.progress import EvalProgress
-    from experiments.robot.libero.rollout import Rollouts, RolloutSettings
-    from experiments.robot.libero.workers import default_num_workers, make_workers, policy_threads
+    from experiments.robot.libero.rollouts.episode import EpisodeRunner, make_libero_env
+    from experiments.robot.libero.rollouts.progress import EvalProgress
+    from experiments.robot.libero.rollouts.rollout import Rollouts, RolloutSettings
+    from experiments.robot.libero.rollouts.workers import default_num_workers, make_workers, policy_threads
 
     views = config.num_images_in_input if plan.checkpoint is not None else 2  # Policies of others may look at both.
     make_runner = functools.partial(EpisodeRunner, plan.protocol, make_env or make_libero_env, views=views)
@@ -223,7 +223,7 @@ def main(config: GenerateConfig) -> int:
     """Evaluate and print the table; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     if int(os.environ.get("RANK", "0")) == 0:
-        from experiments.robot.libero.plus_plan import left_out_notice
+        from experiments.robot.libero.rollouts.plus_plan import left_out_notice
 
         print(left_out_notice(config), end="", file=sys.stderr)
     summary = eval_libero(config)
@@ -231,7 +231,7 @@ def main(config: GenerateConfig) -> int:
         print((Path(summary["folder"]) / "summary.md").read_text())
         if summary["episodes_missing"]:
             where = "the summary above lacks them; when those have ended, check with"
-            command = f"python -m experiments.robot.libero.merge_results {summary['folder']}"
+            command = f"python -m experiments.robot.libero.results.merge {summary['folder']}"
             print(f"{summary['episodes_missing']} episodes are left to other processes: {where} {command}")
         print(f"results: {summary['folder']}")
         if config.use_wandb:

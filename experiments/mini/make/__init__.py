@@ -1,0 +1,1 @@
+"""How the mini models' weights were made."""

@@ -1,0 +1,235 @@
+"""A page about fine-tuning runs that a person would look at: one HTML file from their logs and evaluations.
+
+    python -m experiments.reproduce.report.training_page runs/rocket runs/baseline [--eval runs/eval] [--out FILE]
+        [--title TEXT]
+
+RUN is the folder with a run's metrics.jsonl; its checkpoints (RUN--STEP_chkpt) lie beside it. The page shows losses,
+success by step with intervals, the alignment of every layer pair, the projector's widths, rollouts and configurations.
+Videos are referred to by their path relative to the page, so keep it beside the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from experiments.reproduce.report.html import Line, Rate, line_chart, render
+from experiments.reproduce.report.settings import setting_rows
+from prismatic.training.folders import LOG_FILE, last_checkpoint
+from prismatic.training.metrics import read_log
+from prismatic.util.cli import exit_code
+from prismatic.util.errors import UsageError
+from prismatic.util.files import atomic_write, read_json
+
+MOST_VIDEOS = 24  # of a run: a browser opens each
+_PAIR = re.compile(r"align_loss_pair_(\d+)")
+CHARTS = (
+    ("action_loss", "Action loss", "L1, normalized actions"),
+    ("align_loss", "Alignment loss", "1 - cosine, mean of pairs"),
+    ("grad_norm", "Gradient norm", "before clipping"),
+    ("learning_rate", "Learning rate", ""),
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Success of one checkpoint in one suite."""
+
+    step: int
+    suite: str
+    rate: Rate
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning run; `series` numbers it, and its color."""
+
+    name: str
+    folder: Path
+    series: int
+    rows: tuple[dict[str, Any], ...]
+    config: dict[str, Any]
+    evaluations: tuple[Evaluation, ...] = field(default=())
+
+    @property
+    def last_step(self) -> int:
+        return int(self.rows[-1]["step"])
+
+    @property
+    def success(self) -> Evaluation | None:
+        """The evaluation of the latest checkpoint that has one."""
+        return max(self.evaluations, key=lambda one: one.step, default=None)
+
+    def curve(self, name: str) -> Line | None:
+        """A metric over the steps; None when the run did not log it."""
+        points = [(row["step"], row[name]) for row in self.rows if name in row]
+        return Line(self.name, [x for x, _ in points], [y for _, y in points], self.series) if points else None
+
+    @property
+    def details(self) -> list[tuple[str, str]]:
+        """What the run's card says beside its success."""
+        last = self.rows[-1]
+        found = [("steps", str(self.last_step)), ("action loss", _number(last.get("action_loss")))]
+        if "align_loss" in last:
+            found.append(("alignment loss", _number(last["align_loss"])))
+        aligned = any(self.config.get(name) for name in ("vggt_path", "teacher_path", "feature_store"))
+        recipe = self.config.get("recipe") or ("rocket" if aligned else "baseline")
+        found += [("recipe", str(recipe)), ("seed", str(self.config.get("seed", "-")))]
+        return [*found, ("training time", _duration(sum(row.get("seconds", 0.0) for row in self.rows)))]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min"
+
+
+def load_runs(folders: Sequence[Path], eval_dir: Path | None = None) -> list[Run]:
+    """Read the runs, in the order given.
+
+    Raises:
+        UsageError: a folder holds no log.
+    """
+    runs = []
+    for series, folder in enumerate(folders):
+        # Validation lines have no loss of a training step.
+        rows = tuple(row for row in read_log(folder / LOG_FILE) if "loss" in row)
+        if not rows:
+            raise UsageError(f"{folder}: no {LOG_FILE} with training steps; accepted: the folder of a fine-tuning run")
+        checkpoint = last_checkpoint(folder)
+        record = checkpoint / "run_config.json" if checkpoint else folder / "run_config.json"
+        config = read_json(record) if record.is_file() else {}
+        evaluations = find_evaluations(folder.resolve().name, eval_dir) if eval_dir else ()
+        runs.append(Run(folder.resolve().name, folder, series, rows, config, evaluations))
+    return runs
+
+
+def find_evaluations(run: str, eval_dir: Path) -> tuple[Evaluation, ...]:
+    """Evaluations below a folder whose checkpoint is one of the run's."""
+    from experiments.robot.libero.results import summary
+    from experiments.robot.libero.results.run_folder import load_episodes
+
+    pattern = re.compile(re.escape(run) + r"--(\d+)_chkpt")
+    found = []
+    for record in sorted(eval_dir.glob("*/config.json")):
+        content = read_json(record)
+        checkpoint = Path(str(content.get("environment", {}).get("checkpoint", ""))).name
+        if named := pattern.fullmatch(checkpoint):
+            rate = Rate.of(summary.rate(load_episodes(record.parent)))
+            suite = str(content.get("identity", {}).get("suite", ""))
+            found.append(Evaluation(int(named.group(1)), suite, rate, record.parent))
+    return tuple(sorted(found, key=lambda one: one.step))
+
+
+def build_page(folders: Sequence[Path], out: Path, eval_dir: Path | None = None, title: str = "Fine-tuning") -> None:
+    """Write the page of some runs to `out`.
+
+    Raises:
+        UsageError: a folder holds no log.
+    """
+    runs = load_runs(folders, eval_dir)
+    charts = [
+        line_chart(lines, title=name, x_label="step", y_label=unit)
+        for metric, name, unit in CHARTS
+        if (lines := [line for run in runs if (line := run.curve(metric)) is not None])
+    ]
+    page = render(
+        "training.html",
+        title=title,
+        subtitle=f"{len(runs)} run{'s' * (len(runs) > 1)}: {', '.join(run.name for run in runs)}",
+        runs=runs,
+        success=success_chart(runs),
+        charts=charts,
+        alignments=[alignment(run) for run in runs if run.curve("align_loss")],
+        videos=[video for run in runs for video in videos(run, out)],
+        configuration=setting_rows([run.config for run in runs]),
+    )
+    atomic_write(out, page)
+
+
+def success_chart(runs: Sequence[Run]) -> Any:
+    """Success by step, where runs have several evaluated checkpoints; else None."""
+    lines = []
+    for run in runs:
+        steps = sorted({one.step for one in run.evaluations if one.rate.value is not None})
+        if len(steps) > 1:
+            means = [_mean([one.rate.value for one in run.evaluations if one.step == step]) for step in steps]
+            lines.append(Line(run.name, steps, [100 * mean for mean in means], run.series))
+    return line_chart(lines, title="Success", x_label="step", y_label="percent") if lines else None
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known)
+
+
+def alignment(run: Run) -> dict[str, Any]:
+    """A run's alignment: the loss of every pair over the steps, and the hidden units that each uses."""
+    described = run.config.get("alignment") or {}
+    students, teachers = described.get("student_layers") or [], described.get("teacher_layers") or []
+    widths = described.get("widths") or []
+    numbers = sorted({int(found[1]) for row in run.rows for name in row if (found := _PAIR.fullmatch(name))})
+
+    def name(pair: int) -> str:
+        return f"{students[pair]} : {teachers[pair]}" if pair < len(students) else f"pair {pair}"
+
+    lines = []
+    for pair in numbers:
+        points = [(row["step"], value) for row in run.rows if (value := row.get(f"align_loss_pair_{pair}")) is not None]
+        lines.append(Line(name(pair), [x for x, _ in points], [y for _, y in points], pair))
+    chart = line_chart(lines, title="Alignment loss of every pair", x_label="step", y_label="1 - cosine")
+    bars = [
+        {"name": name(pair), "width": width, "part": 100 * width / max(widths)} for pair, width in enumerate(widths)
+    ]
+    return {"run": run, "chart": chart, "widths": bars, "projector": described.get("projector", "")}
+
+
+def videos(run: Run, out: Path) -> list[dict[str, Any]]:
+    """Rollouts of the latest evaluated checkpoint that has videos, failures first."""
+    for evaluation in sorted(run.evaluations, key=lambda one: -one.step):
+        files = sorted((evaluation.folder / "videos").glob("*.mp4"), key=lambda file: "--failure" not in file.name)
+        if files:
+            return [
+                {
+                    "path": quote(Path(os.path.relpath(file.resolve(), out.resolve().parent)).as_posix()),
+                    "status": file.stem.rpartition("--")[2],
+                    "name": file.stem.rpartition("--")[0].replace("--", ", "),
+                    "run": run,
+                    "step": evaluation.step,
+                }
+                for file in files[:MOST_VIDEOS]
+            ]
+    return []
+
+
+@exit_code
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of this module; see its docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.reproduce.report.training_page", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a fine-tuning run")
+    parser.add_argument("--eval", type=Path, dest="eval_dir", help="folder that holds evaluations (--local_log_dir)")
+    parser.add_argument("--out", type=Path, help="page to write; default: training.html in the first run's folder")
+    parser.add_argument("--title", default="Fine-tuning")
+    arguments = parser.parse_args(argv)
+    out: Path = arguments.out or arguments.runs[0] / "training.html"
+    build_page(arguments.runs, out, arguments.eval_dir, arguments.title)
+    print(f"page: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Result folders: reading, checking, merging, comparing, reporting."""

@@ -1,0 +1,244 @@
+"""A page of evaluation results that a person would look at: one HTML file from the result files of one or more runs.
+
+    python -m experiments.robot.libero.results.page RUN [RUN ...] [--out FILE] [--title TEXT]
+
+It shows success with intervals, every pair of runs compared on the episodes both have, kinds of perturbation where the
+results name them (LIBERO-Plus), tasks, videos with failures first, errors, episodes and configurations. Style and
+script are inside; videos are referred to by their path relative to the page, so keep it beside the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from experiments.reproduce.report.html import Rate, percent, render
+from experiments.reproduce.report.settings import SettingRow, setting_rows
+from experiments.robot.libero.results import summary
+from experiments.robot.libero.results.planned import planned_episodes
+from experiments.robot.libero.results.run_folder import EpisodeResult, load_episodes
+from prismatic.util.cli import exit_code
+from prismatic.util.errors import UsageError
+from prismatic.util.files import atomic_write, read_json
+
+MOST_TASKS = 400  # rows of a suite's table; LIBERO-Plus has thousands of tasks of one episode each
+MOST_EPISODES = 5000
+MOST_VIDEOS = 60  # of failures, and of successes: a browser opens each
+ALL_PAIRS_UP_TO = 4  # runs; with more of them each is compared with the first
+_VIDEO = re.compile(r"(?P<suite>\w+)--task(?P<task>\d+)--init(?P<init>\d+)--(?P<status>success|failure)\.mp4")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The results of one run folder; `series` numbers it, and its color, on the page."""
+
+    name: str
+    folder: Path
+    series: int
+    episodes: tuple[EpisodeResult, ...]
+    record: dict[str, Any]
+    planned: int
+    missing: int  # of the planned episodes: how many have no result
+
+    @property
+    def rate(self) -> Rate:
+        """Success over all episodes."""
+        return Rate.of(summary.rate(self.episodes))
+
+    @property
+    def details(self) -> list[tuple[str, str]]:
+        """What else a card says."""
+        report = summary.summarize(self.episodes)
+        suites = report["suites"]
+        solved = [result.steps for result in self.episodes if result.status == "success"]
+        rows = [("episodes", f"{self.rate.successes} of {self.rate.trials} solved")]
+        if len(suites) > 1:
+            rows.append((f"mean of {len(suites)} suites", percent(report["total"]["mean_of_suites"])))
+        rows.append(("errors", str(self.rate.errors)))
+        if solved:
+            rows.append(("steps of a success", f"{sum(solved) / len(solved):.0f}"))
+        rows.append(("suite", ", ".join(suites)))
+        identity = self.record.get("identity", {})
+        if identity.get("standard_protocol") is False:
+            rows.append(("protocol", "not the published one"))
+        return rows
+
+
+def load_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read the run folders, in the order given.
+
+    Raises:
+        UsageError: a folder holds no results.
+    """
+    names = [folder.resolve().name for folder in folders]
+    runs = []
+    for series, (folder, name) in enumerate(zip(folders, names)):
+        if names.count(name) > 1:
+            name = f"{folder.resolve().parent.name}/{name}"
+        record = folder / "config.json"
+        episodes = tuple(load_episodes(folder))
+        content = read_json(record) if record.is_file() else {}
+        planned = planned_episodes(folder)
+        missing = len(planned - {result.key for result in episodes})
+        runs.append(Run(name, folder, series, episodes, content, len(planned), missing))
+    return runs
+
+
+def build_page(folders: Sequence[Path], out: Path, title: str = "Evaluation in LIBERO") -> None:
+    """Write the page of some runs to `out`.
+
+    Raises:
+        UsageError: a folder holds no results.
+    """
+    runs = load_runs(folders)
+    everything = [(run.series, result) for run in runs for result in run.episodes]
+    suites = sorted({result.suite for _, result in everything})
+    videos = _videos(runs, out)
+    failures, successes = ([video for video in videos if video["status"] == kind] for kind in ("failure", "success"))
+    ordered = sorted(everything, key=lambda entry: (_URGENCY[entry[1].status], entry[1].key, entry[0]))
+    page = render(
+        "libero_results.html",
+        title=title,
+        subtitle=_subtitle(runs, suites),
+        runs=runs,
+        comparisons=_comparisons(runs),
+        kinds=_kinds(runs),
+        suites=[_suite(runs, suite) for suite in suites],
+        failures=failures[:MOST_VIDEOS],
+        successes=successes[:MOST_VIDEOS],
+        left_out=sum(max(0, len(of_kind) - MOST_VIDEOS) for of_kind in (failures, successes)),
+        errors=[_entry(series, result) for series, result in ordered if result.status == "error"],
+        episodes=[_entry(series, result) for series, result in ordered[:MOST_EPISODES]],
+        num_episodes=len(everything),
+        configuration=_configuration(runs),
+    )
+    atomic_write(out, page)
+
+
+_URGENCY = {"error": 0, "failure": 1, "success": 2}
+
+
+def _subtitle(runs: Sequence[Run], suites: Sequence[str]) -> str:
+    episodes = sum(len(run.episodes) for run in runs)
+    named = ", ".join(suites[:4]) + (f" and {len(suites) - 4} more" if len(suites) > 4 else "")
+    return f"{len(runs)} run{'s' * (len(runs) > 1)}, {episodes} episodes, {named}"
+
+
+def _entry(series: int, result: EpisodeResult) -> dict[str, Any]:
+    return {"series": series, **vars(result)}
+
+
+def _comparisons(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Every pair of runs, or each against the first where there are many."""
+    pairs = itertools.combinations(range(len(runs)), 2)
+    found: list[dict[str, Any]] = []
+    for a, b in pairs if len(runs) <= ALL_PAIRS_UP_TO else ((0, other) for other in range(1, len(runs))):
+        try:
+            content = summary.compare(runs[a].episodes, runs[b].episodes)
+        except UsageError:
+            found.append({"a": a, "b": b, "content": None, "verdict": "no episode in common"})
+            continue
+        found.append({"a": a, "b": b, "content": content, "verdict": _verdict(runs[a].name, runs[b].name, content)})
+    return found
+
+
+def _verdict(name_a: str, name_b: str, content: dict[str, Any]) -> str:
+    if content["p_value"] >= 0.05:
+        return "no difference shown"
+    return f"{name_b if content['difference_b_minus_a'] > 0 else name_a} is better"
+
+
+def _row(runs: Sequence[Run], labels: Sequence[Any], chosen: Any) -> dict[str, Any]:
+    """A row of a table of rates: for each run, that of the episodes for which `chosen` holds."""
+    rates = [Rate.of(summary.rate(result for result in run.episodes if chosen(result))) for run in runs]
+    return {"labels": list(labels), "rates": rates}
+
+
+def _suite(runs: Sequence[Run], suite: str) -> dict[str, Any]:
+    results = [result for run in runs for result in run.episodes if result.suite == suite]
+    tasks = {result.task_id: result.task_name or result.task for result in results}
+    rows = []
+    if len(tasks) <= MOST_TASKS:
+        by_task: list[dict[int, list[EpisodeResult]]] = [{} for _ in runs]
+        for run in runs:
+            for result in run.episodes:
+                if result.suite == suite:
+                    by_task[run.series].setdefault(result.task_id, []).append(result)
+        for task_id in sorted(tasks):
+            rates = [Rate.of(summary.rate(of_run.get(task_id, []))) for of_run in by_task]
+            rows.append({"labels": [task_id, tasks[task_id]], "rates": rates})
+    total = _row(runs, ["", "all tasks"], lambda result: result.suite == suite)
+    return {"name": suite, "rows": rows, "total": total, "num_tasks": len(tasks)}
+
+
+def _kinds(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """Rates by kind of perturbation, or None where no result names one."""
+    kinds = sorted({result.kind for run in runs for result in run.episodes if result.kind})
+    if not kinds:
+        return None
+    rows = [_row(runs, [kind], lambda result, kind=kind: result.kind == kind) for kind in kinds]
+    means = []
+    for run in runs:
+        rates = [row["rates"][run.series].value for row in rows if row["rates"][run.series].value is not None]
+        means.append(sum(rates) / len(rates) if rates else None)
+    totals: list[dict[str, Any]] = [
+        _row(runs, ["all episodes"], lambda result: result.kind),
+        {"labels": [f"mean of {len(kinds)} kinds"], "rates": means},
+    ]
+    return {"rows": rows, "totals": totals}
+
+
+def _videos(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
+    """Videos of all runs with what is known of their episodes, paths relative to the page."""
+    found = []
+    for run in runs:
+        known = {result.key: result for result in run.episodes}
+        for file in sorted((run.folder / "videos").glob("*.mp4")):
+            match = _VIDEO.fullmatch(file.name)
+            if match is None:
+                continue
+            key = (match["suite"], int(match["task"]), int(match["init"]))
+            result = known.get(key)
+            if result is None or result.status != match["status"]:
+                continue  # Of an episode that was repeated with another end, or of a run that was discarded.
+            relative = os.path.relpath(file.resolve(), out.resolve().parent)
+            found.append({**_entry(run.series, result), "path": quote(Path(relative).as_posix())})
+    return found
+
+
+def _configuration(runs: Sequence[Run]) -> list[SettingRow]:
+    """Settings of all runs side by side; those that differ first."""
+    records = (dict(run.record) for run in runs)
+    return setting_rows([{**record.pop("identity", {}), **record} for record in records])
+
+
+@exit_code
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of this module; see its docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.robot.libero.results.page", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder written by run_libero_eval.py")
+    parser.add_argument(
+        "--out", type=Path, help="page to write; default: index.html in the run's folder, or above several"
+    )
+    parser.add_argument("--title", default="Evaluation in LIBERO")
+    arguments = parser.parse_args(argv)
+    runs: list[Path] = arguments.runs
+    above = runs[0] if len(runs) == 1 else Path(os.path.commonpath([run.resolve() for run in runs]))
+    out: Path = arguments.out or above / "index.html"
+    build_page(runs, out, arguments.title)
+    print(f"page: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

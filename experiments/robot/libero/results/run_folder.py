@@ -1,0 +1,256 @@
+"""Episode results on disk: one JSON line an episode, safe against kills, never mixed between configurations.
+
+A run folder holds
+    config.json            `identity` (everything that influences the numbers) and `environment` (recorded only)
+    plan*.json             which episodes there are to be
+    episodes*.jsonl        a line per finished episode, flushed and synced; one file per process of a distributed run
+    summary.json, .md      success rates with intervals, rewritten at the end
+    videos/                on request
+
+An episode is "success", "failure" or "error" (the simulator or the policy raised); an error is not counted as a
+failure. When an episode occurs twice (errors are repeated on resume) the later line counts. A half-written last line
+of a killed run is dropped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any
+
+from experiments.robot.libero.results import summary
+from experiments.robot.libero.results.planned import planned_episodes, write_plan
+from experiments.robot.libero.rollouts.protocol import Episode, Protocol
+from prismatic.util.errors import UsageError
+from prismatic.util.files import atomic_write, read_json
+
+STATUSES = ("success", "failure", "error")
+# Of the identity: what changes an episode beside its protocol.
+_CONDITIONS = ("initial_states", "instruction_source", "robot_start", "renderer")
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """How one episode ended. `success` is None for an error; `steps` are policy steps; `wall_time` is in seconds.
+
+    `seconds` says where the time went: creation, reset, physics, rendering, policy (its whole batch), waiting.
+    """
+
+    suite: str
+    task_id: int
+    task: str
+    init_state: int
+    seed: int
+    status: str
+    success: bool | None
+    steps: int
+    error: str | None
+    wall_time: float
+    attempts: int = 1
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    kind: str | None = None  # of perturbation, with its level and the task's full name (LIBERO-Plus)
+    level: int | None = None
+    task_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (
+            self.status not in STATUSES
+            or self.success is not {"success": True, "failure": False, "error": None}[self.status]
+        ):
+            raise ValueError(f"status {self.status!r} with success={self.success!r}")
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return (self.suite, self.task_id, self.init_state)
+
+
+class RunFolder:
+    """The results of one run; appends episodes and knows which are done.
+
+    Args:
+        folder: created when missing.
+        identity: everything that influences the numbers; a folder with another identity is refused.
+        environment: versions and machine, written along.
+        overwrite: throw away what is there.
+        shard: ".rank{r}-of-{n}" for one of n processes of a distributed run, "" otherwise.
+
+    Raises:
+        UsageError: the folder belongs to another configuration, or another process is writing to it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        shard: str = "",
+    ) -> None:
+        self.folder = folder
+        self._shard, self._overwritten = shard, overwrite
+        self._record = {"identity": _plain(identity), "environment": _plain(environment)}
+        if not overwrite:
+            self._refuse_other_identity()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._stream = _open_locked(folder / f"episodes{shard}.jsonl")
+        if overwrite:
+            self._discard(shard)
+        atomic_write(folder / "config.json", json.dumps(self._record, indent=2) + "\n")
+
+    def _discard(self, shard: str) -> None:
+        """Drop all episodes but those that other processes of this same distributed run are writing now."""
+        self._stream.truncate(0)
+        world = shard.partition("-of-")[2]
+        for file in (*self.folder.glob("episodes*.jsonl"), *self.folder.glob("plan*.json")):
+            current = bool(world) and file.stem.endswith(f"-of-{world}")
+            if file.name != f"episodes{shard}.jsonl" and not current:
+                file.unlink(missing_ok=True)
+
+    def _refuse_other_identity(self) -> None:
+        file = self.folder / "config.json"
+        if not file.is_file():
+            if any(self.folder.glob("episodes*.jsonl")):
+                raise UsageError(f"--run_name: {self.folder} holds episodes but no config.json; use another --run_name")
+            return
+        differing = differing_values(read_json(file).get("identity", {}), self._record["identity"])
+        if differing:
+            raise UsageError(
+                f"--run_name: {self.folder} holds results of another configuration ({'; '.join(differing[:4])}); "
+                "use another --run_name, or --overwrite true to discard them"
+            )
+
+    def plan(self, episodes: Iterable[Episode]) -> None:
+        """Note all episodes that the run is to have, those of its other processes included."""
+        write_plan(self.folder, self._shard, (episode.key for episode in episodes), anew=self._overwritten)
+
+    def append(self, result: EpisodeResult) -> None:
+        """Write one episode; it is on disk when this returns."""
+        line = {**asdict(result), "identity": self._record["identity"], "environment": self._record["environment"]}
+        self._stream.write((json.dumps(line) + "\n").encode())
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def finished(self) -> list[EpisodeResult]:
+        """All episodes on disk, of every process, the last line of each."""
+        return load_episodes(self.folder)
+
+    def write_summary(self) -> dict[str, Any]:
+        """Write summary.json and summary.md from what is on disk and return the former."""
+        with (self.folder / ".summary.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # Whichever process comes last has read all the others' episodes.
+            results, planned = self.finished(), planned_episodes(self.folder)
+            missing = len(planned - {result.key for result in results})
+            report = {**summary.summarize(results), "planned": len(planned), "missing": missing}
+            report["deviations"] = deviations(self._record["identity"])
+            content = {**report, "identity": self._record["identity"]}
+            atomic_write(self.folder / "summary.json", json.dumps(content, indent=2) + "\n")
+            atomic_write(self.folder / "summary.md", summary.to_markdown(report))
+        return report
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def load_episodes(folder: Path) -> list[EpisodeResult]:
+    """Episodes of a run folder in the order (suite, task, init state).
+
+    Raises:
+        UsageError: the folder has no results, or a line other than a half-written last one cannot be read.
+    """
+    files = sorted(folder.glob("episodes*.jsonl"))
+    if not files:
+        raise UsageError(
+            f"{folder}: no episodes*.jsonl in this folder; accepted: a folder written by run_libero_eval.py"
+        )
+    found: dict[tuple[str, int, int], EpisodeResult] = {}
+    for file in files:
+        for result, _ in read_episode_lines(file):
+            found[result.key] = better_of(found.get(result.key), result)
+    return [found[key] for key in sorted(found)]
+
+
+def better_of(earlier: EpisodeResult | None, later: EpisodeResult) -> EpisodeResult:
+    """Which of two lines of an episode counts: the later one, but a finished episode goes before an error."""
+    return later if earlier is None or earlier.status == "error" or later.status != "error" else earlier
+
+
+def differing_values(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What tells two identities apart, a line an entry."""
+    return [
+        f"{key}: {there.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted(set(there) | set(now))
+        if there.get(key) != now.get(key)
+    ]
+
+
+def deviations(identity: Mapping[str, Any]) -> list[str]:
+    """In what a run differs from the protocol of published numbers, as its summary says it: ["render fast", ...]."""
+    if identity.get("standard_protocol", True):
+        return []
+    standard, protocol = Protocol(max_steps=0).as_dict(), identity.get("protocol", {})
+    differing = [
+        name for name in standard if name != "max_steps" and protocol.get(name, standard[name]) != standard[name]
+    ]
+    return [f"{name} {protocol[name]}" for name in differing] or ["step limit, initial states or instructions"]
+
+
+def differing_conditions(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What of two runs differs in how episodes of the same key were run; [] where a run has no record of it."""
+    conditions = []
+    for identity in (first, second):
+        known = {name: identity[name] for name in _CONDITIONS if name in identity and name in first and name in second}
+        conditions.append({**identity.get("protocol", {}), **known})
+    return differing_values(*conditions) if first.get("protocol") and second.get("protocol") else []
+
+
+def read_identity(run: Path) -> dict[str, Any]:
+    file = run / "config.json"
+    return read_json(file).get("identity", {}) if file.is_file() else {}
+
+
+def read_episode_lines(file: Path) -> Iterator[tuple[EpisodeResult, bytes]]:
+    """Every whole line of a results file, parsed and as it is.
+
+    Raises:
+        UsageError: a line other than a half-written last one cannot be read.
+    """
+    names = {entry.name for entry in fields(EpisodeResult)}
+    lines = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):  # What follows the last newline was not finished.
+        try:
+            content = json.loads(line)
+            yield EpisodeResult(**{key: value for key, value in content.items() if key in names}), line
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(f"{file}: line {number} is not an episode ({error})") from error
+
+
+def _open_locked(file: Path) -> IO[bytes]:
+    """Open for appending, alone, with a half-written last line cut off."""
+    stream = file.open("ab+")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise UsageError(f"--run_name: another process is writing to {file}; use another --run_name") from None
+    stream.seek(0)
+    content = stream.read()
+    if content and not content.endswith(b"\n"):
+        stream.truncate(content.rfind(b"\n") + 1)
+    stream.seek(0, os.SEEK_END)
+    return stream
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` as they look after a round trip through JSON, so that comparison with a file is exact."""
+    return json.loads(json.dumps(dict(values), default=str))

@@ -1,0 +1,1 @@
+"""From a plan of episodes to their results."""

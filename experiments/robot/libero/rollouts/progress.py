@@ -1,0 +1,89 @@
+"""What a person sees while episodes run: rate, time left, success so far with its interval."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from experiments.robot.libero.results.run_folder import EpisodeResult
+from experiments.robot.libero.results.summary import wilson_interval
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+class EvalProgress:
+    """A live bar on a terminal, a plain line an episode elsewhere (log files, batch systems).
+
+    Args:
+        total: episodes this process will run.
+        done: results from before, counted in the success rate but not in the speed.
+    """
+
+    def __init__(self, total: int, done: list[EpisodeResult]) -> None:
+        self._total, self._finished = total, 0
+        self._counts = {"success": 0, "failure": 0, "error": 0}
+        for result in done:
+            self._counts[result.status] += 1
+        self._started = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> EvalProgress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task("loading environments", total=self._total)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, result: EpisodeResult) -> None:
+        """Count one finished episode and show it."""
+        self._finished += 1
+        self._counts[result.status] += 1
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, description=self.describe())
+            if result.status == "error":
+                self._bar.console.print(f"{_name(result)}: error: {result.error}")
+            return
+        outcome = f"error: {result.error}" if result.status == "error" else f"{result.status} in {result.steps} steps"
+        print(
+            f"[{self._finished}/{self._total}] {_name(result)}: {outcome} | {self.describe()}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def describe(self) -> str:
+        """The current state in one line."""
+        successes, completed = self._counts["success"], self._counts["success"] + self._counts["failure"]
+        low, high = wilson_interval(successes, completed)
+        parts = []
+        if completed:
+            interval = f"{100 * low:.0f}-{100 * high:.0f}"
+            parts.append(f"success {successes}/{completed} = {100 * successes / completed:.1f}% ({interval}%)")
+        if self._counts["error"]:
+            parts.append(f"{self._counts['error']} errors")
+        if self._finished:
+            seconds = (time.monotonic() - self._started) / self._finished
+            parts.append(f"{seconds:.1f} s/episode, {_clock(seconds * (self._total - self._finished))} left")
+        return ", ".join(parts)
+
+
+def _name(result: EpisodeResult) -> str:
+    return f"{result.suite} task {result.task_id} init state {result.init_state}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

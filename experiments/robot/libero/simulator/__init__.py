@@ -1,0 +1,1 @@
+"""The simulator: environments, cameras and rendering."""

@@ -1,0 +1,1 @@
+"""Shared by tests: files, models and fakes."""
