@@ -23,10 +23,9 @@ keep_earlier_names(
         f"{_LIBERO}.results_page": f"{_LIBERO}.results.page",
         "experiments.jobs": "experiments.reproduce.jobs",
         "experiments.mini.demo": "experiments.reproduce.demo",
-        "experiments.mini.demo_report": "experiments.reproduce.demo_report",
-        "experiments.report": "experiments.reproduce.report",
-        "experiments.report.html": "experiments.reproduce.report.html",
-        "experiments.report.settings": "experiments.reproduce.report.settings",
-        "experiments.report.training_page": "experiments.reproduce.report.training_page",
+        "experiments.mini.demo_report": "experiments.reproduce.demo",
+        "experiments.report.settings": "experiments.report.html",
+        "experiments.report.training_page": "experiments.reproduce.training_page",
+        "experiments.reproduce.arms": "experiments.reproduce.studies",
     }
 )

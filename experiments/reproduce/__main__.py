@@ -18,11 +18,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.reproduce.arms import Arm
 from experiments.reproduce.jobs import Chain, Job, JobFailed, JobRunner
 from experiments.reproduce.profiles import PROFILES, Profile
-from experiments.reproduce.stages import Workplace, analysis_job, arm_jobs, collect_job, preparation_jobs
-from experiments.reproduce.studies import STUDIES, Analysis, Study
+from experiments.reproduce.stages import StudyPaths, analysis_job, arm_jobs, collect_job, preparation_jobs
+from experiments.reproduce.studies import STUDIES, Analysis, Arm, Study
 from prismatic.util.cli import exit_code
 from prismatic.util.errors import UsageError
 
@@ -50,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_workplace(arguments: argparse.Namespace) -> Workplace:
+def make_paths(arguments: argparse.Namespace) -> StudyPaths:
     """Profile and folders from the flags; raises UsageError."""
     profile = PROFILES.get(arguments.profile)
     if profile is None:
@@ -68,10 +67,10 @@ def make_workplace(arguments: argparse.Namespace) -> Workplace:
     out = (arguments.out or Path("runs/reproduce") / profile.name).resolve()
     data = arguments.data_root_dir
     if data is None:
-        if not profile.collects:
+        if not profile.collect:
             raise UsageError("--data_root_dir: missing; accepted: the folder that holds the RLDS datasets")
         data = out / "data"
-    return Workplace(profile, out, data.resolve(), processes=arguments.processes or (1 if profile.collects else 4))
+    return StudyPaths(profile, out, data.resolve(), processes=arguments.processes or (1 if profile.collect else 4))
 
 
 def choose_studies(names: Sequence[str]) -> tuple[Study, ...]:
@@ -87,7 +86,7 @@ def choose_studies(names: Sequence[str]) -> tuple[Study, ...]:
 
 
 def make_chains(
-    studies: Sequence[Study], place: Workplace, wanted: frozenset[str], *, prepare: bool = True
+    studies: Sequence[Study], paths: StudyPaths, wanted: frozenset[str], *, prepare: bool = True
 ) -> tuple[Chain, ...]:
     """The commands of every arm and seed; studies that share an arm share its commands.
 
@@ -95,7 +94,7 @@ def make_chains(
     """
     from experiments.reproduce.records import write_record
 
-    profile = place.profile
+    profile = paths.profile
     jobs: dict[tuple[int, str], dict[str, Job]] = {}
     arms: dict[str, Arm] = {}
     for seed in profile.seeds:
@@ -104,36 +103,36 @@ def make_chains(
                 if wanted and arm.name not in wanted:
                     continue
                 arms[arm.name] = arm
-                of_arm = jobs.setdefault((seed, arm.name), {})
-                of_arm.update({job.name: job for job in arm_jobs(place, study, arm, seed, prepare=prepare)})
+                commands = arm_jobs(paths, study, arm, seed, prepare=prepare)
+                jobs.setdefault((seed, arm.name), {}).update({job.name: job for job in commands})
 
     def chain(seed: int, name: str) -> Chain:
         commands = tuple(jobs[seed, name].values())
-        return Chain(commands, lambda: write_record(place, arms[name], seed, commands))
+        return Chain(commands, lambda: write_record(paths, arms[name], seed, commands))
 
     return tuple(chain(seed, name) for seed, name in jobs)
 
 
-def make_preparations(studies: Sequence[Study], place: Workplace, wanted: frozenset[str]) -> tuple[Chain, ...]:
+def make_preparations(studies: Sequence[Study], paths: StudyPaths, wanted: frozenset[str]) -> tuple[Chain, ...]:
     """What seeds share: they would get in each other's way if each made it."""
-    arms = {arm.name: arm for study in studies for arm in study.arms(place.profile) if arm.name in wanted or not wanted}
-    jobs = (preparation_jobs(place, arm) for arm in arms.values())
-    return tuple(Chain(of_arm) for of_arm in jobs if of_arm)
+    arms = {arm.name: arm for study in studies for arm in study.arms(paths.profile) if arm.name in wanted or not wanted}
+    jobs = (preparation_jobs(paths, arm) for arm in arms.values())
+    return tuple(Chain(commands) for commands in jobs if commands)
 
 
-def make_analysis_chains(studies: Sequence[Study], place: Workplace) -> tuple[Chain, ...]:
+def make_analysis_chains(studies: Sequence[Study], paths: StudyPaths) -> tuple[Chain, ...]:
     """The analyses of the studies; they need the checkpoints of all their arms."""
     from experiments.reproduce.records import write_analysis_record
 
     def chain(study: Study, analysis: Analysis, seed: int) -> Chain:
-        job = analysis_job(place, analysis, seed)
-        return Chain((job,), lambda: write_analysis_record(place, study, analysis, seed, job))
+        job = analysis_job(paths, analysis, seed)
+        return Chain((job,), lambda: write_analysis_record(paths, study, analysis, seed, job))
 
     return tuple(
         chain(study, analysis, seed)
         for study in studies
         for analysis in study.analyses
-        for seed in (place.profile.seeds if analysis.arms else place.profile.seeds[:1])
+        for seed in (paths.profile.seeds if analysis.arms else paths.profile.seeds[:1])
     )
 
 
@@ -150,21 +149,21 @@ def run_studies(arguments: argparse.Namespace) -> int:
     """Run (or print) the commands of the chosen studies; returns the exit code."""
     from rich.console import Console
 
-    studies, place, console = choose_studies(arguments.study), make_workplace(arguments), Console()
-    wanted = choose_arms(arguments.arms, studies, place.profile)
-    chains = make_chains(studies, place, wanted, prepare=not arguments.dry_run)
+    studies, paths, console = choose_studies(arguments.study), make_paths(arguments), Console()
+    wanted = choose_arms(arguments.arms, studies, paths.profile)
+    chains = make_chains(studies, paths, wanted, prepare=not arguments.dry_run)
     # Analyses compare arms: with a part of them, there is nothing to compare.
-    analyses = () if wanted else make_analysis_chains(studies, place)
-    makes_data = place.profile.collects and arguments.data_root_dir is None
-    collection = (Chain((collect_job(place),)),) if makes_data else ()
-    stages = (collection, make_preparations(studies, place, wanted), chains, analyses)
+    analyses = () if wanted else make_analysis_chains(studies, paths)
+    makes_data = paths.profile.collect and arguments.data_root_dir is None
+    collection = (Chain((collect_job(paths),)),) if makes_data else ()
+    stages = (collection, make_preparations(studies, paths, wanted), chains, analyses)
     if arguments.dry_run:
         jobs = {job.name: job for stage in stages for chain in stage for job in chain.jobs}
         for job in jobs.values():
             console.print(f"python {shlex.join(job.arguments)}", highlight=False, soft_wrap=True, markup=False)
         return 0
-    runner = JobRunner(place.logs, console)
-    parallel = arguments.parallel or (min(4, os.cpu_count() or 1) if place.processes == 1 else 1)
+    runner = JobRunner(paths.logs, console)
+    parallel = arguments.parallel or (min(4, os.cpu_count() or 1) if paths.processes == 1 else 1)
     failures: list[JobFailed] = []
     for stage in stages:
         failures += [] if failures else runner.run_chains(stage, parallel)
@@ -183,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.command == "run":
         return run_studies(arguments)
-    from experiments.reproduce.report.study import write_report
+    from experiments.reproduce.report import write_report
 
     print(f"report: {write_report(arguments.profile, arguments.out)}")
     return 0

@@ -2,26 +2,41 @@
 
     make demo            (or: python -m experiments.reproduce.demo)
 
-Every stage is a command of this repository that a researcher would run with other paths; each is printed in its log and
-skipped when its result is already there, so an interrupted demo goes on where it stopped. Demonstrations start from
-object placements drawn by the simulator; evaluation uses LIBERO's official initial states, which none of them had.
+A study of two arms at the mini scale. Every stage is a command of this repository that a researcher would run with
+other paths; each is printed in its log and skipped when its result is already there, so an interrupted demo goes on
+where it stopped. Demonstrations start from object placements drawn by the simulator; evaluation uses LIBERO's official
+initial states, which none of them had.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from experiments.reproduce.jobs import Job, JobFailed, JobRunner, as_arguments, start_or_resume
+from experiments.report import Table, markdown_table, percent, percent_range
+from experiments.reproduce.jobs import ROOT, Chain, Job, JobFailed, JobRunner
+from experiments.reproduce.profiles import MINI
+from experiments.reproduce.stages import StudyPaths, arm_jobs, collect_job, rollouts_job
+from experiments.reproduce.studies import BASELINE, ROCKET, Arm, Study
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
+from prismatic.util.files import atomic_write
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "mini" / "weights"
-METHODS = ("baseline", "rocket")
-UNTOUCHED = "untouched"
-IMAGE_SIZE = 128
+if TYPE_CHECKING:
+    from experiments.reproduce.outcomes import Outcome, Record
+
+UNTOUCHED = Arm("untouched", "before fine-tuning", {})
+DEMO = Study(
+    "demo", "does everything work together", (replace(BASELINE, label="without alignment"), ROCKET)
+)  # no table of the paper, so not in STUDIES
+CAUTION = (
+    "The demo checks that everything works together; it does not rank methods: at this size, seeds differ more than "
+    "methods do."
+)
 _VIDEO_SECONDS = 40.0
 
 
@@ -41,30 +56,38 @@ class DemoConfig:
     minutes: float = 15.0  # Later seeds start only if they are expected to end within this time
     parallel: int = 0  # Commands at a time; 0: one per core, at most 4
 
-    def validate(self) -> None:
-        """Refuse wrong values; raises UsageError."""
+    @property
+    def commands_at_a_time(self) -> int:
+        """How many commands run side by side."""
+        return self.parallel or min(4, os.cpu_count() or 1)
+
+    def paths(self) -> StudyPaths:
+        """The mini profile with these flags, and its folders; raises UsageError for wrong values."""
         for name in ("episodes", "max_steps", "batch_size", "trials"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: 1 or more")
-        _ = self.task_list, self.seed_list
-        for part in ("student", "teacher"):
-            if not (WEIGHTS / part / "model.safetensors").is_file():
-                raise UsageError(f"{WEIGHTS / part}: no model.safetensors; the mini models belong to the repository")
-
-    @property
-    def task_list(self) -> tuple[int, ...]:
-        """Task numbers."""
-        return _numbers("--tasks", self.tasks)
-
-    @property
-    def seed_list(self) -> tuple[int, ...]:
-        """Fine-tuning seeds."""
-        return _numbers("--seeds", self.seeds)
-
-    @property
-    def jobs_at_a_time(self) -> int:
-        """How many commands run side by side."""
-        return self.parallel or min(4, os.cpu_count() or 1)
+        _numbers("--tasks", self.tasks)
+        data = {"suite": self.suite, "tasks": self.tasks, "episodes": self.episodes, "workers": self.commands_at_a_time}
+        budget = {"batch_size": self.batch_size, "learning_rate": self.learning_rate, "max_steps": self.max_steps}
+        profile = replace(
+            MINI,
+            vla_path=str(ROOT / MINI.vla_path),
+            teacher_path=str(ROOT / MINI.teacher_path),
+            dataset_name=f"{self.suite}_no_noops",
+            train={**MINI.train, **budget, "lr_warmup_steps": 20},
+            final_step=self.max_steps,
+            curve_steps=(),
+            seeds=_numbers("--seeds", self.seeds),
+            suites=(self.suite,),
+            evaluate={**MINI.evaluate, "task_ids": self.tasks, "num_trials_per_task": self.trials},
+            plus_suite="",
+            collect={**MINI.collect, **data},
+        )
+        for model in (profile.vla_path, profile.teacher_path):
+            if not (Path(model) / "model.safetensors").is_file():
+                raise UsageError(f"{model}: no model.safetensors; the mini models belong to the repository")
+        out = self.out.resolve()
+        return StudyPaths(profile, out, out / "data", evaluated_once=True)
 
 
 def _numbers(flag: str, text: str) -> tuple[int, ...]:
@@ -77,132 +100,175 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
     return numbers
 
 
-def collect_job(config: DemoConfig) -> Job:
-    """Demonstrations of the chosen tasks as an RLDS dataset."""
-    name = f"{config.suite}_no_noops"
-    flags = {
-        "suite": config.suite,
-        "tasks": config.tasks,
-        "episodes": config.episodes,
-        "seed": 1,
-        "image_size": IMAGE_SIZE,
-        "render": "fast",
-        "workers": config.jobs_at_a_time,
-        "out": config.out / "data",
-        "name": name,
-    }
-    result = config.out / "data" / name / "1.0.0" / "dataset_info.json"
-    return Job("collect", ("-m", "experiments.mini.collect", *as_arguments(flags)), result)
+def untouched_job(paths: StudyPaths) -> Job:
+    """Rollouts of the shipped student as it is."""
+    return rollouts_job(paths, UNTOUCHED.name, paths.profile.vla_path, paths.profile.suites[0])
 
 
-def train_job(config: DemoConfig, method: str, seed: int) -> Job:
-    """LoRA fine-tuning of the shipped student; methods differ in the recipe alone."""
-    run_id = f"{method}-seed{seed}"
-    flags = {
-        "recipe": method,
-        **start_or_resume(config.out / "runs" / run_id, lambda: WEIGHTS / "student"),
-        "vggt_path": WEIGHTS / "teacher",
-        "data_root_dir": config.out / "data",
-        "dataset_name": f"{config.suite}_no_noops",
-        "run_root_dir": config.out / "runs",
-        "run_id_override": run_id,
-        "num_images_in_input": 2,
-        "use_proprio": True,
-        "batch_size": config.batch_size,
-        "learning_rate": config.learning_rate,
-        "scheduler": "CosineAnnealingLR",
-        "lr_warmup_steps": 20,
-        "max_steps": config.max_steps,
-        "save_freq": 100,
-        "max_grad_norm": 1.0,
-        "seed": seed,
-        "num_workers": 0,
-    }
-    return Job(
-        f"train-{run_id}",
-        ("vla-scripts/finetune.py", *as_arguments(flags)),
-        _checkpoint(config, run_id) / "config.json",
-    )
-
-
-def evaluate_job(config: DemoConfig, run_id: str) -> Job:
-    """Rollouts from official initial states."""
-    checkpoint = WEIGHTS / "student" if run_id == UNTOUCHED else _checkpoint(config, run_id)
-    flags = {
-        "pretrained_checkpoint": checkpoint,
-        "task_suite_name": config.suite,
-        "task_ids": config.tasks,
-        "num_trials_per_task": config.trials,
-        "env_img_res": IMAGE_SIZE,
-        "render": "fast",
-        "num_workers": 1,
-        "local_log_dir": config.out / "eval",
-        "run_name": run_id,
-    }
-    arguments = ("experiments/robot/libero/run_libero_eval.py", *as_arguments(flags))
-    return Job(f"evaluate-{run_id}", arguments, config.out / "eval" / run_id / "summary.json")
-
-
-def video_job(config: DemoConfig, run_id: str) -> Job:
-    """One rollout per task on video."""
-    evaluation = evaluate_job(config, run_id)
-    arguments = [*evaluation.arguments, *as_arguments({"save_videos": "all"})]
-    arguments[arguments.index("--num_trials_per_task") + 1] = "1"
-    arguments[arguments.index("--run_name") + 1] = f"video-{run_id}"
-    return Job(f"video-{run_id}", tuple(arguments), config.out / "eval" / f"video-{run_id}" / "summary.json")
-
-
-def _checkpoint(config: DemoConfig, run_id: str) -> Path:
-    return config.out / "runs" / f"{run_id}--{config.max_steps}_chkpt"
+def video_job(paths: StudyPaths, seed: int) -> Job:
+    """One rollout of ROCKET per task on video."""
+    name, checkpoint = f"video-{paths.run_id(ROCKET, seed)}", paths.checkpoint(ROCKET, seed, paths.profile.final_step)
+    flags = {"num_trials_per_task": 1, "save_videos": "all"}
+    return replace(rollouts_job(paths, name, checkpoint, paths.profile.suites[0], flags), name=name)
 
 
 def seconds_of_a_seed(seconds: dict[str, float]) -> float:
     """What one more seed takes, from the commands that ran: the methods are trained, then evaluated, side by side."""
     stages = (
-        [value for name, value in seconds.items() if name.startswith(f"{stage}-") and not name.endswith(UNTOUCHED)]
+        [value for name, value in seconds.items() if name.startswith(f"{stage}-") and not name.endswith(UNTOUCHED.name)]
         for stage in ("train", "evaluate")
     )
     return sum(max(values, default=0.0) for values in stages)
 
 
-def run_stages(config: DemoConfig, runner: JobRunner) -> tuple[int, ...]:
-    """Run everything; returns the seeds that were run."""
+def run_stages(paths: StudyPaths, runner: JobRunner, parallel: int, minutes: float) -> tuple[int, ...]:
+    """Run everything; returns the seeds that were run.
+
+    Raises:
+        JobFailed: a command ended with an error.
+    """
     started = time.monotonic()
-    parallel = config.jobs_at_a_time
     runner.console.rule("1/3 demonstrations")
-    runner.run([collect_job(config)], 1)
+    runner.run([collect_job(paths)], 1)
     done: list[int] = []
-    for number, seed in enumerate(config.seed_list):
+    for seed in paths.profile.seeds:
         expected = time.monotonic() - started + seconds_of_a_seed(runner.seconds) + _VIDEO_SECONDS
-        if number and expected > 60 * config.minutes:
-            runner.console.print(f"seed {seed} is left out: it would not end within {config.minutes:g} minutes")
+        if done and expected > 60 * minutes:
+            runner.console.print(f"seed {seed} is left out: it would not end within {minutes:g} minutes")
             continue
-        runner.console.rule(f"2/3 fine-tuning, seed {seed}")
-        runner.run([train_job(config, method, seed) for method in METHODS], parallel)
-        runner.console.rule(f"3/3 rollouts, seed {seed}")
-        names = [f"{method}-seed{seed}" for method in METHODS] + ([UNTOUCHED] if number == 0 else [])
-        runner.run([evaluate_job(config, name) for name in names], parallel)
+        runner.console.rule(f"2/3 fine-tuning and rollouts, seed {seed}")
+        chains = [Chain(arm_jobs(paths, DEMO, arm, seed)) for arm in DEMO.arms(paths.profile)]
+        failures = runner.run_chains(
+            chains if done else [*chains, Chain((untouched_job(paths),))], parallel, keep_going=False
+        )
+        if failures:
+            raise failures[0]
         done.append(seed)
-    runner.run([video_job(config, f"rocket-seed{done[0]}")], parallel)
+    runner.console.rule("3/3 video")
+    runner.run([video_job(paths, done[0])], 1)
     return tuple(done)
+
+
+def read_results(paths: StudyPaths, seeds: Sequence[int]) -> list[Record]:
+    """Training curves and episodes of every policy."""
+    from experiments.reproduce.records import evaluation_record, training_curves
+
+    step, suite = paths.profile.final_step, paths.profile.suites[0]
+    runs = [(arm, seed, paths.evaluation(arm, seed, step, suite)) for seed in seeds for arm in DEMO.arms(paths.profile)]
+    return [
+        {
+            "arm": arm.name,
+            "label": arm.label,
+            "seed": seed,
+            "training": training_curves(paths.out / "runs" / evaluation),
+            "evaluations": [evaluation_record(paths.out / "eval" / evaluation, step)],
+        }
+        for arm, seed, evaluation in [(UNTOUCHED, seeds[0], UNTOUCHED.name), *runs]
+    ]
+
+
+def read_outcomes(paths: StudyPaths, records: Sequence[Record]) -> list[Outcome]:
+    """Success of every policy over its seeds; none for one whose episodes all ended in errors."""
+    from experiments.reproduce.outcomes import outcome
+
+    names = dict.fromkeys(record["arm"] for record in records)
+    results = (outcome(records, name, paths.profile.final_step, paths.profile.suites) for name in names)
+    return [result for result in results if result is not None]
+
+
+def success_table(outcomes: Sequence[Outcome]) -> Table:
+    """Success of every policy with its interval over episodes."""
+    header = ("policy", "success", "95% interval", "episodes", "seeds")
+    rows = (
+        (
+            result.label,
+            percent(result.rate, 0),
+            percent_range(result.interval),
+            f"{result.successes}/{len(result.episodes)}",
+            "-" if result.arm == UNTOUCHED.name else ", ".join(map(str, result.by_seed)),
+        )
+        for result in outcomes
+    )
+    return Table(header, tuple(rows))
+
+
+def task_table(records: Sequence[Record], outcomes: Sequence[Outcome]) -> Table:
+    """Successes of every policy in every task."""
+    names: dict[str, str] = records[0]["evaluations"][0]["tasks"]
+    counts = [result.by_task for result in outcomes]
+    rows = (
+        (name, *("{}/{}".format(*count.get(int(task), (0, 0))) for count in counts)) for task, name in names.items()
+    )
+    return Table(("task", *(result.label for result in outcomes)), tuple(rows))
+
+
+def write_report(paths: StudyPaths, seeds: Sequence[int], minutes: float) -> tuple[Table, dict[str, Path]]:
+    """Write report.md, .png and .html below `paths.out`; returns the table of success, and where everything lies."""
+    from experiments.reproduce.pictures import draw_demo
+    from experiments.reproduce.training_page import build_page
+
+    profile, out = paths.profile, paths.out
+    records = read_results(paths, seeds)
+    outcomes = read_outcomes(paths, records)
+    table = success_table(outcomes)
+    eval_dir, videos = out / "eval", out / "eval" / f"video-{paths.run_id(ROCKET, seeds[0])}" / "videos"
+    draw_demo(records, outcomes, videos, out / "report.png")
+    places = {
+        "report": out / "report.md",
+        "picture": out / "report.png",
+        "page to look at": out / "report.html",
+        "demonstrations": paths.data_root_dir,
+        "checkpoints and loss logs": out / "runs",
+        "results, one line an episode": eval_dir,
+        "videos": videos,
+        "logs of every command": paths.logs,
+    }
+    lines = [
+        "# Demo report",
+        "",
+        f"{profile.suites[0]}, tasks {profile.collect['tasks']}: {profile.collect['episodes']} scripted demonstrations "
+        f"a task, {profile.final_step} LoRA steps of batch {profile.train['batch_size']}, seeds "
+        f"{', '.join(map(str, seeds))}; {profile.evaluate['num_trials_per_task']} official initial states a task, none "
+        f"of them in the demonstrations; fast rendering at 128 pixels. This run took {minutes:.1f} minutes.",
+        "",
+        CAUTION,
+        "",
+        *markdown_table(*table),
+        "",
+        *markdown_table(*task_table(records, outcomes)),
+        *("", "![losses, success and a rollout](report.png)", ""),
+        *(f"- {name}: `{path}`" for name, path in places.items()),
+        "",
+    ]
+    atomic_write(out / "report.md", "\n".join(lines))
+    runs = [out / "runs" / paths.run_id(arm, seed) for seed in seeds for arm in DEMO.arms(profile)]
+    build_page(runs, out / "report.html", eval_dir, "Demo: fine-tuning with and without ROCKET", CAUTION)
+    return table, places
 
 
 def main(config: DemoConfig) -> int:
     """Run the stages and print the report; returns 1 when a stage failed."""
-    config.validate()
+    paths = config.paths()
+    from rich import table as rich_table
     from rich.console import Console
 
-    from experiments.reproduce.demo_report import write_report
-
-    config.out = config.out.resolve()
-    console = Console()
-    started = time.monotonic()
+    console, started = Console(), time.monotonic()
     try:
-        seeds = run_stages(config, JobRunner(config.out / "logs", console))
+        runner = JobRunner(paths.logs, console)
+        seeds = run_stages(paths, runner, config.commands_at_a_time, config.minutes)
     except JobFailed as error:
         console.print(str(error), style="red", markup=False)
         return 1
-    write_report(config, seeds, minutes=(time.monotonic() - started) / 60, console=console)
+    table, places = write_report(paths, seeds, minutes=(time.monotonic() - started) / 60)
+    shown = rich_table.Table(title=f"{config.suite}, tasks {config.tasks}, {config.trials} unseen initial states each")
+    for column in table.header:
+        shown.add_column(column, justify="left" if column == "policy" else "right")
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print(CAUTION)
+    console.print(shown)
+    for name, path in places.items():
+        console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
     return 0
 
 

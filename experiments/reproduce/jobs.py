@@ -33,7 +33,7 @@ def as_arguments(flags: Mapping[str, object]) -> Iterator[str]:
         yield str(value)
 
 
-def start_or_resume(run_dir: Path, initial_model: Callable[[], Path]) -> dict[str, object]:
+def start_or_resume(run_dir: Path, initial_model: Callable[[], Path | str]) -> dict[str, object]:
     """The fine-tuning script's flags that go on at a run's last checkpoint, or start it anew.
 
     What a run left that was stopped before its first checkpoint is removed, since the script refuses to overwrite it.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.robot.libero.results.summary import mcnemar_p_value, wilson_interval
+from experiments.robot.libero.results.summary import wilson_interval
 from prismatic.util.errors import UsageError
 from prismatic.util.files import read_json
 
@@ -52,6 +52,17 @@ class Outcome:
             seed: statistics.mean(success for key, success in self.episodes.items() if key[0] == seed) for seed in seeds
         }
 
+    def only_seeds(self, seeds: Collection[int]) -> Outcome:
+        """The part of some seeds."""
+        return replace(self, episodes={key: success for key, success in self.episodes.items() if key[0] in seeds})
+
+    @property
+    def by_task(self) -> dict[int | str, tuple[int, int]]:
+        """(successes, episodes) of every task, over all seeds."""
+        tasks = dict.fromkeys(key[2] for key in self.episodes)
+        results = {task: [success for key, success in self.episodes.items() if key[2] == task] for task in tasks}
+        return {task: (sum(successes), len(successes)) for task, successes in results.items()}
+
     @property
     def seed_interval(self) -> tuple[float, float] | None:
         """Student's 95% interval of the mean rate of fine-tuning runs, cut to [0, 1]; None for a single seed."""
@@ -65,15 +76,6 @@ class Outcome:
         return max(0.0, mean - half), min(1.0, mean + half)
 
 
-@dataclass(frozen=True)
-class PairedTest:
-    """Exact McNemar test on episodes with equal seed, task and initial state."""
-
-    only_first: int
-    only_second: int
-    p_value: float
-
-
 def load_records(folder: Path) -> list[Record]:
     """All result files of a profile, by name; raises UsageError for a folder without any."""
     files = sorted(folder.glob("*-seed*.json"))
@@ -84,12 +86,11 @@ def load_records(folder: Path) -> list[Record]:
 
 def load_analyses(folder: Path, shown_in: Path) -> list[Record]:
     """All analysis files of a profile; `picture` is added to those that have one, as a path from the report."""
-    found: list[Record] = []
-    for file in sorted((folder / "analyses").glob("*.json")):
-        picture = file.with_suffix(".png")
-        shown = os.path.relpath(picture, shown_in) if picture.is_file() else ""
-        found.append({**read_json(file), "picture": shown})
-    return found
+    pictures = {file: file.with_suffix(".png") for file in sorted((folder / "analyses").glob("*.json"))}
+    return [
+        {**read_json(file), "picture": os.path.relpath(picture, shown_in) if picture.is_file() else ""}
+        for file, picture in pictures.items()
+    ]
 
 
 def outcome(records: Iterable[Record], arm: str, step: int, suites: Sequence[str]) -> Outcome | None:
@@ -113,25 +114,10 @@ def outcome(records: Iterable[Record], arm: str, step: int, suites: Sequence[str
 
 def curve(records: Sequence[Record], arm: str, steps: Sequence[int], suites: Sequence[str]) -> list[Outcome | None]:
     """An arm's outcomes along the training, all over the same seeds: those that every evaluated step has."""
-    found = [outcome(records, arm, step, suites) for step in steps]
-    shared = set.intersection(*(set(one.by_seed) for one in found if one)) if any(found) else set()
-
-    def of_shared(one: Outcome | None) -> Outcome | None:
-        if one is None or not shared:
-            return one
-        return replace(one, episodes={key: success for key, success in one.episodes.items() if key[0] in shared})
-
-    return [of_shared(one) for one in found]
-
-
-def paired_test(first: Outcome, second: Outcome) -> PairedTest | None:
-    """Whether one arm solves more of the episodes both have; None when they share none."""
-    shared = first.episodes.keys() & second.episodes.keys()
-    if not shared:
-        return None
-    only_first = sum(first.episodes[key] and not second.episodes[key] for key in shared)
-    only_second = sum(second.episodes[key] and not first.episodes[key] for key in shared)
-    return PairedTest(only_first, only_second, mcnemar_p_value(only_first, only_second))
+    outcomes = [outcome(records, arm, step, suites) for step in steps]
+    evaluated = [set(result.by_seed) for result in outcomes if result]
+    shared = set.intersection(*evaluated) if evaluated else set()
+    return [result.only_seeds(shared) if result and shared else result for result in outcomes]
 
 
 def final_value(record: Record, name: str) -> float | None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.reproduce.arms import METHODS, NAIVE_NARROW, ROCKET, Arm
-from experiments.reproduce.outcomes import Record, curve, outcome
+from experiments.report import percent
+from experiments.reproduce.outcomes import Outcome, Record, curve, outcome
 from experiments.reproduce.profiles import Profile
-from experiments.reproduce.studies import STUDIES, Study
+from experiments.reproduce.studies import METHODS, NAIVE_NARROW, ROCKET, STUDIES, Arm, Study
 from prismatic.util.files import atomic_path
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colors, told apart with every kind of color vision.
 COLORS = {
+    "untouched": "#bbbbbb",
     "baseline": "#7f7f7f",
     "spatial_forcing": "#e69f00",
     "naive": "#0072b2",
@@ -29,26 +30,20 @@ COLORS = {
     "spatial_forcing-width20": "#f0c75e",
 }
 _OTHER = "#d55e00"
+FRAMES = 8
 
 
 def draw_pictures(
     records: Sequence[Record], profile: Profile, folder: Path, analyses: Sequence[Record] = ()
 ) -> dict[str, Path]:
     """Draw what there are results for; returns the file of every study that has one, and of "training"."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update(
-        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "savefig.dpi": 160}
-    )
+    _use_style()
     pictures: dict[str, Path] = {}
     for study in STUDIES.values():
         draw = _drawer(study, records, profile)
         if draw is not None:
             pictures[study.name] = _save(draw, folder / f"{study.name}.png")
-    reach = [one for one in analyses if one["analysis"] == "reach"]
+    reach = [record for record in analyses if record["analysis"] == "reach"]
     if reach:
         pictures["reach"] = _save(lambda: draw_reach(reach, records, profile), folder / "reach.png")
     if any(record["training"] for record in records):
@@ -63,13 +58,23 @@ def _drawer(study: Study, records: Sequence[Record], profile: Profile) -> Callab
     if study.curve:
         return (lambda: draw_curves(study, records, profile)) if _any_curve(study, records, profile) else None
     suites = (profile.plus_suite,) if study.plus else profile.suites
-    run = [arm for arm in study.arms(profile) if outcome(records, arm.name, profile.final_step, suites)]
-    return (lambda: draw_success(run, records, profile, suites)) if run else None
+    outcomes = [outcome(records, arm.name, profile.final_step, suites) for arm in study.arms(profile)]
+    evaluated = [result for result in outcomes if result]
+    return (lambda: draw_success(evaluated)) if evaluated else None
 
 
 def _any_curve(study: Study, records: Sequence[Record], profile: Profile) -> bool:
     early = profile.curve_steps[:-1]
     return any(outcome(records, arm.name, step, profile.suites) for arm in study.arms(profile) for step in early)
+
+
+def _use_style() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(
+        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "savefig.dpi": 160}
+    )
 
 
 def _save(draw: Callable[[], Figure], path: Path) -> Path:
@@ -82,29 +87,68 @@ def _save(draw: Callable[[], Figure], path: Path) -> Path:
     return path
 
 
-def draw_success(arms: Sequence[Arm], records: Sequence[Record], profile: Profile, suites: Sequence[str]) -> Figure:
+def draw_success(outcomes: Sequence[Outcome]) -> Figure:
     """One line an arm: rate and interval over all seeds, and a small mark for every seed."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.2, 0.9 + 0.42 * len(arms)), layout="constrained")
-    for row, arm in enumerate(arms):
-        found = outcome(records, arm.name, profile.final_step, suites)
-        assert found is not None
-        low, high = found.interval
-        color = COLORS.get(arm.name, _OTHER)
+    figure, axes = plt.subplots(figsize=(6.2, 0.9 + 0.42 * len(outcomes)), layout="constrained")
+    _draw_rates(axes, outcomes)
+    return figure
+
+
+def _draw_rates(axes: Axes, outcomes: Sequence[Outcome]) -> None:
+    for row, result in enumerate(outcomes):
+        low, high = result.interval
+        color = COLORS.get(result.arm, _OTHER)
         axes.plot([low, high], [row, row], color=color, linewidth=2.2, solid_capstyle="round")
-        axes.plot(list(found.by_seed.values()), [row] * len(found.by_seed), "|", color=color, markersize=11)
-        axes.plot(found.rate, row, "o", color=color, markersize=7)
-        axes.text(
-            1.04, row, f"{found.successes}/{len(found.episodes)}", va="center", transform=axes.get_yaxis_transform()
-        )
-    axes.set_yticks(range(len(arms)), [arm.label for arm in arms])
+        axes.plot(list(result.by_seed.values()), [row] * len(result.by_seed), "|", color=color, markersize=11)
+        axes.plot(result.rate, row, "o", color=color, markersize=7)
+        text = f"{result.successes}/{len(result.episodes)}"
+        axes.text(1.04, row, text, va="center", transform=axes.get_yaxis_transform())
+    axes.set_yticks(range(len(outcomes)), [result.label for result in outcomes])
     axes.set_xlim(-0.02, 1.02)
     axes.invert_yaxis()
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_xlabel("success rate, 95% interval; ticks: single seeds")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
-    return figure
+    axes.xaxis.set_major_formatter(lambda value, _: percent(value, 0))
+
+
+def draw_demo(records: Sequence[Record], outcomes: Sequence[Outcome], videos: Path, path: Path) -> Path:
+    """The demo's picture: losses, success, and frames of one rollout in the folder `videos`."""
+    from matplotlib import pyplot as plt
+
+    def draw() -> Figure:
+        figure = plt.figure(figsize=(10, 5.6), layout="constrained")
+        grid = figure.add_gridspec(2, 3, height_ratios=(1.15, 1))
+        _draw_metric(figure.add_subplot(grid[0, 0]), records, "action_loss", "action loss (L1, normalized)")
+        _draw_metric(figure.add_subplot(grid[0, 1]), records, "align_loss", "alignment loss (1 - cosine)")
+        success = figure.add_subplot(grid[0, 2])
+        _draw_rates(success, outcomes)
+        success.set(title="success on unseen initial states", xlabel="95% interval; ticks: seeds")
+        success.set_yticks(range(len(outcomes)), [result.label.replace(" ", "\n", 1) for result in outcomes])
+        _draw_frames(figure.add_subplot(grid[1, :]), videos)
+        return figure
+
+    _use_style()
+    return _save(draw, path)
+
+
+def _draw_frames(axes: Axes, videos: Path) -> None:
+    """Frames of a success, where there is one."""
+    axes.set_axis_off()
+    files = sorted(videos.glob("*.mp4"), key=lambda file: "success" not in file.name)
+    if not files:
+        axes.set_title("no video")
+        return
+    import imageio.v3 as iio
+
+    frames = iio.imread(files[0], plugin="FFMPEG")
+    chosen = [frames[index] for index in np.linspace(0, len(frames) - 1, FRAMES).astype(int)]
+    # A frame shows both cameras side by side; here the third-person views stand above the wrist's.
+    views = [np.concatenate(np.split(frame, 2, axis=1), axis=0) for frame in chosen]
+    axes.imshow(np.concatenate(views, axis=1), interpolation="bilinear")
+    ending = "success" if "success" in files[0].name else "failure"
+    axes.set_title(f"a rollout of the ROCKET policy, both cameras, start to end ({ending})")
 
 
 def draw_curves(study: Study, records: Sequence[Record], profile: Profile) -> Figure:
@@ -114,18 +158,18 @@ def draw_curves(study: Study, records: Sequence[Record], profile: Profile) -> Fi
     figure, axes = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
     arms = study.arms(profile)
     for number, arm in enumerate(arms):
-        found = curve(records, arm.name, profile.curve_steps, profile.suites)
-        shown = [(step, one) for step, one in zip(profile.curve_steps, found, strict=True) if one is not None]
+        results = curve(records, arm.name, profile.curve_steps, profile.suites)
+        shown = [(step, result) for step, result in zip(profile.curve_steps, results, strict=True) if result]
         if not shown:
             continue
         # A little to the side, or the intervals hide one another.
         shift = (number - (len(arms) - 1) / 2) * 0.008 * profile.final_step
-        rates = np.array([one.rate for _, one in shown])
-        bars = np.abs(np.array([one.interval for _, one in shown]).T - rates)
+        rates = np.array([result.rate for _, result in shown])
+        bars = np.abs(np.array([result.interval for _, result in shown]).T - rates)
         steps = np.array([step for step, _ in shown]) + shift
         axes.errorbar(steps, rates, bars, color=COLORS[arm.name], marker="o", capsize=2, linewidth=1.5, label=arm.label)
     axes.set(xlabel="training step", ylabel="success rate", ylim=(0, 1.03), xlim=(0, None))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    axes.yaxis.set_major_formatter(lambda value, _: percent(value, 0))
     axes.legend(frameon=False)
     return figure
 
@@ -143,8 +187,8 @@ def draw_reach(analyses: Sequence[Record], records: Sequence[Record], profile: P
         left.fill_between(
             steps, list(map(min, seeds_cm)), list(map(max, seeds_cm)), color=color, alpha=0.12, linewidth=0
         )
-        found = outcome(records, arm.name, profile.final_step, profile.suites)
-        for seed, rate in found.by_seed.items() if found else ():
+        result = outcome(records, arm.name, profile.final_step, profile.suites)
+        for seed, rate in result.by_seed.items() if result else ():
             if (seed, profile.final_step) in misses_cm:
                 right.plot(misses_cm[seed, profile.final_step], rate, "o", color=color, markersize=6, alpha=0.8)
     left.set(title="during training; mean and range of seeds", xlabel="step", ylabel="hand beside the object (cm)")
@@ -153,7 +197,7 @@ def draw_reach(analyses: Sequence[Record], records: Sequence[Record], profile: P
         title=f"step {profile.final_step}, every seed", xlabel="hand beside the object (cm)", ylabel="success rate"
     )
     right.set_ylim(-0.03, 1.03)
-    right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+    right.yaxis.set_major_formatter(lambda value, _: percent(value, 0))
     for axes in (left, right):
         axes.set_xlim(0, None)
     left.set_ylim(0, None)
@@ -163,9 +207,9 @@ def draw_reach(analyses: Sequence[Record], records: Sequence[Record], profile: P
 def _misses_cm(analyses: Sequence[Record], arm: Arm) -> dict[tuple[int, int], float]:
     """(seed, step) -> distance in cm between hand and object; without policies whose hand never closed."""
     return {
-        (one["seed"], subject["step"]): 100 * subject["miss"]
-        for one in analyses
-        for subject in one["result"]["subjects"]
+        (record["seed"], subject["step"]): 100 * subject["miss"]
+        for record in analyses
+        for subject in record["result"]["subjects"]
         if subject["label"].partition("-seed")[0] == arm.name and subject["miss"] is not None
     }
 
@@ -197,7 +241,8 @@ def _draw_metric(axes: Axes, records: Sequence[Record], name: str, title: str) -
         if curves is None or not np.any(curves[1] > 0):
             continue
         steps, values = curves
-        axes.plot(steps, values.mean(0), color=COLORS[arm.name], linewidth=1.5, label=arm.label)
+        label = next(record["label"] for record in records if record["arm"] == arm.name)
+        axes.plot(steps, values.mean(0), color=COLORS[arm.name], linewidth=1.5, label=label)
         axes.fill_between(steps, values.min(0), values.max(0), color=COLORS[arm.name], alpha=0.15, linewidth=0)
     axes.set(title=f"{title}; mean and range of seeds", xlabel="step", ylim=(0, None))
     if axes.lines:

@@ -23,7 +23,7 @@ class Profile:
         plus_suite, plus: LIBERO-Plus suite of Figure 5, and the flags of its evaluation.
         pairs, selection_count: layer pairs compared in Table 4; layers chosen in Table 5.
         data_fractions: Table 6.
-        collects: demonstrations are made by the scripted expert first.
+        collect: flags of the scripted expert's demonstrations, which are made first; empty: the data are given.
         analysis: flags of every analysis of the models on data; reach: of the analysis in the simulator.
     """
 
@@ -45,7 +45,7 @@ class Profile:
     pairs: tuple[int, ...]
     selection_count: int
     data_fractions: tuple[float, ...]
-    collects: bool = False
+    collect: Mapping[str, object] = field(default_factory=dict)
     analysis: Mapping[str, object] = field(default_factory=dict)
     reach: Mapping[str, object] = field(default_factory=dict)
 
@@ -96,7 +96,15 @@ MINI = Profile(
     pairs=(2, 4, 6),
     selection_count=3,
     data_fractions=(0.1, 0.25, 1.0),
-    collects=True,
+    collect={
+        "suite": "libero_object",
+        "tasks": "7,9",
+        "episodes": 25,
+        "seed": 1,
+        "image_size": 128,
+        "render": "fast",
+        "workers": 2,
+    },
     reach={"task_ids": "7,9", "env_img_res": 128, "render": "fast"},
 )
 

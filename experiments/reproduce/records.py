@@ -13,10 +13,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from experiments.reproduce.arms import Arm
 from experiments.reproduce.jobs import ROOT, Job, logged_arguments
-from experiments.reproduce.stages import Workplace, is_complete
-from experiments.reproduce.studies import Analysis, Study
+from experiments.reproduce.stages import StudyPaths, is_complete
+from experiments.reproduce.studies import Analysis, Arm, Study
 from prismatic.training.metrics import read_log
 from prismatic.util.files import atomic_write, read_json
 from prismatic.util.versions import code_version, package_versions
@@ -25,35 +24,35 @@ RESULTS = Path(__file__).resolve().parent / "results"
 FORMAT_VERSION = 1
 
 
-def record_path(place: Workplace, arm: Arm, seed: int, results: Path = RESULTS) -> Path:
+def record_path(paths: StudyPaths, arm: Arm, seed: int, results: Path = RESULTS) -> Path:
     """The result file of an arm and seed."""
-    return results / place.profile.name / f"{place.run_id(arm, seed)}.json"
+    return results / paths.profile.name / f"{paths.run_id(arm, seed)}.json"
 
 
-def write_record(place: Workplace, arm: Arm, seed: int, jobs: Iterable[Job], results: Path = RESULTS) -> Path:
+def write_record(paths: StudyPaths, arm: Arm, seed: int, jobs: Iterable[Job], results: Path = RESULTS) -> Path:
     """Gather what is on disk about an arm and seed, whichever study asked for it, and write its result file."""
-    run_id = place.run_id(arm, seed)
-    path = record_path(place, arm, seed, results)
-    checkpoint = place.checkpoint(arm, seed, place.profile.final_step)
+    run_id = paths.run_id(arm, seed)
+    path = record_path(paths, arm, seed, results)
+    checkpoint = paths.checkpoint(arm, seed, paths.profile.final_step)
     earlier = read_json(path) if path.is_file() else {}
     configuration = read_json(checkpoint / "run_config.json")
     # Another study's evaluation may have been stopped halfway.
     evaluated = [
-        file.parent for file in sorted((place.out / "eval").glob(f"{run_id}-step*/summary.json")) if is_complete(file)
+        file.parent for file in sorted((paths.out / "eval").glob(f"{run_id}-step*/summary.json")) if is_complete(file)
     ]
     record = {
         "format_version": FORMAT_VERSION,
         "arm": arm.name,
         "label": arm.label,
         "seed": seed,
-        "profile": place.profile.name,
-        "commands": {**earlier.get("commands", {}), **{job.name: _command(place, job) for job in jobs}},
+        "profile": paths.profile.name,
+        "commands": {**earlier.get("commands", {}), **{job.name: _command(paths, job) for job in jobs}},
         # What trained the policy; checkpoints of other code may not say.
         "code": configuration.get("code") or earlier.get("code") or code_version(),
         "versions": configuration.get("versions") or earlier.get("versions") or package_versions(),
-        "configuration": _portable(place, configuration),
-        "alignment": alignment_record(place, configuration),
-        "training": training_curves(place.out / "runs" / run_id),
+        "configuration": _portable(paths, configuration),
+        "alignment": alignment_record(paths, configuration),
+        "training": training_curves(paths.out / "runs" / run_id),
         "evaluations": [evaluation_record(folder) for folder in evaluated],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,25 +61,25 @@ def write_record(place: Workplace, arm: Arm, seed: int, jobs: Iterable[Job], res
 
 
 def write_analysis_record(
-    place: Workplace, study: Study, analysis: Analysis, seed: int, job: Job, results: Path = RESULTS
+    paths: StudyPaths, study: Study, analysis: Analysis, seed: int, job: Job, results: Path = RESULTS
 ) -> Path:
     """Copy an analysis's numbers and picture to `{study}-{analysis}[-seed{n}]` beside the other results."""
-    folder = place.analysis_folder(analysis, seed)
-    path = results / place.profile.name / "analyses" / f"{study.name}-{folder.name}.json"
+    folder = paths.analysis_folder(analysis, seed)
+    path = results / paths.profile.name / "analyses" / f"{study.name}-{folder.name}.json"
     record = {
         "format_version": FORMAT_VERSION,
         "study": study.name,
         "analysis": analysis.name,
         "seed": seed if analysis.arms else None,
-        "profile": place.profile.name,
-        "command": _command(place, job),
+        "profile": paths.profile.name,
+        "command": _command(paths, job),
         "code": code_version(),
         "versions": package_versions(),
-        "result": _portable(place, _rounded(read_json(job.result))),
+        "result": _portable(paths, _rounded(read_json(job.result))),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(record) + "\n")
-    if seed == place.profile.seeds[0]:
+    if seed == paths.profile.seeds[0]:
         atomic_write(path.with_suffix(".png"), _small_picture(job.result.with_suffix(".png")))
     return path
 
@@ -105,7 +104,7 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def alignment_record(place: Workplace, flags: dict[str, Any]) -> dict[str, Any]:
+def alignment_record(paths: StudyPaths, flags: dict[str, Any]) -> dict[str, Any]:
     """What a run's flags meant: layers, projector, and the hidden units every pair used; {} without alignment."""
     import torch
 
@@ -116,12 +115,12 @@ def alignment_record(place: Workplace, flags: dict[str, Any]) -> dict[str, Any]:
     if "alignment" in flags:
         return flags["alignment"] if flags["alignment"]["student_layers"] else {}
     alignment_flags = AlignFlags(**{name: value for name, value in flags.items() if name in known})
-    align = alignment_flags.align_config(place.profile.student_depth, place.profile.teacher_depth)
+    align = alignment_flags.align_config(paths.profile.student_depth, paths.profile.teacher_depth)
     if not align.num_pairs:
         return {}
     # Widths do not depend on the students'; on the meta device nothing is allocated.
     with torch.device("meta"):
-        alignment = MultiLayerAlignment(align, 1, place.profile.teacher_dim)
+        alignment = MultiLayerAlignment(align, 1, paths.profile.teacher_dim)
     return {**asdict(align), "widths": alignment.widths}
 
 
@@ -132,8 +131,10 @@ def training_curves(run_dir: Path) -> dict[str, list[float]]:
     return {name: [round(float(row.get(name, float("nan"))), 6) for row in rows] for name in names}
 
 
-def evaluation_record(folder: Path) -> dict[str, Any]:
+def evaluation_record(folder: Path, step: int | None = None) -> dict[str, Any]:
     """One evaluation: its identity, and (task, initial state, status, steps, seconds) of every episode.
+
+    The checkpoint's step is that of the folder's name (ARM-seedN-stepN-SUITE), if none is given.
 
     A task is its number, or "suite:number" in a suite of several (libero_plus), where numbers occur more than once.
     """
@@ -148,7 +149,7 @@ def evaluation_record(folder: Path) -> dict[str, Any]:
 
     return {
         "name": folder.name,
-        "step": int(folder.name.rpartition("-step")[2].split("-")[0]),
+        "step": int(folder.name.rpartition("-step")[2].split("-")[0]) if step is None else step,
         "suite": suite,
         "identity": config["identity"],
         "tasks": {str(task(result)): result.task for result in episodes},
@@ -161,18 +162,18 @@ def evaluation_record(folder: Path) -> dict[str, Any]:
     }
 
 
-def _command(place: Workplace, job: Job) -> list[str]:
+def _command(paths: StudyPaths, job: Job) -> list[str]:
     """What was run: a job that was done already would now be told to go on at its own checkpoint."""
-    return _portable(place, logged_arguments(place.logs / f"{job.name}.log") or job.arguments)
+    return _portable(paths, logged_arguments(paths.logs / f"{job.name}.log") or job.arguments)
 
 
-def _portable(place: Workplace, value: Any) -> Any:
+def _portable(paths: StudyPaths, value: Any) -> Any:
     """The value with this machine's folders cut from paths."""
     if isinstance(value, dict):
-        return {key: _portable(place, item) for key, item in value.items()}
+        return {key: _portable(paths, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_portable(place, item) for item in value]
+        return [_portable(paths, item) for item in value]
     if isinstance(value, str):
-        for folder in (place.out.resolve(), ROOT):
+        for folder in (paths.out.resolve(), ROOT):
             value = value.replace(f"{folder}{os.sep}", "").replace(str(folder), ".")
     return value

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.reproduce.arms import BASELINE, Arm
-from experiments.reproduce.outcomes import (
-    Outcome,
-    Record,
-    curve,
-    final_values,
-    outcome,
-    paired_test,
-    seconds_per_step,
-)
+from experiments.report import Table, percent, percent_range
+from experiments.reproduce.outcomes import Outcome, Record, curve, final_values, outcome, seconds_per_step
 from experiments.reproduce.profiles import Profile
 from experiments.reproduce.published import PUBLISHED
-from experiments.reproduce.studies import STUDIES, Study
+from experiments.reproduce.studies import BASELINE, STUDIES, Arm, Study
+from experiments.robot.libero.results.summary import paired_test
 
 NOT_RUN = "not run"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Text cells; the first column names the row, the others are numbers."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -83,12 +68,13 @@ def make_section(study: Study, results: Results) -> Section:
         tables += [kinds] if study.plus and (kinds := kind_table(study, results)) else []
     pictures = [results.pictures[study.name]] if study.name in results.pictures else []
     for analysis in study.analyses:
-        found = [one for one in results.analyses if (one["study"], one["analysis"]) == (study.name, analysis.name)]
-        if not found:
+        wanted = (study.name, analysis.name)
+        records = [record for record in results.analyses if (record["study"], record["analysis"]) == wanted]
+        if not records:
             missing.append(f"analysis {analysis.name}")
             continue
-        tables.append(analysis_table(analysis.command, found))
-        pictures += [one["picture"] for one in found if one.get("picture")]
+        tables.append(analysis_table(analysis.command, records))
+        pictures += [record["picture"] for record in records if record.get("picture")]
     return Section(study.name, study.title, tuple(tables), tuple(pictures), tuple(missing))
 
 
@@ -116,9 +102,9 @@ def success_table(study: Study, results: Results) -> Table:
     suites = (profile.plus_suite,) if study.plus else profile.suites
     rows = []
     for arm in study.arms(profile):
-        found = outcome(records, arm.name, profile.final_step, suites)
+        result = outcome(records, arm.name, profile.final_step, suites)
         unaligned = outcome(records, _without_alignment(study, profile, arm), profile.final_step, suites)
-        cells = _success_cells(found, unaligned) if found else (NOT_RUN, *[""] * 5)
+        cells = _success_cells(result, unaligned) if result else (NOT_RUN, *[""] * 5)
         losses = (mean_text(final_values(records, arm.name, name)) for name in ("action_loss", "align_loss"))
         rows.append((arm.label, published_value(study.name, arm), *cells, *losses))
     return Table(header, tuple(rows))
@@ -132,22 +118,16 @@ def _without_alignment(study: Study, profile: Profile, arm: Arm) -> str:
     return BASELINE.name
 
 
-def _success_cells(found: Outcome, unaligned: Outcome | None) -> tuple[str, ...]:
-    of_seeds = found.seed_interval
-    test = paired_test(unaligned, found) if unaligned and unaligned.arm != found.arm else None
+def _success_cells(result: Outcome, unaligned: Outcome | None) -> tuple[str, ...]:
+    test = paired_test(unaligned.episodes, result.episodes) if unaligned and unaligned.arm != result.arm else None
     return (
-        f"{100 * found.rate:.1f}%",
-        _range_text(found.interval),
-        f"{found.successes}/{len(found.episodes)}" + (f" ({found.errors} errors)" if found.errors else ""),
-        ", ".join(f"{100 * rate:.0f}" for rate in found.by_seed.values()),
-        _range_text(of_seeds) if of_seeds else "",
-        f"{test.p_value:.2g}" if test else "",
+        percent(result.rate),
+        percent_range(result.interval),
+        f"{result.successes}/{len(result.episodes)}" + (f" ({result.errors} errors)" if result.errors else ""),
+        ", ".join(f"{100 * rate:.0f}" for rate in result.by_seed.values()),
+        percent_range(result.seed_interval) if result.seed_interval else "",
+        f"{test.p_value:.2g}" if test and test.episodes else "",
     )
-
-
-def _range_text(interval: tuple[float, float]) -> str:
-    low, high = interval
-    return f"{100 * low:.0f} to {100 * high:.0f}%"
 
 
 def curve_table(study: Study, results: Results) -> Table:
@@ -156,8 +136,10 @@ def curve_table(study: Study, results: Results) -> Table:
     header = ("policy", *(f"step {step}" for step in profile.curve_steps), "paper")
     rows = []
     for arm in study.arms(profile):
-        found = curve(results.records, arm.name, profile.curve_steps, profile.suites)
-        cells = (f"{100 * one.rate:.1f}% ({one.successes}/{len(one.episodes)})" if one else NOT_RUN for one in found)
+        outcomes = curve(results.records, arm.name, profile.curve_steps, profile.suites)
+        cells = (
+            f"{percent(step.rate)} ({step.successes}/{len(step.episodes)})" if step else NOT_RUN for step in outcomes
+        )
         rows.append((arm.label, *cells, published_value(study.name, arm)))
     return Table(header, tuple(rows))
 
@@ -170,10 +152,10 @@ def cost_table(study: Study, results: Results) -> Table:
     rows = []
     for arm in study.arms(profile):
         seconds = seconds_per_step(records, arm.name)
-        found = outcome(records, arm.name, profile.final_step, profile.suites)
+        result = outcome(records, arm.name, profile.final_step, profile.suites)
         ratio = f"{seconds:.2f} s ({seconds / reference:.2f}x no alignment)" if seconds and reference else NOT_RUN
         budget = f"{profile.train['batch_size']} x {profile.train['max_steps']}"
-        success = f"{100 * found.rate:.1f}%" if found else NOT_RUN
+        success = percent(result.rate) if result else NOT_RUN
         rows.append((arm.label, published_value(study.name, arm), budget, ratio, success))
     return Table(header, tuple(rows))
 
@@ -187,13 +169,13 @@ def kind_table(study: Study, results: Results) -> Table | None:
             if evaluation["suite"] != profile.plus_suite or evaluation["step"] != profile.final_step:
                 continue
             for task, _, status, *_ in evaluation["episodes"]:
-                of_kind = rows.setdefault(evaluation["kinds"][str(task)], {})
+                row = rows.setdefault(evaluation["kinds"][str(task)], {})
                 if status != "error":
-                    of_kind.setdefault(record["arm"], []).append(status == "success")
+                    row.setdefault(record["arm"], []).append(status == "success")
     arms = study.arms(profile)
     cells = (
-        (kind, *(f"{sum(found)}/{len(found)}" if (found := by_arm.get(arm.name)) else NOT_RUN for arm in arms))
-        for kind, by_arm in sorted(rows.items())
+        (kind, *(f"{sum(solved)}/{len(solved)}" if (solved := row.get(arm.name)) else NOT_RUN for arm in arms))
+        for kind, row in sorted(rows.items())
     )
     return Table(("kind of perturbation", *(arm.label for arm in arms)), tuple(cells)) if rows else None
 
@@ -225,7 +207,7 @@ def mean_text(values: Sequence[float], digits: int = 4) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def _of_all_blocks(subject: Mapping[str, Any]) -> dict[str, float]:
+def _all_blocks(subject: Mapping[str, Any]) -> dict[str, float]:
     group = subject["groups"]["all"]
     return {
         "cosine between pairs": group["mean_between_pairs"],
@@ -236,8 +218,8 @@ def _of_all_blocks(subject: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _mean_of_layers(subject: Mapping[str, Any]) -> dict[str, float]:
-    places = {"student": "student's states", "teacher": "teacher's layers", "projected": "behind the projectors"}
-    measured = {words: subject[name]["within_samples"] for name, words in places.items() if subject.get(name)}
+    names = {"student": "student's states", "teacher": "teacher's layers", "projected": "behind the projectors"}
+    measured = {words: subject[name]["within_samples"] for name, words in names.items() if subject.get(name)}
     return {f"cosine of tokens, {words}": statistics.mean(values) for words, values in measured.items() if values}
 
 
@@ -271,7 +253,7 @@ def _reach(subject: Mapping[str, Any]) -> dict[str, float]:
 
 # The numbers of one checkpoint that a report shows, by analysis.
 _NUMBERS: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {
-    "gradients": _of_all_blocks,
+    "gradients": _all_blocks,
     "cone": _mean_of_layers,
     "projectors": _similarities,
     "cka": lambda subject: {"CKA of the matched layers": subject["matched_mean"]},
@@ -280,27 +262,23 @@ _NUMBERS: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {
 }
 
 
-def analysis_table(command: str, found: Sequence[Record]) -> Table:
+def analysis_table(command: str, records: Sequence[Record]) -> Table:
     """An analysis's numbers, averaged over seeds; a row a policy and step, or a row a teacher layer."""
     if command == "depth":
-        result = found[0]["result"]
+        result = records[0]["result"]
         rows = [(f"layer {name}", errors) for name, errors in result["layers"].items()]
         rows.append(("place alone, no picture", result["control"]))
         cells = ((name, f"{errors['abs_rel']:.3f}", f"{errors['delta1']:.3f}") for name, errors in rows)
         return Table(("teacher", "AbsRel", "within 25%"), tuple(cells))
     values: dict[tuple[str, int], dict[str, list[float]]] = {}
-    for one in found:
-        for subject in one["result"]["subjects"]:
+    for record in records:
+        for subject in record["result"]["subjects"]:
             row = values.setdefault((subject["label"].partition("-seed")[0], subject["step"]), {})
             for name, value in _NUMBERS[command](subject).items():
                 row.setdefault(name, []).append(value)
-    names = _in_order(name for row in values.values() for name in row)
+    names = tuple(dict.fromkeys(name for row in values.values() for name in row))
     rows_of_text = (
         (f"{arm}, step {step}", *(mean_text(row.get(name, []), 3) for name in names))
         for (arm, step), row in values.items()
     )
-    return Table((f"policy ({len(found)} seeds)", *names), tuple(rows_of_text))
-
-
-def _in_order(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))
+    return Table((f"policy ({len(records)} seeds)", *names), tuple(rows_of_text))

@@ -9,24 +9,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.reproduce.arms import Arm
 from experiments.reproduce.jobs import Job, as_arguments, start_or_resume
 from experiments.reproduce.profiles import Profile
-from experiments.reproduce.studies import Analysis, Study
+from experiments.reproduce.studies import Analysis, Arm, Study
 from prismatic.util.files import read_json
 from prismatic.vla.datasets.specs import resolve_mixture
 from rocket_align.teacher.store.layout import INDEX_NAME
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """Where a profile runs.
+class StudyPaths:
+    """Folders of a profile's runs, and how its commands are started.
 
     Attributes:
         out: datasets, runs, evaluations and logs.
         data_root_dir: RLDS data.
         processes: GPUs; 1 starts the scripts without accelerate's launcher.
         train, evaluate: flags put over the profile's.
+        evaluated_once: every policy has one evaluation, named as its run is.
     """
 
     profile: Profile
@@ -35,6 +35,7 @@ class Workplace:
     processes: int = 1
     train: Mapping[str, object] = field(default_factory=dict)
     evaluate: Mapping[str, object] = field(default_factory=dict)
+    evaluated_once: bool = False
 
     @property
     def logs(self) -> Path:
@@ -48,6 +49,10 @@ class Workplace:
     def checkpoint(self, arm: Arm, seed: int, step: int) -> Path:
         """Folder of a checkpoint."""
         return self.out / "runs" / f"{self.run_id(arm, seed)}--{step}_chkpt"
+
+    def evaluation(self, arm: Arm, seed: int, step: int, suite: str) -> str:
+        """Name of the results folder of one evaluation."""
+        return self.run_id(arm, seed) + ("" if self.evaluated_once else f"-step{step}-{suite}")
 
     def layers_file(self, arm: Arm) -> Path:
         """What select_layers.py writes for an arm."""
@@ -69,113 +74,104 @@ class Workplace:
         return (*launcher, script, *as_arguments(flags))
 
 
-def collect_job(place: Workplace) -> Job:
-    """The mini profile's demonstrations."""
-    flags = {
-        "suite": "libero_object",
-        "tasks": place.profile.evaluate["task_ids"],
-        "episodes": 25,
-        "seed": 1,
-        "image_size": 128,
-        "render": "fast",
-        "workers": 2,
-        "out": place.data_root_dir,
-        "name": place.profile.dataset_name,
-    }
-    result = place.data_root_dir / place.profile.dataset_name / "1.0.0" / "dataset_info.json"
+def collect_job(paths: StudyPaths) -> Job:
+    """The scripted expert's demonstrations, of a profile that names them."""
+    name = paths.profile.dataset_name
+    flags = {**paths.profile.collect, "out": paths.data_root_dir, "name": name}
+    result = paths.data_root_dir / name / "1.0.0" / "dataset_info.json"
     return Job("collect", ("-m", "experiments.mini.collect", *as_arguments(flags)), result)
 
 
-def select_job(place: Workplace, arm: Arm) -> Job:
+def select_job(paths: StudyPaths, arm: Arm) -> Job:
     """Choose an arm's layers before training."""
-    profile = place.profile
+    profile = paths.profile
     inputs = {name: profile.train[name] for name in ("num_images_in_input", "use_proprio")}
     flags = {
         "checkpoint": profile.vla_path,
         "vggt_path": profile.teacher_path,
-        "data_root_dir": place.data_root_dir,
+        "data_root_dir": paths.data_root_dir,
         "dataset_name": profile.dataset_name,
         **inputs,
         **arm.selection,
-        "out": place.layers_file(arm),
+        "out": paths.layers_file(arm),
     }
     arguments = ("vla-scripts/select_layers.py", *as_arguments(flags))
-    return Job(f"select-{arm.name}", arguments, place.layers_file(arm))
+    return Job(f"select-{arm.name}", arguments, paths.layers_file(arm))
 
 
-def store_job(place: Workplace, arm: Arm) -> Job:
+def store_job(paths: StudyPaths, arm: Arm) -> Job:
     """Compute an arm's teacher features before training."""
-    flags = {"vla_path": place.profile.vla_path, **_learning_flags(place, arm)}
+    flags = {"vla_path": paths.profile.vla_path, **_learning_flags(paths, arm)}
     # A mixture is finished when each of its data sets is.
-    names = [name for name, _ in resolve_mixture(place.profile.dataset_name)]
+    names = [name for name, _ in resolve_mixture(paths.profile.dataset_name)]
 
     def finished(store: Path) -> bool:
         return all((store / name / INDEX_NAME).is_file() for name in names)
 
-    arguments = place.launched("vla-scripts/build_feature_store.py", flags)
-    return Job(f"store-{arm.name}", arguments, place.feature_store(arm), finished)
+    arguments = paths.launched("vla-scripts/build_feature_store.py", flags)
+    return Job(f"store-{arm.name}", arguments, paths.feature_store(arm), finished)
 
 
-def preparation_jobs(place: Workplace, arm: Arm) -> tuple[Job, ...]:
+def preparation_jobs(paths: StudyPaths, arm: Arm) -> tuple[Job, ...]:
     """What an arm needs once, before the first of its seeds is trained."""
-    jobs = [select_job(place, arm)] if arm.selection else []
-    return (*jobs, store_job(place, arm)) if arm.stored else tuple(jobs)
+    jobs = [select_job(paths, arm)] if arm.selection else []
+    return (*jobs, store_job(paths, arm)) if arm.stored else tuple(jobs)
 
 
-def _learning_flags(place: Workplace, arm: Arm) -> dict[str, object]:
+def _learning_flags(paths: StudyPaths, arm: Arm) -> dict[str, object]:
     """What is learned from: data, teacher, layers, and the budget."""
-    profile = place.profile
+    profile = paths.profile
     return {
         "vggt_path": profile.teacher_path,
-        "data_root_dir": place.data_root_dir,
+        "data_root_dir": paths.data_root_dir,
         "dataset_name": profile.dataset_name,
         **profile.train,
         **arm.flags,
-        **({"align_layers_file": place.layers_file(arm)} if arm.selection else {}),
-        **({"feature_store": place.feature_store(arm)} if arm.stored else {}),
+        **({"align_layers_file": paths.layers_file(arm)} if arm.selection else {}),
+        **({"feature_store": paths.feature_store(arm)} if arm.stored else {}),
     }
 
 
-def train_job(place: Workplace, arm: Arm, seed: int, *, prepare: bool = True) -> Job:
+def train_job(paths: StudyPaths, arm: Arm, seed: int, *, prepare: bool = True) -> Job:
     """LoRA fine-tuning of an arm; with `prepare` an unfinished run is resumed, or cleared when it has no checkpoint."""
-    profile, run_id = place.profile, place.run_id(arm, seed)
-    start: dict[str, object] = {"vla_path": profile.vla_path}
-    if prepare:
-        start = start_or_resume(place.out / "runs" / run_id, lambda: Path(profile.vla_path))
-        start["vla_path"] = start["vla_path"] if start["resume"] else profile.vla_path
+    profile, run_id = paths.profile, paths.run_id(arm, seed)
+    start = start_or_resume(paths.out / "runs" / run_id, lambda: profile.vla_path) if prepare else {}
     flags = {
+        "vla_path": profile.vla_path,
         **start,
-        "run_root_dir": place.out / "runs",
+        "run_root_dir": paths.out / "runs",
         "run_id_override": run_id,
         "seed": seed,
-        **_learning_flags(place, arm),
-        "save_specific_steps": ",".join(map(str, profile.curve_steps)),
-        **place.train,
+        **_learning_flags(paths, arm),
+        **({"save_specific_steps": ",".join(map(str, profile.curve_steps))} if profile.curve_steps else {}),
+        **paths.train,
     }
     # Every checkpoint has it; config.json is in merged ones alone.
-    result = place.checkpoint(arm, seed, profile.final_step) / "run_config.json"
-    return Job(f"train-{run_id}", place.launched("vla-scripts/finetune.py", flags), result)
+    result = paths.checkpoint(arm, seed, profile.final_step) / "run_config.json"
+    return Job(f"train-{run_id}", paths.launched("vla-scripts/finetune.py", flags), result)
 
 
-def evaluation_name(place: Workplace, arm: Arm, seed: int, step: int, suite: str) -> str:
-    """Name of the results folder of one evaluation."""
-    return f"{place.run_id(arm, seed)}-step{step}-{suite}"
-
-
-def evaluate_job(place: Workplace, arm: Arm, seed: int, step: int, suite: str) -> Job:
+def evaluate_job(paths: StudyPaths, arm: Arm, seed: int, step: int, suite: str) -> Job:
     """Rollouts of one checkpoint in one suite."""
-    profile = place.profile
-    name = evaluation_name(place, arm, seed, step, suite)
+    return rollouts_job(paths, paths.evaluation(arm, seed, step, suite), paths.checkpoint(arm, seed, step), suite)
+
+
+def rollouts_job(
+    paths: StudyPaths, name: str, checkpoint: Path | str, suite: str, further: Mapping[str, object] | None = None
+) -> Job:
+    """Rollouts of a policy in one suite; `further` flags are put over the profile's."""
+    profile = paths.profile
     flags = {
-        "pretrained_checkpoint": place.checkpoint(arm, seed, step),
+        "pretrained_checkpoint": checkpoint,
         "task_suite_name": suite,
         **(profile.plus if suite == profile.plus_suite else profile.evaluate),
-        "local_log_dir": place.out / "eval",
+        "local_log_dir": paths.out / "eval",
         "run_name": name,
-        **place.evaluate,
+        **paths.evaluate,
+        **(further or {}),
     }
-    arguments = place.launched("experiments/robot/libero/run_libero_eval.py", flags)
-    return Job(f"evaluate-{name}", arguments, place.out / "eval" / name / "summary.json", is_complete)
+    arguments = paths.launched("experiments/robot/libero/run_libero_eval.py", flags)
+    return Job(f"evaluate-{name}", arguments, paths.out / "eval" / name / "summary.json", is_complete)
 
 
 def is_complete(summary: Path) -> bool:
@@ -183,30 +179,30 @@ def is_complete(summary: Path) -> bool:
     return summary.is_file() and not read_json(summary).get("missing")
 
 
-def analysis_job(place: Workplace, analysis: Analysis, seed: int) -> Job:
+def analysis_job(paths: StudyPaths, analysis: Analysis, seed: int) -> Job:
     """One analysis of one seed."""
-    profile = place.profile
-    folder = place.analysis_folder(analysis, seed)
+    profile = paths.profile
+    folder = paths.analysis_folder(analysis, seed)
     flags: dict[str, object] = {}
     if analysis.arms:
         steps = profile.curve_steps if analysis.curve else (profile.final_step,)
-        checkpoints = [str(place.checkpoint(arm, seed, step)) for arm in analysis.arms for step in steps]
+        checkpoints = [str(paths.checkpoint(arm, seed, step)) for arm in analysis.arms for step in steps]
         flags["checkpoint"] = ",".join(checkpoints)
     if analysis.simulator:
         flags |= profile.reach
     else:
-        flags |= {"data_root_dir": place.data_root_dir} if analysis.arms else {}
+        flags |= {"data_root_dir": paths.data_root_dir} if analysis.arms else {}
         flags |= {"vggt_path": profile.teacher_path, **profile.analysis}
     flags["out_dir"] = folder
     arguments = ("vla-scripts/analyze.py", analysis.command, *as_arguments(flags))
     return Job(f"analyze-{folder.name}", arguments, folder / f"{analysis.command}.json")
 
 
-def arm_jobs(place: Workplace, study: Study, arm: Arm, seed: int, *, prepare: bool = True) -> tuple[Job, ...]:
+def arm_jobs(paths: StudyPaths, study: Study, arm: Arm, seed: int, *, prepare: bool = True) -> tuple[Job, ...]:
     """All commands of one arm and seed, in order."""
-    profile = place.profile
+    profile = paths.profile
     steps = profile.curve_steps if study.curve else (profile.final_step,)
     suites = (*profile.suites, profile.plus_suite) if study.plus else profile.suites
-    jobs = [*preparation_jobs(place, arm), train_job(place, arm, seed, prepare=prepare)]
-    jobs += [evaluate_job(place, arm, seed, step, suite) for suite in suites for step in steps]
+    jobs = [*preparation_jobs(paths, arm), train_job(paths, arm, seed, prepare=prepare)]
+    jobs += [evaluate_job(paths, arm, seed, step, suite) for suite in suites for step in steps]
     return tuple(jobs)

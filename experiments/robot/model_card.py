@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.report import markdown_table, percent, percent_range
 from experiments.robot.checkpoint import COMPONENTS
 from prismatic.training.folders import component_file
 from prismatic.util.errors import UsageError
@@ -184,22 +185,18 @@ def _loading(facts: CardFacts, repo_id: str) -> str:
 def _training(facts: CardFacts) -> str:
     rows = [("data", facts.run_config.get("dataset_name")), ("recipe", facts.recipe)]
     rows += [(name, facts.run_config[name]) for name in _SHOWN if facts.run_config.get(name) is not None]
-    lines = [f"| {name} | {value} |" for name, value in rows]
-    return "\n".join(["| flag | value |", "|---|---|", *lines])
+    return "\n".join(markdown_table(("flag", "value"), ((name, str(value)) for name, value in rows), text_columns=2))
 
 
 def _table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| suite | success | 95% interval | episodes | errors |", "|---|---:|---|---:|---:|"]
-    notes = []
+    rows, notes = [], []
     for summary in summaries:
         for suite, row in summary["suites"].items():
-            if row["success_rate"] is None:
-                continue
-            low, high = row["interval_95"]
-            episodes = row["successes"] + row["failures"]
-            lines.append(
-                f"| {suite} | {row['success_rate']:.1%} | {low:.1%} to {high:.1%} | {episodes} | {row['errors']} |"
-            )
+            if row["success_rate"] is not None:
+                episodes = str(row["successes"] + row["failures"])
+                interval = percent_range(row["interval_95"], 1)
+                rows.append((suite, percent(row["success_rate"]), interval, episodes, str(row["errors"])))
         if summary.get("identity", {}).get("standard_protocol") is False:
             notes.append("Some of these were not measured by LIBERO's published protocol.")
+    lines = markdown_table(("suite", "success", "95% interval", "episodes", "errors"), rows)
     return "\n".join(lines) + ("\n\n" + notes[0] if notes else "")

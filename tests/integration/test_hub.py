@@ -133,7 +133,7 @@ def test_a_published_checkpoint(released: Path, repo_root: Path, tmp_path: Path)
         "value: 0.98",
         "for 500 steps",
         "`VGGT-1B` (recipe `rocket`)",
-        "| libero_goal | 98.0% | 89.5% to 99.7% | 50 | 0 |",
+        "| libero_goal | 98.0% | 89.5 to 99.7% | 50 | 0 |",
         "--pretrained_checkpoint me/my-policy --num_images_in_input 2 --use_proprio True",
         "--use_l1_regression True",
         "`libero_spatial_no_noops`",

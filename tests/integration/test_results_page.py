@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from experiments.reproduce.report.html import Line, Rate, line_chart
+from experiments.report.html import Line, Rate, line_chart
 from experiments.robot.libero.results.page import build_page, main
 from experiments.robot.libero.rollouts.episode import write_video
 
@@ -81,8 +81,8 @@ def test_numbers_come_from_the_result_files(runs: list[Path], tmp_path: Path) ->
     page = (tmp_path / "index.html").read_text()
     text = text_of(page)
     assert "A title & more" in text and "2 runs, 24 episodes, libero_goal" in text
-    assert "50.0% 95% interval 25% to 75%" in text and "6 of 12 solved" in text
-    assert "90.9% 95% interval 62% to 98%" in text and "10 of 11 solved" in text
+    assert "50.0% 95% interval 25 to 75%" in text and "6 of 12 solved" in text
+    assert "90.9% 95% interval 62 to 98%" in text and "10 of 11 solved" in text
     # Of the 11 episodes that both completed, rocket alone solved five and none was solved by the other alone.
     assert re.search(r"a b rocket 11 0 5 \+45\.5 0\.0625 no difference shown", text)
     assert "RuntimeError: the arm fell off" in text and EVIL in text

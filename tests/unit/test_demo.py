@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from experiments.reproduce import demo, demo_report
+from experiments.reproduce import demo
+from experiments.reproduce.stages import arm_jobs, collect_job, train_job
+from experiments.reproduce.studies import ROCKET
 from experiments.robot.libero.run_libero_eval import GenerateConfig
 from prismatic.util import cli
 from prismatic.util.errors import UsageError
@@ -21,13 +21,17 @@ def _config(out: Path) -> demo.DemoConfig:
 
 
 def _write_results(out: Path, run: str, successes: tuple[int, int], errors: int = 0) -> None:
-    tasks = {
-        str(task): {"task": f"task {task}", "successes": won, "failures": 4 - won - errors, "errors": errors}
-        for task, won in zip((7, 9), successes, strict=True)
-    }
     folder = out / "eval" / run
     folder.mkdir(parents=True)
-    (folder / "summary.json").write_text(json.dumps({"suites": {"libero_object": {"tasks": tasks}}}))
+    (folder / "config.json").write_text(json.dumps({"identity": {"suite": "libero_object"}}))
+    with (folder / "episodes.jsonl").open("w") as stream:
+        for task, solved in zip((7, 9), successes, strict=True):
+            for state in range(4):
+                status = "success" if state < solved else "error" if state >= 4 - errors else "failure"
+                line = {"suite": "libero_object", "task_id": task, "task": f"task {task}", "init_state": state}
+                line |= {"seed": 7, "steps": 9, "error": None, "wall_time": 1.0, "status": status}
+                line["success"] = {"success": True, "failure": False}.get(status)
+                stream.write(json.dumps(line) + "\n")
 
 
 @pytest.mark.parametrize(
@@ -42,45 +46,58 @@ def test_wrong_flags_are_refused(argv: list[str], flag: str, capsys: pytest.Capt
 
 
 def test_methods_differ_in_the_recipe_alone(tmp_path: Path) -> None:
-    config = _config(tmp_path)
-    words = [set(demo.train_job(config, method, 0).arguments) for method in demo.METHODS]
+    paths = _config(tmp_path).paths()
+    words = [set(train_job(paths, arm, 0).arguments) for arm in demo.DEMO.arms(paths.profile)]
     assert words[0] ^ words[1] == {"baseline", "rocket", "baseline-seed0", "rocket-seed0"}
 
 
 def test_every_command_parses(tmp_path: Path) -> None:
-    config = _config(tmp_path)
+    paths = _config(tmp_path).paths()
     from experiments.mini.collect import CollectConfig
 
-    cli.parse(CollectConfig, demo.collect_job(config).arguments[2:])
-    cli.parse(load_finetune_script().FinetuneConfig, demo.train_job(config, "rocket", 1).arguments[1:])
-    for run in (demo.UNTOUCHED, "rocket-seed0"):
-        cli.parse(GenerateConfig, demo.evaluate_job(config, run).arguments[1:])
-    video = cli.parse(GenerateConfig, demo.video_job(config, "rocket-seed0").arguments[1:])
+    collect = cli.parse(CollectConfig, collect_job(paths).arguments[2:])
+    assert (collect.tasks, collect.episodes, collect.out) == ("7,9", 25, tmp_path / "data")
+    train, evaluate = arm_jobs(paths, demo.DEMO, ROCKET, 1)
+    config = cli.parse(load_finetune_script().FinetuneConfig, train.arguments[1:])
+    assert (config.max_steps, config.seed, config.batch_size) == (20, 1, 32)
+    for job in (evaluate, demo.untouched_job(paths)):
+        assert cli.parse(GenerateConfig, job.arguments[1:]).num_trials_per_task == 4
+    video = cli.parse(GenerateConfig, demo.video_job(paths, 0).arguments[1:])
     assert (video.num_trials_per_task, video.save_videos, video.run_name) == (1, "all", "video-rocket-seed0")
 
 
-def test_the_report_adds_up_result_files(tmp_path: Path) -> None:
-    config = _config(tmp_path)
+def test_folders_keep_their_names(tmp_path: Path) -> None:
+    paths = _config(tmp_path).paths()
+    train, evaluate = arm_jobs(paths, demo.DEMO, ROCKET, 1)
+    assert train.result == tmp_path / "runs" / "rocket-seed1--20_chkpt" / "run_config.json"
+    assert evaluate.result == tmp_path / "eval" / "rocket-seed1" / "summary.json"
+    assert demo.untouched_job(paths).result == tmp_path / "eval" / "untouched" / "summary.json"
+
+
+def test_the_report_adds_up_result_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = _config(tmp_path).paths()
     _write_results(tmp_path, "untouched", (0, 1))
     for seed, successes in ((0, (3, 4)), (1, (2, 4))):
         _write_results(tmp_path, f"rocket-seed{seed}", successes)
         _write_results(tmp_path, f"baseline-seed{seed}", (1, 1), errors=1)
-        for method in demo.METHODS:
+        for method in ("baseline", "rocket"):
             log = tmp_path / "runs" / f"{method}-seed{seed}" / "metrics.jsonl"
             log.parent.mkdir(parents=True)
             rows = [{"step": step, "loss": 1.0, "action_loss": 1 / step, "align_loss": 0.5} for step in (1, 10, 20)]
             log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shown = io.StringIO()
-    report = demo_report.write_report(config, (0, 1), minutes=3.0, console=Console(file=shown, width=200))
-    text = report.read_text()
+    table, places = demo.write_report(paths, (0, 1), minutes=3.0)
+    text = places["report"].read_text()
     assert "| ROCKET | 81% | 57 to 93% | 13/16 | 0, 1 |" in text
+    assert 0 < text.index(demo.CAUTION) < text.index("| policy |")
+    page = places["page to look at"].read_text()
+    assert 0 < page.index(demo.CAUTION) < page.index("baseline-seed0</h3>")
     assert "| task 9 | 1/4 | 2/6 | 8/8 |" in text
-    assert "13/16" in shown.getvalue()
+    assert ("before fine-tuning", "12%", "2 to 47%", "1/8", "-") in table.rows
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
 def test_a_missing_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
     with pytest.raises(UsageError, match=r"student: no model\.safetensors"):
         demo.main(_config(tmp_path / "out"))
 

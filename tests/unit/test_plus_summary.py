@@ -53,7 +53,7 @@ def test_mean_of_kinds_and_task_weighted_total() -> None:
 
 def test_the_tables_name_kinds_not_thousands_of_tasks() -> None:
     text = to_markdown(summarize(results("camera", "ssf") + results("noise", "f")))
-    assert "| camera | 66.7% | 20.8% to 93.9% | 3 | 0 |" in text
+    assert "| camera | 66.7% | 20.8 to 93.9% | 3 | 0 |" in text
     assert "Mean of the 2 kinds: 33.3%" in text and "Not run: robot" in text
     assert "pick the milk" not in text
 

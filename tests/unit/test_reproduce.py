@@ -25,13 +25,14 @@ from experiments.analysis.config import (
     TheoremConfig,
 )
 from experiments.reproduce import __main__ as command
-from experiments.reproduce import arms, outcomes, records, sections
+from experiments.reproduce import outcomes, records, report, sections
+from experiments.reproduce import studies as arms
 from experiments.reproduce.jobs import ROOT, Job
 from experiments.reproduce.profiles import MINI, PAPER, PROFILES
 from experiments.reproduce.published import PUBLISHED
-from experiments.reproduce.report import study as report
-from experiments.reproduce.stages import Workplace, analysis_job, arm_jobs, preparation_jobs, train_job
+from experiments.reproduce.stages import StudyPaths, analysis_job, arm_jobs, preparation_jobs, train_job
 from experiments.reproduce.studies import STUDIES
+from experiments.robot.libero.results.summary import paired_test
 from experiments.robot.libero.run_libero_eval import GenerateConfig
 from prismatic.util.errors import UsageError
 from tests.helpers.script_loader import load_finetune_script, load_script
@@ -39,8 +40,8 @@ from tests.helpers.script_loader import load_finetune_script, load_script
 SCRIPTS = ROOT / "experiments" / "reproduce"
 
 
-def _place(tmp_path: Path, profile: Any = MINI) -> Workplace:
-    return Workplace(profile, tmp_path, tmp_path / "data")
+def _paths(tmp_path: Path, profile: Any = MINI) -> StudyPaths:
+    return StudyPaths(profile, tmp_path, tmp_path / "data")
 
 
 def _all_arms(profile: Any) -> dict[str, arms.Arm]:
@@ -87,16 +88,17 @@ def test_a_script_without_an_environment_names_make_install(options: list[str], 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["table99"], "study: 'table99' found"),
-        (["table3"], "pi0.5"),
-        (["table8", "--profile", "huge"], "--profile: 'huge' found; accepted: mini, paper"),
-        (["table8", "--profile", "paper"], "--data_root_dir: missing"),
-        (["table8", "--seeds", "one"], "--seeds: 'one' found"),
-        (["table8", "--arms", "rockt"], "--arms: rockt found; accepted: baseline, "),
+        (["run", "table99"], "study: 'table99' found"),
+        (["run", "table3"], "pi0.5"),
+        (["run", "table8", "--profile", "huge"], "--profile: 'huge' found; accepted: mini, paper"),
+        (["run", "table8", "--profile", "paper"], "--data_root_dir: missing"),
+        (["run", "table8", "--seeds", "one"], "--seeds: 'one' found"),
+        (["report", "--profile", "huge"], "--profile: 'huge' found; accepted: mini, paper"),
+        (["run", "table8", "--arms", "rockt"], "--arms: rockt found; accepted: baseline, "),
     ],
 )
 def test_wrong_flags_are_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["run", *flags]) == 2
+    assert command.main(flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
@@ -114,8 +116,8 @@ def test_commands_use_flags_that_the_scripts_have(profile: Any, tmp_path: Path) 
         "vla-scripts/select_layers.py": select,
         "vla-scripts/build_feature_store.py": store,
     }
-    place = _place(tmp_path, profile)
-    jobs = [job for study in STUDIES.values() for arm in study.arms(profile) for job in arm_jobs(place, study, arm, 0)]
+    paths = _paths(tmp_path, profile)
+    jobs = [job for study in STUDIES.values() for arm in study.arms(profile) for job in arm_jobs(paths, study, arm, 0)]
     for job in jobs:
         assert {word[2:] for word in job.arguments if word.startswith("--")} <= known[job.arguments[0]], job.name
 
@@ -123,7 +125,7 @@ def test_commands_use_flags_that_the_scripts_have(profile: Any, tmp_path: Path) 
 @pytest.mark.parametrize("study", [study for study in STUDIES.values() if study.analyses], ids=lambda study: study.name)
 def test_analyses_are_commands_with_flags_that_exist(study: Any, tmp_path: Path) -> None:
     for analysis in study.analyses:
-        words = analysis_job(_place(tmp_path), analysis, 0).arguments
+        words = analysis_job(_paths(tmp_path), analysis, 0).arguments
         config = {
             "gradients": GradientsConfig,
             "projectors": ProjectorsConfig,
@@ -168,7 +170,7 @@ def test_averages_of_the_published_tables() -> None:
 
 def test_studies_share_the_commands_of_an_arm(tmp_path: Path) -> None:
     studies = command.choose_studies(["table8", "table9"])
-    chains = command.make_chains(studies, _place(tmp_path), frozenset({"rocket"}), prepare=False)
+    chains = command.make_chains(studies, _paths(tmp_path), frozenset({"rocket"}), prepare=False)
     assert len(chains) == len(MINI.seeds)
     names = [job.name for job in chains[0].jobs]
     assert sum(name.startswith("train-") for name in names) == 1
@@ -178,21 +180,21 @@ def test_studies_share_the_commands_of_an_arm(tmp_path: Path) -> None:
 
 def test_seeds_share_what_is_made_once(tmp_path: Path) -> None:
     """Layers and stored features come before all trainings, once; the training names the file or folder they fill."""
-    studies, place = command.choose_studies(["table4", "store"]), _place(tmp_path)
-    prepared = [job for chain in command.make_preparations(studies, place, frozenset()) for job in chain.jobs]
+    studies, paths = command.choose_studies(["table4", "store"]), _paths(tmp_path)
+    prepared = [job for chain in command.make_preparations(studies, paths, frozenset()) for job in chain.jobs]
     assert [job.name for job in prepared] == [
         *(f"select-rocket-pairs{count}" for count in MINI.pairs),
         "store-rocket-stored",
     ]
-    train = arm_jobs(place, studies[1], arms.ROCKET_STORED, 1)[1].arguments
+    train = arm_jobs(paths, studies[1], arms.ROCKET_STORED, 1)[1].arguments
     assert train[train.index("--feature_store") + 1] == str(prepared[-1].result)
-    only = command.make_preparations(studies, place, frozenset({"rocket"}))
+    only = command.make_preparations(studies, paths, frozenset({"rocket"}))
     assert only == ()
 
 
 def test_a_store_is_done_when_every_data_set_of_the_mixture_is(tmp_path: Path) -> None:
-    place = _place(tmp_path, PAPER)
-    (job,) = preparation_jobs(place, arms.ROCKET_STORED)
+    paths = _paths(tmp_path, PAPER)
+    (job,) = preparation_jobs(paths, arms.ROCKET_STORED)
     for suite in ("spatial", "object", "goal", "10"):
         assert not job.done
         folder = job.result / f"libero_{suite}_no_noops"
@@ -203,10 +205,10 @@ def test_a_store_is_done_when_every_data_set_of_the_mixture_is(tmp_path: Path) -
 
 def test_training_is_done_with_a_checkpoint_that_is_not_merged(tmp_path: Path) -> None:
     """The paper's profile writes adapters alone: a folder without the model's config.json."""
-    place = _place(tmp_path, PAPER)
-    job = train_job(place, arms.ROCKET, 42)
+    paths = _paths(tmp_path, PAPER)
+    job = train_job(paths, arms.ROCKET, 42)
     assert job.arguments[job.arguments.index("--merge_lora_during_training") + 1] == "False" and not job.done
-    adapter = place.checkpoint(arms.ROCKET, 42, PAPER.final_step) / "lora_adapter"
+    adapter = paths.checkpoint(arms.ROCKET, 42, PAPER.final_step) / "lora_adapter"
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}")
     (adapter.parent / "run_config.json").write_text("{}")
@@ -243,8 +245,8 @@ def test_outcomes_add_up_seeds_and_pair_episodes() -> None:
     assert baseline.by_seed == {0: 0.3, 1: 0.1}
     # Student's t with one degree of freedom: 12.706 * 0.1414 / sqrt(2), cut at 0 and 1.
     assert baseline.seed_interval == (0.0, 1.0) and rocket.seed_interval is None
-    test = outcomes.paired_test(baseline, rocket)
-    assert test and (test.only_first, test.only_second) == (0, 5)
+    test = paired_test(baseline.episodes, rocket.episodes)
+    assert test and (test.only_a, test.only_b) == (0, 5)
     assert test.p_value == pytest.approx(2 * 0.5**5)
     # With errors in one seed, the mean over seeds (50, 100 and 80%) is not the rate of all episodes.
     uneven = [_record("naive", 0, [0, 1, 2, 3, 4]), _record("naive", 1, [0, 1]), _record("naive", 2, list(range(8)))]
@@ -306,25 +308,25 @@ def test_a_report_without_results_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_record_holds_what_the_run_left(tmp_path: Path) -> None:
-    place, arm = _place(tmp_path), arms.ROCKET
-    checkpoint = place.checkpoint(arm, 0, MINI.final_step)
+    paths, arm = _paths(tmp_path), arms.ROCKET
+    checkpoint = paths.checkpoint(arm, 0, MINI.final_step)
     checkpoint.mkdir(parents=True)
     flags = {"recipe": "rocket", "vggt_path": str(ROOT / MINI.teacher_path), "batch_size": 16}
     (checkpoint / "run_config.json").write_text(json.dumps({**flags, "data_root_dir": str(tmp_path / "data")}))
-    log = place.out / "runs" / "rocket-seed0" / "metrics.jsonl"
+    log = paths.out / "runs" / "rocket-seed0" / "metrics.jsonl"
     log.parent.mkdir(parents=True)
     log.write_text('{"step": 1, "loss": 1.0, "seconds": 2.0}\n{"step": 10, "loss": 0.5, "seconds": 4.0}\n')
-    folder = place.out / "eval" / "rocket-seed0-step100-libero_object"
+    folder = paths.out / "eval" / "rocket-seed0-step100-libero_object"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"identity": {"suite": "libero_object"}, "environment": {}}))
     episode = {"suite": "libero_object", "task_id": 7, "task": "t", "init_state": 3, "seed": 7, "status": "success"}
     episode |= {"success": True, "steps": 90, "error": None, "wall_time": 2.345, "attempts": 1}
     (folder / "episodes.jsonl").write_text(json.dumps(episode) + "\n")
     (folder / "summary.json").write_text('{"missing": 0}')
-    stopped = place.out / "eval" / "rocket-seed0-step50-libero_object"
+    stopped = paths.out / "eval" / "rocket-seed0-step50-libero_object"
     shutil.copytree(folder, stopped)
     (stopped / "summary.json").write_text('{"missing": 3}')
-    path = records.write_record(place, arm, 0, [Job("train", ("a", str(tmp_path / "x")), log)], results=tmp_path / "r")
+    path = records.write_record(paths, arm, 0, [Job("train", ("a", str(tmp_path / "x")), log)], results=tmp_path / "r")
     record = json.loads(path.read_text())
     assert record["training"] == {"loss": [1.0, 0.5], "seconds": [2.0, 4.0], "step": [1.0, 10.0]}
     assert record["alignment"]["widths"] == [25, 51, 76, 102, 128]
@@ -333,9 +335,9 @@ def test_a_record_holds_what_the_run_left(tmp_path: Path) -> None:
     assert record["commands"] == {"train": ["a", "x"]} and record["configuration"]["data_root_dir"] == "data"
     assert str(tmp_path) not in path.read_text()
     # Asked for again, a finished training would be told to resume: the record keeps what its log says was run.
-    place.logs.mkdir()
-    (place.logs / "train.log").write_text("$ /usr/bin/python a --resume False\nstep 1\n")
-    records.write_record(place, arm, 0, [Job("train", ("a", "--resume", "True"), log)], results=tmp_path / "r")
+    paths.logs.mkdir()
+    (paths.logs / "train.log").write_text("$ /usr/bin/python a --resume False\nstep 1\n")
+    records.write_record(paths, arm, 0, [Job("train", ("a", "--resume", "True"), log)], results=tmp_path / "r")
     assert json.loads(path.read_text())["commands"] == {"train": ["a", "--resume", "False"]}
 
 

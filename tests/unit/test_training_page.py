@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from experiments.reproduce.report import training_page
-from experiments.reproduce.report.settings import setting_rows
+from experiments.report.html import setting_rows
+from experiments.reproduce import training_page
 
 
 def _run(root: Path, name: str, *, pairs: int, final: float, **config: Any) -> Path:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from experiments.reproduce.report.html import Rate, percent, render
-from experiments.reproduce.report.settings import SettingRow, setting_rows
+from experiments.report import percent
+from experiments.report.html import Rate, SettingRow, render, setting_rows
 from experiments.robot.libero.results import summary
 from experiments.robot.libero.results.planned import planned_episodes
 from experiments.robot.libero.results.run_folder import EpisodeResult, load_episodes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from experiments.report import markdown_table, percent
 from experiments.robot.libero.rollouts.protocol import PLUS_SUITES
 from experiments.robot.libero.suites.plus import KIND_COUNTS, KINDS, parse_name
 
@@ -59,14 +60,10 @@ def by_kind(results: Results, rate: Callable[[Results], dict[str, Any]]) -> dict
     }
 
 
-def kind_lines(report: Mapping[str, Any], percent: Callable[[float | None], str]) -> list[str]:
+def kind_lines(report: Mapping[str, Any], rate_cells: Callable[[Mapping[str, Any]], Sequence[str]]) -> list[str]:
     """Markdown of :func:`by_kind`."""
-    lines = ["", "| perturbation | success | 95% interval | episodes | errors |", "|---|---:|---|---:|---:|"]
-    for kind, entry in report["kinds"].items():
-        low, high = entry["interval_95"]
-        completed = entry["successes"] + entry["failures"]
-        interval = f"{percent(low)} to {percent(high)}" if completed else "-"
-        lines.append(f"| {kind} | {percent(entry['success_rate'])} | {interval} | {completed} | {entry['errors']} |")
+    header = ("perturbation", "success", "95% interval", "episodes", "errors")
+    lines = ["", *markdown_table(header, ((kind, *rate_cells(entry)) for kind, entry in report["kinds"].items()))]
     mean, total = percent(report["mean_of_kinds"]), percent(report["task_weighted_total"])
     which = "seven" if len(report["kinds"]) == len(KINDS) else str(len(report["kinds"]))
     lines += [
@@ -92,15 +89,17 @@ def compare_kinds(
     return compared
 
 
-def comparison_lines(kinds: Mapping[str, Any], percent: Callable[[float | None], str]) -> list[str]:
+def comparison_lines(kinds: Mapping[str, Any]) -> list[str]:
     """Markdown of :func:`compare_kinds`."""
-    lines = [
-        "",
-        "| perturbation | A | B | episodes | solved by A alone | by B alone | p |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for kind, entry in kinds.items():
-        rates = f"{percent(entry['success_rate_a'])} | {percent(entry['success_rate_b'])}"
-        alone = f"{entry['only_a']} | {entry['only_b']} | {entry['p_value']:.3g}"
-        lines.append(f"| {kind} | {rates} | {entry['episodes']} | {alone} |")
-    return lines
+    rows = (
+        (
+            kind,
+            percent(entry["success_rate_a"]),
+            percent(entry["success_rate_b"]),
+            *(str(entry[name]) for name in ("episodes", "only_a", "only_b")),
+            f"{entry['p_value']:.3g}",
+        )
+        for kind, entry in kinds.items()
+    )
+    header = ("perturbation", "A", "B", "episodes", "solved by A alone", "by B alone", "p")
+    return ["", *markdown_table(header, rows)]

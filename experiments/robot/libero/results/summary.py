@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from experiments.report import markdown_table, percent, percent_range
 from experiments.robot.libero.results import plus_summary
 from experiments.robot.libero.rollouts.protocol import PLUS_SUITES
 from prismatic.util.errors import UsageError
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from experiments.robot.libero.results.run_folder import EpisodeResult
 
 CONFIDENCE = 0.95
+Episode = TypeVar("Episode", bound=Hashable)
 
 
 def mcnemar_p_value(only_a: int, only_b: int) -> float:
@@ -21,6 +24,28 @@ def mcnemar_p_value(only_a: int, only_b: int) -> float:
 
     discordant = only_a + only_b
     return float(binomtest(only_b, discordant, 0.5).pvalue) if discordant else 1.0
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Exact McNemar test on the episodes that two sides share: solved by one side alone, and the two-sided p-value."""
+
+    episodes: int
+    only_a: int
+    only_b: int
+    p_value: float
+
+
+def paired_test(solved_a: Mapping[Episode, bool], solved_b: Mapping[Episode, bool]) -> PairedTest:
+    """Whether one side solves more of the episodes that both have, given as (suite, task, ...) -> solved.
+
+    Only episodes that one side solved and the other did not tell the sides apart; under the null hypothesis they split
+    evenly, so the p-value is that of a binomial test at 0.5.
+    """
+    shared = solved_a.keys() & solved_b.keys()
+    only_a = sum(solved_a[key] and not solved_b[key] for key in shared)
+    only_b = sum(solved_b[key] and not solved_a[key] for key in shared)
+    return PairedTest(len(shared), only_a, only_b, mcnemar_p_value(only_a, only_b))
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -81,17 +106,19 @@ def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
 
 def to_markdown(report: dict[str, Any]) -> str:
     """The table of :func:`summarize`."""
-    lines = ["| suite | task | success | 95% interval | episodes | errors |", "|---|---|---:|---|---:|---:|"]
-    for suite, of_suite in report["suites"].items():
+    rows = []
+    for suite, suite_rates in report["suites"].items():
         # Thousands of tasks with one episode each are no table to read; their kinds are, below.
-        for task_id, of_task in of_suite["tasks"].items() if suite not in PLUS_SUITES else ():
-            lines.append(_row(suite, f"{task_id} {of_task['task']}", of_task))
-        lines.append(_row(f"**{suite}**", "**all tasks**", of_suite))
+        for task_id, task_rates in suite_rates["tasks"].items() if suite not in PLUS_SUITES else ():
+            rows.append((suite, f"{task_id} {task_rates['task']}", *rate_cells(task_rates)))
+        rows.append((f"**{suite}**", "**all tasks**", *rate_cells(suite_rates)))
     if len(report["suites"]) > 1:
-        lines.append(_row("**all**", "**all episodes**", report["total"]))
-        lines += ["", f"Mean of the {len(report['suites'])} suites: {_percent(report['total']['mean_of_suites'])}"]
+        rows.append(("**all**", "**all episodes**", *rate_cells(report["total"])))
+    lines = markdown_table(("suite", "task", *RATE_HEADER), rows, text_columns=2)
+    if len(report["suites"]) > 1:
+        lines += ["", f"Mean of the {len(report['suites'])} suites: {percent(report['total']['mean_of_suites'])}"]
     if "perturbations" in report:
-        lines += plus_summary.kind_lines(report["perturbations"], _percent)
+        lines += plus_summary.kind_lines(report["perturbations"], rate_cells)
     if report.get("deviations"):
         lines += ["", f"Not the protocol of published numbers: {', '.join(report['deviations'])}."]
     if report.get("missing"):
@@ -104,23 +131,20 @@ def to_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(suite: str, task: str, entry: dict[str, Any]) -> str:
-    low, high = entry["interval_95"]
+RATE_HEADER = ("success", "95% interval", "episodes", "errors")
+
+
+def rate_cells(entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """What :func:`rate` returns as the cells of a table, see `RATE_HEADER`."""
     completed = entry["successes"] + entry["failures"]
-    interval = f"{_percent(low)} to {_percent(high)}" if completed else "-"
-    return f"| {suite} | {task} | {_percent(entry['success_rate'])} | {interval} | {completed} | {entry['errors']} |"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}%"
+    interval = percent_range(entry["interval_95"], 1) if completed else "-"
+    return percent(entry["success_rate"]), interval, str(completed), str(entry["errors"])
 
 
 def compare(results_a: Sequence[EpisodeResult], results_b: Sequence[EpisodeResult]) -> dict[str, Any]:
     """Exact McNemar test on the episodes that both runs completed (same suite, task and initial state).
 
-    Only episodes that one run solved and the other did not tell the runs apart; under the null hypothesis they split
-    evenly, so the two-sided p-value is that of a binomial test at 0.5. With LIBERO-Plus, "kinds" has one such
-    comparison for each kind of perturbation.
+    With LIBERO-Plus, "kinds" has one such comparison for each kind of perturbation. See :func:`paired_test`.
 
     Raises:
         UsageError: the runs share no completed episode.
@@ -138,8 +162,7 @@ def _compare_paired(results_a: Sequence[EpisodeResult], results_b: Sequence[Epis
     shared = sorted(by_key_a.keys() & by_key_b.keys())
     if not shared:
         raise UsageError("compare: the two runs have no completed episode in common")
-    only_a = sum(by_key_a[key] and not by_key_b[key] for key in shared)
-    only_b = sum(by_key_b[key] and not by_key_a[key] for key in shared)
+    test = paired_test(by_key_a, by_key_b)
     successes_a, successes_b = sum(by_key_a[key] for key in shared), sum(by_key_b[key] for key in shared)
     return {
         "episodes": len(shared),
@@ -149,26 +172,31 @@ def _compare_paired(results_a: Sequence[EpisodeResult], results_b: Sequence[Epis
         "difference_b_minus_a": (successes_b - successes_a) / len(shared),
         "interval_95_a": list(wilson_interval(successes_a, len(shared))),
         "interval_95_b": list(wilson_interval(successes_b, len(shared))),
-        "only_a": only_a,
-        "only_b": only_b,
-        "p_value": mcnemar_p_value(only_a, only_b),
+        "only_a": test.only_a,
+        "only_b": test.only_b,
+        "p_value": test.p_value,
     }
 
 
 def comparison_to_markdown(content: dict[str, Any]) -> str:
     """The table of :func:`compare`."""
-    rows = ["| run | success | 95% interval | solved by it alone |", "|---|---:|---|---:|"]
-    for name in ("a", "b"):
-        low, high = content[f"interval_95_{name}"]
-        success = _percent(content[f"success_rate_{name}"])
-        rows.append(f"| {name.upper()} | {success} | {_percent(low)} to {_percent(high)} | {content[f'only_{name}']} |")
+    sides = (
+        (
+            name.upper(),
+            percent(content[f"success_rate_{name}"]),
+            percent_range(content[f"interval_95_{name}"], 1),
+            str(content[f"only_{name}"]),
+        )
+        for name in ("a", "b")
+    )
+    lines = markdown_table(("run", "success", "95% interval", "solved by it alone"), sides)
     if content.get("kinds"):
-        rows += plus_summary.comparison_lines(content["kinds"], _percent)
-    rows += [
+        lines += plus_summary.comparison_lines(content["kinds"])
+    lines += [
         "",
         f"B minus A: {100 * content['difference_b_minus_a']:+.1f} points on {content['episodes']} shared episodes "
         f"({content['left_out']} left out); exact McNemar test, two-sided: p = {content['p_value']:.4g}",
     ]
     if content.get("protocols_differ"):
-        rows += ["", f"The runs differ in their protocol: {'; '.join(content['protocols_differ'])}."]
-    return "\n".join(rows) + "\n"
+        lines += ["", f"The runs differ in their protocol: {'; '.join(content['protocols_differ'])}."]
+    return "\n".join(lines) + "\n"

@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+from experiments.report import markdown_table
+from experiments.report.html import render
 from experiments.reproduce.outcomes import Record, load_analyses, load_records
 from experiments.reproduce.profiles import PROFILES, Profile
 from experiments.reproduce.records import RESULTS
-from experiments.reproduce.report.html import render
-from experiments.reproduce.sections import Results, Section, Table, make_sections
+from experiments.reproduce.sections import Results, Section, make_sections
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
 
@@ -32,10 +36,10 @@ def write_report(profile_name: str, out: Path | None = None, results: Path = RES
     folder.mkdir(parents=True, exist_ok=True)
     analyses = load_analyses(source, folder)
     drawn = draw_pictures(records, profile, folder, analyses)
-    found = Results(profile, records, analyses, {name: path.name for name, path in drawn.items()})
+    everything = Results(profile, records, analyses, {name: path.name for name, path in drawn.items()})
     introduction = introduction_lines(records, profile)
     findings = (source / "findings.md").read_text().strip() if (source / "findings.md").is_file() else ""
-    sections = make_sections(found)
+    sections = make_sections(everything)
     training = drawn["training"].name if "training" in drawn else ""
     lines = [f"# Results, {profile.name} profile", "", *introduction, ""]
     lines += [findings, ""] if findings else []
@@ -48,7 +52,7 @@ def write_report(profile_name: str, out: Path | None = None, results: Path = RES
         title=f"ROCKET: results, {profile.name} profile",
         subtitle=introduction[0],
         note=introduction[-1],
-        findings=findings_html(findings),
+        findings=Markup(MarkdownIt("js-default").render(findings)),
         training=training,
         sections=sections,
     )
@@ -65,7 +69,7 @@ def introduction_lines(records: Sequence[Record], profile: Profile) -> list[str]
     scale = (
         "The paper's numbers are of OpenVLA-7B and VGGT-1B in all of LIBERO, ours of mini models in "
         f"{', '.join(profile.suites)}, tasks {profile.evaluate['task_ids']}: compare the order of rows, not the values."
-        if profile.collects
+        if profile.collect
         else "Both the paper's numbers and ours are of OpenVLA-7B and VGGT-1B."
     )
     return [
@@ -85,30 +89,9 @@ def markdown_section(section: Section) -> list[str]:
     if section.reason:
         lines += [f"Not run: {section.reason}.", ""]
     for table in section.tables:
-        lines += [*markdown_table(table), ""]
+        lines += [*markdown_table(*table), ""]
     if section.missing:
         lines += [f"Not run: {', '.join(section.missing)}.", ""]
     for picture in section.pictures:
         lines += [f"![{section.title}]({picture})", ""]
     return lines
-
-
-def markdown_table(table: Table) -> list[str]:
-    """A table whose first column is text and whose others are numbers."""
-    ruler = ["---", *("---:" for _ in table.header[1:])]
-    escaped = ([cell.replace("|", "\\|") for cell in row] for row in table.rows)
-    header = [cell.replace("|", "\\|") for cell in table.header]
-    return [f"| {' | '.join(row)} |" for row in (header, ruler, *escaped)]
-
-
-def findings_html(markdown: str) -> list[tuple[str, list[str]]]:
-    """(heading, bullet points) of the findings, for the page; they are headings and bullets, nothing else."""
-    parts: list[tuple[str, list[str]]] = []
-    for line in markdown.splitlines():
-        if line.startswith("#"):
-            parts.append((line.lstrip("# "), []))
-        elif line.startswith("- ") and parts:
-            parts[-1][1].append(line[2:])
-        elif line.strip() and parts and parts[-1][1]:
-            parts[-1][1][-1] += " " + line.strip()
-    return parts

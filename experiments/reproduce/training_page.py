@@ -1,6 +1,6 @@
 """A page about fine-tuning runs that a person would look at: one HTML file from their logs and evaluations.
 
-    python -m experiments.reproduce.report.training_page runs/rocket runs/baseline [--eval runs/eval] [--out FILE]
+    python -m experiments.reproduce.training_page runs/rocket runs/baseline [--eval runs/eval] [--out FILE]
         [--title TEXT]
 
 RUN is the folder with a run's metrics.jsonl; its checkpoints (RUN--STEP_chkpt) lie beside it. The page shows losses,
@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from experiments.reproduce.report.html import Line, Rate, line_chart, render
-from experiments.reproduce.report.settings import setting_rows
+from experiments.report.html import Line, Rate, line_chart, render, setting_rows
 from prismatic.training.folders import LOG_FILE, last_checkpoint
 from prismatic.training.metrics import read_log
 from prismatic.util.cli import exit_code
@@ -67,7 +66,7 @@ class Run:
     @property
     def success(self) -> Evaluation | None:
         """The evaluation of the latest checkpoint that has one."""
-        return max(self.evaluations, key=lambda one: one.step, default=None)
+        return max(self.evaluations, key=lambda evaluation: evaluation.step, default=None)
 
     def curve(self, name: str) -> Line | None:
         """A metric over the steps; None when the run did not log it."""
@@ -78,13 +77,13 @@ class Run:
     def details(self) -> list[tuple[str, str]]:
         """What the run's card says beside its success."""
         last = self.rows[-1]
-        found = [("steps", str(self.last_step)), ("action loss", _number(last.get("action_loss")))]
+        rows = [("steps", str(self.last_step)), ("action loss", _number(last.get("action_loss")))]
         if "align_loss" in last:
-            found.append(("alignment loss", _number(last["align_loss"])))
+            rows.append(("alignment loss", _number(last["align_loss"])))
         aligned = any(self.config.get(name) for name in ("vggt_path", "teacher_path", "feature_store"))
         recipe = self.config.get("recipe") or ("rocket" if aligned else "baseline")
-        found += [("recipe", str(recipe)), ("seed", str(self.config.get("seed", "-")))]
-        return [*found, ("training time", _duration(sum(row.get("seconds", 0.0) for row in self.rows)))]
+        rows += [("recipe", str(recipe)), ("seed", str(self.config.get("seed", "-")))]
+        return [*rows, ("training time", _duration(sum(row.get("seconds", 0.0) for row in self.rows)))]
 
 
 def _number(value: float | None) -> str:
@@ -122,19 +121,21 @@ def find_evaluations(run: str, eval_dir: Path) -> tuple[Evaluation, ...]:
     from experiments.robot.libero.results.run_folder import load_episodes
 
     pattern = re.compile(re.escape(run) + r"--(\d+)_chkpt")
-    found = []
+    evaluations = []
     for record in sorted(eval_dir.glob("*/config.json")):
         content = read_json(record)
         checkpoint = Path(str(content.get("environment", {}).get("checkpoint", ""))).name
         if named := pattern.fullmatch(checkpoint):
             rate = Rate.of(summary.rate(load_episodes(record.parent)))
             suite = str(content.get("identity", {}).get("suite", ""))
-            found.append(Evaluation(int(named.group(1)), suite, rate, record.parent))
-    return tuple(sorted(found, key=lambda one: one.step))
+            evaluations.append(Evaluation(int(named.group(1)), suite, rate, record.parent))
+    return tuple(sorted(evaluations, key=lambda evaluation: evaluation.step))
 
 
-def build_page(folders: Sequence[Path], out: Path, eval_dir: Path | None = None, title: str = "Fine-tuning") -> None:
-    """Write the page of some runs to `out`.
+def build_page(
+    folders: Sequence[Path], out: Path, eval_dir: Path | None = None, title: str = "Fine-tuning", note: str = ""
+) -> None:
+    """Write the page of some runs to `out`; `note` stands above the numbers.
 
     Raises:
         UsageError: a folder holds no log.
@@ -149,6 +150,7 @@ def build_page(folders: Sequence[Path], out: Path, eval_dir: Path | None = None,
         "training.html",
         title=title,
         subtitle=f"{len(runs)} run{'s' * (len(runs) > 1)}: {', '.join(run.name for run in runs)}",
+        note=note,
         runs=runs,
         success=success_chart(runs),
         charts=charts,
@@ -163,9 +165,10 @@ def success_chart(runs: Sequence[Run]) -> Any:
     """Success by step, where runs have several evaluated checkpoints; else None."""
     lines = []
     for run in runs:
-        steps = sorted({one.step for one in run.evaluations if one.rate.value is not None})
+        steps = sorted({evaluation.step for evaluation in run.evaluations if evaluation.rate.value is not None})
         if len(steps) > 1:
-            means = [_mean([one.rate.value for one in run.evaluations if one.step == step]) for step in steps]
+            rates = ([known.rate.value for known in run.evaluations if known.step == step] for step in steps)
+            means = [_mean(values) for values in rates]
             lines.append(Line(run.name, steps, [100 * mean for mean in means], run.series))
     return line_chart(lines, title="Success", x_label="step", y_label="percent") if lines else None
 
@@ -180,7 +183,7 @@ def alignment(run: Run) -> dict[str, Any]:
     described = run.config.get("alignment") or {}
     students, teachers = described.get("student_layers") or [], described.get("teacher_layers") or []
     widths = described.get("widths") or []
-    numbers = sorted({int(found[1]) for row in run.rows for name in row if (found := _PAIR.fullmatch(name))})
+    numbers = sorted({int(match[1]) for row in run.rows for key in row if (match := _PAIR.fullmatch(key))})
 
     def name(pair: int) -> str:
         return f"{students[pair]} : {teachers[pair]}" if pair < len(students) else f"pair {pair}"
@@ -198,7 +201,7 @@ def alignment(run: Run) -> dict[str, Any]:
 
 def videos(run: Run, out: Path) -> list[dict[str, Any]]:
     """Rollouts of the latest evaluated checkpoint that has videos, failures first."""
-    for evaluation in sorted(run.evaluations, key=lambda one: -one.step):
+    for evaluation in sorted(run.evaluations, key=lambda evaluation: -evaluation.step):
         files = sorted((evaluation.folder / "videos").glob("*.mp4"), key=lambda file: "--failure" not in file.name)
         if files:
             return [
@@ -218,7 +221,7 @@ def videos(run: Run, out: Path) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this module; see its docstring."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.reproduce.report.training_page", description=(__doc__ or "").split("\n")[0]
+        prog="python -m experiments.reproduce.training_page", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a fine-tuning run")
     parser.add_argument("--eval", type=Path, dest="eval_dir", help="folder that holds evaluations (--local_log_dir)")

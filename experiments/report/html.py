@@ -1,4 +1,4 @@
-"""Building blocks of result pages: cards, sortable tables, bars with intervals, line charts; one file a page.
+"""Building blocks of result pages: cards, sortable tables, bars with intervals, line charts, settings side by side.
 
     page = render("libero_results.html", title="...", ...)       a template of `templates/` that extends page.html
 
@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import functools
 import html
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
+
+from experiments.report import percent, percent_range
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -36,7 +39,7 @@ class Rate:
     errors: int = 0
 
     @classmethod
-    def of(cls, counts: dict[str, Any]) -> Rate:
+    def of(cls, counts: Mapping[str, Any]) -> Rate:
         """From what `experiments.robot.libero.results.summary.rate` returns."""
         low, high = counts["interval_95"]
         trials = counts["successes"] + counts["failures"]
@@ -47,8 +50,12 @@ class Rate:
         """In words, for those who do not see the bar."""
         if self.value is None:
             return "no completed episodes"
-        interval = f"{100 * self.low:.0f} to {100 * self.high:.0f}%"
-        return f"{percent(self.value)}, 95% interval {interval}, {self.successes} of {self.trials}"
+        return f"{percent(self.value)}, 95% interval {self.interval}, {self.successes} of {self.trials}"
+
+    @property
+    def interval(self) -> str:
+        """The interval as text."""
+        return percent_range((self.low, self.high))
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,6 @@ class Line:
     xs: Sequence[float]
     ys: Sequence[float]
     series: int = 0
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """A rate in [0, 1] for people; "-" for None."""
-    return "-" if value is None else f"{100 * value:.{digits}f}%"
 
 
 def color(series: int) -> str:
@@ -79,11 +81,11 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str,
     """
     width, height, left, bottom, top, right = 560, 300, 56, 44, 34, 14
     points = [[(x, y) for x, y in zip(line.xs, line.ys) if math.isfinite(x) and math.isfinite(y)] for line in lines]
-    flat = [point for of_line in points for point in of_line] or [(0.0, 0.0), (1.0, 1.0)]
+    flat = [point for line_points in points for point in line_points] or [(0.0, 0.0), (1.0, 1.0)]
     x_ticks = _ticks([x for x, _ in flat])
     y_ticks = _ticks([y for _, y in flat] + ([0.0] if from_zero else []))
 
-    def place(x: float, y: float) -> tuple[float, float]:
+    def position(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return left + across * (width - left - right), height - bottom - up * (height - bottom - top)
@@ -91,11 +93,11 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str,
     parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">']
     parts.append(f'<text class="chart-title" x="{left}" y="18">{html.escape(title)}</text>')
     for y in y_ticks:
-        _, row = place(x_ticks[0], y)
+        _, row = position(x_ticks[0], y)
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{row:.1f}" y2="{row:.1f}"/>')
         parts.append(f'<text class="tick" x="{left - 8}" y="{row + 4:.1f}" text-anchor="end">{y:g}</text>')
     for x in x_ticks:
-        column, _ = place(x, y_ticks[0])
+        column, _ = position(x, y_ticks[0])
         parts.append(
             f'<text class="tick" x="{column:.1f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>'
         )
@@ -105,8 +107,8 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str,
         f'<text class="axis" transform="translate(13 {(height - bottom + top) / 2}) rotate(-90)" '
         f'text-anchor="middle">{html.escape(y_label)}</text>'
     )
-    for line, of_line in zip(lines, points):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in of_line))
+    for line, line_points in zip(lines, points):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (position(*point) for point in line_points))
         name = f"<title>{html.escape(line.name)}</title>"
         parts.append(f'<polyline class="line {color(line.series)}" points="{path}">{name}</polyline>')
     parts.append("</svg>")
@@ -142,6 +144,34 @@ def _environment() -> Environment:
     return environment
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, **values: object) -> str:
     """A page from a template of this package."""
     return _environment().get_template(template).render(**values)
+
+
+@dataclass(frozen=True)
+class SettingRow:
+    """One setting and its value in every run; "-" where a run does not have it."""
+
+    name: str
+    cells: tuple[str, ...]
+
+    @property
+    def differs(self) -> bool:
+        return len(set(self.cells)) > 1
+
+
+def _flatten(content: object, prefix: str = "") -> dict[str, str]:
+    """Nested settings as {"a.b": text}."""
+    if isinstance(content, dict) and content:
+        nested = (_flatten(value, f"{prefix}.{name}" if prefix else str(name)) for name, value in content.items())
+        return {name: value for part in nested for name, value in part.items()}
+    return {prefix: content if isinstance(content, str) else json.dumps(content)}
+
+
+def setting_rows(records: Sequence[Mapping[str, object]]) -> list[SettingRow]:
+    """A row for every setting of any record; those that differ come first."""
+    settings = [_flatten(dict(record)) for record in records]
+    names = dict.fromkeys(name for record in settings for name in record)
+    rows = (SettingRow(name, tuple(record.get(name, "-") for record in settings)) for name in names)
+    return sorted(rows, key=lambda row: not row.differs)
