@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from prismatic.vla.batch import Batch
+from prismatic.vla.batch import Batch, Sample
 from prismatic.vla.constants import IGNORE_INDEX
 
 
@@ -34,7 +33,7 @@ class PaddedCollatorForActionPrediction:
         if self.padding_side != "right":
             raise ValueError(f"padding_side is {self.padding_side!r}; accepted: right")
 
-    def __call__(self, instances: Sequence[Mapping[str, Any]]) -> Batch:
+    def __call__(self, instances: Sequence[Sample]) -> Batch:
         """Collate samples of :class:`prismatic.vla.datasets.RLDSBatchTransform`.
 
         Raises:
@@ -68,7 +67,7 @@ class PaddedCollatorForActionPrediction:
     def _pad(self, sequences: Sequence[torch.Tensor], value: int) -> torch.Tensor:
         return pad_sequence(list(sequences), batch_first=True, padding_value=value)
 
-    def _pixels(self, instances: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    def _pixels(self, instances: Sequence[Sample]) -> torch.Tensor:
         names = [name for name in ("pixel_values", "pixel_values_wrist") if name in instances[0]]
         views = [[instance[name] for name in names] for instance in instances]
         channels = sum(len(view) for view in views[0])
@@ -80,5 +79,5 @@ class PaddedCollatorForActionPrediction:
         return pixels
 
 
-def _stack(arrays: Sequence[Any]) -> torch.Tensor:
+def _stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(array, dtype=np.float32) for array in arrays]))

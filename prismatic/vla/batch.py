@@ -1,13 +1,49 @@
-"""The batch that the data hand to training. B batch, V views, S sequence, T chunk, A action and P proprio numbers."""
+"""What the data hand on: a frame, the sample made of it, the batch of samples.
+
+B batch, V views, S sequence, T chunk, A action and P proprio numbers.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypedDict
 
+import numpy as np
 import torch
 
 
-class _Always(TypedDict):
+class Frame(TypedDict):
+    """A frame of a dataset, resized, augmented and normalized, in upstream's layout.
+
+    action: (T, A) float32.
+    observation: image_{view} (1, H, W, 3) uint8 for every view in the order the policy sees them, proprio (1, P)
+        float32, timestep (1,) int64.
+    task: language_instruction, as text or UTF-8 bytes.
+    """
+
+    dataset_name: str
+    action: np.ndarray
+    observation: dict[str, np.ndarray]
+    task: dict[str, str | bytes]
+
+
+class _AlwaysInSample(TypedDict):
+    pixel_values: torch.Tensor
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    actions: np.ndarray
+    dataset_name: str
+
+
+class Sample(_AlwaysInSample, total=False):
+    """One row of a :class:`Batch` before padding; every view but the first is in `pixel_values_wrist`."""
+
+    pixel_values_wrist: torch.Tensor
+    proprio: np.ndarray
+    extras: Mapping[str, torch.Tensor]
+
+
+class _AlwaysInBatch(TypedDict):
     pixel_values: torch.Tensor
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -15,8 +51,8 @@ class _Always(TypedDict):
     actions: torch.Tensor
 
 
-class Batch(_Always, total=False):
-    """What :class:`prismatic.util.data_utils.PaddedCollatorForActionPrediction` returns.
+class Batch(_AlwaysInBatch, total=False):
+    """Samples as :class:`prismatic.util.data_utils.PaddedCollatorForActionPrediction` collates them.
 
     pixel_values: (B, 6 * V, H, W) float32; views in order primary, wrist(s); the 6 channels of a view are its RGB
         normalized for the first vision tower (DINOv2) and again for the second (SigLIP). A single-tower model has 3.

@@ -6,7 +6,7 @@ checkpoint stores it (field `platform` of the model's configuration), and evalua
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -20,7 +20,7 @@ class NormalizationType(str, Enum):
     BOUNDS = "bounds"
     BOUNDS_Q99 = "bounds_q99"
 
-    def bounds(self, statistics: Mapping[str, Any]) -> tuple[Any, Any]:
+    def bounds(self, statistics: Mapping[str, Sequence[float]]) -> tuple[Sequence[float], Sequence[float]]:
         """The (low, high) entries of one dataset's action or proprio `statistics` that map to -1 and +1.
 
         Raises ValueError for NORMAL, which has no bounds.
@@ -57,7 +57,7 @@ class Platform:
         """Action tokens in one sequence: one for each number of each action of the chunk."""
         return self.chunk * self.action_dim
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """A JSON-ready dictionary that :func:`get_platform` reads back."""
         return {**asdict(self), "normalization": self.normalization.value}
 
@@ -110,5 +110,5 @@ def platform_of_statistics(statistics: Mapping[str, Any]) -> Platform | None:
         tuple(len(next(iter(data[kind].values()), ())) for kind in ("action", "proprio") if kind in data)
         for data in statistics.values()
     }
-    found = [one for one in PLATFORMS.values() if widths == {(one.action_dim, one.proprio_dim)}]
-    return found[0] if len(found) == 1 else None
+    fitting = [platform for platform in PLATFORMS.values() if widths == {(platform.action_dim, platform.proprio_dim)}]
+    return fitting[0] if len(fitting) == 1 else None

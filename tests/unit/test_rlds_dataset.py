@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets import FrameDraw, RLDSDataset, prepare_policy_image
 from prismatic.vla.datasets.builder import open_dataset
-from prismatic.vla.datasets.episode_table import cache_folder
+from prismatic.vla.datasets.episodes import cache_folder
 from prismatic.vla.datasets.frame_index import load_frame_index
 from prismatic.vla.datasets.image_transforms import decode_image
 from prismatic.vla.datasets.specs import (

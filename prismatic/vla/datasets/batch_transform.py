@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 
+from prismatic.vla.batch import Frame, Sample
 from prismatic.vla.constants import EMPTY_TOKEN_ID, IGNORE_INDEX, STOP_INDEX
 from prismatic.vla.prompting import action_prompt
 
@@ -48,7 +49,7 @@ class RLDSBatchTransform:
     num_images: int | None = None
     _prompt_ids: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
 
-    def __call__(self, rlds_batch: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, rlds_batch: Frame) -> Sample:
         """Transform one frame.
 
         Args:
@@ -68,7 +69,7 @@ class RLDSBatchTransform:
         labels[: len(prompt)] = IGNORE_INDEX
         if not self.predict_stop_token:
             labels[-1] = IGNORE_INDEX
-        sample = {
+        sample: Sample = {
             "pixel_values": self._pixels(observation["image_primary"]),
             "input_ids": input_ids,
             "labels": labels,

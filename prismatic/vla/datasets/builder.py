@@ -68,11 +68,11 @@ def find_version_folder(data_root_dir: Path, name: str) -> Path:
         )
     dataset = data_root_dir / name
     if not dataset.is_dir():
-        there = sorted(path.name for path in data_root_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
-        close = difflib.get_close_matches(name, there, n=1)
+        names = sorted(path.name for path in data_root_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
+        close = difflib.get_close_matches(name, names, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise UsageError(
-            f"--data_root_dir: {data_root_dir} holds no dataset {name!r}{hint}; found: {', '.join(there) or 'none'}"
+            f"--data_root_dir: {data_root_dir} holds no dataset {name!r}{hint}; found: {', '.join(names) or 'none'}"
         )
     versions = [path for path in dataset.iterdir() if path.is_dir() and path.name.replace(".", "").isdigit()]
     if not versions:
@@ -92,8 +92,8 @@ def _feature(steps: Any, name: str) -> Any:
     if name in steps.keys():  # noqa: SIM118  (FeaturesDict is no Mapping)
         return steps[name]
     for key in steps.keys():  # noqa: SIM118
-        if name.startswith(f"{key}/") and (found := _feature(steps[key], name[len(key) + 1 :])) is not None:
-            return found
+        if name.startswith(f"{key}/") and (feature := _feature(steps[key], name[len(key) + 1 :])) is not None:
+            return feature
     return None
 
 
@@ -204,7 +204,7 @@ def choose_split(splits: Mapping[str, SplitT], name: str, train: bool) -> SplitT
     """
     wanted = "train" if train else "val"
     if wanted not in splits:
-        found = ", ".join(sorted(splits)) or "none"
+        names = ", ".join(sorted(splits)) or "none"
         hint = "" if train else " (--use_val_set needs one; --val_fraction 0.05 holds episodes out instead)"
-        raise UsageError(f"dataset {name!r} has no split {wanted!r}{hint}; found: {found}")
+        raise UsageError(f"dataset {name!r} has no split {wanted!r}{hint}; found: {names}")
     return splits[wanted]

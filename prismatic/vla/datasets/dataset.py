@@ -9,16 +9,17 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
+from prismatic.vla.batch import Frame, Sample
 from prismatic.vla.datasets.builder import choose_split
-from prismatic.vla.datasets.chunking import chunk_indices
-from prismatic.vla.datasets.episode_table import EpisodeTable, Split, cache_folder
+from prismatic.vla.datasets.episodes import DatasetSplit, EpisodeData, cache_folder
 from prismatic.vla.datasets.formats import find_splits
 from prismatic.vla.datasets.image_transforms import (
     FULL_IMAGE,
@@ -58,14 +59,14 @@ class _Source:
     """
 
     name: str
-    index: EpisodeTable
+    index: EpisodeData
     views: dict[str, tuple[int, ...]]
     action: np.ndarray
     proprio: np.ndarray
     starts: np.ndarray
 
 
-def _transitions(spec: DatasetSpec, index: EpisodeTable) -> tuple[np.ndarray, np.ndarray]:
+def _transitions(spec: DatasetSpec, index: EpisodeData) -> tuple[np.ndarray, np.ndarray]:
     """(actions, proprios) of a split, standardized episode by episode."""
     pairs = [
         spec.standardize(index.action[first:last], index.state[first:last])
@@ -74,7 +75,7 @@ def _transitions(spec: DatasetSpec, index: EpisodeTable) -> tuple[np.ndarray, np
     return np.concatenate([action for action, _ in pairs]), np.concatenate([proprio for _, proprio in pairs])
 
 
-def _views(name: str, spec: DatasetSpec, index: EpisodeTable, count: int | None) -> dict[str, tuple[int, ...]]:
+def _views(name: str, spec: DatasetSpec, index: EpisodeData, count: int | None) -> dict[str, tuple[int, ...]]:
     """The first `count` views of a dataset (None: all it has), see :class:`_Source`."""
     if count is not None and count > len(spec.images):
         raise UsageError(
@@ -82,15 +83,23 @@ def _views(name: str, spec: DatasetSpec, index: EpisodeTable, count: int | None)
             f"({', '.join(spec.images)})"
         )
     names = [[view, f"{view}_swap"] for view in list(spec.images)[:count]]
-    return {one[0]: tuple(index.views.index(view) for view in one if view in index.views) for one in names}
+    return {group[0]: tuple(index.views.index(view) for view in group if view in index.views) for group in names}
 
 
-def _starts(spec: DatasetSpec, index: EpisodeTable, action_FA: np.ndarray, episode: int, future: int) -> np.ndarray:
+def chunk_starts(length: int, future: int) -> np.ndarray:
+    """The frames of an episode whose action chunk (its own action and `future` more) lies inside; others need padding.
+
+    Source: upstream's chunk_act_obs.
+    """
+    return np.arange(max(length - future, 0))
+
+
+def _starts(spec: DatasetSpec, index: EpisodeData, action_FA: np.ndarray, episode: int, future: int) -> np.ndarray:
     """The frames of an episode that start a sample: those with a whole chunk, in an episode with an instruction."""
     first, last = (int(bound) for bound in index.episode_start[episode : episode + 2])
     if not any(index.instructions[number] for number in set(index.language[first:last].tolist())):
         return np.zeros(0, np.int64)
-    starts = first + chunk_indices(last - first, 1, future).observations[:, 0]
+    starts = first + chunk_starts(last - first, future)
     if not spec.skips_stillness:
         return starts
     arm = slice(None) if spec.action_mask is None else np.array(spec.action_mask)
@@ -101,9 +110,9 @@ def _starts(spec: DatasetSpec, index: EpisodeTable, action_FA: np.ndarray, episo
 def _statistics(
     name: str,
     spec: DatasetSpec,
-    splits: Mapping[str, Split],
+    splits: Mapping[str, DatasetSplit],
     own: str,
-    index: EpisodeTable,
+    index: EpisodeData,
     transitions: tuple[np.ndarray, np.ndarray],
 ) -> Statistics:
     """Statistics over all splits (as upstream), from their JSON cache or computed now.
@@ -119,8 +128,8 @@ def _statistics(
     with contextlib.suppress(OSError, ValueError, KeyError):  # not there yet, or damaged
         return json.loads(path.read_text())[name]
     indices = {split: index if split == own else splits[split].load() for split in sorted(splits)}
-    made = [transitions if split == own else _transitions(spec, indices[split]) for split in indices]
-    actions, proprios = (np.concatenate(arrays) for arrays in zip(*made))
+    by_split = [transitions if split == own else _transitions(spec, indices[split]) for split in indices]
+    actions, proprios = (np.concatenate(arrays) for arrays in zip(*by_split))
     episodes = sum(table.num_episodes for table in indices.values())
     statistics = compute_statistics(actions, proprios, episodes, spec.action_mask)
     with contextlib.suppress(OSError):  # a read-only disk only costs the computation at the next start
@@ -128,7 +137,7 @@ def _statistics(
     return statistics
 
 
-def _num_views(batch_transform: Any) -> int | None:
+def _num_views(batch_transform: object) -> int | None:
     """How many views a batch transform looks at; None for all there are."""
     if not getattr(batch_transform, "use_wrist_image", True):
         return 1
@@ -149,13 +158,13 @@ class RLDSDataset(Dataset):
             the frame's number there and the crops of its views. None (the default) adds nothing.
     """
 
-    extras: Callable[[str, int, list[CropBox]], Mapping[str, Any]] | None = None
+    extras: Callable[[str, int, list[CropBox]], Mapping[str, torch.Tensor]] | None = None
 
     def __init__(  # noqa: PLR0913 - upstream's interface, and what it reads from global settings
         self,
         data_root_dir: str | Path,
         data_mix: str,
-        batch_transform: Callable[[dict[str, Any]], dict[str, Any]],
+        batch_transform: Callable[[Frame], Sample],
         resize_resolution: tuple[int, int],
         *,
         image_aug: bool = False,
@@ -250,15 +259,15 @@ class RLDSDataset(Dataset):
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Sample]:
         return (self[frame] for frame in range(len(self)))
 
-    def __getitem__(self, key: int | FrameDraw) -> dict[str, Any]:
+    def __getitem__(self, key: int | FrameDraw) -> Sample:
         """The sample of a frame (epoch 0) or of a draw. Raises IndexError, and UsageError for a damaged image."""
         sample = self.batch_transform(self.frame(key))
         return sample if self.extras is None else {**sample, "extras": self._read_extras(self._as_draw(key))}
 
-    def _read_extras(self, draw: FrameDraw) -> Mapping[str, Any]:
+    def _read_extras(self, draw: FrameDraw) -> Mapping[str, torch.Tensor]:
         assert self.extras is not None
         source, start = self._locate(draw.frame)
         if any(len(images) > 1 for images in source.views.values()):
@@ -295,8 +304,8 @@ class RLDSDataset(Dataset):
         """The numbers within a dataset of its frames in the mixture, in the mixture's order."""
         return next(source.starts for source in self._sources if source.name == name)
 
-    def frame(self, key: int | FrameDraw) -> dict[str, Any]:
-        """What `batch_transform` gets: the resized, augmented images and normalized numbers, in upstream's layout."""
+    def frame(self, key: int | FrameDraw) -> Frame:
+        """The frame that `batch_transform` gets."""
         draw = self._as_draw(key)
         source, start = self._locate(draw.frame)
         images = {

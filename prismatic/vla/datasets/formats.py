@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets.builder import open_dataset
-from prismatic.vla.datasets.episode_table import Split
+from prismatic.vla.datasets.episodes import DatasetSplit
 from prismatic.vla.datasets.frame_index import RLDSSplit
 from prismatic.vla.datasets.specs import DatasetSpec
 from prismatic.vla.platforms import Platform
@@ -14,7 +14,7 @@ from prismatic.vla.platforms import Platform
 
 def find_splits(
     data_root_dir: Path, name: str, spec: DatasetSpec, platform: Platform, with_proprio: bool = True
-) -> dict[str, Split]:
+) -> dict[str, DatasetSplit]:
     """The splits of the dataset in `data_root_dir/name`: LeRobot when it holds meta/info.json, else RLDS.
 
     States that are not used (`with_proprio` False) may have any width.

@@ -15,14 +15,13 @@ import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
 from prismatic.vla.datasets.builder import NumberFeature, SplitFiles
-from prismatic.vla.datasets.episode_table import ByteReader, EpisodeTable, cache_folder
+from prismatic.vla.datasets.episodes import ByteReader, EpisodeData, cache_folder
 from prismatic.vla.datasets.image_transforms import decode_image
 from prismatic.vla.datasets.specs import DatasetSpec
 from prismatic.vla.datasets.tfrecord import Example, MalformedExample, read_records
@@ -31,7 +30,7 @@ FORMAT_VERSION = 2
 
 
 @dataclass
-class FrameIndex(EpisodeTable):
+class RLDSEpisodes(EpisodeData):
     """One split of an RLDS dataset, in file order; V views.
 
     Attributes:
@@ -155,7 +154,7 @@ def _add_episode(columns: _Columns, example: Example, offset: int, spec: Dataset
     return True
 
 
-def _build(spec: DatasetSpec, split: SplitFiles) -> FrameIndex:
+def _build(spec: DatasetSpec, split: SplitFiles) -> RLDSEpisodes:
     columns = _Columns()
     for shard_number, (path, expected) in enumerate(zip(split.shards, split.shard_lengths, strict=True)):
         record_number = -1
@@ -172,7 +171,7 @@ def _build(spec: DatasetSpec, split: SplitFiles) -> FrameIndex:
     if not sum(columns.lengths):
         raise UsageError(f"{split.folder}: split {split.split!r} is empty; accepted: a split with at least one episode")
     shard_and_record = np.array(columns.places, dtype=np.int32)
-    return FrameIndex(
+    return RLDSEpisodes(
         shards=split.shards,
         views=tuple(spec.stored_images),
         action=np.concatenate(columns.action),
@@ -187,7 +186,7 @@ def _build(spec: DatasetSpec, split: SplitFiles) -> FrameIndex:
     )
 
 
-def fingerprint(spec: DatasetSpec, split: SplitFiles) -> dict[str, Any]:
+def fingerprint(spec: DatasetSpec, split: SplitFiles) -> dict[str, object]:
     """Everything the index depends on; two equal fingerprints mean the same index."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in split.shards]
     return {
@@ -201,7 +200,7 @@ def fingerprint(spec: DatasetSpec, split: SplitFiles) -> dict[str, Any]:
     }
 
 
-def _load(path: Path, identity: dict[str, Any], spec: DatasetSpec, split: SplitFiles) -> FrameIndex | None:
+def _load(path: Path, identity: dict[str, object], spec: DatasetSpec, split: SplitFiles) -> RLDSEpisodes | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             header = json.loads(bytes(stored["header"]))
@@ -211,10 +210,10 @@ def _load(path: Path, identity: dict[str, Any], spec: DatasetSpec, split: SplitF
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None  # absent, from another version or damaged: built anew
     instructions = tuple(header["instructions"])
-    return FrameIndex(shards=split.shards, views=tuple(spec.stored_images), instructions=instructions, **arrays)
+    return RLDSEpisodes(shards=split.shards, views=tuple(spec.stored_images), instructions=instructions, **arrays)
 
 
-def _save(path: Path, identity: dict[str, Any], index: FrameIndex) -> None:
+def _save(path: Path, identity: dict[str, object], index: RLDSEpisodes) -> None:
     header = json.dumps({"fingerprint": identity, "instructions": index.instructions}).encode()
     buffer = io.BytesIO()
     arrays = {name: getattr(index, name) for name in _ARRAYS}
@@ -223,7 +222,7 @@ def _save(path: Path, identity: dict[str, Any], index: FrameIndex) -> None:
         atomic_write(path, buffer.getvalue())
 
 
-def load_frame_index(spec: DatasetSpec, split: SplitFiles) -> FrameIndex:
+def load_frame_index(spec: DatasetSpec, split: SplitFiles) -> RLDSEpisodes:
     """The split's index, from its cache or built (and cached) now.
 
     Raises:
@@ -259,8 +258,8 @@ class RLDSSplit:
     def split(self) -> str:
         return self.files.split
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, object]:
         return fingerprint(self.spec, self.files)
 
-    def load(self) -> FrameIndex:
+    def load(self) -> RLDSEpisodes:
         return load_frame_index(self.spec, self.files)

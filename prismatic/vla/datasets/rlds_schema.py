@@ -9,13 +9,25 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
 _CLASSES = "tensorflow_datasets.core.features."
 
-Values = np.ndarray | Sequence[Any]
+Values = np.ndarray | Sequence[float | str | bytes] | Sequence[bytes] | Sequence[str]
+
+
+class _Protobuf(Protocol):
+    """A tf.train.Feature, whose class is generated."""
+
+    bytes_list: _List
+    float_list: _List
+    int64_list: _List
+
+
+class _List(Protocol):
+    value: list[object]
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class Numbers:
     dtype: str = "float32"
     zlib: bool = False
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         kind = "tensor_feature.Tensor" if self.shape or self.zlib else "scalar.Scalar"
         dimensions = {"dimensions": [str(size) for size in self.shape]} if self.shape else {}
         encoding = "zlib" if self.zlib else "none"
@@ -35,7 +47,7 @@ class Numbers:
             "tensor": {"dtype": self.dtype, "encoding": encoding, "shape": dimensions},
         }
 
-    def fill(self, feature: Any, values: Values) -> None:
+    def fill(self, feature: _Protobuf, values: Values) -> None:
         """Write the values of all steps into a tf.train.Feature."""
         array = np.asarray(values, dtype=self.dtype)
         if self.zlib:
@@ -56,14 +68,14 @@ class Images:
     channels: int = 3
     dtype: str = "uint8"
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         shape = {"dimensions": [str(self.height), str(self.width), str(self.channels)]}
         return {
             "image": {"dtype": self.dtype, "encodingFormat": self.encoding, "shape": shape},
             "pythonClassName": _CLASSES + "image_feature.Image",
         }
 
-    def fill(self, feature: Any, values: Values) -> None:
+    def fill(self, feature: _Protobuf, values: Values) -> None:
         """Write encoded images (bytes) into a tf.train.Feature."""
         feature.bytes_list.value.extend(values)
 
@@ -72,24 +84,27 @@ class Images:
 class Texts:
     """A text a step."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         return {"pythonClassName": _CLASSES + "text_feature.Text", "text": {}}
 
-    def fill(self, feature: Any, values: Values) -> None:
+    def fill(self, feature: _Protobuf, values: Values) -> None:
         """Write texts into a tf.train.Feature."""
-        feature.bytes_list.value.extend(value.encode() for value in values)
+        feature.bytes_list.value.extend(str(value).encode() for value in values)
 
 
 Feature = Numbers | Images | Texts
-Features = Mapping[str, Any]  # name -> Feature, or Features again
+Features: TypeAlias = "Mapping[str, Feature | Features]"
 
 
-def _describe(features: Features) -> dict[str, Any]:
-    described = {
-        name: _describe(feature) if isinstance(feature, Mapping) else feature.describe()
+def _group(described: Mapping[str, object]) -> dict[str, object]:
+    return {"featuresDict": {"features": described}, "pythonClassName": _CLASSES + "features_dict.FeaturesDict"}
+
+
+def _describe(features: Features) -> dict[str, object]:
+    return {
+        name: _group(_describe(feature)) if isinstance(feature, Mapping) else feature.describe()
         for name, feature in features.items()
     }
-    return {"featuresDict": {"features": described}, "pythonClassName": _CLASSES + "features_dict.FeaturesDict"}
 
 
 def _leaves(features: Features, prefix: str = "") -> Iterator[tuple[str, Feature]]:
@@ -107,17 +122,15 @@ class Schema:
     steps: Features
     episode: Features = field(default_factory=dict)
 
-    def features_json(self) -> dict[str, Any]:
+    def features_json(self) -> dict[str, object]:
         """The content of features.json."""
         steps = {
             "pythonClassName": _CLASSES + "dataset_feature.Dataset",
-            "sequence": {"feature": _describe(self.steps), "length": "-1"},
+            "sequence": {"feature": _group(_describe(self.steps)), "length": "-1"},
         }
-        description = _describe(dict(self.episode))
-        description["featuresDict"]["features"]["steps"] = steps
-        return description
+        return _group({**_describe(self.episode), "steps": steps})
 
-    def serialize(self, steps: Mapping[str, Values], episode: Mapping[str, Any] | None = None) -> bytes:
+    def serialize(self, steps: Mapping[str, Values], episode: Mapping[str, float | str | bytes] | None = None) -> bytes:
         """An episode as a tf.train.Example; equal episodes give equal bytes.
 
         Args:
@@ -130,9 +143,9 @@ class Schema:
         from tensorflow_datasets.proto import tf_example_generated_pb2 as protocol
 
         given = dict(episode or {})
-        expected, of_episode = dict(_leaves(self.steps)), dict(_leaves(self.episode))
-        if set(steps) != set(expected) or set(given) != set(of_episode):
-            wrong = sorted({*steps, *given} ^ {*expected, *of_episode})
+        expected, episode_features = dict(_leaves(self.steps)), dict(_leaves(self.episode))
+        if set(steps) != set(expected) or set(given) != set(episode_features):
+            wrong = sorted({*steps, *given} ^ {*expected, *episode_features})
             raise ValueError(f"features {', '.join(wrong)}: given or described, not both")
         lengths = {name: len(values) for name, values in steps.items()}
         if len(set(lengths.values())) != 1:
@@ -141,7 +154,7 @@ class Schema:
         for name, feature in expected.items():
             _check_shape(name, feature, steps[name])
             feature.fill(example.features.feature[f"steps/{name}"], steps[name])
-        for name, feature in of_episode.items():
+        for name, feature in episode_features.items():
             feature.fill(example.features.feature[name], [given[name]])
         return bytes(example.SerializeToString(deterministic=True))
 

@@ -12,13 +12,12 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from prismatic.util.files import atomic_path, atomic_write
-from prismatic.vla.datasets.rlds_schema import Images, Numbers, Schema, Texts
+from prismatic.vla.datasets.rlds_schema import Features, Images, Numbers, Schema, Texts
 from prismatic.vla.datasets.tfrecord import masked_crc
 
 JPEG_QUALITY = 95
@@ -57,7 +56,7 @@ def encode_jpeg(image: np.ndarray) -> bytes:
 
 def _check(episode: Episode) -> None:
     steps = len(episode.images)
-    found = {
+    shapes = {
         "wrist_images": (len(episode.wrist_images),),
         "state": episode.state.shape,
         "joint_state": episode.joint_state.shape,
@@ -69,7 +68,7 @@ def _check(episode: Episode) -> None:
         "joint_state": (steps, JOINT_DIM),
         "action": (steps, ACTION_DIM),
     }
-    wrong = [f"{name} {found[name]} (expected {wanted[name]})" for name in wanted if found[name] != wanted[name]]
+    wrong = [f"{name} {shapes[name]} (expected {wanted[name]})" for name in wanted if shapes[name] != wanted[name]]
     if not steps or wrong:
         raise ValueError(f"episode {episode.source}: {steps} images and {', '.join(wrong) or 'nothing else'}")
 
@@ -112,13 +111,13 @@ def frame_record(payload: bytes) -> bytes:
 def libero_schema(image_size: int) -> Schema:
     """What the published LIBERO datasets hold."""
     image, flag = Images(image_size, image_size), Numbers(dtype="bool")
-    observation = {
+    observation: Features = {
         "image": image,
         "joint_state": Numbers((JOINT_DIM,)),
         "state": Numbers((STATE_DIM,)),
         "wrist_image": image,
     }
-    steps = {
+    steps: Features = {
         "action": Numbers((ACTION_DIM,)),
         "discount": Numbers(),
         "is_first": flag,
@@ -131,7 +130,7 @@ def libero_schema(image_size: int) -> Schema:
     return Schema(steps, {"episode_metadata": {"file_path": Texts()}})
 
 
-def features_json(image_size: int) -> dict[str, Any]:
+def features_json(image_size: int) -> dict[str, object]:
     """The schema of the LIBERO datasets as TFDS stores it."""
     return libero_schema(image_size).features_json()
 
@@ -178,7 +177,7 @@ class RLDSWriter:
         atomic_write(self.folder / "dataset_info.json", json.dumps(self._info(descriptions), indent=2))
         return self.folder
 
-    def _write_split(self, split: str, payloads: Sequence[bytes | Path]) -> dict[str, Any]:
+    def _write_split(self, split: str, payloads: Sequence[bytes | Path]) -> dict[str, object]:
         """Write the shards of a split; returns its description."""
         shards: list[list[bytes | Path]] = [[]]
         filled = total = 0
@@ -208,7 +207,7 @@ class RLDSWriter:
             for path in self.folder.glob(pattern):
                 path.unlink()
 
-    def _info(self, splits: list[dict[str, Any]]) -> dict[str, Any]:
+    def _info(self, splits: list[dict[str, object]]) -> dict[str, object]:
         return {
             "fileFormat": "tfrecord",
             "moduleName": "prismatic.vla.datasets.rlds_writer",

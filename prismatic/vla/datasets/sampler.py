@@ -7,14 +7,14 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from prismatic.util.errors import UsageError
-from prismatic.vla.batch import Batch
+from prismatic.vla.batch import Batch, Sample
 from prismatic.vla.datasets.dataset import FrameDraw, MixturePart
 
 
@@ -159,7 +159,7 @@ class MixtureLoader:
 
 
 def make_dataloader(
-    dataset: Dataset, sampler: MixtureSampler, collator: Callable[[Sequence[Any]], Batch], num_workers: int = 0
+    dataset: Dataset, sampler: MixtureSampler, collator: Callable[[Sequence[Sample]], Batch], num_workers: int = 0
 ) -> MixtureLoader:
     """Batches of `dataset` in the order of `sampler`, which is the same for any number of workers.
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 import numpy as np
 
 from prismatic.vla.platforms import NormalizationType
 
-Statistics = dict[str, Any]
+
+class Statistics(TypedDict):
+    """Statistics of one dataset: mean, std, max, min, q01 and q99 of its actions (and their mask) and of its states."""
+
+    action: dict[str, list[float]]
+    proprio: dict[str, list[float]]
+    num_transitions: int
+    num_trajectories: int
 
 
 def _describe(values_ND: np.ndarray) -> dict[str, list[float]]:
@@ -43,7 +50,7 @@ def compute_statistics(
     }
 
 
-def normalize(values: np.ndarray, statistics: Mapping[str, Any], kind: NormalizationType) -> np.ndarray:
+def normalize(values: np.ndarray, statistics: Mapping[str, Sequence[float]], kind: NormalizationType) -> np.ndarray:
     """Normalize the last axis of `values` as training does; float32.
 
     bounds_q99 and bounds map [low, high] to [-1, 1] and clip; normal gives zero mean and unit variance. Numbers whose

@@ -27,9 +27,9 @@ def choose_episodes(instructions: Sequence[str], fraction: float, seed: int) -> 
     order = np.random.default_rng(seed).permutation(len(instructions))
     chosen: list[int] = []
     for instruction in sorted(set(instructions)):
-        of_task = [int(episode) for episode in order if instructions[episode] == instruction]
+        episodes = [int(episode) for episode in order if instructions[episode] == instruction]
         # Rounded first: 0.1 * 30 is a hair above 3.
-        chosen += of_task[: math.ceil(round(fraction * len(of_task), 9))]
+        chosen += episodes[: math.ceil(round(fraction * len(episodes), 9))]
     return np.array(sorted(chosen), dtype=np.int64)
 
 

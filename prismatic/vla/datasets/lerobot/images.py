@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from prismatic.util.errors import UsageError
-from prismatic.vla.datasets.episode_table import ByteReader
+from prismatic.vla.datasets.episodes import ByteReader
 from prismatic.vla.datasets.image_transforms import decode_image
 from prismatic.vla.datasets.lerobot.metadata import require
 
@@ -61,7 +61,7 @@ class VideoImages:
     _open: OrderedDict[int, Any] = field(default_factory=OrderedDict, init=False, repr=False)
     _owner: int = field(default=0, init=False, repr=False)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}
 
     def image(self, frame: int) -> np.ndarray:
@@ -70,12 +70,12 @@ class VideoImages:
         number, seconds = int(self.file[frame]), float(self.seconds[frame])
         path = self.files[number]
         try:
-            found = self._decode(self._container(number), seconds)
+            image = self._decode(self._container(number), seconds)
         except (av.FFmpegError, OSError) as error:
             raise UsageError(f"{path}: at {seconds:.3f} s: {' '.join(str(error).split())}") from error
-        if found is None:
+        if image is None:
             raise UsageError(f"{path}: no frame at {seconds:.3f} s (truncated, or not {self.fps:g} frames a second?)")
-        return np.asarray(found.to_ndarray(format="rgb24"))
+        return np.asarray(image.to_ndarray(format="rgb24"))
 
     def _decode(self, container: Any, seconds: float) -> Any:
         """The frame whose time is nearest to `seconds`; None when that is half a frame or more away."""

@@ -21,7 +21,7 @@ import numpy as np
 
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write
-from prismatic.vla.datasets.episode_table import EpisodeTable, cache_folder
+from prismatic.vla.datasets.episodes import EpisodeData, cache_folder
 from prismatic.vla.datasets.lerobot.features import Columns, as_rlds_actions, find_columns
 from prismatic.vla.datasets.lerobot.images import ImageStore, PackedImages, VideoImages
 from prismatic.vla.datasets.lerobot.metadata import EpisodePlace, Metadata, read_metadata, read_rows, require
@@ -33,7 +33,7 @@ _BATCH_ROWS = 64
 
 
 @dataclass
-class LeRobotTable(EpisodeTable):
+class LeRobotEpisodes(EpisodeData):
     """Episodes of a LeRobot dataset; `stores` holds the images of each view."""
 
     stores: tuple[ImageStore, ...]
@@ -68,7 +68,7 @@ class LeRobotSplit:
         features = self.metadata.features
         return [name for name in self.columns.views.values() if features[name]["dtype"] == "image"]
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, object]:
         """Everything the table depends on: columns, tasks, the Parquet files' sizes and times."""
         files = list(dict.fromkeys(episode.rows for episode in self.episodes))
         missing = [file for file in files if not file.is_file()]
@@ -83,7 +83,7 @@ class LeRobotSplit:
             "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         }
 
-    def load(self) -> LeRobotTable:
+    def load(self) -> LeRobotEpisodes:
         """The episodes, from the cached index or the Parquet files.
 
         Raises:
@@ -99,7 +99,7 @@ class LeRobotSplit:
             _save_arrays(index, identity, arrays)
         return self._table(arrays, pack)
 
-    def _table(self, arrays: dict[str, np.ndarray], pack: Path) -> LeRobotTable:
+    def _table(self, arrays: dict[str, np.ndarray], pack: Path) -> LeRobotEpisodes:
         lengths = [episode.length for episode in self.episodes]
         tasks = self.metadata.tasks
         known = {number: place for place, number in enumerate(sorted(tasks))}
@@ -108,7 +108,7 @@ class LeRobotSplit:
             raise UsageError(
                 f"{self.folder / 'meta'}: no task {unknown[0]}, which the rows name; found: {sorted(tasks)}"
             )
-        return LeRobotTable(
+        return LeRobotEpisodes(
             action=as_rlds_actions(arrays["action"], self.spec),
             state=arrays["state"],
             language=np.array([known[number] for number in arrays["task"].tolist()], dtype=np.int32),
@@ -233,7 +233,7 @@ def _image_bytes(file: Path, batch: Any, name: str) -> list[bytes]:
     return images
 
 
-def _load_arrays(path: Path, identity: dict[str, Any], pack: Path | None) -> dict[str, np.ndarray] | None:
+def _load_arrays(path: Path, identity: dict[str, object], pack: Path | None) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             if json.loads(bytes(stored["header"])) != identity:
@@ -246,7 +246,7 @@ def _load_arrays(path: Path, identity: dict[str, Any], pack: Path | None) -> dic
     return arrays
 
 
-def _save_arrays(path: Path, identity: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+def _save_arrays(path: Path, identity: dict[str, object], arrays: dict[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     header = np.frombuffer(json.dumps(identity).encode(), dtype=np.uint8)
     np.savez(buffer, header=header, **arrays)  # type: ignore[arg-type]

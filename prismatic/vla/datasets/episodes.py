@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -16,7 +16,7 @@ _MAX_OPEN_FILES = 32
 
 
 @dataclass
-class EpisodeTable(ABC):
+class EpisodeData(ABC):
     """The episodes of one split, all numbers in memory, images read when asked for; E episodes, F frames.
 
     Attributes:
@@ -65,7 +65,7 @@ class EpisodeTable(ABC):
         """
 
 
-class Split(Protocol):
+class DatasetSplit(Protocol):
     """One split of a data set that was found on disk, its schema checked, its episodes not read yet."""
 
     @property
@@ -76,10 +76,10 @@ class Split(Protocol):
     def split(self) -> str:
         """Its name, such as "train"."""
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, object]:
         """Everything the episodes depend on, JSON-ready; two equal fingerprints mean the same table."""
 
-    def load(self) -> EpisodeTable:
+    def load(self) -> EpisodeData:
         """Read the episodes (or their cached index)."""
 
 
@@ -90,7 +90,7 @@ class ByteReader:
         self.files = files
         self._open: OrderedDict[int, int] = OrderedDict()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"files": self.files, "_open": OrderedDict()}
 
     def read(self, file: int, start: int, size: int) -> bytes:
