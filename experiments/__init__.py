@@ -10,8 +10,7 @@ _ROOMS = {
     "results": ("plus_summary", "summary"),
 }
 _MAKE = (
-    "make_tokenizer", "pretrain_student", "student_config", "teacher_data", "teacher_frames", "teacher_model",
-    "teacher_readout", "train_teacher",
+    "make_tokenizer", "pretrain_student", "teacher_data", "teacher_frames", "teacher_model", "train_teacher",
 )  # fmt: skip
 
 keep_earlier_names(
@@ -23,9 +22,14 @@ keep_earlier_names(
         f"{_LIBERO}.results_page": f"{_LIBERO}.results.page",
         "experiments.jobs": "experiments.reproduce.jobs",
         "experiments.mini.demo": "experiments.reproduce.demo",
+        "experiments.mini.geometry": "experiments.mini.grasp",
+        "experiments.mini.student_config": "experiments.mini.make.pretrain_student",
+        "experiments.mini.teacher_readout": "experiments.mini.make.teacher_model",
         "experiments.mini.demo_report": "experiments.reproduce.demo",
         "experiments.report.settings": "experiments.report.html",
         "experiments.report.training_page": "experiments.reproduce.training_page",
+        "experiments.mini.demonstrate": "experiments.mini.expert",
+        "experiments.reproduce.outcomes": "experiments.reproduce.records",
         "experiments.reproduce.arms": "experiments.reproduce.studies",
     }
 )

@@ -103,7 +103,7 @@ def parse_tasks(text: str, count: int) -> tuple[int, ...]:
 
 def _collect_block(config: CollectConfig, task: int, episodes: range) -> None:
     """Work of one process: the given episodes of one task, each stored when it is finished."""
-    from experiments.mini.demonstrate import demonstrate, derive_seed
+    from experiments.mini.expert import demonstrate, derive_seed
     from experiments.robot.libero.simulator.environment import LiberoEnv
     from prismatic.vla.datasets.rlds_writer import serialize_episode
 

@@ -2,21 +2,26 @@
 
 It solves goals of one predicate, "in" or "on", whose object can be grasped from above: all of libero_object, most of
 libero_spatial, some of libero_goal. Drawers, knobs and tasks of two objects are out of its reach.
+
+Demonstrations are recorded with noise on the executed action and clean labels: they show the policy states beside the
+expert's path, each with the action that leads back. All of it is a function of (seed, suite, task, episode, attempt).
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from experiments.mini.geometry import Scene
-from experiments.mini.grasp import Grasp, plan_grasp
-from experiments.robot.libero.simulator.environment import LiberoEnv
+from experiments.mini.grasp import Grasp, Scene, plan_grasp
+from experiments.robot.libero.demonstrations import is_no_op
+from experiments.robot.libero.simulator.environment import LiberoEnv, Observation
 from experiments.robot.libero.simulator.rendering import choose_renderer
 from experiments.robot.libero.suites.tasks import TaskSpec
 from prismatic.util.errors import UsageError
+from prismatic.vla.datasets.rlds_writer import Episode, encode_jpeg
 
 OPEN, CLOSE = -1.0, 1.0
 MAX_STEPS = 260
@@ -28,6 +33,12 @@ _STALL_STEPS = 8
 _CLOSE_STEPS, _OPEN_STEPS = 12, 8
 _HOVER, _CLEAR, _ABOVE, _RETREAT = 0.08, 0.03, 0.04, 0.08
 _GRIP_SITE, _FINGERS = "gripper0_grip_site", ("gripper0_leftfinger", "gripper0_rightfinger")
+NOISE_LEVELS = (0.1, 0.2, 0.3)
+_NOISE_MEMORY = 0.8  # Coefficient of the first-order autoregressive noise.
+_NOISE_SHARE = np.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5])
+_DELICATE_SHARE = 0.4
+_MAX_START_STEPS = 9
+_START_SIZE = 0.5
 
 
 @dataclass(frozen=True)
@@ -220,3 +231,70 @@ def settle(env: LiberoEnv, steps: int = 10) -> None:
     action = np.array([0.0] * 6 + [OPEN])
     for _ in range(steps):
         env.step(action)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 32-bit seed from `parts`, the same on every machine."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What one attempt gave: `episode` is None if the task was not solved; `ended_in` names the last phase."""
+
+    episode: Episode | None
+    steps: int
+    ended_in: str
+
+
+def demonstrate(env: LiberoEnv, seed: int, source: str, noise: bool = True) -> Demonstration:
+    """Reset `env` to a placement drawn with `seed`, let the expert solve the task, record it.
+
+    The grasp is chosen before the hand is moved to a random start, so that the choice depends on the objects alone.
+    """
+    rng = np.random.default_rng(derive_seed(seed, "noise"))
+    env.reset(None, seed=seed)
+    settle(env)
+    expert = Expert(env)
+    level = float(rng.choice(NOISE_LEVELS)) if noise else 0.0
+    if noise:
+        _random_start(env, rng)
+    observations: list[Observation] = []
+    actions: list[np.ndarray] = []
+    previous: np.ndarray | None = None
+    drift, solved = np.zeros(6), False
+    for _ in range(MAX_STEPS):
+        delicate = expert.delicate
+        action = expert.act()
+        if not is_no_op(action, previous):
+            observations.append(env.observe())
+            actions.append(action)
+        drift = _NOISE_MEMORY * drift + np.sqrt(1 - _NOISE_MEMORY**2) * level * rng.standard_normal(6) * _NOISE_SHARE
+        executed = action.copy()
+        executed[:6] = np.clip(action[:6] + drift * (_DELICATE_SHARE if delicate else 1.0), -1.0, 1.0)
+        solved, previous = env.step(executed), action
+        if expert.done:
+            break
+    success = solved and expert.done and not expert.failed
+    episode = _as_episode(env, observations, actions, source) if success else None
+    return Demonstration(episode, len(actions), "failed in " + expert.phase if expert.failed else expert.phase)
+
+
+def _random_start(env: LiberoEnv, rng: np.random.Generator) -> None:
+    """0 to 9 unrecorded steps in one random direction."""
+    action = np.concatenate([_START_SIZE * rng.standard_normal(6) * _NOISE_SHARE, [OPEN]])
+    for _ in range(int(rng.integers(_MAX_START_STEPS + 1))):
+        env.step(action)
+
+
+def _as_episode(env: LiberoEnv, observations: list[Observation], actions: list[np.ndarray], source: str) -> Episode:
+    return Episode(
+        images=[encode_jpeg(view.image) for view in observations],
+        wrist_images=[encode_jpeg(view.wrist_image) for view in observations],
+        state=np.stack([view.state for view in observations]),
+        joint_state=np.stack([view.joint_state for view in observations]),
+        action=np.stack(actions),
+        instruction=env.instruction,
+        source=source,
+    )

@@ -15,19 +15,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from experiments.report import Table, markdown_table, percent, percent_range
 from experiments.reproduce.jobs import ROOT, Chain, Job, JobFailed, JobRunner
 from experiments.reproduce.profiles import MINI
+from experiments.reproduce.records import Outcome, Record, evaluation_record, outcome, training_curves
 from experiments.reproduce.stages import StudyPaths, arm_jobs, collect_job, rollouts_job
 from experiments.reproduce.studies import BASELINE, ROCKET, Arm, Study
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
-
-if TYPE_CHECKING:
-    from experiments.reproduce.outcomes import Outcome, Record
 
 UNTOUCHED = Arm("untouched", "before fine-tuning", {})
 DEMO = Study(
@@ -151,8 +148,6 @@ def run_stages(paths: StudyPaths, runner: JobRunner, parallel: int, minutes: flo
 
 def read_results(paths: StudyPaths, seeds: Sequence[int]) -> list[Record]:
     """Training curves and episodes of every policy."""
-    from experiments.reproduce.records import evaluation_record, training_curves
-
     step, suite = paths.profile.final_step, paths.profile.suites[0]
     runs = [(arm, seed, paths.evaluation(arm, seed, step, suite)) for seed in seeds for arm in DEMO.arms(paths.profile)]
     return [
@@ -169,8 +164,6 @@ def read_results(paths: StudyPaths, seeds: Sequence[int]) -> list[Record]:
 
 def read_outcomes(paths: StudyPaths, records: Sequence[Record]) -> list[Outcome]:
     """Success of every policy over its seeds; none for one whose episodes all ended in errors."""
-    from experiments.reproduce.outcomes import outcome
-
     names = dict.fromkeys(record["arm"] for record in records)
     results = (outcome(records, name, paths.profile.final_step, paths.profile.suites) for name in names)
     return [result for result in results if result is not None]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from experiments.report import percent
-from experiments.reproduce.outcomes import Outcome, Record, curve, outcome
 from experiments.reproduce.profiles import Profile
+from experiments.reproduce.records import Outcome, Record, curve, outcome
 from experiments.reproduce.studies import METHODS, NAIVE_NARROW, ROCKET, STUDIES, Arm, Study
 from prismatic.util.files import atomic_path
 

@@ -13,9 +13,8 @@ from markupsafe import Markup
 
 from experiments.report import markdown_table
 from experiments.report.html import render
-from experiments.reproduce.outcomes import Record, load_analyses, load_records
 from experiments.reproduce.profiles import PROFILES, Profile
-from experiments.reproduce.records import RESULTS
+from experiments.reproduce.records import RESULTS, Record, load_analyses, load_records
 from experiments.reproduce.sections import Results, Section, make_sections
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.report import Table, percent, percent_range
-from experiments.reproduce.outcomes import Outcome, Record, curve, final_values, outcome, seconds_per_step
 from experiments.reproduce.profiles import Profile
 from experiments.reproduce.published import PUBLISHED
+from experiments.reproduce.records import Outcome, Record, curve, final_values, outcome, seconds_per_step
 from experiments.reproduce.studies import BASELINE, STUDIES, Arm, Study
 from experiments.robot.libero.results.summary import paired_test
 

@@ -24,7 +24,7 @@ def finetune_script() -> ModuleType:
 @pytest.fixture(scope="session")
 def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mini student with random weights and its processor."""
-    from experiments.mini.make.student_config import build_student
+    from experiments.mini.make.pretrain_student import build_student
 
     folder = tmp_path_factory.mktemp("student")
     model, processor = build_student(seed=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.mini.make.student_config import student_config
+from experiments.mini.make.pretrain_student import student_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "mini" / "weights" / "student"
 

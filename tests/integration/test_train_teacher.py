@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.mini.make.train_teacher import TrainTeacherConfig, learning_rate, main
+from experiments.mini.make.teacher_config import TrainTeacherConfig
+from experiments.mini.make.teacher_frames import load_frames
+from experiments.mini.make.teacher_training import Trainer, learning_rate
+from experiments.mini.make.train_teacher import main
 from prismatic.util.cli import parse
 from prismatic.util.errors import UsageError
 from rocket_align.teacher.vggt.teacher import VGGTTeacher
@@ -60,8 +63,6 @@ class _Stop(Exception):
 def test_resumed_run_gives_the_weights_of_an_uninterrupted_one(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from experiments.mini.make.train_teacher import Trainer
-
     main(_config(data, tmp_path / "straight", weights=tmp_path / "straight" / "weights"))
     step = Trainer.train_step
 
@@ -98,9 +99,6 @@ def test_training_lowers_the_loss_and_saves_a_teacher(data: Path, tmp_path: Path
 
 
 def test_control_leaves_the_aggregator_as_it_was(data: Path, tmp_path: Path) -> None:
-    from experiments.mini.make.teacher_frames import load_frames
-    from experiments.mini.make.train_teacher import Trainer
-
     frames = load_frames(data, [("libero_object", 0)], 28)
     trainer = Trainer(_config(data, tmp_path, control=True), frames, frames)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.mini.collect import CollectConfig, _blocks, parse_tasks
-from experiments.mini.demonstrate import derive_seed
+from experiments.mini.expert import derive_seed
 from experiments.robot.libero.demonstrations import is_no_op
 from prismatic.util.cli import parse
 from prismatic.util.errors import UsageError

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.mini.geometry import distance_to_rectangle, smallest_rectangle
-from experiments.mini.grasp import MAX_WIDTH, canonical_turn, plan_grasp
+from experiments.mini.grasp import MAX_WIDTH, canonical_turn, distance_to_rectangle, plan_grasp, smallest_rectangle
 
 NOTHING = np.zeros((0, 3))
 HAND_YAW = -np.pi / 2

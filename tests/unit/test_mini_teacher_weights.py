@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from experiments.mini.make.teacher_model import load_model
+from experiments.mini.make.teacher_model import READOUT_NAME, TeacherModel
+from rocket_align.teacher.vggt.checkpoint import AGGREGATOR_PREFIX, find_weights, load_strictly, read_weights
 from rocket_align.teacher.vggt.teacher import VGGTTeacher
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "mini" / "weights" / "teacher"
@@ -48,9 +50,19 @@ def test_larger_pictures_are_resized() -> None:
     assert teacher(torch.rand(1, 2, 3, 224, 224)).layers[0].shape[2] == 36
 
 
+def _model_with_readouts() -> TeacherModel:
+    weights, config = find_weights(FOLDER)
+    readouts = load_file(FOLDER / READOUT_NAME)
+    model = TeacherModel(config, cells=readouts["scale.depth_mean"].shape[1] // config.grid_size)
+    aggregator = read_weights(weights, config.depth)
+    named = {"aggregator." + name.removeprefix(AGGREGATOR_PREFIX): value for name, value in aggregator.items()}
+    load_strictly(model, {**named, **readouts}, weights)
+    return model.eval()
+
+
 def test_every_layer_reads_depth_better_than_the_mean_scene(examples) -> None:
     images, depths = examples
-    model = load_model(FOLDER)
+    model = _model_with_readouts()
     mean = model.scale.depth_mean[..., 0].exp()
     baseline = ((mean - depths).abs() / depths).mean()
     with torch.no_grad():

@@ -25,7 +25,7 @@ from experiments.analysis.config import (
     TheoremConfig,
 )
 from experiments.reproduce import __main__ as command
-from experiments.reproduce import outcomes, records, report, sections
+from experiments.reproduce import records, report, sections
 from experiments.reproduce import studies as arms
 from experiments.reproduce.jobs import ROOT, Job
 from experiments.reproduce.profiles import MINI, PAPER, PROFILES
@@ -238,8 +238,8 @@ def _write(folder: Path, *found: dict[str, Any]) -> None:
 
 def test_outcomes_add_up_seeds_and_pair_episodes() -> None:
     found = [_record("baseline", 0, [0, 1, 2]), _record("baseline", 1, [0]), _record("rocket", 0, list(range(8)))]
-    baseline = outcomes.outcome(found, "baseline", 100, ("libero_object",))
-    rocket = outcomes.outcome(found, "rocket", 100, ("libero_object",))
+    baseline = records.outcome(found, "baseline", 100, ("libero_object",))
+    rocket = records.outcome(found, "rocket", 100, ("libero_object",))
     assert baseline and rocket
     assert (baseline.successes, len(baseline.episodes)) == (4, 20)
     assert baseline.by_seed == {0: 0.3, 1: 0.1}
@@ -251,18 +251,18 @@ def test_outcomes_add_up_seeds_and_pair_episodes() -> None:
     # With errors in one seed, the mean over seeds (50, 100 and 80%) is not the rate of all episodes.
     uneven = [_record("naive", 0, [0, 1, 2, 3, 4]), _record("naive", 1, [0, 1]), _record("naive", 2, list(range(8)))]
     uneven[1]["evaluations"][0]["episodes"][2:] = [[7, number, "error", 0, 1.0] for number in range(2, 10)]
-    naive = outcomes.outcome(uneven, "naive", 100, ("libero_object",))
+    naive = records.outcome(uneven, "naive", 100, ("libero_object",))
     assert naive and naive.seed_interval and naive.rate == pytest.approx(15 / 22)
     low, high = naive.seed_interval
     assert high == 1.0 and low == pytest.approx((0.5 + 1.0 + 0.8) / 3 - 4.302653 * 0.2516611 / 3**0.5)
-    assert outcomes.outcome(found, "rocket", 50, ("libero_object",)) is None
+    assert records.outcome(found, "rocket", 50, ("libero_object",)) is None
 
 
 def test_a_curve_is_of_the_same_seeds_at_every_step() -> None:
     early, late, alone = (_record("rocket", seed, list(range(4 * seed))) for seed in (0, 1, 2))
     for record in (early, late):
         record["evaluations"].append({**record["evaluations"][0], "step": 50})
-    found = outcomes.curve([early, late, alone], "rocket", (25, 50, 100), ("libero_object",))
+    found = records.curve([early, late, alone], "rocket", (25, 50, 100), ("libero_object",))
     assert found[0] is None
     assert [list(one.by_seed) for one in found[1:] if one] == [[0, 1], [0, 1]]
 
@@ -281,15 +281,15 @@ def test_a_policy_on_part_of_the_data_is_compared_with_that_of_the_same_part() -
 def test_errors_are_not_failures() -> None:
     record = _record("rocket", 0, [0])
     record["evaluations"][0]["episodes"][5][2] = "error"
-    found = outcomes.outcome([record], "rocket", 100, ("libero_object",))
+    found = records.outcome([record], "rocket", 100, ("libero_object",))
     assert found and (len(found.episodes), found.errors) == (9, 1)
 
 
 def test_the_end_of_training_and_the_time_of_a_step() -> None:
     record = _record("rocket", 0, [0], losses=(9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 2.0, 1.0))
-    assert outcomes.final_values([record], "rocket", "action_loss") == [1.5]
-    assert outcomes.final_values([record], "rocket", "align_loss") == []
-    assert outcomes.seconds_per_step([record], "rocket") == 0.5
+    assert records.final_values([record], "rocket", "action_loss") == [1.5]
+    assert records.final_values([record], "rocket", "align_loss") == []
+    assert records.seconds_per_step([record], "rocket") == 0.5
 
 
 def test_the_report_quotes_results_and_names_what_is_missing(tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_tasks_of_a_suite_of_several_are_told_apart(tmp_path: Path) -> None:
     found = records.evaluation_record(folder)
     assert set(found["kinds"]) == {"libero_plus_goal:0", "libero_plus_10:0"}
     record = {**_record("rocket", 0, []), "evaluations": [found]}
-    result = outcomes.outcome([record], "rocket", 100, ("libero_plus",))
+    result = records.outcome([record], "rocket", 100, ("libero_plus",))
     assert result is not None and (result.successes, len(result.episodes)) == (1, 2)
 
 

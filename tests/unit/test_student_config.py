@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.mini.make.student_config import IMAGE_SIZE, build_student
+from experiments.mini.make.pretrain_student import IMAGE_SIZE, build_student
 
 PROMPT = "In: What action should the robot take to pick up the milk and place it in the basket?\nOut:"
 
@@ -36,7 +36,7 @@ def test_seed_decides_the_weights_and_leaves_the_global_generator_alone(student)
     again, other = build_student(3)[0], build_student(4)[0]
     assert torch.equal(torch.get_rng_state(), before)
     pairs = zip(student[0].state_dict().values(), again.state_dict().values(), strict=True)
-    assert all(torch.equal(mine, same) for mine, same in pairs)
+    assert all(torch.equal(first, second) for first, second in pairs)
     name = "language_model.model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(student[0].state_dict()[name], other.state_dict()[name])
 

@@ -6,7 +6,7 @@ import torch
 
 from experiments.mini.make.teacher_data import OBJECT
 from experiments.mini.make.teacher_frames import CAMERA_DIM, Targets
-from experiments.mini.make.teacher_readout import Prediction, Readout, Scale, readout_loss, scores, summarize
+from experiments.mini.make.teacher_model import Prediction, Readout, Scale, readout_loss, scores, summarize
 
 
 def _targets(seed: int = 0, batch: int = 4, cells: int = 6) -> Targets:
