@@ -140,8 +140,9 @@ def build_on_meta(
     import torch
 
     from benchmarks.full_size import build_module, training_config
+    from prismatic.checkpoint.folder import StartingPoint
+    from prismatic.checkpoint.load import build_parts, prepare_for_training
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
-    from prismatic.training.build import Sources, adapt_vla, build_parts
     from prismatic.vla.platforms import LIBERO
     from rocket_align import VGGTTeacher
 
@@ -149,9 +150,9 @@ def build_on_meta(
     align = sizes.alignment(recipe)
     with torch.device("meta"):
         base: Any = OpenVLAForActionPrediction(sizes.student())
-        vla = adapt_vla(base.to(torch.bfloat16), training, LIBERO)
+        vla = prepare_for_training(base.to(torch.bfloat16), training, LIBERO)
         vla.vision_backbone.set_num_images_in_input(config.views)
-        parts = build_parts(training, Sources("", None, 0), vla, LIBERO)
+        parts = build_parts(training, StartingPoint("", None, 0), vla, LIBERO)
         teacher = VGGTTeacher(sizes.teacher(), align.teacher_layers) if align.num_pairs else None
         module = build_module(parts, align, sizes.teacher().embed_dim, None)
     return module, None if teacher is None else teacher.to(torch.bfloat16)

@@ -3,7 +3,7 @@
     python benchmarks/feature_store.py --checkpoint RUN--STEP_chkpt --teacher experiments/mini/weights/teacher
 
 Needs a checkpoint that was trained with this teacher (its projectors make the losses mean something); its data, student
-and flags are read from its run_config.json. Builds stores below --work_dir with the real command, compares targets and
+and flags are read from its run's record. Builds stores below --work_dir with the real command, compares targets and
 losses on the same batches with and without each half of the augmentation, and trains a few steps with the real script,
 online and stored in turns. Times want a quiet machine and OMP_NUM_THREADS=1.
 """
@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from prismatic.checkpoint.layout import component_file, read_record
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
@@ -62,7 +63,7 @@ def run_config(config: BenchmarkConfig) -> dict[str, Any]:
     """The flags of the checkpoint's run that decide its student, data and alignment."""
     kept = """data_root_dir dataset_name platform num_images_in_input use_proprio use_l1_regression lora_rank recipe
         learning_rate vla_path"""
-    stored = read_json(config.checkpoint / "run_config.json")
+    stored = read_record(config.checkpoint)
     return {name: stored[name] for name in kept.split()} | {"data_fraction": config.data_fraction}
 
 
@@ -104,10 +105,9 @@ class Compared:
     """The checkpoint's student and alignment, with the teacher running, and a store read beside it."""
 
     def __init__(self, config: BenchmarkConfig) -> None:
-        from prismatic.models.components import load_component
-        from prismatic.training.build import make_objective
-        from prismatic.training.checkpoint import component_file
+        from prismatic.checkpoint.load import load_component
         from prismatic.training.module import TrainableVLA
+        from prismatic.training.objectives import make_objective
         from prismatic.training.run import TrainingRun
 
         self.script = load_script()

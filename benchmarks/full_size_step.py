@@ -155,7 +155,8 @@ def measure(config: StepConfig, sizes: Sizes, student: Path, teacher_folder: Pat
 
     from benchmarks.full_size import build_module, make_batch, teacher_targets, training_config
     from benchmarks.memory_probe import MemoryProbe, resident_memory
-    from prismatic.training.build import Sources, build_parts, load_vla
+    from prismatic.checkpoint.folder import StartingPoint
+    from prismatic.checkpoint.load import build_parts, load_for_training
     from prismatic.vla.platforms import LIBERO
     from rocket_align import VGGTTeacher
 
@@ -167,10 +168,10 @@ def measure(config: StepConfig, sizes: Sizes, student: Path, teacher_folder: Pat
     before = resident_memory()
     with MemoryProbe() as probe:
         probe.enter("load student, add LoRA and heads")
-        sources = Sources(str(student), None, 0)
-        vla = load_vla(training, sources, LIBERO, torch.bfloat16)
+        start = StartingPoint(str(student), None, 0)
+        vla = load_for_training(training, start, LIBERO, torch.bfloat16)
         vla.vision_backbone.set_num_images_in_input(config.views)
-        parts = build_parts(training, sources, vla, LIBERO)
+        parts = build_parts(training, start, vla, LIBERO)
         probe.enter("load teacher, build alignment")
         teacher = VGGTTeacher.from_pretrained(teacher_folder, align.teacher_layers, dtype=torch.bfloat16)
         module = build_module(parts, align, teacher.embed_dim, None)

@@ -54,7 +54,7 @@ def main(config: MergeConfig) -> int:
         size = write_model_and_adapter(config, folder)
         flags = ["--base_checkpoint", str(folder / "student"), "--lora_finetuned_checkpoint_dir", str(folder / "run")]
         flags += ["--output_dir", str(folder / "merged"), "--max_shard_size", config.max_shard_size]
-        imports, _ = measure([sys.executable, "-c", "import torch, safetensors, prismatic.models.merge_lora"])
+        imports, _ = measure([sys.executable, "-c", "import torch, safetensors, prismatic.checkpoint.merge"])
         peak, seconds = measure([sys.executable, str(SCRIPT), *flags])
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -59,12 +59,14 @@ class Frames:
     """The data set's un-augmented views, as the student's batches bring them to a teacher."""
 
     def __init__(self, config: StoreConfig) -> None:
-        from prismatic.training.build import find_sources, load_processor, make_dataset
+        from prismatic.checkpoint.folder import resolve_checkpoint
+        from prismatic.checkpoint.load import load_processor
+        from prismatic.training.run import make_dataset
         from prismatic.util.data_utils import PaddedCollatorForActionPrediction
         from prismatic.vla.platforms import get_platform
 
         self.config = config
-        self.processor = load_processor(find_sources(config))
+        self.processor = load_processor(resolve_checkpoint(config).base)
         plain = dataclasses.replace(config, image_aug=False, use_proprio=False)
         self.data = make_dataset(plain, self.processor, get_platform(config.platform), train=True)
         tokenizer = self.processor.tokenizer
@@ -105,8 +107,8 @@ class Frames:
 
 def plan_store(config: StoreConfig, frames: Frames, teacher: Any) -> StoreLayout:
     """The layout: grids come from one frame that the teacher sees."""
+    from prismatic.checkpoint.folder import resolve_checkpoint
     from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
-    from prismatic.training.build import find_sources
     from rocket_align.teacher.registry import describe_teacher, teacher_hash
     from rocket_align.teacher.store.layout import StoreLayout
 
@@ -114,7 +116,7 @@ def plan_store(config: StoreConfig, frames: Frames, teacher: Any) -> StoreLayout
     name = frames.data.mixture[0].name
     device = next(teacher.parameters()).device
     seen = teacher(next(iter(frames.images(name, [frames.numbers(name)[:1]], device))))
-    backbone = str((OpenVLAConfig.from_pretrained(find_sources(config).base).timm_model_ids or [""])[0])
+    backbone = str((OpenVLAConfig.from_pretrained(resolve_checkpoint(config).base).timm_model_ids or [""])[0])
     patch = re.search(r"patch(\d+)", backbone)
     if patch is None:
         raise UsageError(
@@ -141,7 +143,7 @@ def load(config: StoreConfig, accelerator: Any) -> Any:
     """The teacher, cut after the last layer that the flags align."""
     import torch
 
-    from prismatic.training.build import student_depth
+    from prismatic.checkpoint.load import student_depth
     from rocket_align.teacher.registry import describe_teacher, load_teacher
 
     try:

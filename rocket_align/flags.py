@@ -5,6 +5,7 @@ Annotations are not postponed here: draccus 0.8, which OpenVLA-OFT pins, cannot 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ from rocket_align.recipes import RECIPES
 
 POOLING = ("bilinear", "random")
 TEACHER_TYPES = ("auto", "vggt", "depth_anything", "dinov2")
+
+
+def recipe_of(flags: Mapping[str, Any]) -> str:
+    """The recipe that a run's flags mean: the named one, else rocket where there is a teacher."""
+    teacher = any(flags.get(name) for name in ("teacher_path", "vggt_path", "feature_store"))
+    return flags.get("recipe") or ("rocket" if teacher else "baseline")
 
 
 @dataclass
@@ -51,7 +58,7 @@ class AlignFlags:
     @property
     def recipe_name(self) -> str:
         """The recipe in force."""
-        return self.recipe or ("rocket" if self.teacher or self.feature_store else "baseline")
+        return recipe_of(vars(self))
 
     @property
     def aligns(self) -> bool:

@@ -11,7 +11,7 @@
     theorem     both sides of the bound on gradient coherence
     reach       where the hand closes for the first time in LIBERO, beside the object it is to pick up
 
-Models are built as finetune.py builds them, with the flags that the checkpoint's run recorded (run_config.json); flags
+Models are built as finetune.py builds them, with the flags that the checkpoint's run recorded; flags
 given here win. A checkpoint may also be a base model. `analyze.py COMMAND --help` lists the flags of a command.
 """
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.robot.policy_flags import PolicyFlags
+from experiments.robot.policy import PolicyFlags
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError, unknown_name
 
@@ -77,9 +77,9 @@ def check(config: DeployConfig) -> None:
 def main(config: DeployConfig) -> int:
     """Load the policy and serve it until interrupted; returns 0."""
     check(config)
-    from experiments.robot.checkpoint import check_policy_flags, open_checkpoint, resolve_unnorm_key
     from experiments.robot.robot_utils import set_seed_everywhere
     from experiments.robot.serving.access import read_token
+    from prismatic.checkpoint.folder import check_policy_flags, open_checkpoint, resolve_unnorm_key
 
     token = read_token(config.token_file)
     checkpoint = open_checkpoint(config.pretrained_checkpoint, config.base_checkpoint or None)

@@ -38,7 +38,7 @@ def plan_alignment(config: FinetuneConfig) -> tuple[AlignConfig, int]:
     Raises:
         UsageError: a wrong flag, or layers the models do not have.
     """
-    from prismatic.training.build import student_depth
+    from prismatic.checkpoint.load import student_depth
     from rocket_align.teacher.registry import describe_teacher
     from rocket_align.teacher.store.layout import read_layout
 
@@ -64,12 +64,12 @@ def check_resumed_alignment(config: FinetuneConfig, align: AlignConfig) -> None:
     Raises:
         UsageError: names what differs.
     """
-    from prismatic.util.files import read_json
+    from prismatic.checkpoint.layout import RUN_CONFIG, read_record
 
-    record = Path(config.vla_path) / "run_config.json"
-    if not config.resume or not record.is_file():
+    if not config.resume:
         return
-    before = read_json(record).get("alignment") or {}
+    record = Path(config.vla_path) / RUN_CONFIG
+    before = read_record(record.parent).get("alignment") or {}
     for name, now in asdict(align).items():
         # JSON has lists for tuples.
         now = list(now) if isinstance(now, tuple) else now

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from prismatic.checkpoint.layout import LORA_FOLDER
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError, unknown_name
 
@@ -40,11 +41,11 @@ def main(config: ConvertConfig) -> int:
     if not config.lora_finetuned_checkpoint_dir:
         raise UsageError("--lora_finetuned_checkpoint_dir: not given; accepted: a checkpoint folder with lora_adapter/")
     checkpoint = Path(config.lora_finetuned_checkpoint_dir).expanduser()
-    if not (checkpoint / "lora_adapter").is_dir():
-        raise UsageError(f"--lora_finetuned_checkpoint_dir: {checkpoint} has no folder lora_adapter")
+    if not (checkpoint / LORA_FOLDER).is_dir():
+        raise UsageError(f"--lora_finetuned_checkpoint_dir: {checkpoint} has no folder {LORA_FOLDER}")
     import torch
 
-    from prismatic.models.merge_lora import merge_checkpoint
+    from prismatic.checkpoint.merge import merge_checkpoint
     from prismatic.util.hub import find_folder
     from prismatic.util.tensor_files import parse_size
 

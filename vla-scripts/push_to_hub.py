@@ -36,8 +36,15 @@ class PushConfig:
 def main(config: PushConfig) -> int:
     """Publish, or write what would be published; returns 0."""
     _check(config)
-    from experiments.robot.model_card import CardFacts, model_card
-    from experiments.robot.publish import CARD, changed_texts, publish, published_files, write_copy
+    from experiments.robot.publish import (
+        CARD,
+        CardFacts,
+        changed_texts,
+        model_card,
+        publish,
+        published_files,
+        write_copy,
+    )
     from prismatic.util.files import read_json
 
     folder = Path(config.checkpoint).expanduser()

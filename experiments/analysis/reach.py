@@ -24,8 +24,7 @@ from experiments.robot.libero.simulator.environment import LiberoEnv
 from experiments.robot.libero.suites.tasks import get_task
 from experiments.robot.openvla_utils import OpenVLAPolicy
 from experiments.robot.robot_utils import set_seed_everywhere
-from prismatic.training.folders import split_checkpoint_name
-from prismatic.util.files import read_json
+from prismatic.checkpoint.layout import POLICY_FLAGS, read_record, split_checkpoint_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,10 +86,8 @@ class Watch:
 
 def policy_flags(config: ReachConfig, folder: str) -> GenerateConfig:
     """The evaluation's flags for a checkpoint: inputs and heads as its run recorded them."""
-    record = Path(folder) / "run_config.json"
-    trained = read_json(record) if record.is_file() else {}
-    names = ("num_images_in_input", "use_proprio", "use_film", "use_l1_regression", "use_diffusion")
-    values = {name: trained[name] for name in names if name in trained}
+    trained = read_record(Path(folder))
+    values = {name: trained[name] for name in POLICY_FLAGS if name in trained}
     if "image_aug" in trained:
         values["center_crop"] = trained["image_aug"]
     shared = {field.name for field in fields(GenerateConfig)} & {field.name for field in fields(config)}

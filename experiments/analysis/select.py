@@ -47,7 +47,7 @@ def check_flags(config: SelectConfig) -> None:
 
 def main(config: SelectConfig, join: Join) -> int:
     """Select, write the file and print the layers."""
-    from prismatic.training.build import student_depth
+    from prismatic.checkpoint.load import student_depth
 
     check_flags(config)
     if len(config.checkpoints) > 1:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from experiments.analysis.config import SubjectFlags
+from prismatic.checkpoint.layout import is_checkpoint, read_record
 from prismatic.training.config import TrainConfig
 from prismatic.util.errors import UsageError
-from prismatic.util.files import read_json
 
 if TYPE_CHECKING:
     from prismatic.training.run import TrainingRun
@@ -34,11 +34,6 @@ class Join(Protocol):
     def build_alignment(self, training: TrainingRun, align: AlignConfig, teacher_dim: int) -> tuple[Any, Any]: ...
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is one that training wrote, rather than a base model."""
-    return (folder / "training_state").is_dir() or (folder / "lora_adapter").is_dir()
-
-
 def training_config(flags: SubjectFlags, folder: str, join: Join) -> Any:
     """The fine-tuning script's flags: those of the checkpoint's run, with the given ones over them.
 
@@ -47,8 +42,7 @@ def training_config(flags: SubjectFlags, folder: str, join: Join) -> Any:
     """
     path = Path(folder)
     resume = path.is_dir() and is_checkpoint(path)
-    recorded = path / "run_config.json"
-    values: dict[str, Any] = read_json(recorded) if resume and recorded.is_file() else {}
+    values = read_record(path) if resume else {}
     given = flags.overrides()
     for one, other in _ALTERNATIVES:
         for ours, theirs in ((one, other), (other, one)):

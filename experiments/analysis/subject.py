@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from experiments.analysis.config import SubjectFlags
 from experiments.analysis.settings import Join, describe_teacher_of, training_config
-from prismatic.models.components import load_component
-from prismatic.training.build import make_objective, student_depth
-from prismatic.training.checkpoint import component_file
-from prismatic.training.folders import split_checkpoint_name
+from prismatic.checkpoint.layout import component_file, split_checkpoint_name
+from prismatic.checkpoint.load import load_component, student_depth
 from prismatic.training.module import TrainableVLA
+from prismatic.training.objectives import make_objective
 from prismatic.training.run import TrainingRun
 from prismatic.util.errors import UsageError
 from rocket_align.alignment import AlignOutput, MultiLayerAlignment
@@ -111,7 +110,7 @@ class Subject:
                 released_independent_width=False,
             )
             self.every_layer, self._targets = join.build_alignment(self.training, every, sizes.channels // 2)
-        checkpoint = self.training.sources.checkpoint
+        checkpoint = self.training.start.checkpoint
         file = component_file(checkpoint, "align_projectors") if checkpoint is not None else None
         if file is not None and self.align.num_pairs:
             load_component(alignment, file)
@@ -120,7 +119,7 @@ class Subject:
     @property
     def step(self) -> int:
         """Training step of the checkpoint, 0 for a base model."""
-        return self.training.sources.step
+        return self.training.start.step
 
     @property
     def label(self) -> str:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from prismatic.training.folders import last_checkpoint
+from prismatic.checkpoint.layout import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 REFRESH_SECONDS = 1.0

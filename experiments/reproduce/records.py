@@ -19,6 +19,7 @@ from experiments.reproduce.stages import StudyPaths, is_complete
 from experiments.reproduce.studies import Analysis, Arm, Study
 from experiments.robot.libero.results.run_folder import EpisodeResult, load_episodes
 from experiments.robot.libero.results.summary import wilson_interval
+from prismatic.checkpoint.layout import read_record
 from prismatic.training.metrics import read_log
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
@@ -41,7 +42,7 @@ def write_record(paths: StudyPaths, arm: Arm, seed: int, jobs: Iterable[Job], re
     path = record_path(paths, arm, seed, results)
     checkpoint = paths.checkpoint(arm, seed, paths.profile.final_step)
     earlier = read_json(path) if path.is_file() else {}
-    configuration = read_json(checkpoint / "run_config.json")
+    configuration = read_record(checkpoint)
     # Another study's evaluation may have been stopped halfway.
     evaluated = [
         file.parent for file in sorted((paths.out / "eval").glob(f"{run_id}-step*/summary.json")) if is_complete(file)

@@ -12,6 +12,7 @@ from pathlib import Path
 from experiments.reproduce.jobs import Job, as_arguments, start_or_resume
 from experiments.reproduce.profiles import Profile
 from experiments.reproduce.studies import Analysis, Arm, Study
+from prismatic.checkpoint.layout import RUN_CONFIG
 from prismatic.util.files import read_json
 from prismatic.vla.datasets.specs import resolve_mixture
 from rocket_align.teacher.store.layout import INDEX_NAME
@@ -147,7 +148,7 @@ def train_job(paths: StudyPaths, arm: Arm, seed: int, *, prepare: bool = True) -
         **paths.train,
     }
     # Every checkpoint has it; config.json is in merged ones alone.
-    result = paths.checkpoint(arm, seed, profile.final_step) / "run_config.json"
+    result = paths.checkpoint(arm, seed, profile.final_step) / RUN_CONFIG
     return Job(f"train-{run_id}", paths.launched("vla-scripts/finetune.py", flags), result)
 
 

@@ -22,11 +22,12 @@ from typing import Any
 from urllib.parse import quote
 
 from experiments.report.html import Line, Rate, line_chart, render, setting_rows
-from prismatic.training.folders import LOG_FILE, last_checkpoint
+from prismatic.checkpoint.layout import LOG_FILE, last_checkpoint, read_record, split_checkpoint_name
 from prismatic.training.metrics import read_log
 from prismatic.util.cli import exit_code
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
+from rocket_align.flags import recipe_of
 
 MOST_VIDEOS = 24  # of a run: a browser opens each
 _PAIR = re.compile(r"align_loss_pair_(\d+)")
@@ -80,9 +81,7 @@ class Run:
         rows = [("steps", str(self.last_step)), ("action loss", _number(last.get("action_loss")))]
         if "align_loss" in last:
             rows.append(("alignment loss", _number(last["align_loss"])))
-        aligned = any(self.config.get(name) for name in ("vggt_path", "teacher_path", "feature_store"))
-        recipe = self.config.get("recipe") or ("rocket" if aligned else "baseline")
-        rows += [("recipe", str(recipe)), ("seed", str(self.config.get("seed", "-")))]
+        rows += [("recipe", recipe_of(self.config)), ("seed", str(self.config.get("seed", "-")))]
         return [*rows, ("training time", _duration(sum(row.get("seconds", 0.0) for row in self.rows)))]
 
 
@@ -107,9 +106,7 @@ def load_runs(folders: Sequence[Path], eval_dir: Path | None = None) -> list[Run
         rows = tuple(row for row in read_log(folder / LOG_FILE) if "loss" in row)
         if not rows:
             raise UsageError(f"{folder}: no {LOG_FILE} with training steps; accepted: the folder of a fine-tuning run")
-        checkpoint = last_checkpoint(folder)
-        record = checkpoint / "run_config.json" if checkpoint else folder / "run_config.json"
-        config = read_json(record) if record.is_file() else {}
+        config = read_record(last_checkpoint(folder) or folder)
         evaluations = find_evaluations(folder.resolve().name, eval_dir) if eval_dir else ()
         runs.append(Run(folder.resolve().name, folder, series, rows, config, evaluations))
     return runs
@@ -120,15 +117,15 @@ def find_evaluations(run: str, eval_dir: Path) -> tuple[Evaluation, ...]:
     from experiments.robot.libero.results import summary
     from experiments.robot.libero.results.run_folder import load_episodes
 
-    pattern = re.compile(re.escape(run) + r"--(\d+)_chkpt")
     evaluations = []
     for record in sorted(eval_dir.glob("*/config.json")):
         content = read_json(record)
         checkpoint = Path(str(content.get("environment", {}).get("checkpoint", ""))).name
-        if named := pattern.fullmatch(checkpoint):
+        evaluated, step = split_checkpoint_name(checkpoint)
+        if evaluated == run and step is not None:
             rate = Rate.of(summary.rate(load_episodes(record.parent)))
             suite = str(content.get("identity", {}).get("suite", ""))
-            evaluations.append(Evaluation(int(named.group(1)), suite, rate, record.parent))
+            evaluations.append(Evaluation(step, suite, rate, record.parent))
     return tuple(sorted(evaluations, key=lambda evaluation: evaluation.step))
 
 

@@ -104,7 +104,7 @@ def _check_sizes(config: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def _open_factory(config: Any) -> ExternalPolicy:
-    from experiments.robot.time_limit import TimeLimited
+    from experiments.robot.wrappers import TimeLimited
 
     module, _, name = config.policy.partition(":")
     if str(Path.cwd()) not in sys.path:

@@ -1,24 +1,20 @@
 """From a checkpoint folder to a policy that answers robots, singly as upstream's functions do or in batches.
 
 `get_vla`, `get_processor`, `get_action_head`, `get_proprio_projector`, `get_noisy_action_projector` and
-`get_vla_action` have upstream's signatures; `cfg` is any object with upstream's flags as attributes.
-:class:`OpenVLAPolicy` is what our own rollouts and server use.
+`get_vla_action` have upstream's signatures; `cfg` is :class:`PolicyFlags` or any object with upstream's flags as
+attributes. :class:`OpenVLAPolicy` is what our own rollouts and server use; what a folder holds, and how it is loaded,
+is :mod:`prismatic.checkpoint`'s.
 
-Not obvious:
-- Nothing in a checkpoint is executed or changed: own model classes, safetensors or `weights_only` loading.
-- An adapter is merged into its base model in memory, with sums in float32, so it acts as the merged checkpoint does.
-- Weights that a checkpoint lacks are an error, never random numbers.
-- `dataset_statistics.json` replaces the `norm_stats` of config.json.
-- Proprio values outside the statistics' range are clipped; a constant dimension is not zeroed here, as in upstream.
+Proprio values outside the statistics' range are clipped; a constant dimension is not zeroed here, as in upstream.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +22,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from experiments.robot.checkpoint import Checkpoint, component_file, open_checkpoint, resolve_unnorm_key
-from experiments.robot.policy import Query
-from experiments.robot.quantization import quantization_arguments
-from prismatic.models.components import load_component, read_state_dict
-from prismatic.models.lora import load_lora
+from experiments.robot.policy import PolicyFlags, Query
+from prismatic.checkpoint.folder import Checkpoint, open_checkpoint, resolve_unnorm_key
+from prismatic.checkpoint.load import load_component, load_policy, load_policy_model, load_processor, make_head
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets.image_transforms import center_crop_box, prepare_policy_image, resize_and_crop
 from prismatic.vla.platforms import LIBERO, NormalizationType, Platform
 from prismatic.vla.prompting import action_prompt
+
+if TYPE_CHECKING:
+    from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 
 Array = npt.NDArray[Any]
 
@@ -59,6 +56,25 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def quantization(cfg: PolicyFlags) -> str:
+    """ "8bit" or "4bit" where the flags ask for such weights, else "".
+
+    Raises:
+        UsageError: both are given, or this machine cannot do it.
+    """
+    kinds = [kind for kind in ("8bit", "4bit") if getattr(cfg, f"load_in_{kind}", False)]
+    if len(kinds) > 1:
+        raise UsageError("--load_in_8bit, --load_in_4bit: both are True; accepted: one of them")
+    if not kinds:
+        return ""
+    device, _ = _placement(cfg)
+    if device.type != "cuda":
+        raise UsageError(f"--load_in_{kinds[0]}: needs an NVIDIA GPU, found device {device}; accepted here: False")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"--load_in_{kinds[0]}: needs the package bitsandbytes: pip install 'rocket-vla[quant]'")
+    return kinds[0]
+
+
 def normalize_proprio(
     proprio: Array, norm_stats: Mapping[str, Any], kind: NormalizationType = LIBERO.normalization
 ) -> Array:
@@ -72,62 +88,46 @@ def normalize_proprio(
     return np.clip(np.where(mask, scaled, proprio), -1.0, 1.0)
 
 
-def get_vla(cfg: Any) -> nn.Module:
+def get_vla(cfg: PolicyFlags) -> nn.Module:
     """Load the model of `cfg.pretrained_checkpoint`, ready for inference.
 
     Raises:
         UsageError: the checkpoint cannot be used.
     """
-    return _load_vla(_checkpoint_of(cfg), cfg)
+    return load_policy_model(_checkpoint_of(cfg), cfg, *_placement(cfg), quantization(cfg))
 
 
-def get_processor(cfg: Any) -> Any:
+def get_processor(cfg: PolicyFlags) -> PrismaticProcessor:
     """Tokenizer and image processor of `cfg.pretrained_checkpoint`."""
-    return _load_processor(_checkpoint_of(cfg))
+    return load_processor(_checkpoint_of(cfg).processor_path, "--pretrained_checkpoint")
 
 
-def get_proprio_projector(cfg: Any, llm_dim: int, proprio_dim: int) -> nn.Module:
+def get_proprio_projector(cfg: PolicyFlags, llm_dim: int, proprio_dim: int) -> nn.Module:
     """The trained projector of the robot's state."""
-    from prismatic.models.projectors import ProprioProjector
-
-    projector = ProprioProjector(llm_dim=llm_dim, proprio_dim=proprio_dim)
-    return _load_component(cfg, projector, "proprio_projector", "--use_proprio")
+    return _load_head(cfg, "proprio_projector", "--use_proprio", llm_dim, proprio_dim=proprio_dim)
 
 
-def get_noisy_action_projector(cfg: Any, llm_dim: int) -> nn.Module:
+def get_noisy_action_projector(cfg: PolicyFlags, llm_dim: int) -> nn.Module:
     """The trained projector of noisy actions of a diffusion policy."""
-    from prismatic.models.projectors import NoisyActionProjector
-
-    return _load_component(cfg, NoisyActionProjector(llm_dim=llm_dim), "noisy_action_projector", "--use_diffusion")
+    return _load_head(cfg, "noisy_action_projector", "--use_diffusion", llm_dim)
 
 
-def get_action_head(cfg: Any, llm_dim: int, action_dim: int = LIBERO.action_dim) -> nn.Module:
+def get_action_head(cfg: PolicyFlags, llm_dim: int, action_dim: int = LIBERO.action_dim) -> nn.Module:
     """The trained L1 or diffusion head, whichever `cfg` asks for.
 
     Raises:
         UsageError: `cfg` asks for both or none, or the checkpoint lacks the head.
     """
-    from prismatic.models.action_heads import DiffusionActionHead, L1RegressionActionHead
-
     if cfg.use_l1_regression == cfg.use_diffusion:
         raise UsageError("--use_l1_regression, --use_diffusion: a head needs exactly one of them")
-    if cfg.use_l1_regression:
-        head = L1RegressionActionHead(input_dim=llm_dim, hidden_dim=llm_dim, action_dim=action_dim)
-        return _load_component(cfg, head, "action_head", "--use_l1_regression")
-    diffusion = DiffusionActionHead(
-        input_dim=llm_dim,
-        hidden_dim=llm_dim,
-        action_dim=action_dim,
-        num_diffusion_steps_train=cfg.num_diffusion_steps_train,
-    )
-    diffusion.noise_scheduler.set_timesteps(cfg.num_diffusion_steps_inference)
-    return _load_component(cfg, diffusion, "action_head", "--use_diffusion")
+    flag = "--use_l1_regression" if cfg.use_l1_regression else "--use_diffusion"
+    return _set_diffusion_steps(_load_head(cfg, "action_head", flag, llm_dim, action_dim=action_dim), cfg)
 
 
 def get_vla_action(  # noqa: PLR0913 - upstream's signature
-    cfg: Any,
+    cfg: PolicyFlags,
     vla: Any,
-    processor: Any,
+    processor: PrismaticProcessor,
     obs: Mapping[str, Any],
     task_label: str,
     action_head: nn.Module | None = None,
@@ -165,7 +165,9 @@ def get_vla_action(  # noqa: PLR0913 - upstream's signature
     return list(actions_BTA[0])
 
 
-def prepare_images_for_vla(images: Sequence[Array], cfg: Any, size: tuple[int, int] = (224, 224)) -> list[Array]:
+def prepare_images_for_vla(
+    images: Sequence[Array], cfg: PolicyFlags, size: tuple[int, int] = (224, 224)
+) -> list[Array]:
     """Images (H, W, 3) as the policy wants them: JPEG and resize unless of `size` already, then the center crop."""
     prepared = []
     for image in images:
@@ -199,30 +201,29 @@ class OpenVLAPolicy:
 
     text_tokens: int | None = None
 
-    def __init__(self, vla: Any, processor: Any, parts: Mapping[str, nn.Module], cfg: Any, unnorm_key: str) -> None:
+    def __init__(
+        self, vla: Any, processor: PrismaticProcessor, parts: Mapping[str, nn.Module], cfg: PolicyFlags, unnorm_key: str
+    ) -> None:
         self.vla, self.processor, self.unnorm_key = vla, processor, unnorm_key
         self.platform: Platform = vla.platform
         self._parts, self._cfg = dict(parts), cfg
         self._threads = ThreadPoolExecutor(max_workers=8)
 
     @classmethod
-    def from_checkpoint(cls: type[PolicyT], checkpoint: Checkpoint | str, cfg: Any, unnorm_key: str) -> PolicyT:
-        """Load everything that `cfg` asks for: an object with upstream's evaluation flags.
+    def from_checkpoint(cls: type[PolicyT], checkpoint: Checkpoint | str, cfg: PolicyFlags, unnorm_key: str) -> PolicyT:
+        """Load everything that `cfg` asks for, all of it from `checkpoint`.
 
         Raises:
             UsageError: the checkpoint lacks something or does not fit.
         """
-        opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
-        unnorm_key = resolve_unnorm_key(opened.statistics, unnorm_key, getattr(cfg, "task_suite_name", ""))
-        vla = _load_vla(opened, cfg)
-        parts: dict[str, nn.Module] = {}
-        if cfg.use_l1_regression or cfg.use_diffusion:
-            parts["action_head"] = get_action_head(cfg, vla.llm_dim, vla.platform.action_dim)
-        if cfg.use_proprio:
-            parts["proprio_projector"] = get_proprio_projector(cfg, vla.llm_dim, vla.platform.proprio_dim)
-        if cfg.use_diffusion:
-            parts["noisy_action_projector"] = get_noisy_action_projector(cfg, vla.llm_dim)
-        return cls(vla, _load_processor(opened), parts, cfg, unnorm_key)
+        if isinstance(checkpoint, str):
+            checkpoint = open_checkpoint(checkpoint, getattr(cfg, "base_checkpoint", "") or None)
+        unnorm_key = resolve_unnorm_key(checkpoint.statistics, unnorm_key, getattr(cfg, "task_suite_name", ""))
+        parts = load_policy(checkpoint, cfg, *_placement(cfg), quantization(cfg))
+        if parts.action_head is not None:
+            _set_diffusion_steps(parts.action_head, cfg)
+        processor = load_processor(checkpoint.processor_path, "--pretrained_checkpoint")
+        return cls(parts.vla, processor, parts.heads, cfg, unnorm_key)
 
     def act(self, queries: Sequence[Query], unnorm_key: str | None = None) -> Array:
         """Un-normalized action chunks, float64 (B, T, A), gripper 1 = open, for B queries.
@@ -232,8 +233,8 @@ class OpenVLAPolicy:
         key = unnorm_key or self.unnorm_key
         used = self._cfg.num_images_in_input
         views = [[query.image, query.wrist_image, *query.extra_images][:used] for query in queries]
-        prepared = [query.prepared for query, of_query in zip(queries, views) for _ in of_query]
-        pixels = list(self._threads.map(self._prepare, [image for of_query in views for image in of_query], prepared))
+        prepared = [query.prepared for query, images in zip(queries, views) for _ in images]
+        pixels = list(self._threads.map(self._prepare, [image for images in views for image in images], prepared))
         count = len(views[0])
         pixel_values = [torch.cat(pixels[start : start + count]) for start in range(0, len(pixels), count)]
         arguments: dict[str, Any] = {"unnorm_key": key, "use_film": self._cfg.use_film, **self._parts}
@@ -289,73 +290,31 @@ def _predict(
     return actions_BTA
 
 
-def _checkpoint_of(cfg: Any) -> Checkpoint:
+def _checkpoint_of(cfg: PolicyFlags) -> Checkpoint:
     return open_checkpoint(str(cfg.pretrained_checkpoint), getattr(cfg, "base_checkpoint", "") or None)
 
 
-def _load_processor(checkpoint: Checkpoint) -> Any:
-    from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
-
-    return PrismaticProcessor.from_pretrained(checkpoint.processor_path)
-
-
-def _load_vla(checkpoint: Checkpoint, cfg: Any) -> Any:
-    """Model, adapter, FiLM backbone and statistics of a checkpoint, on its device."""
-    from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
-
+def _placement(cfg: PolicyFlags) -> tuple[torch.device, torch.dtype]:
+    """Device and type of the policy; upstream's flags do not name them."""
     device = resolve_device(getattr(cfg, "device", "auto"))
-    dtype = resolve_dtype(getattr(cfg, "dtype", "auto"), device)
-    quantization = quantization_arguments(cfg, device, checkpoint)
-    loaded: Any = OpenVLAForActionPrediction.from_pretrained(
-        checkpoint.model_path, dtype=dtype, output_loading_info=True, **quantization
-    )
-    vla, info = loaded
-    missing = [key for key in info["missing_keys"] if not (cfg.use_film and key.startswith("vision_backbone."))]
-    if missing or info.get("mismatched_keys"):
-        wrong = ", ".join(str(key) for key in [*missing, *info.get("mismatched_keys", ())][:3])
-        raise UsageError(f"{checkpoint.model_path}: weights missing or of the wrong shape: {wrong}")
-    if checkpoint.adapter_path is not None:
-        vla = _merge_adapter(vla, checkpoint.adapter_path)
-    if cfg.use_film:
-        _load_film(vla, component_file(checkpoint, "vision_backbone", "--use_film"))
-    vla.vision_backbone.set_num_images_in_input(cfg.num_images_in_input)
-    vla.norm_stats = dict(checkpoint.statistics)
-    if "platform" in checkpoint.config:
-        vla.config.platform = checkpoint.config["platform"]
-    return vla.eval() if quantization else vla.to(device).eval()
+    return device, resolve_dtype(getattr(cfg, "dtype", "auto"), device)
 
 
-def _merge_adapter(vla: Any, folder: Path) -> Any:
-    """The model with the adapter added into its weights, layer by layer: sums in float32, rounded once."""
-    from peft.tuners.lora import LoraLayer
-
-    try:
-        adapted = load_lora(vla, folder)
-    except ValueError as error:
-        raise UsageError(f"--pretrained_checkpoint: {error}") from error
-    with torch.no_grad():
-        for layer in adapted.modules():
-            if isinstance(layer, LoraLayer):
-                lora: Any = layer
-                weight = lora.get_base_layer().weight
-                weight.copy_(weight.float() + sum(lora.get_delta_weight(name).float() for name in lora.active_adapters))
-    return adapted.unload()
+def _load_head(
+    cfg: PolicyFlags, name: str, flag: str, llm_dim: int, *, action_dim: int = 1, proprio_dim: int = 1
+) -> nn.Module:
+    """A head of `cfg.pretrained_checkpoint`, on the policy's device and in its type."""
+    head = make_head(name, cfg, llm_dim, action_dim=action_dim, proprio_dim=proprio_dim)
+    load_component(head, _checkpoint_of(cfg).component(name, flag))
+    return head.to(*_placement(cfg)).eval()
 
 
-def _load_film(vla: Any, file: Path) -> None:
-    from prismatic.models.film_vit_wrapper import load_film_backbone
-
-    try:
-        load_film_backbone(vla, read_state_dict(file))
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(f"{file}: {' '.join(str(error).split())[:300]}") from error
-
-
-def _load_component(cfg: Any, module: nn.Module, name: str, flag: str) -> nn.Module:
-    """Load `{name}--*_checkpoint.pt` of the checkpoint into `module`, on the policy's device and in its type."""
-    load_component(module, component_file(_checkpoint_of(cfg), name, flag))
-    device = resolve_device(getattr(cfg, "device", "auto"))
-    return module.to(device, resolve_dtype(getattr(cfg, "dtype", "auto"), device)).eval()
+def _set_diffusion_steps(head: nn.Module, cfg: PolicyFlags) -> nn.Module:
+    """Let a diffusion head take as many steps as the flags say; other heads are left alone."""
+    if cfg.use_diffusion:
+        scheduler: Any = head.noise_scheduler
+        scheduler.set_timesteps(cfg.num_diffusion_steps_inference)
+    return head
 
 
 def _crop(image: Array, size: tuple[int, int]) -> Array:

@@ -1,4 +1,4 @@
-"""Copies of a checkpoint for others: on the model hub, or in a folder as they would be there."""
+"""Copies of a checkpoint for others, on the model hub or in a folder, with a README filled from its own files."""
 
 from __future__ import annotations
 
@@ -6,28 +6,60 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+from experiments.report import markdown_table, percent, percent_range
+from prismatic.checkpoint.layout import (
+    ADAPTER_CONFIG,
+    MODEL_WEIGHTS,
+    POLICY_FLAGS,
+    RUN_CONFIG,
+    STATE_FILE,
+    STATISTICS,
+    VISION,
+    component_files,
+    read_record,
+    read_statistics,
+    recorded_step,
+    weight_files,
+)
 from prismatic.util.errors import UsageError
 from prismatic.util.files import read_json
+from prismatic.util.hub import HUB_ID
+from rocket_align.flags import recipe_of
 
 CARD = "README.md"
-_LEFT_HERE = ("training_state", "tensorboard", "wandb")
+_LEFT_HERE = (STATE_FILE.parts[0], "tensorboard", "wandb")
 # Flags of a run that tell about the machine or the account it ran on, and of no use to others.
 _PRIVATE_FLAGS = ("data_root_dir", "run_root_dir", "wandb_entity", "wandb_project", "vggt_cache_dir")
-_RUN_CONFIG = "run_config.json"
-_ADAPTER_CONFIG = "lora_adapter/adapter_config.json"
+_SHOWN = (
+    *POLICY_FLAGS,
+    "platform",
+    "batch_size",
+    "grad_accumulation_steps",
+    "learning_rate",
+    "scheduler",
+    "num_steps_before_decay",
+    "lora_rank",
+    "image_aug",
+    "seed",
+    "align_loss_coeff",
+    "vla_layers_align",
+    "vggt_layers_align",
+)
 
 
 def published_files(folder: Path) -> list[PurePosixPath]:
     """What of a checkpoint folder others need, relative to it: all but training state, logs, hidden files and code."""
-    found = []
+    names = []
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
         if file.is_file() and not hidden and name.parts[0] not in _LEFT_HERE and file.suffix not in (".py", ".jsonl"):
-            found.append(PurePosixPath(name.as_posix()))
-    return [name for name in found if str(name) != CARD]
+            names.append(PurePosixPath(name.as_posix()))
+    return [name for name in names if str(name) != CARD]
 
 
 def changed_texts(folder: Path, base_model: str) -> dict[str, str]:
@@ -36,15 +68,15 @@ def changed_texts(folder: Path, base_model: str) -> dict[str, str]:
     The run's flags lose what tells about the machine; the adapter names `base_model`, where others find it too.
     """
     texts = {}
-    if (folder / _RUN_CONFIG).is_file():
-        flags = {name: value for name, value in read_json(folder / _RUN_CONFIG).items() if name not in _PRIVATE_FLAGS}
+    if record := read_record(folder):
+        flags = {name: value for name, value in record.items() if name not in _PRIVATE_FLAGS}
         for name, value in flags.items():
             if isinstance(value, str) and Path(value).is_absolute():
                 flags[name] = Path(value).name
-        texts[_RUN_CONFIG] = json.dumps(flags, indent=2) + "\n"
-    if (folder / _ADAPTER_CONFIG).is_file():
-        adapter = {**read_json(folder / _ADAPTER_CONFIG), "base_model_name_or_path": base_model}
-        texts[_ADAPTER_CONFIG] = json.dumps(adapter, indent=2) + "\n"
+        texts[RUN_CONFIG] = json.dumps(flags, indent=2) + "\n"
+    if (folder / ADAPTER_CONFIG).is_file():
+        adapter = {**read_json(folder / ADAPTER_CONFIG), "base_model_name_or_path": base_model}
+        texts[ADAPTER_CONFIG.as_posix()] = json.dumps(adapter, indent=2) + "\n"
     return texts
 
 
@@ -85,3 +117,156 @@ def publish(
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UsageError(f"--repo_id: {repo_id!r} could not be published: {reason}") from error
     return str(url)
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says of a checkpoint.
+
+    Attributes:
+        base_model: hub id (or name) of the model that was fine-tuned; "" when unknown.
+        datasets: names of the data sets whose statistics the checkpoint holds.
+        recipe: alignment recipe, "baseline" without alignment; "" when unknown.
+        teacher: what the alignment's teacher was called in training.
+        step: optimizer steps of training, None when the files do not tell.
+        run_config: flags of the run, {} when unknown (a checkpoint of upstream's).
+        components: component files, by name.
+        merged: the folder holds a whole model; otherwise an adapter of `base_model`.
+    """
+
+    base_model: str
+    datasets: tuple[str, ...]
+    recipe: str
+    teacher: str
+    step: int | None
+    run_config: Mapping[str, Any]
+    components: Mapping[str, Path]
+    merged: bool
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path, base_model: str = "") -> CardFacts:
+        """Read them from the files of `folder`; `base_model` goes before what they say.
+
+        Raises:
+            UsageError: no statistics, so that nobody could act with the checkpoint.
+        """
+        record = read_record(folder)
+        adapter = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else {}
+        merged = bool(weight_files(folder, MODEL_WEIGHTS))
+        if not merged and not adapter:
+            raise UsageError(f"--checkpoint: {folder} holds neither a model nor {ADAPTER_CONFIG}")
+        statistics = read_statistics(folder)
+        if not statistics:
+            raise UsageError(f"--checkpoint: {folder} has no {STATISTICS}; no policy can act without it")
+        named = base_model or str(adapter.get("base_model_name_or_path") or record.get("vla_path") or "")
+        teacher = str(record.get("teacher_path") or record.get("vggt_path") or "")
+        recipe = recipe_of(record) if record else ""
+        return cls(
+            base_model=named if HUB_ID.fullmatch(named) and not Path(named).exists() else Path(named).name,
+            datasets=tuple(sorted(statistics)),
+            recipe=recipe,
+            teacher=Path(teacher).name if recipe not in ("", "baseline") else "",
+            step=recorded_step(folder),
+            run_config=record,
+            components=component_files(folder, "--checkpoint"),
+            merged=merged,
+        )
+
+
+def model_card(
+    facts: CardFacts,
+    repo_id: str,
+    license_name: str,
+    *,
+    dataset_ids: Sequence[str] = (),
+    summaries: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The text of README.md: metadata that the hub reads, then the same for people.
+
+    Args:
+        dataset_ids: hub ids of the training data, if they are on the hub.
+        summaries: contents of `summary.json` of evaluations.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    name = repo_id.rpartition("/")[2]
+    results = [
+        EvalResult(
+            task_type="robotics",
+            dataset_type=suite,
+            dataset_name=suite,
+            metric_type="success_rate",
+            metric_name="success rate",
+            metric_value=round(row["success_rate"], 4),
+        )
+        for summary in summaries
+        for suite, row in summary["suites"].items()
+        if row["success_rate"] is not None
+    ]
+    metadata = ModelCardData(
+        license=license_name,
+        base_model=facts.base_model if HUB_ID.fullmatch(facts.base_model) else None,
+        datasets=list(dataset_ids) or None,
+        pipeline_tag="robotics",
+        tags=["vision-language-action", "openvla-oft", *([facts.recipe] if facts.recipe else [])],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    sections = [f"# {name}", _introduction(facts), "## Loading", _loading(facts, repo_id)]
+    if facts.run_config:
+        sections += ["## Training", _training(facts)]
+    if summaries:
+        sections += ["## Success rates", _table(summaries)]
+    return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _introduction(facts: CardFacts) -> str:
+    kind = "A vision-language-action policy" if facts.merged else "A LoRA adapter of a vision-language-action policy"
+    text = f"{kind} in OpenVLA-OFT's checkpoint layout"
+    text += f", fine-tuned from `{facts.base_model}`" if facts.base_model else ""
+    text += f" on {', '.join(f'`{name}`' for name in facts.datasets)}"
+    text += f" for {facts.step:,} steps" if facts.step is not None else ""
+    if facts.recipe and facts.recipe != "baseline":
+        teacher = f"the 3D teacher `{facts.teacher}`" if facts.teacher else "a 3D teacher's stored features"
+        text += f". Its hidden states were aligned with {teacher} (recipe `{facts.recipe}`); "
+        text += "the teacher is not needed to use it"
+    return text + "."
+
+
+def _loading(facts: CardFacts, repo_id: str) -> str:
+    flags = {
+        "num_images_in_input": facts.run_config.get("num_images_in_input", 2),
+        "use_proprio": "proprio_projector" in facts.components,
+        "use_film": VISION in facts.components,
+        "use_diffusion": "noisy_action_projector" in facts.components,
+    }
+    flags["use_l1_regression"] = "action_head" in facts.components and not flags["use_diffusion"]
+    words = " ".join(f"--{name} {value}" for name, value in flags.items())
+    lines = [f"python vla-scripts/deploy.py --pretrained_checkpoint {repo_id} {words}"]
+    suites = [name for name in facts.datasets if name.startswith("libero_")]
+    if suites:
+        suite = suites[0].removesuffix("_no_noops")
+        command = "python experiments/robot/libero/run_libero_eval.py"
+        lines.append(f"{command} --pretrained_checkpoint {repo_id} --task_suite_name {suite} {words}")
+    keys = ", ".join(f"`{name}`" for name in facts.datasets)
+    return "```bash\n" + "\n".join(lines) + f"\n```\n\nKeys of the statistics (`--unnorm_key`): {keys}."
+
+
+def _training(facts: CardFacts) -> str:
+    rows = [("data", facts.run_config.get("dataset_name")), ("recipe", facts.recipe)]
+    rows += [(name, facts.run_config[name]) for name in _SHOWN if facts.run_config.get(name) is not None]
+    return "\n".join(markdown_table(("flag", "value"), ((name, str(value)) for name, value in rows), text_columns=2))
+
+
+def _table(summaries: Sequence[Mapping[str, Any]]) -> str:
+    rows, notes = [], []
+    for summary in summaries:
+        for suite, row in summary["suites"].items():
+            if row["success_rate"] is not None:
+                episodes = str(row["successes"] + row["failures"])
+                interval = percent_range(row["interval_95"], 1)
+                rows.append((suite, percent(row["success_rate"]), interval, episodes, str(row["errors"])))
+        if summary.get("identity", {}).get("standard_protocol") is False:
+            notes.append("Some of these were not measured by LIBERO's published protocol.")
+    lines = markdown_table(("suite", "success", "95% interval", "episodes", "errors"), rows)
+    return "\n".join(lines) + ("\n\n" + notes[0] if notes else "")

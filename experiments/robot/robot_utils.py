@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from experiments.robot.policy import PolicyFlags
 from prismatic.util.errors import unknown_name
 
 MODEL_FAMILIES = ("openvla",)
@@ -50,7 +51,7 @@ def invert_gripper_action(action: Array) -> Array:
     return inverted
 
 
-def get_image_resize_size(cfg: Any) -> int | tuple[int, int]:
+def get_image_resize_size(cfg: PolicyFlags) -> int | tuple[int, int]:
     """Side of the square image the policy wants (224 for OpenVLA-7B; a loaded model's own `image_sizes` go before it).
 
     Raises:
@@ -60,7 +61,7 @@ def get_image_resize_size(cfg: Any) -> int | tuple[int, int]:
     return 224
 
 
-def get_model(cfg: Any, wrap_diffusion_policy_for_droid: bool = False) -> Any:
+def get_model(cfg: PolicyFlags, wrap_diffusion_policy_for_droid: bool = False) -> Any:
     """Load the policy model `cfg.pretrained_checkpoint`. The second argument exists in upstream and changes nothing.
 
     Raises:
@@ -73,7 +74,7 @@ def get_model(cfg: Any, wrap_diffusion_policy_for_droid: bool = False) -> Any:
 
 
 def get_action(
-    cfg: Any,
+    cfg: PolicyFlags,
     model: Any,
     obs: Mapping[str, Any],
     task_label: str,
@@ -92,6 +93,6 @@ def get_action(
     return get_vla_action(cfg, model, processor, obs, task_label, **components)
 
 
-def _check_family(cfg: Any) -> None:
+def _check_family(cfg: PolicyFlags) -> None:
     if cfg.model_family not in MODEL_FAMILIES:
         raise unknown_name("--model_family", str(cfg.model_family), MODEL_FAMILIES)

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from prismatic.training.folders import LOG_FILE, split_checkpoint_name
+from prismatic.checkpoint.layout import LOG_FILE, is_checkpoint, split_checkpoint_name
 from prismatic.util.errors import UsageError, unknown_name
 from prismatic.util.hub import HUB_ID
 
@@ -162,7 +162,7 @@ class TrainConfig:
         if not self.resume and (run_dir / LOG_FILE).is_file():
             raise UsageError(f"--run_id_override: {run_dir} holds a run; accepted: another name, or --resume True")
         local = Path(self.vla_path)
-        if self.resume and not (local / "training_state").is_dir() and not (local / "lora_adapter").is_dir():
+        if self.resume and not is_checkpoint(local):
             raise UsageError(f"--resume: {local} is no checkpoint folder (a ...--STEP_chkpt with training_state/)")
         if not local.is_dir() and not HUB_ID.fullmatch(str(self.vla_path)):
             raise UsageError(

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from prismatic.training.folders import LOG_FILE
+from prismatic.checkpoint.layout import LOG_FILE
 from prismatic.util.files import atomic_write
 
 

@@ -9,26 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from prismatic.checkpoint.load import PolicyParts
 from prismatic.training.train_utils import get_all_actions_mask, get_current_action_mask, get_next_actions_mask
+from prismatic.vla.action_tokenizer import ActionTokenizer
 from prismatic.vla.platforms import Platform
 
-
-@dataclass
-class PolicyParts:
-    """The modules a policy is made of; absent ones are None.
-
-    `vla` is the model or the PEFT wrapper that passes attributes on to it; `action_head` is an L1 or diffusion head.
-    """
-
-    vla: Any
-    action_head: Any = None
-    proprio_projector: nn.Module | None = None
-    noisy_action_projector: nn.Module | None = None
+if TYPE_CHECKING:
+    from prismatic.training.config import TrainConfig
 
 
 Run = Callable[[dict[str, Any]], Any]
@@ -163,3 +155,12 @@ class DiscreteObjective:
             metrics[f"{name}_accuracy"] = ((predicted == truth) & mask).sum() / count
             metrics[f"{name}_l1_loss"] = (distance * mask).sum() / count
         return output.loss, metrics
+
+
+def make_objective(config: TrainConfig, platform: Platform, tokenizer: Any) -> Objective:
+    """The action loss the flags ask for."""
+    if config.objective == "l1":
+        return L1Objective(platform)
+    if config.objective == "diffusion":
+        return DiffusionObjective(platform)
+    return DiscreteObjective(platform, ActionTokenizer(tokenizer))

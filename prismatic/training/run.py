@@ -13,19 +13,11 @@ from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import nn
 
-from prismatic.models.components import load_component
-from prismatic.training.build import (
-    build_parts,
-    find_sources,
-    load_processor,
-    load_vla,
-    make_dataset,
-    make_objective,
-)
-from prismatic.training.checkpoint import (
-    RUN_CONFIG,
+from prismatic.checkpoint.folder import resolve_checkpoint
+from prismatic.checkpoint.layout import RUN_CONFIG, component_file, read_record
+from prismatic.checkpoint.load import build_parts, load_component, load_for_training, load_processor
+from prismatic.checkpoint.write import (
     CheckpointWriter,
-    component_file,
     gather_training_state,
     load_training_state,
     restore_random_state,
@@ -34,23 +26,25 @@ from prismatic.training.config import TrainConfig
 from prismatic.training.loop import Trainer, TrainState
 from prismatic.training.metrics import MetricLog
 from prismatic.training.module import TrainableVLA, count_parameters, move_batch
+from prismatic.training.objectives import make_objective
 from prismatic.training.precision import base_weights_dtype, resolve_precision
 from prismatic.training.schedule import make_optimizer, make_schedule
 from prismatic.training.validation import Validator
 from prismatic.util.data_utils import PaddedCollatorForActionPrediction
 from prismatic.util.errors import UsageError
-from prismatic.util.files import read_json
 from prismatic.util.versions import code_version, package_versions
+from prismatic.vla.action_tokenizer import ActionTokenizer
 from prismatic.vla.datasets import (
     MixtureLoader,
     MixtureSampler,
+    RLDSBatchTransform,
     RLDSDataset,
     make_dataloader,
 )
-from prismatic.vla.platforms import get_platform
+from prismatic.vla.platforms import Platform, get_platform
 
-# What run_config.json holds that differs between a run and its resumption, or does not shape training.
-_OF_EACH_START = {
+# What a checkpoint records that differs between a run and its resumption, or does not shape training.
+NOT_COMPARED_ON_RESUME = {
     *("vla_path", "base_checkpoint", "resume", "resume_step", "max_steps"),
     *("run_root_dir", "run_id_override", "run_id_note", "code", "versions"),
 }
@@ -69,12 +63,36 @@ def refuse_sharding(launched: DistributedType) -> None:
         )
 
 
-def changed_flags(record: Path, flags: dict[str, Any]) -> list[str]:
-    """Those of `flags` that differ from a checkpoint's `record`, but for where a resumed run has its own."""
-    before = read_json(record) if record.is_file() else {}
+def changed_flags(before: dict[str, Any], flags: dict[str, Any]) -> list[str]:
+    """Those of `flags` that differ from what a run recorded `before`, but for where a resumed run has its own."""
     now = json.loads(json.dumps(flags, default=str))
-    differing = [name for name in now if name in before.keys() - _OF_EACH_START and now[name] != before[name]]
+    differing = [name for name in now if name in before.keys() - NOT_COMPARED_ON_RESUME and now[name] != before[name]]
     return [f"--{name} {now[name]} (was {before[name]})" for name in differing]
+
+
+def make_dataset(config: TrainConfig, processor: Any, platform: Platform, *, train: bool) -> RLDSDataset:
+    """The training data of the flags (augmented where they say so), or the validation split without augmentation."""
+    transform = RLDSBatchTransform(
+        ActionTokenizer(processor.tokenizer),
+        processor.tokenizer,
+        image_transform=processor.image_processor.apply_transform,
+        use_wrist_image=config.num_images_in_input > 1,
+        use_proprio=config.use_proprio,
+        num_images=config.num_images_in_input,
+    )
+    size = processor.image_processor.input_sizes[0][-2:]
+    return RLDSDataset(
+        config.data_root_dir,
+        config.dataset_name,
+        transform,
+        resize_resolution=(int(size[0]), int(size[1])),
+        image_aug=config.image_aug and train,
+        train=train,
+        platform=platform,
+        seed=config.seed,
+        fraction=config.data_fraction,
+        holdout=config.val_fraction if config.use_val_set else 0.0,
+    )
 
 
 class TrainingRun:
@@ -82,14 +100,19 @@ class TrainingRun:
 
     Args:
         config: validated flags.
-        run_config: flags to record in `run_config.json`, with the versions of code and packages.
+        run_config: flags to record in checkpoints, beside the platform's numbers and the versions of code and packages.
     """
 
     def __init__(self, config: TrainConfig, run_config: dict[str, Any]) -> None:
         self.config = config
-        self.run_config = {**run_config, "code": code_version(), "versions": package_versions()}
         self.platform = get_platform(config.platform)
-        self.sources = find_sources(config)
+        self.run_config = {
+            **run_config,
+            "platform_numbers": self.platform.to_json(),  # Where the model is opened, its name may mean nothing.
+            "code": code_version(),
+            "versions": package_versions(),
+        }
+        self.start = resolve_checkpoint(config)
         self.run_dir = Path(config.run_root_dir) / config.run_id()
         self.accelerator = Accelerator(
             mixed_precision=resolve_precision(config.mixed_precision),
@@ -103,10 +126,10 @@ class TrainingRun:
         self.compute_dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
         set_seed(config.seed)
         weights_dtype = base_weights_dtype(self.compute_dtype, self.device, frozen=config.use_lora)
-        self.processor = load_processor(self.sources)
+        self.processor = load_processor(self.start.base)
         self.dataset = self._dataset(train=True)
-        self.vla = load_vla(config, self.sources, self.platform, weights_dtype)
-        self.parts = build_parts(config, self.sources, self.vla, self.platform)
+        self.vla = load_for_training(config, self.start, self.platform, weights_dtype)
+        self.parts = build_parts(config, self.start, self.vla, self.platform)
 
     def _dataset(self, *, train: bool) -> RLDSDataset:
         return make_dataset(self.config, self.processor, self.platform, train=train)
@@ -144,8 +167,8 @@ class TrainingRun:
         optimizer, scheduler = make_optimizer(module.trainable_parameters(), config)
         loader = self._loader(self.dataset)
         random_state = self._restore(module, optimizer, loader)
-        if self.sources.step:
-            scheduler = make_schedule(optimizer, config, self.sources.step)
+        if self.start.step:
+            scheduler = make_schedule(optimizer, config, self.start.step)
         wrapped, optimizer = accelerator.prepare(module, optimizer)
         self._describe(module)
         writer = CheckpointWriter(
@@ -166,7 +189,7 @@ class TrainingRun:
 
         if accelerator.log_with:
             accelerator.init_trackers(config.wandb_project, init_kwargs=self._tracker_options())
-        log = MetricLog(self.run_dir, accelerator, last_step=self.sources.step)
+        log = MetricLog(self.run_dir, accelerator, last_step=self.start.step)
         trainer = Trainer(
             config, accelerator, wrapped, optimizer=optimizer, scheduler=scheduler, targets=targets, save=save, log=log
         )
@@ -176,7 +199,7 @@ class TrainingRun:
             )
         if random_state is not None:
             restore_random_state(random_state)
-        state = trainer.fit(iter(loader), self.sources.step)
+        state = trainer.fit(iter(loader), self.start.step)
         accelerator.end_training()
         return state
 
@@ -186,14 +209,14 @@ class TrainingRun:
         Raises:
             UsageError: damaged files, or an optimizer of other parameters than train here.
         """
-        if not self.config.resume or self.sources.checkpoint is None:
+        if not self.config.resume or self.start.checkpoint is None:
             return None
-        file = component_file(self.sources.checkpoint, "align_projectors")
+        file = component_file(self.start.checkpoint, "align_projectors")
         if file is not None and module.align_projectors.state_dict():
             load_component(module.align_projectors, file)
-        for line in changed_flags(self.sources.checkpoint / RUN_CONFIG, self.run_config):
+        for line in changed_flags(read_record(self.start.checkpoint), self.run_config):
             self.accelerator.print(f"other than the run it goes on with: {line}")
-        state = load_training_state(self.sources.checkpoint)
+        state = load_training_state(self.start.checkpoint)
         if state is None:
             self.accelerator.print("the checkpoint has no training_state: optimizer and data start anew")
             return None
@@ -201,8 +224,8 @@ class TrainingRun:
             optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise UsageError(
-                f"--resume: the optimizer in {self.sources.checkpoint} belongs to other parameters than train here; "
-                "accepted: the flags in its run_config.json"
+                f"--resume: the optimizer in {self.start.checkpoint} belongs to other parameters than train here; "
+                f"accepted: the flags in its {RUN_CONFIG}"
             ) from error
         loader.load_state_dict(state["sampler"])
         if state["num_processes"] != self.accelerator.num_processes:

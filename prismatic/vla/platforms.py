@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
-from pathlib import Path
 from typing import Any
+
+from prismatic.util.errors import UsageError, unknown_name
 
 
 class NormalizationType(str, Enum):
@@ -49,7 +50,7 @@ class Platform:
         object.__setattr__(self, "normalization", NormalizationType(self.normalization))
         for field_name in ("chunk", "action_dim", "proprio_dim"):
             value = getattr(self, field_name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"platform {self.name!r}: {field_name} is {value!r}; accepted: a positive integer")
 
     @property
@@ -57,9 +58,28 @@ class Platform:
         """Action tokens in one sequence: one for each number of each action of the chunk."""
         return self.chunk * self.action_dim
 
-    def to_dict(self) -> dict[str, object]:
-        """A JSON-ready dictionary that :func:`get_platform` reads back."""
+    def to_json(self) -> dict[str, Any]:
+        """The numbers as a JSON object, which :meth:`from_json` reads back."""
         return {**asdict(self), "normalization": self.normalization.value}
+
+    @classmethod
+    def from_json(cls, content: Any, source: str = "platform") -> Platform:
+        """The platform of such an object; without `normalization` it is bounds_q99.
+
+        Raises:
+            UsageError: missing, unknown or wrong fields; the message begins with `source`.
+        """
+        names = [field.name for field in fields(cls)]
+        optional = {"normalization"}
+        if not isinstance(content, Mapping) or not set(names) - optional <= set(content) <= set(names):
+            given = sorted(map(str, content)) if isinstance(content, Mapping) else f"of a {type(content).__name__}"
+            raise UsageError(f"{source}: found fields {given}; accepted: exactly {', '.join(names)}")
+        try:
+            return cls(**{"normalization": NormalizationType.BOUNDS_Q99, **content})
+        except ValueError as error:
+            raise UsageError(f"{source}: {error}") from error
+
+    to_dict = to_json  # Earlier name.
 
 
 LIBERO = Platform("libero", chunk=8, action_dim=7, proprio_dim=8, normalization=NormalizationType.BOUNDS_Q99)
@@ -72,32 +92,15 @@ PLATFORMS: dict[str, Platform] = {platform.name: platform for platform in (LIBER
 def get_platform(platform: str | Mapping[str, Any] | Platform) -> Platform:
     """The platform of that name (any case), of that dictionary of fields, or `platform` itself.
 
-    Raises UsageError for an unknown name and ValueError for a dictionary with missing, unknown or wrong fields.
+    Raises UsageError for an unknown name, or a dictionary with missing, unknown or wrong fields.
     """
     if isinstance(platform, Platform):
         return platform
     if isinstance(platform, Mapping):
-        expected = {field.name for field in fields(Platform)}
-        if set(platform) != expected:
-            raise ValueError(f"platform: found fields {sorted(platform)}; accepted: exactly {sorted(expected)}")
-        return Platform(**platform)
+        return Platform.from_json(platform)
     if platform.lower() not in PLATFORMS:
-        from prismatic.util.errors import unknown_name
-
         raise unknown_name("platform", platform, PLATFORMS)
     return PLATFORMS[platform.lower()]
-
-
-def recorded_platform(checkpoint: Path) -> Platform | None:
-    """The platform a checkpoint folder was trained for, by its `run_config.json`; None where there is no record.
-
-    Raises UsageError for a record that names no platform.
-    """
-    from prismatic.util.files import read_json
-
-    record = checkpoint / "run_config.json"
-    named = read_json(record).get("platform") if record.is_file() else None
-    return get_platform(named) if named else None
 
 
 def platform_of_statistics(statistics: Mapping[str, Any]) -> Platform | None:
@@ -110,5 +113,5 @@ def platform_of_statistics(statistics: Mapping[str, Any]) -> Platform | None:
         tuple(len(next(iter(data[kind].values()), ())) for kind in ("action", "proprio") if kind in data)
         for data in statistics.values()
     }
-    fitting = [platform for platform in PLATFORMS.values() if widths == {(platform.action_dim, platform.proprio_dim)}]
+    fitting = [robot for robot in PLATFORMS.values() if widths == {(robot.action_dim, robot.proprio_dim)}]
     return fitting[0] if len(fitting) == 1 else None

@@ -248,8 +248,8 @@ def test_the_client_opens_a_lost_connection_again(policy: ServedPolicy, queries:
     for _ in range(2):
         with serve(policy) as running:
             client.port = running.port
-            if getattr(client._of_thread, "connection", None) is not None:
-                client._of_thread.connection.port = running.port
+            if getattr(client._local, "connection", None) is not None:
+                client._local.connection.port = running.port
             assert client.infer(observation(queries[0])).shape == (8, 7)
 
 

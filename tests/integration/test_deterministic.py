@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.robot.deterministic import FixedShape
 from experiments.robot.libero.results.run_folder import EpisodeResult
 from experiments.robot.libero.rollouts.episode import EpisodeRunner
 from experiments.robot.libero.rollouts.protocol import Episode, Protocol
 from experiments.robot.libero.rollouts.rollout import Rollouts, RolloutSettings
 from experiments.robot.libero.rollouts.workers import make_workers
 from experiments.robot.policy import Query
+from experiments.robot.wrappers import FixedShape
 from prismatic.util.errors import UsageError
 from tests.helpers.eval_helpers import RecordedLiberos
 from tests.helpers.plain_rollout import plain_rollouts

@@ -172,12 +172,12 @@ def test_wrong_flags_are_refused_before_any_weights_are_loaded(
     teacher_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import prismatic.training.build as build
+    import prismatic.training.run as training_run
 
     def fail(*_: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(build, "load_vla", fail)
+    monkeypatch.setattr(training_run, "load_for_training", fail)
     with pytest.raises(UsageError) as refusal:
         finetune(**{"vggt_path": str(teacher_folder), **flags})
     message = str(refusal.value)
@@ -208,7 +208,9 @@ def test_a_base_model_that_is_none_is_refused(
     save_file(
         {name: value for name, value in weights.items() if "patch_embed" not in name}, folder / "model.safetensors"
     )
-    with pytest.raises(UsageError, match=r"--vla_path: .* lacks 4 weights of the model, such as vision_backbone\.feat"):
+    with pytest.raises(
+        UsageError, match=r"--vla_path: .*: 4 weights missing or of the wrong shape: vision_backbone\.feat"
+    ):
         finetune(vla_path=str(folder), recipe="baseline")
     (folder / "model.safetensors").unlink()
     with pytest.raises(UsageError, match=r"--vla_path: .*no file named model.safetensors"):

@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 from experiments.robot.openvla_utils import OpenVLAPolicy
 from experiments.robot.policy import Query
-from prismatic.training.build import find_sources
+from prismatic.checkpoint.folder import resolve_checkpoint
 from prismatic.training.config import TrainConfig
 
 cfg = SimpleNamespace(pretrained_checkpoint=sys.argv[1], use_l1_regression=True, use_diffusion=False, use_film=False,
@@ -34,7 +34,7 @@ cfg = SimpleNamespace(pretrained_checkpoint=sys.argv[1], use_l1_regression=True,
 policy = OpenVLAPolicy.from_checkpoint(sys.argv[1], cfg, "libero_goal")
 picture = np.arange(96 * 96 * 3, dtype=np.uint8).reshape(96, 96, 3)
 actions = policy.act([Query(picture, picture, np.linspace(-1, 1, 8), "open the drawer")])
-sources = find_sources(TrainConfig(vla_path=sys.argv[1], use_proprio=True, num_images_in_input=2))
+sources = resolve_checkpoint(TrainConfig(vla_path=sys.argv[1], use_proprio=True, num_images_in_input=2))
 heads = sorted(file.name for file in sources.checkpoint.glob("*_checkpoint.pt"))
 print(json.dumps({"key": policy.unnorm_key, "actions": actions.tolist(), "base": sources.base, "heads": heads}))
 """

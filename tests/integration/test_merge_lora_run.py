@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from experiments.robot.openvla_utils import OpenVLAPolicy
 from experiments.robot.policy import Query
-from prismatic.models.merge_lora import LoraAdapter, merge_checkpoint
+from prismatic.checkpoint.merge import LoraAdapter, merge_checkpoint
 
 
 def act(checkpoint: Path, base: Path) -> np.ndarray:

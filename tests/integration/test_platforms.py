@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.robot.checkpoint import open_checkpoint
 from experiments.robot.openvla_utils import OpenVLAPolicy, get_vla_action
 from experiments.robot.policy import Query
+from prismatic.checkpoint.folder import open_checkpoint
 from prismatic.training.metrics import read_log
 from prismatic.util.errors import UsageError
 from prismatic.vla.platforms import ALOHA, BRIDGE, Platform

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from prismatic.checkpoint.layout import component_file
+from prismatic.checkpoint.load import load_component, read_state_dict
 from prismatic.models.action_heads import L1RegressionActionHead
-from prismatic.models.components import load_component, read_state_dict
 from prismatic.models.projectors import NoisyActionProjector, ProprioProjector
-from prismatic.training.folders import component_file
 from prismatic.util.errors import UsageError
 from rocket_align import AlignConfig, MultiLayerAlignment
 from tests.helpers.student_helpers import WIDTH

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments.robot.checkpoint import open_checkpoint
 from experiments.robot.openvla_utils import get_vla
-from prismatic.models import merge_lora
+from prismatic.checkpoint import merge as merging
+from prismatic.checkpoint.folder import open_checkpoint
 from prismatic.util.errors import UsageError
 from tests.helpers.student_helpers import forward_inputs, load_heads
 
@@ -95,7 +95,7 @@ def test_rows_at_a_time_give_the_same(
     merge: Callable[..., None], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge(output_dir=str(tmp_path / "whole"))
-    monkeypatch.setattr(merge_lora, "_ELEMENTS_AT_ONCE", 1000)
+    monkeypatch.setattr(merging, "_ELEMENTS_AT_ONCE", 1000)
     merge(output_dir=str(tmp_path / "rows"))
     whole, rows = weights_of(tmp_path / "whole"), weights_of(tmp_path / "rows")
     assert whole.keys() == rows.keys()
@@ -233,7 +233,7 @@ Q_PROJ = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
         (
             lambda folder: (folder / "lora_adapter" / "adapter_model.safetensors").write_bytes(b"version https://"),
             {},
-            "not a readable safetensors file",
+            "damaged or cut short",
         ),
     ],
 )

@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch_file
 
-from experiments.robot.checkpoint import open_checkpoint
+from experiments.robot import openvla_utils
 from experiments.robot.openvla_utils import (
     OpenVLAPolicy,
     get_action_head,
@@ -27,6 +27,7 @@ from experiments.robot.openvla_utils import (
     prepare_images_for_vla,
 )
 from experiments.robot.policy import Query
+from prismatic.checkpoint.folder import Checkpoint, open_checkpoint
 from prismatic.util.errors import UsageError
 
 
@@ -213,6 +214,27 @@ def test_a_head_of_another_model_is_refused(openvla_checkpoint: Path, tmp_path: 
     cfg = settings(tmp_path / "mixed")
     with pytest.raises(UsageError, match=r"action_head--7_checkpoint.pt: does not fit the model"):
         get_action_head(cfg, 64)
+
+
+def test_model_and_heads_come_from_the_folder_that_was_given(
+    openvla_checkpoint: Path, tmp_path: Path, queries: list[Query], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = Path(shutil.copytree(openvla_checkpoint, tmp_path / "given"))
+    file = given / "action_head--7_checkpoint.pt"
+    torch.save({key: value * 1.5 for key, value in torch.load(file).items()}, file)
+    opened: list[str] = []
+
+    def open_and_count(name: str, base_checkpoint: str | None = None) -> Checkpoint:
+        opened.append(name)
+        return open_checkpoint(name, base_checkpoint)
+
+    monkeypatch.setattr(openvla_utils, "open_checkpoint", open_and_count)
+    of_another = OpenVLAPolicy.from_checkpoint(str(given), settings(openvla_checkpoint), "libero_tiny")
+    assert opened == [str(given)]
+    expected = OpenVLAPolicy.from_checkpoint(str(given), settings(given), "libero_tiny").act(queries[:1])
+    np.testing.assert_array_equal(of_another.act(queries[:1]), expected)
+    other = OpenVLAPolicy.from_checkpoint(str(openvla_checkpoint), settings(given), "libero_tiny").act(queries[:1])
+    assert np.abs(other - expected).max() > 1e-3
 
 
 def test_statistics_of_the_folder_replace_those_of_the_configuration(openvla_checkpoint: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.robot.checkpoint import component_file, open_checkpoint, resolve_unnorm_key
+from prismatic.checkpoint.folder import open_checkpoint, resolve_unnorm_key
 from prismatic.util.errors import UsageError
 
 STATISTICS = {"libero_spatial_no_noops": {"action": {}}, "libero_goal": {"action": {}}}
@@ -33,9 +33,9 @@ def test_a_merged_checkpoint(model: Path) -> None:
     (model / "action_head--500_checkpoint.pt").write_bytes(b"x")
     found = open_checkpoint(str(model))
     assert (found.model_path, found.adapter_path, found.statistics) == (model, None, STATISTICS)
-    assert component_file(found, "action_head", "--use_l1_regression").name == "action_head--500_checkpoint.pt"
+    assert found.component("action_head", "--use_l1_regression").name == "action_head--500_checkpoint.pt"
     with pytest.raises(UsageError, match=r"--use_proprio: .*no proprio_projector--.*components present: action_head"):
-        component_file(found, "proprio_projector", "--use_proprio")
+        found.component("proprio_projector", "--use_proprio")
 
 
 def test_an_adapter_finds_its_base_model(model: Path, tmp_path: Path) -> None:

@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.robot.deterministic import FIXED_TEXT_TOKENS, FixedShape
 from experiments.robot.libero import run_libero_eval
 from experiments.robot.libero.rollouts.plan import Plan
 from experiments.robot.libero.rollouts.protocol import Protocol
 from experiments.robot.policy import Query
-from experiments.robot.time_limit import TimeLimited
+from experiments.robot.wrappers import FIXED_TEXT_TOKENS, FixedShape, TimeLimited
 from prismatic.util.errors import UsageError
 
 IMAGE = np.zeros((4, 4, 3), dtype=np.uint8)

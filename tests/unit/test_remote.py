@@ -16,13 +16,12 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import serve as websockets_serve
 
 from experiments.robot.policy import Query
-from experiments.robot.serving.client import ServerError, chunk_of
+from experiments.robot.serving.client import ServerError, WebSocketPolicyClient, chunk_of
 from experiments.robot.serving.observation import PolicySpec
 from experiments.robot.serving.remote import open_remote
 from experiments.robot.serving.server import PolicyServer, ServerSettings
-from experiments.robot.serving.websocket_client import WebSocketPolicyClient
 from experiments.robot.serving.wire import to_json
-from experiments.robot.time_limit import TimeLimited
+from experiments.robot.wrappers import TimeLimited
 from prismatic.vla.platforms import LIBERO
 
 IMAGE = np.zeros((12, 16, 3), dtype=np.uint8)

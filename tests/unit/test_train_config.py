@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from experiments.reproduce.jobs import start_or_resume
+from prismatic.checkpoint.layout import last_checkpoint
 from prismatic.training.config import TrainConfig
-from prismatic.training.folders import last_checkpoint
 from prismatic.util.errors import UsageError
 
 

@@ -15,10 +15,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prismatic.checkpoint.folder import resolve_checkpoint
+from prismatic.checkpoint.load import PolicyParts, build_parts, wrap_film
 from prismatic.models.lora import add_lora
-from prismatic.training.build import PolicyParts, _wrap_film, build_parts, find_sources, make_objective
 from prismatic.training.config import TrainConfig
 from prismatic.training.module import TrainableVLA
+from prismatic.training.objectives import make_objective
 from prismatic.training.precision import base_weights_dtype
 from prismatic.util.errors import UsageError
 from prismatic.vla.platforms import BRIDGE, LIBERO, NormalizationType, Platform
@@ -53,7 +55,7 @@ def _module(config: TrainConfig, recipe: str = "rocket", platform: Platform = LI
     torch.manual_seed(0)
     vla = add_lora(vla, config.lora_rank)
     if config.use_film:
-        _wrap_film(vla)
+        wrap_film(vla)
     parts: PolicyParts = build_parts(config, SimpleNamespace(checkpoint=None), vla, platform)  # type: ignore[arg-type]
     align = RECIPES[recipe](DEPTH, TEACHER_DEPTH)
     alignment = MultiLayerAlignment(align, vla.llm_dim, TEACHER_DIM)
@@ -269,8 +271,8 @@ def test_a_resume_with_other_parts_is_refused(
         (tmp_path / f"{name}--7_checkpoint.pt").touch()
     config = TrainConfig(vla_path=str(tmp_path), resume=True, resume_step=7, **flags)
     with pytest.raises(UsageError, match=words) as refusal:
-        find_sources(config)
+        resolve_checkpoint(config)
     assert "\n" not in str(refusal.value)
     if flags == {} and "vision_backbone" in holds:
         with pytest.raises(UsageError, match="--use_film"):
-            find_sources(dataclasses.replace(config, resume=False))
+            resolve_checkpoint(dataclasses.replace(config, resume=False))

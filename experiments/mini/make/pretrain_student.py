@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.reproduce.jobs import as_arguments, start_or_resume
-from prismatic.training.folders import last_checkpoint
+from prismatic.checkpoint.layout import last_checkpoint
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from experiments.robot.policy_flags import PolicyFlags
+from experiments.robot.policy import PolicyFlags
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 
@@ -97,8 +97,8 @@ def eval_libero(config: GenerateConfig, policy: Policy | None = None, make_env: 
     Raises:
         UsageError: anything wrong that the user can mend; most of it before anything is loaded.
     """
-    from experiments.robot.deterministic import use_deterministic_kernels
     from experiments.robot.libero.rollouts.plan import default_run_name, make_plan, run_environment, run_identity
+    from experiments.robot.wrappers import use_deterministic_kernels
 
     plan = make_plan(config, with_checkpoint=policy is None and not config.policy)
     if config.policy:
@@ -143,18 +143,16 @@ def _refuse_existing(config: GenerateConfig, folder: Path) -> None:
 
 
 def _numerics(config: GenerateConfig) -> tuple[str, str]:
-    from experiments.robot.openvla_utils import resolve_device, resolve_dtype
-    from experiments.robot.quantization import check_quantization
+    from experiments.robot.openvla_utils import quantization, resolve_device, resolve_dtype
 
+    quantization(config)
     device = resolve_device(config.device)
-    check_quantization(config, device)
     return device.type, str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
 
 
 def _ready_policy(config: GenerateConfig, plan: Plan, given: Policy | None) -> Policy:
     """The policy to ask: `given`, else the checkpoint's within --policy_timeout; of one batch shape if asked for."""
-    from experiments.robot.deterministic import FixedShape
-    from experiments.robot.time_limit import TimeLimited
+    from experiments.robot.wrappers import FixedShape, TimeLimited
 
     policy = given or _load_policy(config, plan)
     if config.deterministic:

@@ -26,9 +26,15 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.robot.policy import Query
-from experiments.robot.serving.client import MAX_CONNECTIONS, PolicyClient, ServerError, observation_of
+from experiments.robot.serving.client import (
+    MAX_CONNECTIONS,
+    PolicyClient,
+    ServerError,
+    WebSocketPolicyClient,
+    observation_of,
+)
 from experiments.robot.serving.wire import WireError
-from experiments.robot.time_limit import Asker
+from experiments.robot.wrappers import DaemonCall
 from prismatic.util.errors import UsageError
 
 SCHEMES = ("http", "https", "ws", "wss")
@@ -61,23 +67,23 @@ class RemotePolicy:
         self._infer = infer
         self._gone = False
         self._slots = threading.Semaphore(MAX_CONNECTIONS)
-        self._idle: list[Asker] = []
+        self._idle: list[DaemonCall] = []
 
     def act(self, queries: Sequence[Query]) -> list[Array | Exception]:
         """Chunks (T, A), gripper 1 = open; an exception for a query that got no usable answer in time."""
         deadline = time.monotonic() + self.timeout_s
         futures = []
         for query in queries:
-            asker = self._idle.pop() if self._idle else Asker()
-            futures.append((asker, asker.submit(self._answer, query, deadline)))
-        return [self._collect(asker, future, deadline) for asker, future in futures]
+            caller = self._idle.pop() if self._idle else DaemonCall()
+            futures.append((caller, caller.submit(self._answer, query, deadline)))
+        return [self._collect(caller, future, deadline) for caller, future in futures]
 
-    def _collect(self, asker: Asker, future: Future[Array], deadline: float) -> Array | Exception:
+    def _collect(self, caller: DaemonCall, future: Future[Array], deadline: float) -> Array | Exception:
         wait([future], timeout=max(0.0, deadline - time.monotonic()) + 0.2)
         if not future.done():
             # The thread may hang on; it is not asked again, and ends with the process.
             return TimeoutError(f"no answer from the policy server within {self.timeout_s:g} s")
-        self._idle.append(asker)
+        self._idle.append(caller)
         error = future.exception()
         if isinstance(error, TimeoutError):
             return TimeoutError(f"no answer from the policy server within {self.timeout_s:g} s")
@@ -122,8 +128,6 @@ def open_remote(url: str, *, token: str | None = None, timeout_s: float = 60.0, 
     parts = _split(url)
     client: Any
     if parts.scheme in ("ws", "wss"):
-        from experiments.robot.serving.websocket_client import WebSocketPolicyClient
-
         client = WebSocketPolicyClient(url, token=token, timeout_s=timeout_s)
     else:
         client = PolicyClient(

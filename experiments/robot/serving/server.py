@@ -43,19 +43,11 @@ from experiments.robot.serving.batching import Batcher, Overloaded, ServablePoli
 from experiments.robot.serving.observation import PolicySpec, RequestError, from_openpi, parse_request
 from experiments.robot.serving.vla_eval import VlaEvalSession
 from experiments.robot.serving.wire import WireError, from_json, from_msgpack, to_json, to_msgpack
+from prismatic.checkpoint.layout import ACTING_FLAGS
 from prismatic.util.errors import UsageError
 
-# Flags of the server that change answers, so that who evaluates it from afar can record them.
-_RECORDED_FLAGS = (
-    "use_l1_regression",
-    "use_diffusion",
-    "num_diffusion_steps_train",
-    "num_diffusion_steps_inference",
-    "use_film",
-    "center_crop",
-    "load_in_8bit",
-    "load_in_4bit",
-)
+# Flags that change answers, so that who evaluates the server from afar can record them; inputs are told by themselves.
+_RECORDED_FLAGS = [flag for flag in ACTING_FLAGS if flag not in ("num_images_in_input", "use_proprio")]
 
 
 class ServedPolicy(OpenVLAPolicy):
@@ -127,7 +119,7 @@ def create_app(batcher: Batcher, spec: PolicySpec, settings: ServerSettings) -> 
         text = to_json(list(actions_TA))
         return Response(to_json(text) if encoded else text, media_type="application/json")
 
-    async def session(websocket: WebSocket) -> None:
+    async def openpi(websocket: WebSocket) -> None:
         if refused := refusal(websocket.headers, settings.token):
             await websocket.send_denial_response(PlainTextResponse(refused[1], status_code=refused[0]))
             return
@@ -144,16 +136,16 @@ def create_app(batcher: Batcher, spec: PolicySpec, settings: ServerSettings) -> 
             await websocket.send_denial_response(PlainTextResponse(refused[1], status_code=refused[0]))
             return
         await websocket.accept()
-        talk = VlaEvalSession(spec, lambda payload: _infer(batcher, spec, payload))
+        session = VlaEvalSession(spec, lambda payload: _infer(batcher, spec, payload))
         with contextlib.suppress(WebSocketDisconnect):
             while True:
                 message = await websocket.receive()
                 if message["type"] == "websocket.disconnect":
                     return
                 try:
-                    answer = await talk.answer(message.get("bytes"))
+                    answer = await session.answer(message.get("bytes"))
                 except (Overloaded, PolicyFailed) as error:
-                    answer = talk.error(str(error))
+                    answer = session.error(str(error))
                 if answer is not None:
                     await websocket.send_bytes(answer)
 
@@ -161,7 +153,7 @@ def create_app(batcher: Batcher, spec: PolicySpec, settings: ServerSettings) -> 
         app.add_api_route(path, health, methods=["GET"], response_model=None)
     app.add_api_route("/metadata", metadata, methods=["GET"], response_model=None)
     app.add_api_route("/act", act, methods=["POST"], response_model=None)
-    app.add_api_websocket_route("/", session)
+    app.add_api_websocket_route("/", openpi)
     app.add_api_websocket_route("/vla-eval", harness)
     return app
 

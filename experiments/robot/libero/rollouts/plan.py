@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.robot.checkpoint import Checkpoint, check_policy_flags, open_checkpoint
 from experiments.robot.libero.rollouts.plus_plan import check_plus_flags, plus_episodes, plus_identity, unnorm_key_for
 from experiments.robot.libero.rollouts.protocol import Episode, Protocol, max_steps_for, parse_task_ids
 from experiments.robot.libero.simulator.rendering import RENDER_MODES, choose_renderer
 from experiments.robot.libero.suites import tasks
 from experiments.robot.libero.suites.plus import is_plus
 from experiments.robot.robot_utils import MODEL_FAMILIES
+from prismatic.checkpoint.folder import Checkpoint, check_policy_flags, open_checkpoint
+from prismatic.checkpoint.layout import ACTING_FLAGS
 from prismatic.util.errors import UsageError, unknown_name
 from prismatic.util.files import read_json
 from prismatic.util.versions import package_version, package_versions
-from prismatic.vla.platforms import get_platform
 
 SAVE_VIDEOS = ("none", "failures", "all")
 DEVICES = ("auto", "cpu", "cuda")
@@ -35,18 +35,6 @@ MAX_IMAGE_SIDE = 4096
 GRIPPERS = ("auto", "policy", "libero")
 DTYPES = ("auto", "float32", "bfloat16")
 VIEWS = (1, 2)
-_POLICY_FLAGS = (
-    "use_l1_regression",
-    "use_diffusion",
-    "num_diffusion_steps_train",
-    "num_diffusion_steps_inference",
-    "use_film",
-    "num_images_in_input",
-    "use_proprio",
-    "center_crop",
-    "load_in_8bit",
-    "load_in_4bit",
-)
 
 
 @dataclass(frozen=True)
@@ -144,7 +132,7 @@ def _check_flags(config: Any) -> None:
 def _check_policy(config: Any, checkpoint: Checkpoint, unnorm_key: str) -> None:
     """Checks of the flags against what the checkpoint holds."""
     check_policy_flags(config, checkpoint, unnorm_key)
-    robot = get_platform(checkpoint.config.get("platform", "libero"))
+    robot = checkpoint.platform
     if config.num_open_loop_steps > robot.chunk:
         raise UsageError(
             f"--num_open_loop_steps: found {config.num_open_loop_steps}; accepted: 1 to {robot.chunk}, the chunk length"
@@ -237,7 +225,7 @@ def run_identity(config: Any, plan: Plan, numerics: Sequence[str]) -> dict[str, 
         "robosuite": package_version("robosuite"),
         "libero": _libero_distribution(),
         "unnorm_key": plan.unnorm_key,
-        "policy": {flag: getattr(config, flag) for flag in _POLICY_FLAGS},
+        "policy": {flag: getattr(config, flag) for flag in ACTING_FLAGS},
         "numerics": list(numerics),
         **plus_identity(config),
     }

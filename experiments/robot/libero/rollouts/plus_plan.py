@@ -6,7 +6,6 @@ import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.robot.checkpoint import resolve_unnorm_key
 from experiments.robot.libero.rollouts.protocol import (
     PLUS_ALL,
     PLUS_SUITES,
@@ -16,6 +15,7 @@ from experiments.robot.libero.rollouts.protocol import (
     parse_task_ids,
 )
 from experiments.robot.libero.suites import plus, tasks
+from prismatic.checkpoint.folder import resolve_unnorm_key
 from prismatic.util.errors import UsageError, unknown_name
 
 # Flags for LIBERO-Plus alone, with the values that leave another suite as it is.

@@ -15,26 +15,33 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from prismatic.checkpoint.folder import check_weights
+from prismatic.checkpoint.layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    LORA_FOLDER,
+    MODEL_CONFIG,
+    MODEL_WEIGHTS,
+    PREPROCESSOR,
+    recorded_platform,
+)
 from prismatic.models.lora import merge_lora_state_dict, name_without_film
 from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_write
+from prismatic.util.files import atomic_write, read_json
 from prismatic.util.tensor_files import WEIGHTS_INDEX, TensorFiles, TensorSpec, write_model
-from prismatic.vla.platforms import recorded_platform
 
-WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin")
-ADAPTER_PATTERNS = ("adapter_model.safetensors", "adapter_model.bin")
 _PEFT_PREFIX = "base_model.model."
 _ELEMENTS_AT_ONCE = 2**23  # 32 MB of float32
 # From the base model, as far as the checkpoint lacks them: what loading the merged folder needs beside weights.
 _PROCESSOR_FILES = (
-    "preprocessor_config.json",
+    PREPROCESSOR,
     "processor_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -72,11 +79,12 @@ class LoraAdapter:
         Raises:
             UsageError: no adapter, a kind that is not plain LoRA, or an A without its B.
         """
-        settings = _read_json(folder / "adapter_config.json")
+        settings_file = folder / ADAPTER_CONFIG.name
+        settings = read_json(settings_file)
         for name, plain in _PLAIN_SETTINGS.items():
             if name in settings and settings[name] not in plain:
-                raise UsageError(f"{folder}/adapter_config.json: {name} is {settings[name]!r}; accepted: {plain[0]!r}")
-        files = TensorFiles(weight_files(folder, ADAPTER_PATTERNS))
+                raise UsageError(f"{settings_file}: {name} is {settings[name]!r}; accepted: {plain[0]!r}")
+        files = TensorFiles(check_weights(folder, ADAPTER_WEIGHTS))
         pairs = {}
         for name_a in (name for name in files.specs if ".lora_A." in name):
             name_b = name_a.replace(".lora_A.", ".lora_B.")
@@ -86,8 +94,8 @@ class LoraAdapter:
             pairs[f"{target}.weight"] = (name_a, name_b)
         others = [name for name in files.specs if ".lora_A." not in name and ".base_layer." not in name]
         if not pairs or len(others) != len(pairs):
-            found = next((name for name in others if ".lora_B." not in name), "no lora_A / lora_B pair")
-            raise UsageError(f"{folder}: {found} found; accepted: pairs of lora_A and lora_B weights")
+            odd = next((name for name in others if ".lora_B." not in name), "no lora_A / lora_B pair")
+            raise UsageError(f"{folder}: {odd} found; accepted: pairs of lora_A and lora_B weights")
         return cls(files, pairs, float(settings["lora_alpha"]), bool(settings.get("use_rslora")))
 
     def check_fits(self, base: TensorFiles, folder: Path) -> None:
@@ -162,8 +170,8 @@ def merge_checkpoint(
         raise UsageError(f"--output_dir: {output} is the base model, which is never changed; accepted: another folder")
     if _weights_in(output) and not overwrite:
         raise UsageError(f"{output}: holds merged weights; accepted: --overwrite True, or another --output_dir")
-    adapter = LoraAdapter.open(checkpoint / "lora_adapter")
-    weights = TensorFiles(weight_files(base, WEIGHT_PATTERNS))
+    adapter = LoraAdapter.open(checkpoint / LORA_FOLDER)
+    weights = TensorFiles(check_weights(base))
     adapter.check_fits(weights, base)
     specs = [replace(spec, dtype=_target_type(spec, dtype)) for spec in weights.specs.values()]
     config = _merged_config(base, checkpoint)
@@ -176,7 +184,7 @@ def merge_checkpoint(
     parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".merging-"))
     try:
-        atomic_write(temporary / "config.json", json.dumps(config, indent=2) + "\n")
+        atomic_write(temporary / MODEL_CONFIG, json.dumps(config, indent=2) + "\n")
         files = write_model(temporary, specs, read, max_shard_bytes)
         _copy_companions(base, checkpoint, output, temporary)
         _move(temporary, output)
@@ -191,24 +199,8 @@ def merge_checkpoint(
     )
 
 
-def weight_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """The weight files of a folder: those of the first pattern that matches any, complete as their index says.
-
-    Raises:
-        UsageError: none, or some are missing.
-    """
-    for index in sorted(folder.glob("*.index.json")):
-        missing = {name for name in _read_json(index)["weight_map"].values() if not (folder / name).is_file()}
-        if missing:
-            raise UsageError(f"{folder}: {index.name} names files that are missing: {', '.join(sorted(missing))}")
-    for pattern in patterns:
-        if files := sorted(folder.glob(pattern)):
-            return files
-    raise UsageError(f"{folder}: found no weights; accepted: {', '.join(patterns)}")
-
-
 def _weights_in(folder: Path) -> list[Path]:
-    patterns = (*WEIGHT_PATTERNS, WEIGHTS_INDEX, "pytorch_model.bin.index.json")
+    patterns = (*MODEL_WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin.index.json")
     return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 
 
@@ -218,9 +210,9 @@ def _target_type(spec: TensorSpec, dtype: torch.dtype | None) -> torch.dtype:
 
 def _merged_config(base: Path, checkpoint: Path) -> dict[str, Any]:
     """The base model's configuration with the platform that the run was trained for, where the run tells it."""
-    config = _read_json(base / "config.json")
+    config = read_json(base / MODEL_CONFIG)
     if platform := recorded_platform(checkpoint):
-        config["platform"] = platform.to_dict()
+        config["platform"] = platform.to_json()
     return config
 
 
@@ -234,11 +226,11 @@ def _check_space(output: Path, needed: int) -> None:
 def _copy_companions(base: Path, checkpoint: Path, output: Path, temporary: Path) -> None:
     """Copy what the merged folder needs beside weights and does not hold yet."""
     if output.resolve() != checkpoint.resolve():
-        replaced = {file.name for file in _weights_in(checkpoint)} | {"config.json"}
+        replaced = {file.name for file in _weights_in(checkpoint)} | {MODEL_CONFIG}
         for file in checkpoint.iterdir():
             if file.is_file() and file.name not in replaced and not (output / file.name).exists():
                 shutil.copy2(file, temporary / file.name)
-    if not (checkpoint / "preprocessor_config.json").is_file():
+    if not (checkpoint / PREPROCESSOR).is_file():
         for name in _PROCESSOR_FILES:
             if (base / name).is_file() and not (checkpoint / name).is_file():
                 shutil.copyfile(base / name, temporary / name)
@@ -254,15 +246,3 @@ def _move(temporary: Path, output: Path) -> None:
         old.unlink()
     for entry in sorted(temporary.iterdir(), key=lambda file: (file.suffix == ".safetensors", file.name)):
         entry.replace(output / entry.name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content

@@ -1,12 +1,4 @@
-"""Checkpoint folders in upstream's layout, written atomically, with everything a true resume needs.
-
-    {run_id}--{step}_chkpt/
-        lora_adapter/                           PEFT adapter (LoRA runs)
-        config.json, model.safetensors          the merged model (or the whole model without LoRA)
-        tokenizer and preprocessor files        the processor
-        action_head--{step}_checkpoint.pt ...   one state dict per component
-        dataset_statistics.json
-        training_state/state.pt                 step, optimizer, data position, random states; ours alone
+"""Writes checkpoint folders, atomically, with everything a true resume needs; their layout is in :mod:`.layout`.
 
 The folder is written under another name and renamed when it is complete. Only the main process writes; the model is
 merged into copies, without touching the weights that are being trained.
@@ -21,23 +13,28 @@ import random
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 
+from prismatic.checkpoint.layout import (
+    COMPONENTS,
+    LORA_FOLDER,
+    RUN_CONFIG,
+    STATE_FILE,
+    STATISTICS,
+    VISION,
+    checkpoint_folder,
+    component_name,
+)
 from prismatic.models.lora import merge_lora_state_dict, state_dict_without_film
-from prismatic.training.folders import checkpoint_folder
-from prismatic.training.folders import component_file as component_file
-from prismatic.training.module import TrainableVLA
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write
 
-STATE_FILE = Path("training_state") / "state.pt"
-RUN_CONFIG = "run_config.json"
-# Attribute of TrainableVLA -> name of the component's file, as upstream names them.
-COMPONENTS = ("action_head", "proprio_projector", "noisy_action_projector", "align_projectors")
-VISION_COMPONENT = "vision_backbone"
+if TYPE_CHECKING:
+    from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
+    from prismatic.training.module import TrainableVLA
 
 
 def _save_model(folder: Path, vla: Any, *, merge: bool) -> None:
@@ -47,7 +44,7 @@ def _save_model(folder: Path, vla: Any, *, merge: bool) -> None:
     file holds the FiLM layers.
     """
     if isinstance(vla, PeftModel):
-        vla.save_pretrained(str(folder / "lora_adapter"))
+        vla.save_pretrained(str(folder / LORA_FOLDER))
         if not merge:
             return
         base: Any = vla.get_base_model()
@@ -82,14 +79,14 @@ class CheckpointWriter:
         module: the unwrapped trainable module.
         processor: saved beside the model.
         statistics: dataset statistics; a policy cannot act without them.
-        run_config: the run's flags, kept as `run_config.json`.
+        run_config: what the folder records of the run: its flags, and more.
     """
 
     def __init__(
         self,
         run_dir: Path,
         module: TrainableVLA,
-        processor: Any,
+        processor: PrismaticProcessor,
         *,
         statistics: dict[str, Any],
         run_config: dict[str, Any],
@@ -122,14 +119,12 @@ class CheckpointWriter:
     def _write(self, folder: Path, tag: str) -> None:
         self.processor.save_pretrained(folder)
         _save_model(folder, self.module.vla, merge=self.merge)
+        vision = self.module.vla.vision_backbone if self.module.use_film else None
         for name in COMPONENTS:
-            component = getattr(self.module, name)
+            component = vision if name == VISION else getattr(self.module, name)
             if component is not None and (state := component.state_dict()):
-                torch.save(state, folder / f"{name}--{tag}_checkpoint.pt")
-        if self.module.use_film:
-            state = self.module.vla.vision_backbone.state_dict()
-            torch.save(state, folder / f"{VISION_COMPONENT}--{tag}_checkpoint.pt")
-        atomic_write(folder / "dataset_statistics.json", json.dumps(self.statistics, indent=2))
+                torch.save(state, folder / component_name(name, tag))
+        atomic_write(folder / STATISTICS, json.dumps(self.statistics, indent=2))
         atomic_write(folder / RUN_CONFIG, json.dumps(self.run_config, indent=2, default=str))
 
 

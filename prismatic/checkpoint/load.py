@@ -1,0 +1,312 @@
+"""From a checkpoint folder to the model, its heads and its FiLM layers, for training and for acting.
+
+Not obvious:
+- Nothing in a checkpoint is executed or changed: own model classes, safetensors or `weights_only` loading.
+- Weights that a checkpoint lacks are an error, never random numbers. transformers makes them up and only warns.
+- For acting, an adapter is merged into its base model in memory, with sums in float32, so it acts as the merged
+  checkpoint does.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from prismatic.checkpoint.folder import Checkpoint, StartingPoint, resolve_checkpoint
+from prismatic.checkpoint.layout import HEADS, LORA_FOLDER, VISION, PolicyShape, component_file, component_files
+from prismatic.models.lora import strip_module_prefix
+from prismatic.util.errors import UsageError
+from prismatic.vla.platforms import Platform
+
+if TYPE_CHECKING:
+    from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
+    from prismatic.training.config import TrainConfig
+
+
+@dataclass
+class PolicyParts:
+    """The modules a policy is made of; absent ones are None.
+
+    `vla` is the model or the PEFT wrapper that passes attributes on to it; `action_head` is an L1 or diffusion head.
+    """
+
+    vla: Any
+    action_head: Any = None
+    proprio_projector: nn.Module | None = None
+    noisy_action_projector: nn.Module | None = None
+
+    @property
+    def heads(self) -> dict[str, nn.Module]:
+        """The modules beside the model, by name, as far as the policy has them."""
+        return {name: module for name in HEADS if (module := getattr(self, name)) is not None}
+
+
+def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a `torch.save` file; anything but tensors in it is refused without being run.
+
+    Raises:
+        UsageError: the file cannot be read so.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise UsageError(f"{file}: not a readable file of tensors ({_one_line(error)[:120]})") from error
+
+
+def load_component(module: nn.Module, file: Path) -> None:
+    """Load a component's state dict, saved with or without DDP's `module.` prefix.
+
+    Raises:
+        UsageError: the file cannot be read, or keys or shapes do not fit the module.
+    """
+    state = strip_module_prefix(read_state_dict(file))
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise UsageError(f"{file}: does not fit the model: {_one_line(error)}") from error
+
+
+def wanted_heads(shape: PolicyShape) -> dict[str, str]:
+    """The heads that the flags ask for, each with the flag that does.
+
+    Raises:
+        UsageError: both action heads are asked for.
+    """
+    if shape.use_l1_regression and shape.use_diffusion:
+        raise UsageError("--use_l1_regression, --use_diffusion: both are True; accepted: at most one of them")
+    wanted = {}
+    if shape.use_l1_regression:
+        wanted["action_head"] = "--use_l1_regression"
+    if shape.use_diffusion:
+        wanted |= {"action_head": "--use_diffusion", "noisy_action_projector": "--use_diffusion"}
+    if shape.use_proprio:
+        wanted["proprio_projector"] = "--use_proprio"
+    return wanted
+
+
+def make_head(name: str, shape: PolicyShape, width: int, *, action_dim: int, proprio_dim: int) -> nn.Module:
+    """A new head of the policy; `width` is the LLM's."""
+    from prismatic.models.action_heads import DiffusionActionHead, L1RegressionActionHead
+    from prismatic.models.projectors import NoisyActionProjector, ProprioProjector
+
+    if name == "proprio_projector":
+        return ProprioProjector(llm_dim=width, proprio_dim=proprio_dim)
+    if name == "noisy_action_projector":
+        return NoisyActionProjector(llm_dim=width)
+    if shape.use_l1_regression:
+        return L1RegressionActionHead(input_dim=width, hidden_dim=width, action_dim=action_dim)
+    steps = shape.num_diffusion_steps_train
+    return DiffusionActionHead(
+        input_dim=width, hidden_dim=width, action_dim=action_dim, num_diffusion_steps_train=steps
+    )
+
+
+def _make_parts(vla: Any, shape: PolicyShape, platform: Platform) -> PolicyParts:
+    sizes = {"action_dim": platform.action_dim, "proprio_dim": platform.proprio_dim}
+    return PolicyParts(vla, **{name: make_head(name, shape, vla.llm_dim, **sizes) for name in wanted_heads(shape)})
+
+
+def load_processor(folder: str | Path, flag: str = "--vla_path") -> PrismaticProcessor:
+    """Tokenizer and image processor of a model's folder or hub id, which `flag` named; reads no weights.
+
+    Raises:
+        UsageError: files are missing or damaged.
+    """
+    from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
+
+    with _readable(folder, flag):
+        return PrismaticProcessor.from_pretrained(str(folder))
+
+
+def load_model(folder: str | Path, flag: str, dtype: torch.dtype, *, film: bool, **options: Any) -> Any:
+    """The model of a folder or hub id, which `flag` named, with all of its weights.
+
+    `film` says that the vision backbone's weights come from its component file, so they may be missing here.
+
+    Raises:
+        UsageError: there is no model, or weights are missing or of the wrong shape.
+    """
+    from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+
+    with _readable(folder, flag):
+        loaded: Any = OpenVLAForActionPrediction.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    vla, info = loaded
+    missing = sorted(key for key in info["missing_keys"] if not (film and key.startswith(f"{VISION}.")))
+    if wrong := [*missing, *map(str, info.get("mismatched_keys", ()))]:
+        raise UsageError(
+            f"{flag}: {folder}: {len(wrong)} weights missing or of the wrong shape: {', '.join(wrong[:3])}"
+        )
+    return vla
+
+
+def student_depth(config: TrainConfig) -> int:
+    """Blocks of the base model's LLM, from its config file alone."""
+    from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+
+    base = resolve_checkpoint(config).base
+    with _readable(base, "--vla_path"):
+        return int(OpenVLAConfig.from_pretrained(base).text_config.num_hidden_layers)
+
+
+def load_for_training(config: TrainConfig, start: StartingPoint, platform: Platform, dtype: torch.dtype) -> Any:
+    """The base model with LoRA: new, or the checkpoint's when resuming.
+
+    Raises:
+        UsageError: no weights at the base model's place, or not all of them.
+    """
+    film = config.use_film and start.checkpoint is not None and component_file(start.checkpoint, VISION) is not None
+    vla = load_model(start.base, "--vla_path", dtype, film=film)
+    adapter = start.checkpoint / LORA_FOLDER if config.resume and start.checkpoint else None
+    return prepare_for_training(vla, config, platform, adapter if adapter is not None and adapter.is_dir() else None)
+
+
+def prepare_for_training(vla: Any, config: TrainConfig, platform: Platform, adapter: Path | None = None) -> Any:
+    """A loaded base model as the flags want it trained: images, checkpointing, LoRA (new or `adapter`'s), FiLM.
+
+    Raises:
+        UsageError: an adapter that cannot be read, or of another model.
+    """
+    from prismatic.models.lora import add_lora, load_lora
+
+    vla.vision_backbone.set_num_images_in_input(config.num_images_in_input)
+    vla.config.platform = platform.to_json()
+    if config.gradient_checkpointing:
+        vla.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.use_lora and adapter is not None:
+        try:
+            vla = load_lora(vla, adapter, is_trainable=True)
+        except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+            raise UsageError(f"--resume: {adapter}: {_one_line(error)}") from error
+    elif config.use_lora:
+        vla = add_lora(vla, config.lora_rank, config.lora_dropout)
+    if config.use_film:
+        wrap_film(vla)
+    return vla
+
+
+def wrap_film(vla: Any) -> None:
+    """Put new FiLM layers into the vision backbone of a model or PEFT wrapper, in place."""
+    from prismatic.models.film_vit_wrapper import FiLMedPrismaticVisionBackbone
+
+    base = vla.get_base_model() if hasattr(vla, "get_base_model") else vla
+    base.vision_backbone = FiLMedPrismaticVisionBackbone(vision_backbone=base.vision_backbone, llm_dim=base.llm_dim)
+    # A policy acts on one prompt, without padding: a sample must not depend on how long its neighbors' prompts are.
+    base.config.film_exclude_padding = True
+
+
+def build_parts(config: TrainConfig, start: StartingPoint, vla: Any, platform: Platform) -> PolicyParts:
+    """The policy's heads; weights come from the folder of --vla_path when it holds them, else they are new."""
+    parts = _make_parts(vla, config, platform)
+    if start.checkpoint is None:
+        return parts
+    modules = parts.heads | ({VISION: vla.vision_backbone} if config.use_film else {})
+    files = component_files(start.checkpoint, names=tuple(modules))
+    for name, file in files.items():
+        load_component(modules[name], file)
+    return parts
+
+
+def load_policy(
+    checkpoint: Checkpoint, shape: PolicyShape, device: torch.device, dtype: torch.dtype, load_in: str = ""
+) -> PolicyParts:
+    """Model, heads and statistics of one checkpoint, ready to act on `device`.
+
+    Args:
+        load_in: "8bit" or "4bit" for quantized weights.
+
+    Raises:
+        UsageError: the checkpoint lacks what the flags ask for, or its files do not fit.
+    """
+    vla = load_policy_model(checkpoint, shape, device, dtype, load_in)
+    parts = _make_parts(vla, shape, vla.platform)
+    for name, flag in wanted_heads(shape).items():
+        load_component(parts.heads[name], checkpoint.component(name, flag))
+        parts.heads[name].to(device, dtype).eval()
+    return parts
+
+
+def load_policy_model(
+    checkpoint: Checkpoint, shape: PolicyShape, device: torch.device, dtype: torch.dtype, load_in: str = ""
+) -> Any:
+    """Model, adapter, FiLM layers and statistics of a checkpoint, on its device; see :func:`load_policy`."""
+    options = _quantization(checkpoint, shape, device, load_in) if load_in else {}
+    vla = load_model(checkpoint.model_path, "--pretrained_checkpoint", dtype, film=shape.use_film, **options)
+    if checkpoint.adapter_path is not None:
+        vla = _merge_adapter(vla, checkpoint.adapter_path)
+    if shape.use_film:
+        _load_film(vla, checkpoint.component(VISION, "--use_film"))
+    vla.vision_backbone.set_num_images_in_input(shape.num_images_in_input)
+    vla.norm_stats = dict(checkpoint.statistics)
+    vla.config.platform = checkpoint.platform.to_json()
+    return vla.eval() if options else vla.to(device).eval()
+
+
+def _quantization(checkpoint: Checkpoint, shape: PolicyShape, device: torch.device, load_in: str) -> Mapping[str, Any]:
+    """Arguments of `from_pretrained` for 8- or 4-bit weights."""
+    if checkpoint.adapter_path is not None:
+        raise UsageError(
+            f"--load_in_{load_in}: {checkpoint.path} holds only an adapter, which cannot be added to quantized "
+            "weights; accepted: a merged checkpoint (vla-scripts/merge_lora_weights_and_save.py)"
+        )
+    from transformers import BitsAndBytesConfig
+
+    # FiLM checkpoints bring their own vision weights, which are loaded over the model's.
+    plain = ["lm_head", VISION] if shape.use_film else None
+    settings = BitsAndBytesConfig(
+        load_in_8bit=load_in == "8bit",
+        load_in_4bit=load_in == "4bit",
+        llm_int8_skip_modules=plain,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def _merge_adapter(vla: Any, folder: Path) -> Any:
+    """The model with the adapter added into its weights, layer by layer: sums in float32, rounded once."""
+    from peft.tuners.lora import LoraLayer
+
+    from prismatic.models.lora import load_lora
+
+    try:
+        adapted = load_lora(vla, folder)
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        raise UsageError(f"--pretrained_checkpoint: {folder}: {_one_line(error)}") from error
+    with torch.no_grad():
+        for layer in adapted.modules():
+            if isinstance(layer, LoraLayer):
+                lora: Any = layer
+                weight = lora.get_base_layer().weight
+                weight.copy_(weight.float() + sum(lora.get_delta_weight(name).float() for name in lora.active_adapters))
+    return adapted.unload()
+
+
+def _load_film(vla: Any, file: Path) -> None:
+    from prismatic.models.film_vit_wrapper import load_film_backbone
+
+    try:
+        load_film_backbone(vla, read_state_dict(file))
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"{file}: {_one_line(error)}") from error
+
+
+@contextmanager
+def _readable(folder: str | Path, flag: str) -> Iterator[None]:
+    """Turn what transformers says of a missing or damaged file of a model into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{flag}: {folder}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
