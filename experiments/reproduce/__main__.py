@@ -168,7 +168,7 @@ def run_studies(arguments: argparse.Namespace) -> int:
     for stage in stages:
         failures += [] if failures else runner.run_chains(stage, parallel)
     for failure in failures:
-        console.print(str(failure), style="red", markup=False, highlight=False)
+        Console(stderr=True).print(str(failure), style="red", markup=False, highlight=False, soft_wrap=True)
     return 1 if failures else 0
 
 

@@ -250,7 +250,7 @@ def main(config: DemoConfig) -> int:
         runner = JobRunner(paths.logs, console)
         seeds = run_stages(paths, runner, config.commands_at_a_time, config.minutes)
     except JobFailed as error:
-        console.print(str(error), style="red", markup=False)
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     table, places = write_report(paths, seeds, minutes=(time.monotonic() - started) / 60)
     shown = rich_table.Table(title=f"{config.suite}, tasks {config.tasks}, {config.trials} unseen initial states each")

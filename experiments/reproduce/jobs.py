@@ -89,7 +89,7 @@ class _Running:
     started: float
     log: Path
     process: subprocess.Popen[bytes] | None = None
-    seconds: float | None = None
+    shown: str = ""
 
 
 class JobRunner:
@@ -97,7 +97,7 @@ class JobRunner:
 
     Args:
         logs: folder of the log files.
-        console: where progress goes; a console that is no terminal gets plain lines.
+        console: where progress goes; a console that is no terminal gets plain lines, no line twice in a row.
     """
 
     def __init__(self, logs: Path, console: Console) -> None:
@@ -192,7 +192,7 @@ class JobRunner:
             del self._running[job.name]
         self.seconds[job.name] = time.monotonic() - state.started
         if code != 0 or not job.done:
-            raise JobFailed(f"{job.name} ended with code {code}; its log: {state.log}\n{_tail(state.log, 15)}")
+            raise JobFailed(f"{job.name} ended with code {code}; its log: {state.log}\n{_reason(state.log)}")
         self.console.print(f"{job.name}: done in {self.seconds[job.name]:.0f} s", highlight=False, soft_wrap=True)
 
     def _terminate(self) -> None:
@@ -208,10 +208,16 @@ class JobRunner:
                     live.update(self._table())
             return
         while not stop.wait(PLAIN_REPORT_SECONDS):
-            with self._lock:
-                lines = [f"  {name}: {_tail(state.log, 1)}" for name, state in self._running.items()]
-            for line in lines:
-                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._print_changes()
+
+    def _print_changes(self) -> None:
+        """The last line of every running command whose last line is another than the one printed before."""
+        with self._lock:
+            for name, state in self._running.items():
+                line = _tail(state.log, 1)
+                if line != state.shown and not line.startswith(_PROMPT):
+                    self.console.print(f"  {name}: {line}", highlight=False, markup=False, soft_wrap=True)
+                    state.shown = line
 
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 2))
@@ -228,6 +234,12 @@ def logged_arguments(log: Path) -> tuple[str, ...]:
     with log.open(encoding="utf-8", errors="replace") as stream:
         command = stream.readline()
     return tuple(shlex.split(command.removeprefix(_PROMPT))[1:])
+
+
+def _reason(log: Path) -> str:
+    """Why a command failed: the one line that a command of ours ends with, or else the last lines of its log."""
+    last = _tail(log, 1)
+    return last if last.startswith("error: ") else _tail(log, 15)
 
 
 def _tail(log: Path, lines: int) -> str:

@@ -95,6 +95,9 @@ def exit_code(main: Callable[ParametersT, int | None]) -> Callable[ParametersT, 
 
     @functools.wraps(main)
     def guarded(*args: ParametersT.args, **kwargs: ParametersT.kwargs) -> int:
+        if not sys.stderr.isatty():
+            # In a log, the bars that transformers draws while it loads and saves are lines upon lines.
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         try:
             return main(*args, **kwargs) or 0
         except UsageError as error:

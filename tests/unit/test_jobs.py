@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from experiments.reproduce import jobs
 from experiments.reproduce.jobs import Chain, Job, JobFailed, JobRunner, logged_arguments
 
 
@@ -43,6 +44,25 @@ def test_a_failed_job_names_its_log_and_shows_its_end(runner: JobRunner, tmp_pat
     job = Job("broken", ("-c", "import sys; print('the reason'); sys.exit(5)"), tmp_path / "never")
     with pytest.raises(JobFailed, match=r"broken ended with code 5(?s:.*)the reason"):
         runner.run([job], parallel=1)
+
+
+def test_a_refused_flag_is_shown_in_one_line(runner: JobRunner, tmp_path: Path) -> None:
+    job = Job("refused", ("-c", "import sys; print('loading'); sys.exit('error: --x: 3 found')"), tmp_path / "never")
+    with pytest.raises(JobFailed) as caught:
+        runner.run([job], parallel=1)
+    assert str(caught.value).splitlines()[1:] == ["error: --x: 3 found"]
+
+
+def test_without_a_terminal_no_line_is_printed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that says nothing new for a while is not repeated; what it says next is shown."""
+    monkeypatch.setattr(jobs, "PLAIN_REPORT_SECONDS", 0.02)
+    shown, result = io.StringIO(), tmp_path / "result"
+    words = "".join(f"print({word!r}, flush=True); time.sleep(1); " for word in ("first", "second"))
+    code = f"import pathlib, time; {words}pathlib.Path({str(result)!r}).touch()"
+    JobRunner(tmp_path / "logs", Console(file=shown)).run([Job("slow", ("-c", code), result)], parallel=1)
+    lines = shown.getvalue().splitlines()
+    assert lines[:2] == ["  slow: first", "  slow: second"] and len(lines) == 3
+    assert lines[2].startswith("slow: done in ")
 
 
 def test_a_job_without_its_result_has_failed(runner: JobRunner, tmp_path: Path) -> None:

@@ -45,11 +45,14 @@ class PrismaticCausalLMOutputWithPast(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    past_key_values: Any = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     projector_features: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
+
+    @property
+    def past_key_values(self) -> None:
+        """Always None: every token sees every other, so nothing can be kept. No field, since its name has changed."""
 
 
 class LayerScale(nn.Module):
@@ -213,6 +216,11 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         self.post_init()
 
     # transformers finds the input embeddings by itself, since the Llama is called `language_model`; not so the head.
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are computed anew in the backward pass; peft asks by this name, deprecated in 5.24."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     def get_output_embeddings(self) -> nn.Module:
         """The language model's head, tokens from hidden states."""
