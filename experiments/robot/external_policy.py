@@ -13,13 +13,24 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from experiments.robot.policy import Policy
 from prismatic.util.errors import UsageError
 
 SERVER_TIMEOUT_S = 60.0
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+class ExternalFlags(Protocol):
+    """The flags of an evaluation that concern a policy of others."""
+
+    policy: str
+    policy_gripper: str
+    policy_timeout: float
+    unnorm_key: str
+    task_suite_name: str
+    num_open_loop_steps: int
 
 
 @dataclass(frozen=True)
@@ -31,14 +42,11 @@ class ExternalPolicy:
     """
 
     policy: Policy
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
 
 
-def open_policy(config: Any) -> ExternalPolicy:
+def open_policy(config: ExternalFlags) -> ExternalPolicy:
     """The policy that `config.policy` names.
-
-    Args:
-        config: has policy, policy_gripper, policy_timeout, unnorm_key, task_suite_name, num_open_loop_steps.
 
     Raises:
         UsageError: nobody answers there, the module or factory does not exist, or the policy does not fit LIBERO.
@@ -51,7 +59,7 @@ def open_policy(config: Any) -> ExternalPolicy:
     return _open_factory(config)
 
 
-def _open_server(config: Any) -> ExternalPolicy:
+def _open_server(config: ExternalFlags) -> ExternalPolicy:
     from experiments.robot.serving.access import read_token
     from experiments.robot.serving.remote import open_remote
 
@@ -77,7 +85,7 @@ def _open_server(config: Any) -> ExternalPolicy:
     return ExternalPolicy(policy, identity)
 
 
-def _unnorm_key(config: Any, metadata: Mapping[str, Any]) -> str:
+def _unnorm_key(config: ExternalFlags, metadata: Mapping[str, object]) -> str:
     """The statistics to ask for: those that a checkpoint would be evaluated with, else the server's default ("")."""
     from experiments.robot.libero.rollouts.plus_plan import unnorm_key_for
 
@@ -92,7 +100,7 @@ def _unnorm_key(config: Any, metadata: Mapping[str, Any]) -> str:
         return ""
 
 
-def _check_sizes(config: Any, metadata: Mapping[str, Any]) -> None:
+def _check_sizes(config: ExternalFlags, metadata: Mapping[str, object]) -> None:
     chunk, size = metadata.get("action_horizon"), metadata.get("action_dim")
     if isinstance(chunk, int) and config.num_open_loop_steps > chunk:
         raise UsageError(
@@ -103,7 +111,7 @@ def _check_sizes(config: Any, metadata: Mapping[str, Any]) -> None:
         raise UsageError(f"--policy: {config.policy} answers {size} numbers an action; accepted: 7, as LIBERO takes")
 
 
-def _open_factory(config: Any) -> ExternalPolicy:
+def _open_factory(config: ExternalFlags) -> ExternalPolicy:
     from experiments.robot.wrappers import TimeLimited
 
     module, _, name = config.policy.partition(":")

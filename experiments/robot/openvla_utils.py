@@ -17,12 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import nn
 
-from experiments.robot.policy import PolicyFlags, Query
+from experiments.robot.policy import Array, PolicyFlags, Query
 from prismatic.checkpoint.folder import Checkpoint, open_checkpoint, resolve_unnorm_key
 from prismatic.checkpoint.load import load_component, load_policy, load_policy_model, load_processor, make_head
 from prismatic.util.errors import UsageError
@@ -31,9 +30,8 @@ from prismatic.vla.platforms import LIBERO, NormalizationType, Platform
 from prismatic.vla.prompting import action_prompt
 
 if TYPE_CHECKING:
+    from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
     from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
-
-Array = npt.NDArray[Any]
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -126,9 +124,9 @@ def get_action_head(cfg: PolicyFlags, llm_dim: int, action_dim: int = LIBERO.act
 
 def get_vla_action(  # noqa: PLR0913 - upstream's signature
     cfg: PolicyFlags,
-    vla: Any,
+    vla: OpenVLAForActionPrediction,
     processor: PrismaticProcessor,
-    obs: Mapping[str, Any],
+    obs: Mapping[str, Array],
     task_label: str,
     action_head: nn.Module | None = None,
     proprio_projector: nn.Module | None = None,
@@ -178,7 +176,7 @@ def prepare_images_for_vla(
     return prepared
 
 
-def image_size(vla: Any) -> tuple[int, int]:
+def image_size(vla: OpenVLAForActionPrediction) -> tuple[int, int]:
     """(height, width) of the images `vla` takes."""
     side = vla.config.image_sizes[0]
     return (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
@@ -202,7 +200,12 @@ class OpenVLAPolicy:
     text_tokens: int | None = None
 
     def __init__(
-        self, vla: Any, processor: PrismaticProcessor, parts: Mapping[str, nn.Module], cfg: PolicyFlags, unnorm_key: str
+        self,
+        vla: OpenVLAForActionPrediction,
+        processor: PrismaticProcessor,
+        parts: Mapping[str, nn.Module],
+        cfg: PolicyFlags,
+        unnorm_key: str,
     ) -> None:
         self.vla, self.processor, self.unnorm_key = vla, processor, unnorm_key
         self.platform: Platform = vla.platform
@@ -265,8 +268,8 @@ class OpenVLAPolicy:
 
 @torch.inference_mode()
 def _predict(
-    vla: Any,
-    processor: Any,
+    vla: OpenVLAForActionPrediction,
+    processor: PrismaticProcessor,
     instructions: Sequence[str],
     pixel_values: torch.Tensor,
     text_tokens: int | None = None,

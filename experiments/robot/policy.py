@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
 
 
 @dataclass
@@ -63,4 +65,4 @@ class Policy(Protocol):
     A policy that can fail for one robot alone (a remote one) may return a list with an exception in that one's place.
     """
 
-    def act(self, queries: Sequence[Query]) -> npt.NDArray[Any] | Sequence[npt.NDArray[Any] | Exception]: ...
+    def act(self, queries: Sequence[Query]) -> Array | Sequence[Array | Exception]: ...

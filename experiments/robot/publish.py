@@ -139,7 +139,7 @@ class CardFacts:
     recipe: str
     teacher: str
     step: int | None
-    run_config: Mapping[str, Any]
+    run_config: Mapping[str, object]
     components: Mapping[str, Path]
     merged: bool
 

@@ -14,14 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from experiments.robot.policy import PolicyFlags
+from experiments.robot.policy import Array, PolicyFlags
 from prismatic.util.errors import unknown_name
 
 MODEL_FAMILIES = ("openvla",)
-
-Array = npt.NDArray[Any]
 
 
 def set_seed_everywhere(seed: int) -> None:
@@ -76,7 +73,7 @@ def get_model(cfg: PolicyFlags, wrap_diffusion_policy_for_droid: bool = False) -
 def get_action(
     cfg: PolicyFlags,
     model: Any,
-    obs: Mapping[str, Any],
+    obs: Mapping[str, Array],
     task_label: str,
     processor: Any = None,
     **components: Any,

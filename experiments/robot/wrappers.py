@@ -12,13 +12,16 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from typing import Any
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 
-from experiments.robot.policy import Policy, Query
+from experiments.robot.policy import Array, Policy, Query
 from prismatic.util.errors import UsageError
 
+P = ParamSpec("P")
+T = TypeVar("T")
+Answers: TypeAlias = Array | Sequence[Array | Exception]
 FIXED_TEXT_TOKENS = 64  # All prompts of LIBERO fit.
 
 
@@ -40,18 +43,18 @@ class FixedShape:
         if batch > 1 and hasattr(policy, "text_tokens"):
             policy.text_tokens = FIXED_TEXT_TOKENS
 
-    def act(self, queries: Sequence[Query]) -> list[Any]:
+    def act(self, queries: Sequence[Query]) -> list[Array | Exception]:
         """One answer for each query; see :class:`Policy`."""
         if not self._checked:
             self._check(queries[0])
             self._checked = True
-        answers: list[Any] = []
+        answers: list[Array | Exception] = []
         for start in range(0, len(queries), self._batch):
             part = queries[start : start + self._batch]
             answers += self._ask([*part, *[part[-1]] * (self._batch - len(part))])[: len(part)]
         return answers
 
-    def _ask(self, queries: Sequence[Query]) -> list[Any]:
+    def _ask(self, queries: Sequence[Query]) -> list[Array | Exception]:
         answers = list(self._policy.act(queries))
         if len(answers) != len(queries):
             raise ValueError(f"policy answered {len(answers)} chunks to {len(queries)} queries")
@@ -67,9 +70,9 @@ class FixedShape:
             )
             for place in range(self._batch - 1)
         ]
-        expected = self._ask([query] * self._batch)[0]
+        expected = np.asarray(self._ask([query] * self._batch)[0])
         for place in range(self._batch):
-            answer = self._ask([*turned[:place], query, *turned[place:]])[place]
+            answer = np.asarray(self._ask([*turned[:place], query, *turned[place:]])[place])
             if not np.array_equal(answer, expected):
                 raise UsageError(
                     f"--deterministic: on this machine an answer depends on its place in a batch of {self._batch}; "
@@ -95,14 +98,22 @@ class DaemonCall:
     """A daemon thread that performs one call at a time: a call that hangs does not keep the process from ending."""
 
     def __init__(self) -> None:
-        self._work: tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None = None
+        self._work: Callable[[], None] | None = None
         self._wake = threading.Semaphore(0)
         threading.Thread(target=self._run, name="policy", daemon=True).start()
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    def submit(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> Future[T]:
         """The result to come; submit the next call only when it is there."""
-        future: Future[Any] = Future()
-        self._work = (future, function, arguments)
+        future: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(function(*arguments, **named))
+            except BaseException as error:
+                # Whatever it is, the thread that waits for the result has to see it.
+                future.set_exception(error)
+
+        self._work = work
         self._wake.release()
         return future
 
@@ -110,12 +121,7 @@ class DaemonCall:
         while True:
             self._wake.acquire()
             assert self._work is not None
-            future, function, arguments = self._work
-            try:
-                future.set_result(function(*arguments))
-            except BaseException as error:
-                # Whatever it is, the thread that waits for the result has to see it.
-                future.set_exception(error)
+            self._work()
 
 
 class TimeLimited:
@@ -128,9 +134,9 @@ class TimeLimited:
     def __init__(self, policy: Policy, seconds: float) -> None:
         self._policy, self._seconds = policy, seconds
         self._calls = DaemonCall()
-        self._last: Future[Any] | None = None
+        self._last: Future[Answers] | None = None
 
-    def act(self, queries: Sequence[Query]) -> Any:
+    def act(self, queries: Sequence[Query]) -> Answers:
         """What the policy answers, or a TimeoutError for each query."""
         late = TimeoutError(f"the policy did not answer within {self._seconds:g} s")
         if self._last is not None and not wait([self._last], timeout=self._seconds).done:

@@ -10,11 +10,11 @@ Not obvious:
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -27,8 +27,14 @@ from prismatic.util.errors import UsageError
 from prismatic.vla.platforms import Platform
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
     from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
     from prismatic.training.config import TrainConfig
+
+    VLA: TypeAlias = OpenVLAForActionPrediction
+    PolicyModel: TypeAlias = OpenVLAForActionPrediction | PeftModel
 
 
 @dataclass
@@ -126,7 +132,7 @@ def load_processor(folder: str | Path, flag: str = "--vla_path") -> PrismaticPro
         return PrismaticProcessor.from_pretrained(str(folder))
 
 
-def load_model(folder: str | Path, flag: str, dtype: torch.dtype, *, film: bool, **options: Any) -> Any:
+def load_model(folder: str | Path, flag: str, dtype: torch.dtype, *, film: bool, **options: Any) -> VLA:
     """The model of a folder or hub id, which `flag` named, with all of its weights.
 
     `film` says that the vision backbone's weights come from its component file, so they may be missing here.
@@ -158,7 +164,7 @@ def student_depth(config: TrainConfig) -> int:
         return int(OpenVLAConfig.from_pretrained(base).text_config.num_hidden_layers)
 
 
-def load_for_training(config: TrainConfig, start: StartingPoint, platform: Platform, dtype: torch.dtype) -> Any:
+def load_for_training(config: TrainConfig, start: StartingPoint, platform: Platform, dtype: torch.dtype) -> PolicyModel:
     """The base model with LoRA: new, or the checkpoint's when resuming.
 
     Raises:
@@ -170,7 +176,7 @@ def load_for_training(config: TrainConfig, start: StartingPoint, platform: Platf
     return prepare_for_training(vla, config, platform, adapter if adapter is not None and adapter.is_dir() else None)
 
 
-def prepare_for_training(vla: Any, config: TrainConfig, platform: Platform, adapter: Path | None = None) -> Any:
+def prepare_for_training(vla: VLA, config: TrainConfig, platform: Platform, adapter: Path | None = None) -> PolicyModel:
     """A loaded base model as the flags want it trained: images, checkpointing, LoRA (new or `adapter`'s), FiLM.
 
     Raises:
@@ -182,23 +188,25 @@ def prepare_for_training(vla: Any, config: TrainConfig, platform: Platform, adap
     vla.config.platform = platform.to_json()
     if config.gradient_checkpointing:
         vla.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model: PolicyModel = vla
     if config.use_lora and adapter is not None:
         try:
-            vla = load_lora(vla, adapter, is_trainable=True)
+            model = load_lora(vla, adapter, is_trainable=True)
         except (ValueError, RuntimeError, OSError, SafetensorError) as error:
             raise UsageError(f"--resume: {adapter}: {_one_line(error)}") from error
     elif config.use_lora:
-        vla = add_lora(vla, config.lora_rank, config.lora_dropout)
+        model = add_lora(vla, config.lora_rank, config.lora_dropout)
     if config.use_film:
-        wrap_film(vla)
-    return vla
+        wrap_film(model)
+    return model
 
 
-def wrap_film(vla: Any) -> None:
+def wrap_film(vla: PolicyModel) -> None:
     """Put new FiLM layers into the vision backbone of a model or PEFT wrapper, in place."""
     from prismatic.models.film_vit_wrapper import FiLMedPrismaticVisionBackbone
 
-    base = vla.get_base_model() if hasattr(vla, "get_base_model") else vla
+    peft: Any = vla
+    base = peft.get_base_model() if hasattr(vla, "get_base_model") else vla
     base.vision_backbone = FiLMedPrismaticVisionBackbone(vision_backbone=base.vision_backbone, llm_dim=base.llm_dim)
     # A policy acts on one prompt, without padding: a sample must not depend on how long its neighbors' prompts are.
     base.config.film_exclude_padding = True
@@ -237,7 +245,7 @@ def load_policy(
 
 def load_policy_model(
     checkpoint: Checkpoint, shape: PolicyShape, device: torch.device, dtype: torch.dtype, load_in: str = ""
-) -> Any:
+) -> VLA:
     """Model, adapter, FiLM layers and statistics of a checkpoint, on its device; see :func:`load_policy`."""
     options = _quantization(checkpoint, shape, device, load_in) if load_in else {}
     vla = load_model(checkpoint.model_path, "--pretrained_checkpoint", dtype, film=shape.use_film, **options)
@@ -248,10 +256,12 @@ def load_policy_model(
     vla.vision_backbone.set_num_images_in_input(shape.num_images_in_input)
     vla.norm_stats = dict(checkpoint.statistics)
     vla.config.platform = checkpoint.platform.to_json()
-    return vla.eval() if options else vla.to(device).eval()
+    if not options:  # Quantized weights lie where they are to stay.
+        nn.Module.to(vla, device)
+    return vla.eval()
 
 
-def _quantization(checkpoint: Checkpoint, shape: PolicyShape, device: torch.device, load_in: str) -> Mapping[str, Any]:
+def _quantization(checkpoint: Checkpoint, shape: PolicyShape, device: torch.device, load_in: str) -> dict[str, object]:
     """Arguments of `from_pretrained` for 8- or 4-bit weights."""
     if checkpoint.adapter_path is not None:
         raise UsageError(
@@ -271,7 +281,7 @@ def _quantization(checkpoint: Checkpoint, shape: PolicyShape, device: torch.devi
     return {"quantization_config": settings, "device_map": {"": device}}
 
 
-def _merge_adapter(vla: Any, folder: Path) -> Any:
+def _merge_adapter(vla: VLA, folder: Path) -> VLA:
     """The model with the adapter added into its weights, layer by layer: sums in float32, rounded once."""
     from peft.tuners.lora import LoraLayer
 
@@ -290,7 +300,7 @@ def _merge_adapter(vla: Any, folder: Path) -> Any:
     return adapted.unload()
 
 
-def _load_film(vla: Any, file: Path) -> None:
+def _load_film(vla: VLA, file: Path) -> None:
     from prismatic.models.film_vit_wrapper import load_film_backbone
 
     try:

@@ -12,6 +12,7 @@ import pickle
 import random
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
     from prismatic.training.module import TrainableVLA
 
@@ -55,8 +58,8 @@ def _save_model(folder: Path, vla: Any, *, merge: bool) -> None:
     base.save_pretrained(folder, state_dict=state_dict_without_film(weights))
 
 
-def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+def _random_state() -> dict[str, object]:
+    state: dict[str, object] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -88,8 +91,8 @@ class CheckpointWriter:
         module: TrainableVLA,
         processor: PrismaticProcessor,
         *,
-        statistics: dict[str, Any],
-        run_config: dict[str, Any],
+        statistics: Mapping[str, object],
+        run_config: Mapping[str, object],
         latest_only: bool,
         merge: bool,
     ) -> None:
@@ -101,7 +104,7 @@ class CheckpointWriter:
         self.latest_only = latest_only
         self.merge = merge
 
-    def save(self, step: int, training_state: dict[str, Any]) -> Path:
+    def save(self, step: int, training_state: Mapping[str, object]) -> Path:
         """Write the checkpoint of `step` and return its folder. Call on the main process only."""
         target = checkpoint_folder(self.run_dir, step, latest_only=self.latest_only)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -151,7 +154,9 @@ def _move_into_place(temporary: Path, target: Path) -> None:
     shutil.rmtree(aside)
 
 
-def gather_training_state(accelerator: Any, optimizer: Any, sampler_state: dict[str, Any]) -> dict[str, Any]:
+def gather_training_state(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, sampler_state: Mapping[str, object]
+) -> dict[str, object]:
     """What a resume needs beside the weights; call on every process (each has its own random state)."""
     from accelerate.utils import gather_object
 

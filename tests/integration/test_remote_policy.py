@@ -112,8 +112,11 @@ def test_a_remote_policy_acts_as_the_local_one(
         ({"policy": "http://x:y"}, "--policy: 'http://x:y' is no address"),
         ({"policy": "nonsense"}, "--policy: found 'nonsense'; accepted: http://HOST:PORT, ws://HOST:PORT, MODULE"),
         ({"policy": "no_such_module:make"}, "--policy: no_such_module:make: No module named 'no_such_module'"),
-        ({"policy": "eval_helpers:nothing"}, "--policy: module eval_helpers has no 'nothing'"),
-        ({"policy": "eval_helpers:LineEnvs"}, r"made a LineEnvs, which has no method act\(queries\)"),
+        (
+            {"policy": "tests.helpers.eval_helpers:nothing"},
+            "--policy: module tests.helpers.eval_helpers has no 'nothing'",
+        ),
+        ({"policy": "tests.helpers.eval_helpers:LineEnvs"}, r"made a LineEnvs, which has no method act\(queries\)"),
         ({"policy": "a:b", "pretrained_checkpoint": "c"}, "--policy: found a:b beside --pretrained_checkpoint c"),
         ({"policy": "a:b", "policy_gripper": "up"}, "--policy_gripper: unknown value 'up'"),
         ({"policy": "a:b", "policy_timeout": -1.0}, "--policy_timeout: found -1.0; accepted: 0 or more"),
@@ -152,7 +155,7 @@ def test_bad_answers_and_states_are_errors_of_their_episodes(tmp_path: Path) -> 
     states.write_text(json.dumps({task.instruction.replace(" ", "_"): demos}))
     config = small(
         tmp_path,
-        policy="eval_helpers:Misbehaving",
+        policy="tests.helpers.eval_helpers:Misbehaving",
         policy_timeout=1.0,
         initial_states_path=str(states),
         num_trials_per_task=6,

@@ -9,15 +9,12 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy.typing as npt
-
-from experiments.robot.policy import Query
+from experiments.robot.policy import Array, Query
 from experiments.robot.serving.observation import Request
 
 log = logging.getLogger(__name__)
-Array = npt.NDArray[Any]
 
 
 class ServablePolicy(Protocol):

@@ -14,13 +14,15 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from experiments.robot.policy import Query
+from experiments.robot.policy import Array, Query
 from experiments.robot.serving.wire import from_json, from_msgpack, to_json, to_msgpack
+
+if TYPE_CHECKING:
+    from websockets.sync.client import ClientConnection
 
 MAX_CONNECTIONS = 64
 # Our (upstream's) names in openpi's words.
@@ -30,7 +32,6 @@ _OPENPI_NAMES = {
     "state": "observation/state",
     "instruction": "prompt",
 }
-Array = npt.NDArray[Any]
 
 
 class ServerError(RuntimeError):
@@ -74,7 +75,7 @@ class PolicyClient:
         self._local = threading.local()
         self._threads = ThreadPoolExecutor(max_workers=MAX_CONNECTIONS)  # Threads start when they are needed.
 
-    def infer(self, observation: Mapping[str, Any]) -> Array:
+    def infer(self, observation: Mapping[str, object]) -> Array:
         """The chunk (T, A) for {full_image, wrist images, state, instruction}; images are uint8 (H, W, 3).
 
         Raises:
@@ -131,7 +132,7 @@ def _reason(content: bytes) -> str:
         return content[:200].decode(errors="replace")
 
 
-def chunk_of(answer: Any) -> Array:
+def chunk_of(answer: object) -> Array:
     """A server's answer as a chunk (T, A): a list of actions, an array, or either under "actions".
 
     Raises:
@@ -178,7 +179,7 @@ class WebSocketPolicyClient:
         self._headers = {} if token is None else {"Authorization": f"Api-Key {token}"}
         self._local = threading.local()
 
-    def infer(self, observation: Mapping[str, Any]) -> npt.NDArray[Any]:
+    def infer(self, observation: Mapping[str, object]) -> Array:
         """The chunk (T, A) for {full_image, wrist images, state, instruction}; images are uint8 (H, W, 3).
 
         Raises:
@@ -201,7 +202,7 @@ class WebSocketPolicyClient:
         self._local.connection = connection
         return metadata
 
-    def _open(self) -> tuple[Any, dict[str, Any]]:
+    def _open(self) -> tuple[ClientConnection, dict[str, Any]]:
         from websockets.exceptions import InvalidStatus, WebSocketException
         from websockets.sync.client import connect
 
@@ -246,6 +247,6 @@ class WebSocketPolicyClient:
                     raise ConnectionError(f"policy server closed the connection: {error}") from None
         raise AssertionError("the loop above returns or raises")
 
-    def _forget(self, connection: Any) -> None:
+    def _forget(self, connection: ClientConnection) -> None:
         self._local.connection = None
         connection.close()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from experiments.robot.policy import Query
+from experiments.robot.policy import Array, Query
 from prismatic.vla.platforms import Platform
 
 MAX_SIDE = 4096  # pixels of an image
@@ -42,9 +41,9 @@ class PolicySpec:
     unnorm_keys: tuple[str, ...]
     unnorm_key: str = ""
     checkpoint_hash: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, object]:
         """What `GET /metadata` answers and a WebSocket client gets first."""
         return {
             "policy": self.name,
@@ -71,7 +70,7 @@ class Request:
     unnorm_key: str
 
 
-def parse_request(payload: Any, spec: PolicySpec) -> Request:
+def parse_request(payload: object, spec: PolicySpec) -> Request:
     """Check upstream's payload {full_image, wrist images, state, instruction}; optional: unnorm_key, seed, prepared.
 
     Every key that contains "wrist" is a view, in the order sent; views beyond the policy's number are dropped, as
@@ -102,7 +101,7 @@ def parse_request(payload: Any, spec: PolicySpec) -> Request:
     return Request(query, _unnorm_key(payload.get("unnorm_key"), spec))
 
 
-def from_openpi(payload: Any) -> Any:
+def from_openpi(payload: object) -> object:
     """openpi's observation {observation/image, observation/wrist_image, observation/state, prompt} in our names."""
     if not isinstance(payload, Mapping):
         return payload
@@ -113,7 +112,7 @@ def from_openpi(payload: Any) -> Any:
     return renamed
 
 
-def _image(name: str, value: Any) -> np.ndarray[Any, Any]:
+def _image(name: str, value: object) -> Array:
     if not isinstance(value, np.ndarray):
         raise RequestError(f"{name}: found {type(value).__name__}; accepted: a uint8 array (height, width, 3)")
     sides = value.shape[:2]
@@ -129,7 +128,7 @@ def _image(name: str, value: Any) -> np.ndarray[Any, Any]:
     return value
 
 
-def _state(value: Any, spec: PolicySpec) -> np.ndarray[Any, Any]:
+def _state(value: object, spec: PolicySpec) -> Array:
     size = spec.platform.proprio_dim
     if not spec.use_proprio:
         return np.zeros(size)
@@ -144,20 +143,20 @@ def _state(value: Any, spec: PolicySpec) -> np.ndarray[Any, Any]:
     return state
 
 
-def _instruction(value: Any) -> str:
+def _instruction(value: object) -> str:
     if not isinstance(value, str) or not value.strip() or len(value) > MAX_INSTRUCTION:
         found = f"{len(value)} characters" if isinstance(value, str) else type(value).__name__
         raise RequestError(f"instruction: found {found}; accepted: a text of 1 to {MAX_INSTRUCTION} characters")
     return value
 
 
-def _flag(name: str, value: Any) -> bool:
+def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise RequestError(f"{name}: found {str(value)[:40]!r}; accepted: true, false")
     return bool(value)
 
 
-def _seed(value: Any) -> int:
+def _seed(value: object) -> int:
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**63:
@@ -165,7 +164,7 @@ def _seed(value: Any) -> int:
     return int(value)
 
 
-def _unnorm_key(value: Any, spec: PolicySpec) -> str:
+def _unnorm_key(value: object, spec: PolicySpec) -> str:
     accepted = ", ".join(spec.unnorm_keys)
     if value is None or (isinstance(value, str) and not value):
         if not spec.unnorm_key:

@@ -20,12 +20,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
-import numpy.typing as npt
 
-from experiments.robot.policy import Query
+from experiments.robot.policy import Array, Query
 from experiments.robot.serving.client import (
     MAX_CONNECTIONS,
     PolicyClient,
@@ -41,8 +40,6 @@ SCHEMES = ("http", "https", "ws", "wss")
 _WAIT_S = 0.5  # between tries to reach a server that is not there
 _NOT_THERE = (ConnectionError, http.client.RemoteDisconnected, http.client.IncompleteRead)
 
-Array = npt.NDArray[Any]
-
 
 class RemotePolicy:
     """Asks a server about several robots at once; see :class:`experiments.robot.policy.Policy`.
@@ -55,8 +52,8 @@ class RemotePolicy:
 
     def __init__(
         self,
-        infer: Callable[[Mapping[str, Any]], Array],
-        metadata: Mapping[str, Any],
+        infer: Callable[[Mapping[str, object]], Array],
+        metadata: Mapping[str, object],
         *,
         timeout_s: float = 60.0,
         simulator_gripper: bool = False,
@@ -126,7 +123,7 @@ def open_remote(url: str, *, token: str | None = None, timeout_s: float = 60.0, 
         UsageError: no such scheme, nobody answers, or the server wants another token.
     """
     parts = _split(url)
-    client: Any
+    client: PolicyClient | WebSocketPolicyClient
     if parts.scheme in ("ws", "wss"):
         client = WebSocketPolicyClient(url, token=token, timeout_s=timeout_s)
     else:
@@ -144,7 +141,7 @@ def open_remote(url: str, *, token: str | None = None, timeout_s: float = 60.0, 
     return RemotePolicy(client.infer, metadata, timeout_s=timeout_s, simulator_gripper=in_simulator)
 
 
-def _split(url: str) -> Any:
+def _split(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         _ = parts.port  # Raises when it is no number.
@@ -157,7 +154,7 @@ def _split(url: str) -> Any:
     return parts
 
 
-def _metadata(client: Any, url: str) -> dict[str, Any]:
+def _metadata(client: PolicyClient | WebSocketPolicyClient, url: str) -> dict[str, Any]:
     """What the server says about itself; {} from upstream's server, which has no such route."""
     try:
         return client.metadata()

@@ -24,19 +24,20 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, HTTPException, WebSocket, WebSocketDisconnect
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.applications import Starlette
+from starlette.types import Lifespan
 
 from experiments.robot.openvla_utils import OpenVLAPolicy, image_size
-from experiments.robot.policy import Query
+from experiments.robot.policy import Array, Query
 from experiments.robot.robot_utils import invert_gripper_action, normalize_gripper_action
 from experiments.robot.serving.access import refusal
 from experiments.robot.serving.batching import Batcher, Overloaded, ServablePolicy
@@ -162,7 +163,7 @@ class PolicyFailed(RuntimeError):
     """The policy raised; details are in the server's log only."""
 
 
-async def _infer(batcher: Batcher, spec: PolicySpec, payload: Any) -> Any:
+async def _infer(batcher: Batcher, spec: PolicySpec, payload: object) -> Array:
     request = parse_request(payload, spec)
     future = batcher.submit(request)
     try:
@@ -176,7 +177,7 @@ async def _infer(batcher: Batcher, spec: PolicySpec, payload: Any) -> Any:
     return actions_TA
 
 
-def _decode_payload(body: bytes) -> tuple[Any, bool]:
+def _decode_payload(body: bytes) -> tuple[object, bool]:
     """(payload, whether it came as upstream's doubly encoded form)."""
     payload = from_json(body)
     if isinstance(payload, dict) and "encoded" in payload:
@@ -270,12 +271,12 @@ class PolicyServer:
         """Ask :meth:`run` to return."""
         self._server.should_exit = True
 
-    def _lifespan(self, inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def _lifespan(self, inner: Lifespan[Starlette]) -> Lifespan[Starlette]:
         @contextlib.asynccontextmanager
-        async def lifespan(app: Any) -> AsyncIterator[Any]:
+        async def lifespan(app: Starlette) -> AsyncIterator[Mapping[str, object]]:
             async with inner(app) as state:
                 self._ready.set()
-                yield state
+                yield state or {}
 
         return lifespan
 
@@ -294,8 +295,8 @@ class PolicyServer:
 def warm_up(policy: ServablePolicy, spec: PolicySpec) -> None:
     """Ask once for an action, so that the first client does not wait for lazy initialization, and errors show early."""
     black = np.zeros((*spec.image_size, 3), dtype=np.uint8)
-    extra: Sequence[Any] = [black] * max(0, spec.num_images - 2)
-    query = Query(black, black, np.zeros(spec.platform.proprio_dim), "do nothing", extra_images=tuple(extra))
+    extra = (black,) * max(0, spec.num_images - 2)
+    query = Query(black, black, np.zeros(spec.platform.proprio_dim), "do nothing", extra_images=extra)
     policy.act([query], spec.unnorm_key or spec.unnorm_keys[0])
 
 

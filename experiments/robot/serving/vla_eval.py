@@ -20,17 +20,17 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
 
 import numpy as np
 
+from experiments.robot.policy import Array
 from experiments.robot.robot_utils import invert_gripper_action, normalize_gripper_action
 from experiments.robot.serving.observation import PolicySpec, RequestError
 from experiments.robot.serving.wire import WireError, from_msgpack, to_vla_eval
 from prismatic.vla.platforms import LIBERO
 
 PROTOCOL_VERSION = 1
-Infer = Callable[[dict[str, Any]], Awaitable[Any]]
+Infer = Callable[[dict[str, object]], Awaitable[Array]]
 
 
 class VlaEvalSession:
@@ -42,8 +42,8 @@ class VlaEvalSession:
 
     def __init__(self, spec: PolicySpec, infer: Infer) -> None:
         self._spec, self._infer = spec, infer
-        self._actions: deque[Any] = deque()
-        self._task: Mapping[str, Any] = {}
+        self._actions: deque[Array] = deque()
+        self._task: Mapping[str, object] = {}
         self._step = 0
         self._seq = 0
 
@@ -65,7 +65,7 @@ class VlaEvalSession:
         """The reply to a message that cannot be answered."""
         return self._message("error", {"error": reason})
 
-    def _open(self, data: bytes | None) -> tuple[str, Mapping[str, Any]]:
+    def _open(self, data: bytes | None) -> tuple[str, Mapping[str, object]]:
         self._seq = 0
         message = from_msgpack(data) if data is not None else None
         if not isinstance(message, Mapping) or not isinstance(message.get("payload"), Mapping):
@@ -77,13 +77,13 @@ class VlaEvalSession:
             raise RequestError(f"type: found {str(message.get('type'))[:40]!r}; accepted: {', '.join(kinds)}")
         return str(message["type"]), message["payload"]
 
-    def _start(self, payload: Mapping[str, Any]) -> None:
+    def _start(self, payload: Mapping[str, object]) -> None:
         task = payload.get("task")
         self._task = task if isinstance(task, Mapping) else {}
         self._actions.clear()
         self._step = 0
 
-    async def _next_action(self, observation: Mapping[str, Any]) -> Any:
+    async def _next_action(self, observation: Mapping[str, object]) -> Array:
         if not self._actions:
             chunk_TA = await self._infer(self._payload(observation))
             in_simulator_TA = invert_gripper_action(normalize_gripper_action(chunk_TA))
@@ -91,7 +91,7 @@ class VlaEvalSession:
         self._step += 1
         return self._actions.popleft()
 
-    def _payload(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+    def _payload(self, observation: Mapping[str, object]) -> dict[str, object]:
         images = observation.get("images")
         if not isinstance(images, Mapping) or not images:
             raise RequestError("images: found none; accepted: {name: picture}, the third-person camera first")
@@ -108,18 +108,18 @@ class VlaEvalSession:
             "prepared": False,
         }
 
-    def _message(self, kind: str, payload: Mapping[str, Any]) -> bytes:
+    def _message(self, kind: str, payload: Mapping[str, object]) -> bytes:
         return to_vla_eval({"type": kind, "payload": payload, "seq": self._seq, "timestamp": time.time()})
 
 
-def hello(spec: PolicySpec) -> dict[str, Any]:
+def hello(spec: PolicySpec) -> dict[str, object]:
     """What vla-eval is told: which observations to send, and the conventions that it checks against its benchmark's."""
     reply = {"protocol_version": PROTOCOL_VERSION, "model_server": spec.name, "capabilities": {}, **spec.metadata()}
     reply["gripper"], reply["gripper_open"] = "-1 = open, +1 = closed", -1
     if spec.platform.name != LIBERO.name:
         return reply
-    wanted: dict[str, Any] = {"env_seed": 0, "quat_no_antipodal": True}  # as the training data were recorded
-    observations: dict[str, Any] = {"agentview": _dimensions("image", 0, "rgb_hwc_uint8")}
+    wanted: dict[str, object] = {"env_seed": 0, "quat_no_antipodal": True}  # as the training data were recorded
+    observations: dict[str, object] = {"agentview": _dimensions("image", 0, "rgb_hwc_uint8")}
     if spec.num_images > 1:
         wanted["send_wrist_image"] = True
         observations["wrist"] = _dimensions("image", 0, "rgb_hwc_uint8")
@@ -135,5 +135,5 @@ def hello(spec: PolicySpec) -> dict[str, Any]:
     return {**reply, "observation_params": wanted, "action_spec": actions, "observation_spec": observations}
 
 
-def _dimensions(name: str, dims: int, convention: str, limits: list[float] | None = None) -> dict[str, Any]:
+def _dimensions(name: str, dims: int, convention: str, limits: list[float] | None = None) -> dict[str, object]:
     return {"name": name, "dims": dims, "format": convention, **({"range": limits} if limits else {})}

@@ -15,7 +15,8 @@ import binascii
 import io
 import json
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,16 +24,19 @@ MAX_PICTURE_SIDE = 4096  # pixels
 _KINDS = "biuf"  # bool, integers, floats: no objects, records, dates or strings
 
 
+NumPyT = TypeVar("NumPyT", bound=np.ndarray | np.generic)
+
+
 class WireError(ValueError):
     """What arrived cannot be decoded."""
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """JSON text of a value that may hold arrays and NumPy scalars."""
     return json.dumps(value, default=_array_to_json, separators=(",", ":"), allow_nan=False)
 
 
-def from_json(text: str | bytes) -> Any:
+def from_json(text: str | bytes) -> object:
     """The value in a JSON text, arrays restored (read-only).
 
     Raises:
@@ -48,21 +52,21 @@ def from_json(text: str | bytes) -> Any:
         raise WireError(f"not readable as JSON: {error}") from None
 
 
-def to_msgpack(value: Any) -> bytes:
+def to_msgpack(value: object) -> bytes:
     """msgpack bytes of a value that may hold arrays and NumPy scalars."""
     import msgpack
 
     return msgpack.packb(value, default=_array_to_msgpack)
 
 
-def to_vla_eval(value: Any) -> bytes:
+def to_vla_eval(value: object) -> bytes:
     """msgpack bytes as vla-eval's clients read them."""
     import msgpack
 
     return msgpack.packb(value, default=_array_to_vla_eval)
 
 
-def from_msgpack(data: bytes) -> Any:
+def from_msgpack(data: bytes) -> object:
     """The value in msgpack bytes of openpi or vla-eval, arrays and pictures restored (read-only).
 
     Raises:
@@ -78,24 +82,24 @@ def from_msgpack(data: bytes) -> Any:
         raise WireError(f"not readable as msgpack: {error or type(error).__name__}") from None
 
 
-def _array_to_json(value: Any) -> Any:
+def _array_to_json(value: object) -> object:
     if not isinstance(value, np.ndarray | np.generic):
         raise TypeError(f"{type(value).__name__} cannot be sent; accepted: JSON values, arrays and NumPy scalars")
     array = _checked(value)
     return {"__numpy__": base64.b64encode(array.tobytes()).decode(), "dtype": array.dtype.str, "shape": array.shape}
 
 
-def _array_from_json(value: dict[str, Any]) -> Any:
+def _array_from_json(value: dict[str, object]) -> object:
     if "__numpy__" not in value:
         return value
     try:
-        data = base64.b64decode(value["__numpy__"], validate=True)
+        data = base64.b64decode(str(value["__numpy__"]), validate=True)
     except (binascii.Error, TypeError, ValueError):
         raise WireError("an array's __numpy__ is not base64") from None
     return _decode(data, value.get("dtype"), value.get("shape"))
 
 
-def _array_to_msgpack(value: Any) -> Any:
+def _array_to_msgpack(value: object) -> object:
     if isinstance(value, np.ndarray):
         array = _checked(value)
         return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape}
@@ -104,7 +108,7 @@ def _array_to_msgpack(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be sent; accepted: msgpack values, arrays and NumPy scalars")
 
 
-def _array_from_msgpack(value: dict[Any, Any]) -> Any:
+def _array_from_msgpack(value: Mapping[object, object]) -> object:
     if b"__ndarray__" in value:
         return _decode(value.get(b"data"), value.get(b"dtype"), value.get(b"shape"))
     if b"__npgeneric__" in value:
@@ -122,14 +126,14 @@ def _array_from_msgpack(value: dict[Any, Any]) -> Any:
     return value
 
 
-def _array_to_vla_eval(value: Any) -> Any:
+def _array_to_vla_eval(value: object) -> object:
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{type(value).__name__} cannot be sent; accepted: msgpack values and arrays")
     array = _checked(value)
     return {"__ndarray__": True, "data": array.tobytes(), "dtype": array.dtype.str, "shape": array.shape}
 
 
-def _decode_picture(value: dict[Any, Any]) -> Any:
+def _decode_picture(value: Mapping[object, object]) -> np.ndarray | np.generic:
     """uint8 (H, W, 3) of a picture that vla-eval's client packed as raw bytes, PNG or JPEG."""
     if value.get("format") == "raw":
         return _decode(value.get("data"), value.get("dtype"), value.get("shape"))
@@ -150,13 +154,13 @@ def _decode_picture(value: dict[Any, Any]) -> Any:
         raise WireError("a picture is neither a PNG nor a JPEG file") from None
 
 
-def _checked(value: Any) -> Any:
+def _checked(value: NumPyT) -> NumPyT:
     if value.dtype.kind not in _KINDS:
         raise TypeError(f"arrays of {value.dtype} cannot be sent; accepted: bool, integers, floats")
     return value
 
 
-def _dtype(name: Any) -> np.dtype[Any]:
+def _dtype(name: object) -> np.dtype[np.generic]:
     try:
         dtype = np.dtype(name) if isinstance(name, str) else None
     except (TypeError, ValueError, SyntaxError):
@@ -166,13 +170,13 @@ def _dtype(name: Any) -> np.dtype[Any]:
     return dtype
 
 
-def _decode(data: Any, name: Any, shape: Any) -> Any:
+def _decode(data: object, name: object, shape: object) -> np.ndarray | np.generic:
     """The array, or for the empty shape the NumPy scalar."""
     dtype = _dtype(name)
-    sizes = isinstance(shape, list | tuple) and all(type(size) is int and size >= 0 for size in shape)
-    if not sizes or len(shape) > 8:
+    sizes = list(shape) if isinstance(shape, list | tuple) else [-1]
+    if len(sizes) > 8 or not all(type(size) is int and size >= 0 for size in sizes):
         raise WireError(f"an array's shape is {str(shape)[:60]}; accepted: a list of sizes")
-    if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.itemsize:
+    if not isinstance(data, bytes) or len(data) != math.prod(sizes) * dtype.itemsize:
         found = len(data) if isinstance(data, bytes) else type(data).__name__
-        raise WireError(f"an array of shape {list(shape)} and dtype {dtype.str} has {found} bytes of data")
-    return np.frombuffer(data, dtype).reshape(shape)[()]
+        raise WireError(f"an array of shape {sizes} and dtype {dtype.str} has {found} bytes of data")
+    return np.frombuffer(data, dtype).reshape(sizes)[()]
