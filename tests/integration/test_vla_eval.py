@@ -160,7 +160,6 @@ def test_vla_eval_runs_an_episode_of_libero_against_the_server(
     config = {
         "server": {"url": f"ws://127.0.0.1:{server.port}/vla-eval", "timeout": 60},
         "output_dir": str(tmp_path),
-        "render": "cpu",
         "benchmarks": [benchmark],
     }
     program = (
@@ -172,7 +171,9 @@ def test_vla_eval_runs_an_episode_of_libero_against_the_server(
     assert run.returncode == 0, run.stderr[-2000:]
     (result,) = json.loads(run.stdout.split("RESULT ")[-1])
     (episode,) = result["tasks"][0]["episodes"]
-    assert result.get("num_errors", 0) == 0 and episode["steps"] == 9 and "failure_reason" not in episode
+    assert result.get("num_errors", 0) == 0 and episode["steps"] == 9 and "failure_reason" not in episode, run.stderr[
+        -2000:
+    ]
     assert "mismatch" not in run.stderr.lower()
     assert len(policy.asked) == 2 and {key for _, key in policy.asked} == {"libero_object_no_noops"}
     query = policy.asked[0][0]
