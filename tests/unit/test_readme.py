@@ -14,10 +14,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "docs").glob("*.md")}
-PAGES["README.md"] = README
+PAGES |= {"README.md": README, "benchmarks/README.md": (ROOT / "benchmarks" / "README.md").read_text()}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What a reader brings along or a run creates, as opposed to files of the repository.
-OUTSIDE = ("/", "../", "runs", "runs/", "datasets/", "data/", ".venv", "facebook/", "openvla/")
+OUTSIDE = ("/", "../", "runs", "runs/", "datasets/", "data/", "demo/", ".venv", "facebook/", "openvla/")
+FOLDERS = tuple(f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and path.name[0] not in "._")
 # Scripts whose flags belong to a subcommand.
 SUBCOMMANDS = {
     "experiments.reproduce": ("list", "run", "report"),
@@ -92,26 +93,46 @@ def tree_paths() -> list[str]:
     return paths
 
 
-def named_paths() -> list[str]:
+def named_paths(page: str) -> list[str]:
     """Paths in running text: link targets, and words in back quotes that look like a file or folder in here."""
-    prose = FENCE.sub("", README)
+    prose = FENCE.sub("", PAGES[page])
+    if page == "docs/upstream.md":
+        prose = re.sub(r"^\|[^|]*", "", prose, flags=re.MULTILINE)  # the first column of its tables is upstream's
     links = [target for target in re.findall(r"\]\(([^)]+)\)", prose) if "://" not in target]
     quoted = [
         word for code in re.findall(r"`([^`\n]+)`", prose) for word in code.split() if re.fullmatch(r"[\w./-]+", word)
     ]
-    files = [word for word in quoted if "/" in word or re.search(r"\.(py|sh|md|toml|png|json|jsonl)$", word)]
-    return [path.split("#")[0] for path in links + files if not path.startswith(OUTSIDE)]
+    if page == "README.md":
+        files = [word for word in quoted if "/" in word or re.search(r"\.(py|sh|md|toml|png|json|jsonl)$", word)]
+        return [path.split("#")[0] for path in links + files if not path.startswith(OUTSIDE)]
+    return [word for word in quoted if word.startswith(FOLDERS)]
 
 
 def test_the_readers_below_find_something() -> None:
-    assert len(tree_paths()) > 10 and len(named_paths()) >= 1
+    assert len(tree_paths()) > 10 and len(named_paths("README.md")) >= 1
     commands = python_commands("README.md")
     assert len(commands) >= 2 and any(flags for _, flags in commands)
 
 
-@pytest.mark.parametrize("path", sorted(set(tree_paths() + named_paths())))
-def test_path_exists(path: str) -> None:
-    assert (ROOT / path).exists(), f"README.md names {path}, which does not exist"
+def every_path() -> list[tuple[str, str]]:
+    """(page, path) of every path that a page names."""
+    named = {(page, path) for page in PAGES for path in named_paths(page) if not path.startswith(OUTSIDE)}
+    return sorted(named | {("README.md", path) for path in tree_paths()})
+
+
+@pytest.mark.parametrize(("page", "path"), every_path())
+def test_path_exists(page: str, path: str) -> None:
+    assert (ROOT / path).exists(), f"{page} names {path}, which does not exist"
+
+
+def test_readme_lists_every_page() -> None:
+    assert [page for page in sorted(PAGES) if page != "README.md" and f"({page})" not in README] == []
+
+
+@pytest.mark.parametrize("page", sorted(page for page in PAGES if page.startswith("docs/")))
+def test_page_opens_with_its_command(page: str) -> None:
+    opening = PAGES[page].split("\n## ")[0]
+    assert [language for language, _ in FENCE.findall(opening)][:1] == ["bash"]
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))
