@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -21,14 +22,16 @@ pytest.importorskip("av", reason="PyAV is not installed")
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets import FrameDraw, MixtureSampler, RLDSDataset, make_dataloader
+from prismatic.vla.datasets.image_transforms import decode_image
 from prismatic.vla.datasets.lerobot import images as lerobot_images
 from prismatic.vla.datasets.specs import DATASETS, LIBERO_SPEC
 from prismatic.vla.platforms import ALOHA
 from tests.helpers.lerobot_files import LeRobotFiles
-from tests.helpers.rlds_files import episode, jpeg, write_dataset
+from tests.helpers.rlds_files import episode, write_dataset
 
 NAME = "libero_goal_no_noops"
 OTHER = "libero_object_no_noops"
@@ -42,8 +45,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+def _png(image_HW3: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image_HW3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def _smooth(features: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The episode with images that a video codec can keep: a gradient that moves, another one for the wrist."""
+    """The episode with images that a video codec can keep: a gradient that moves, another one for the wrist.
+
+    They are PNG files, which every decoder reads alike.
+    """
     y, x = np.mgrid[0:64, 0:64]
     for shift, name in ((0, "image"), (90, "wrist_image")):
         frames = []
@@ -51,7 +63,7 @@ def _smooth(features: dict[str, Any], seed: int) -> dict[str, Any]:
             red = 2 * x + 60 + shift / 2
             green = np.full_like(x, 40 + 12 * step)
             blue = 3 * y + 20 + seed
-            frames.append(jpeg(np.clip(np.stack([red, green, blue], axis=2), 0, 255).astype(np.uint8)))
+            frames.append(_png(np.clip(np.stack([red, green, blue], axis=2), 0, 255).astype(np.uint8)))
         features[f"steps/observation/{name}"] = frames
     return features
 
@@ -92,6 +104,20 @@ def test_same_samples_as_rlds(layout: str, rlds: RLDSDataset, episodes: list[dic
                     assert difference.mean() < 3 and difference[..., 1].mean() < 3, (number, key)
                 else:
                     np.testing.assert_array_equal(found["observation"][key], value)
+
+
+def test_jpeg_keeps_lerobots_decoder(tmp_path: Path) -> None:
+    features = episode(9, 0)
+    LeRobotFiles(tmp_path / NAME, "v3.0").write([features])
+    write_dataset(tmp_path / "rlds", NAME, {"train": [[features]]})
+    shown, tensorflows = (
+        RLDSDataset(root, NAME, lambda frame: frame, (32, 32)).frame(1)["observation"]["image_primary"][0]
+        for root in (tmp_path, tmp_path / "rlds")
+    )
+    encoded = features["steps/observation/image"][1]
+    np.testing.assert_array_equal(shown, np.asarray(Image.open(io.BytesIO(encoded))))
+    np.testing.assert_array_equal(tensorflows, decode_image(encoded))
+    assert 0 < np.abs(shown.astype(int) - tensorflows).max() <= 18
 
 
 def test_reading_again_uses_the_cache(
@@ -186,7 +212,7 @@ def test_splits(episodes: list[dict[str, Any]], tmp_path: Path) -> None:
         _open(tmp_path, OTHER, train=False)
 
 
-def test_augmentation_is_that_of_rlds(rlds: RLDSDataset, episodes: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_augmentation_is_that_tensorflows(rlds: RLDSDataset, episodes: list[dict[str, Any]], tmp_path: Path) -> None:
     LeRobotFiles(tmp_path / NAME, "v2.1").write(episodes)
     dataset = _open(tmp_path, image_aug=True, seed=3)
     write_dataset(tmp_path / "rlds", NAME, {"train": [episodes]}, side=64)

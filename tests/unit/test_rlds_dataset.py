@@ -72,9 +72,9 @@ def test_index_holds_what_tfds_reads(root: Path) -> None:
             shard = index.shards[index.episode_shard[index.episode_of(frame)]]
             start, size = index.image_start[view, frame], index.image_size[view, frame]
             encoded = shard.read_bytes()[start : start + size]
-            # TFDS decodes with another library than Pillow when it is installed.
+            # TFDS decodes with Pillow, or with another library when that is installed: by the accurate DCT.
             difference = decode_image(encoded).astype(int) - step["observation"][feature]
-            assert np.abs(difference).max() <= 2
+            assert np.abs(difference).max() <= 18 and np.abs(difference).mean() < 3
 
 
 def _payloads(path: Path) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 Not obvious:
 - Training images come from JPEG files, so a rollout's render goes through a JPEG round trip first (quality 95, 4:2:0).
+- JPEG is decoded by the fast integer DCT, as TensorFlow does; the accurate one of Pillow differs by up to 18 levels.
 - A policy trained with the random crop (area 0.9) sees the center crop of the same area in rollouts.
 - Rendered images must already be rotated by 180 degrees, as the RLDS datasets hold them; nothing here rotates.
 - Upstream turns a float image into uint8 by floor(x * 255.5) (tf.image.convert_image_dtype), not by rounding.
@@ -10,12 +11,14 @@ Not obvious:
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from prismatic.vla.datasets.resampling import lanczos_axis, lanczos_crop_axis, resample
@@ -76,16 +79,53 @@ def center_crop_box(area: float = CROP_AREA) -> CropBox:
 
 
 def decode_image(encoded: bytes) -> np.ndarray:
-    """Decode JPEG (or PNG) bytes to uint8 (H, W, 3).
+    """Decode JPEG bytes (or PNG, BMP, GIF) to uint8 (H, W, 3) with the pixels of `tf.io.decode_image`.
+
+    Raises:
+        ValueError: the bytes are no complete image.
+    """
+    return _decode_jpeg(encoded) if encoded[:2] == b"\xff\xd8" else decode_with_pillow(encoded)
+
+
+def _decode_jpeg(encoded: bytes) -> np.ndarray:
+    try:
+        _, _, colors, _ = simplejpeg.decode_jpeg_header(encoded, strict=False)
+    except (ValueError, KeyError):  # no JPEG at all, or chroma sampled in a way that turbojpeg has no name for
+        return decode_with_pillow(encoded)
+    cmyk = colors in ("CMYK", "YCCK")
+    read = functools.partial(simplejpeg.decode_jpeg, encoded, "CMYK" if cmyk else "RGB", fastdct=True)
+    try:
+        try:
+            pixels = read()
+        except ValueError as error:
+            # TensorFlow refuses a file that ends early, and decodes what it can of one with stray bytes.
+            if "Premature end" in str(error):
+                raise
+            pixels = read(strict=False)
+    except ValueError as error:
+        raise ValueError(f"{len(encoded)} bytes that are no complete JPEG image ({error})") from error
+    return _cmyk_to_rgb(pixels, inverted=b"\xff\xee\x00\x0eAdobe" in encoded) if cmyk else pixels
+
+
+def _cmyk_to_rgb(cmyk_HW4: np.ndarray, inverted: bool) -> np.ndarray:
+    """RGB as TensorFlow makes it of inks, which files with Adobe's marker hold inverted."""
+    light_HW4 = (cmyk_HW4 if inverted else 255 - cmyk_HW4).astype(np.uint16)
+    return (light_HW4[..., :3] * light_HW4[..., 3:] // 255).astype(np.uint8)
+
+
+def decode_with_pillow(encoded: bytes) -> np.ndarray:
+    """Decode an image to uint8 (H, W, 3) as Pillow does: for data that were recorded and are read with it elsewhere.
 
     Raises:
         ValueError: the bytes are no complete image.
     """
     try:
-        with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+        with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "BMP", "GIF", "WEBP")) as image:
             image.load()
+            if image.mode.startswith("I;16"):  # converted, these are clipped to the range of 8 bits
+                return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{len(encoded)} bytes that are no complete JPEG or PNG image") from error
 
 

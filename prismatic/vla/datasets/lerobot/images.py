@@ -16,7 +16,7 @@ import numpy as np
 
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets.episodes import ByteReader
-from prismatic.vla.datasets.image_transforms import decode_image
+from prismatic.vla.datasets.image_transforms import decode_with_pillow
 from prismatic.vla.datasets.lerobot.metadata import require
 
 _MAX_OPEN_VIDEOS = 8
@@ -37,9 +37,9 @@ class PackedImages:
         self._reader = ByteReader((file,))
 
     def image(self, frame: int) -> np.ndarray:
-        """The decoded image of a frame."""
+        """The decoded image of a frame, as LeRobot decodes it."""
         try:
-            return decode_image(self._reader.read(0, int(self.start[frame]), int(self.size[frame])))
+            return decode_with_pillow(self._reader.read(0, int(self.start[frame]), int(self.size[frame])))
         except (OSError, ValueError) as error:
             raise UsageError(f"{self._reader.files[0]}: frame {frame}: {' '.join(str(error).split())}") from error
 
