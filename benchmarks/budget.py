@@ -1,4 +1,4 @@
-"""What a training step of OpenVLA-7B with VGGT-1B needs: memory and operations, predicted from the code itself.
+"""Predict memory and operations of a training step of OpenVLA-7B with VGGT-1B, from the code itself.
 
     python benchmarks/budget.py                                          batch 1, 4, 8 with and without checkpointing
     python benchmarks/budget.py --measured benchmarks/results/full_size_step.json      and set beside a measured step

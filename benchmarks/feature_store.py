@@ -1,4 +1,4 @@
-"""What a feature store costs and what it does to the alignment, measured against the running teacher.
+"""Measure what a feature store costs and what it does to the alignment, against the running teacher.
 
     python benchmarks/feature_store.py --checkpoint RUN--STEP_chkpt --teacher experiments/mini/weights/teacher
 
@@ -192,9 +192,9 @@ class Compared:
         import torch
 
         cosines = torch.cosine_similarity(pooled_KBNC, stored_KBNC, dim=-1)
-        of_others = torch.cosine_similarity(pooled_KBNC, pooled_KBNC.roll(1, dims=1), dim=-1)
+        others = torch.cosine_similarity(pooled_KBNC, pooled_KBNC.roll(1, dims=1), dim=-1)
         by_pair = {f"cosine_pair_{pair}": float(value) for pair, value in enumerate(cosines.mean((1, 2)))}
-        return {"cosine": float(cosines.mean()), "cosine_to_another_frame": float(of_others.mean()), **by_pair}
+        return {"cosine": float(cosines.mean()), "cosine_to_another_frame": float(others.mean()), **by_pair}
 
     def cpu_seconds(self, store: Path, count: int) -> dict[str, dict[str, float]]:
         """CPU seconds of this process for one batch: loading it, its targets, forward and backward (medians)."""

@@ -100,7 +100,7 @@ def make_batch(batch_size: int, views: int = 2, prompt_tokens: int = 40, image_s
 
 
 def build_module(parts: PolicyParts, align: AlignConfig, teacher_dim: int, objective: Objective | None) -> TrainableVLA:
-    """What training wraps: policy, heads and alignment, with the L1 objective unless another is given."""
+    """Build what training wraps: policy, heads and alignment, with the L1 objective unless another is given."""
     alignment = MultiLayerAlignment(align, parts.vla.llm_dim, teacher_dim)
     return TrainableVLA(parts, objective or L1Objective(LIBERO), alignment, auxiliary_coeff=align.coeff)
 

@@ -1,4 +1,4 @@
-"""How fast training samples are loaded: frames a second, CPU time a frame, memory; against decoding the images alone.
+"""Speed of loading training samples: frames a second, CPU time a frame, memory; against decoding the images alone.
 
     python benchmarks/loader.py                                              made-up data, two minutes, 0.4 GB of disk
     python benchmarks/loader.py --data_root_dir DATA --dataset_name NAME     data of your own, RLDS or LeRobot
@@ -244,7 +244,7 @@ def memory(root: Path, name: str, frames: int) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on, without names or paths."""
+    """Collect what the numbers depend on, without names or paths."""
     import torch
     from PIL import Image
 

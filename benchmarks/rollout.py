@@ -1,4 +1,4 @@
-"""How many LIBERO episodes an hour: the evaluation here against the plain loop, with one policy, in one run.
+"""Measure LIBERO episodes an hour: the evaluation here against the plain loop, with one policy, in one run.
 
     python benchmarks/rollout.py [--checkpoint CKPT] [--tasks 2,4] [--out benchmarks/results/rollout.json]
 
@@ -125,10 +125,15 @@ class FirstAnswer:
 def run_plain(plan: Any, policy: Any) -> tuple[list[dict[str, Any]], dict[str, float]]:
     from plain_rollout import plain_rollouts
 
-    found = plain_rollouts(policy, plan.episodes, plan.protocol)
+    rollouts = plain_rollouts(policy, plan.episodes, plan.protocol)
     episodes = [
-        {"name": f"task {key[1]} state {key[2]}", "success": one.success, "steps": one.steps, "seconds": one.seconds}
-        for key, one in found.items()
+        {
+            "name": f"task {key[1]} state {key[2]}",
+            "success": rollout.success,
+            "steps": rollout.steps,
+            "seconds": rollout.seconds,
+        }
+        for key, rollout in rollouts.items()
     ]
     # Only the first episode of a task made an environment.
     for episode in episodes:
@@ -169,13 +174,13 @@ def _resident(pid: int) -> float:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """CPU time of this process and of its children that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def describe_machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was measured, where."""
+    """Collect what was measured, and where."""
     import mujoco
     import torch
 
@@ -193,8 +198,8 @@ def describe_machine(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def compare(rows: dict[str, Any]) -> dict[str, Any]:
     """Speeds against the plain loop, and on how many of its episodes the outcome (success and steps) is the same."""
-    plain, one = rows["plain loop"], rows["1 worker"]
-    parts = one["seconds_per_episode_by_part"]
+    plain, one_worker = rows["plain loop"], rows["1 worker"]
+    parts = one_worker["seconds_per_episode_by_part"]
 
     def same(left: dict[str, Any], right: dict[str, Any]) -> str:
         shared = left["outcomes"].keys() & right["outcomes"].keys()
@@ -210,7 +215,7 @@ def compare(rows: dict[str, Any]) -> dict[str, Any]:
             way: plain["cpu_seconds_per_episode"] / row["cpu_seconds_per_episode"] for way, row in rows.items()
         },
         "same_outcome_as_plain_loop": {way: same(plain, row) for way, row in rows.items()},
-        "same_outcome_2_workers_as_1": same(one, rows["2 workers"]),
+        "same_outcome_2_workers_as_1": same(one_worker, rows["2 workers"]),
         "speedup_of_physics_and_resets_alone": plain["seconds_per_episode"] / (parts["physics"] + parts["reset"]),
         "speedup_of_physics_alone": plain["seconds_per_episode"] / parts["physics"],
     }

@@ -175,9 +175,9 @@ def build(config: StoreConfig, accelerator: Any) -> None:
         basis = fit_basis(root, layout, teacher, ()).to(accelerator.device)
         for name, fingerprint in prints.items():
             work = DatasetBuild(root, name, fingerprint, layout, frames.numbers(name))
-            mine = work.missing()[accelerator.process_index :: accelerator.num_processes]
+            assigned = work.missing()[accelerator.process_index :: accelerator.num_processes]
             accelerator.wait_for_everyone()  # Nobody writes while another one still looks what is missing.
-            build_shards(config, accelerator, frames, work, (teacher, basis, mine))
+            build_shards(config, accelerator, frames, work, (teacher, basis, assigned))
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 cosines = work.finish()

@@ -48,7 +48,7 @@ def main(config: PushConfig) -> int:
     from prismatic.util.files import read_json
 
     folder = Path(config.checkpoint).expanduser()
-    facts = CardFacts.of_checkpoint(folder, config.base_model)
+    facts = CardFacts.from_checkpoint(folder, config.base_model)
     summaries = [read_json(Path(file)) for file in _words(config.results)]
     for file, summary in zip(_words(config.results), summaries, strict=True):
         if "suites" not in summary:

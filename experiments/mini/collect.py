@@ -58,7 +58,7 @@ class CollectConfig:
         self.name = self.name or f"{self.suite}_no_noops"
 
     def identity(self) -> dict[str, Any]:
-        """What the bytes of an episode depend on, beside its task and number."""
+        """Settings that the bytes of an episode depend on, beside its task and number."""
         fields = ("suite", "seed", "image_size", "render", "noise", "max_attempts")
         return {"recipe_version": RECIPE_VERSION, **{name: getattr(self, name) for name in fields}}
 
@@ -130,7 +130,7 @@ def _collect_block(config: CollectConfig, task: int, episodes: range) -> None:
 
 
 def _parent_lives() -> bool:
-    """Whether the process that shows progress still runs; without it nobody would stop this one."""
+    """Tell whether the process that shows progress still runs; without it nobody would stop this one."""
     parent = multiprocessing.parent_process()
     return parent is None or parent.is_alive()
 
@@ -213,10 +213,10 @@ def _existing(config: CollectConfig) -> dict[str, Any] | None:
     summary = config.folder / "1.0.0" / "collection.json"
     if not (config.folder / "1.0.0" / "dataset_info.json").exists():
         return None
-    found: dict[str, Any] = json.loads(summary.read_text()) if summary.exists() else {}
-    if found.get("identity") != config.identity():
+    recorded: dict[str, Any] = json.loads(summary.read_text()) if summary.exists() else {}
+    if recorded.get("identity") != config.identity():
         raise UsageError(f"--name: {config.folder} holds another dataset; choose another --name or --out, or remove it")
-    return found
+    return recorded
 
 
 def collect(config: CollectConfig) -> Path:
@@ -227,10 +227,14 @@ def collect(config: CollectConfig) -> Path:
     """
     from prismatic.vla.datasets.rlds_writer import RLDSWriter
 
-    found = _existing(config)
+    existing = _existing(config)
     tasks = _check_tasks(config)
     writer = RLDSWriter(config.out, config.name, image_size=config.image_size)
-    if found and list(found["tasks"]) == [str(task) for task in tasks] and found["episodes_asked"] == config.episodes:
+    if (
+        existing
+        and list(existing["tasks"]) == [str(task) for task in tasks]
+        and existing["episodes_asked"] == config.episodes
+    ):
         print(f"{writer.folder} is complete already")
         return writer.folder
     config.staging.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ _START_SIZE = 0.5
 
 @dataclass(frozen=True)
 class Goal:
-    """What to put where: `kind` is "in" or "on"; `item` and `target` name bodies or sites of the task."""
+    """One thing to put in or on another: `kind` is "in" or "on"; `item` and `target` name bodies or sites of the task."""
 
     kind: str
     item: str
@@ -102,12 +102,12 @@ class Expert:
 
     @property
     def delicate(self) -> bool:
-        """Whether the hand must be precise now, so that noise on the action should be small."""
+        """Tell whether the hand must be precise now, so that noise on the action should be small."""
         return self.phase in ("descend", "close", "lower", "open")
 
     @property
     def done(self) -> bool:
-        """Whether the last phase has ended (or the expert gave up, see `failed`)."""
+        """Tell whether the last phase has ended (or the expert gave up, see `failed`)."""
         return self.phase == "done" or self.failed
 
     def act(self) -> np.ndarray:
@@ -128,7 +128,7 @@ class Expert:
         return np.concatenate([motion, np.clip(turn / _TURN, -0.5, 0.5), [gripper]])
 
     def _stalled(self, distance: float) -> bool:
-        """Whether something holds the hand up short of its goal, near enough to go on."""
+        """Tell whether something holds the hand up short of its goal, near enough to go on."""
         if distance < self._nearest - 0.001:
             self._nearest, self._since_nearest = distance, 0
         else:
@@ -159,7 +159,7 @@ class Expert:
         return Rotation.from_matrix(wanted_frame @ current_frame.T).as_rotvec()
 
     def _position_error(self) -> tuple[np.ndarray, float, float]:
-        """Where the hand should go (3,), the largest action norm, and how near is near enough (meters)."""
+        """Way from the hand to its goal (3,), the largest action norm, and how near is near enough (meters)."""
         hand = self._hand_position()
         if self.phase in ("hover", "descend", "close"):
             goal = self.grasp.position + np.array([0.0, 0.0, _HOVER if self.phase == "hover" else 0.0])
@@ -241,7 +241,7 @@ def derive_seed(*parts: int | str) -> int:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What one attempt gave: `episode` is None if the task was not solved; `ended_in` names the last phase."""
+    """Outcome of one attempt: `episode` is None if the task was not solved; `ended_in` names the last phase."""
 
     episode: Episode | None
     steps: int

@@ -1,4 +1,4 @@
-"""Where and how the scripted expert grasps, from the shapes of a MuJoCo scene: one deterministic choice a scene.
+"""Grasps of the scripted expert, from the shapes of a MuJoCo scene: one deterministic choice a scene.
 
 Shapes are points in the world frame: meters, radians. A policy cloned from an expert that grasps now this way, now that
 way learns neither (measured on libero_object task 3: 9 of 10, then 2 of 10 with more training). So every choice below

@@ -114,7 +114,7 @@ def make_chains(
 
 
 def make_preparations(studies: Sequence[Study], paths: StudyPaths, wanted: frozenset[str]) -> tuple[Chain, ...]:
-    """What seeds share: they would get in each other's way if each made it."""
+    """Jobs of what seeds share: they would get in each other's way if each did."""
     arms = {arm.name: arm for study in studies for arm in study.arms(paths.profile) if arm.name in wanted or not wanted}
     jobs = (preparation_jobs(paths, arm) for arm in arms.values())
     return tuple(Chain(commands) for commands in jobs if commands)

@@ -39,7 +39,7 @@ _VIDEO_SECONDS = 40.0
 
 @dataclass
 class DemoConfig:
-    """What to run and where; the defaults take about 15 minutes on two cores."""
+    """The demo's settings; the defaults take about 15 minutes on two cores."""
 
     out: Path = Path("demo")  # Everything goes here
     suite: str = "libero_object"  # Task suite
@@ -55,7 +55,7 @@ class DemoConfig:
 
     @property
     def commands_at_a_time(self) -> int:
-        """How many commands run side by side."""
+        """Number of commands that run side by side."""
         return self.parallel or min(4, os.cpu_count() or 1)
 
     def paths(self) -> StudyPaths:
@@ -110,7 +110,7 @@ def video_job(paths: StudyPaths, seed: int) -> Job:
 
 
 def seconds_of_a_seed(seconds: dict[str, float]) -> float:
-    """What one more seed takes, from the commands that ran: the methods are trained, then evaluated, side by side."""
+    """Estimate one more seed's time from the commands that ran: methods are trained, then evaluated, side by side."""
     stages = (
         [value for name, value in seconds.items() if name.startswith(f"{stage}-") and not name.endswith(UNTOUCHED.name)]
         for stage in ("train", "evaluate")

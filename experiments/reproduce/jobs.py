@@ -67,7 +67,7 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Tell whether there is nothing left to do."""
         return self.check(self.result)
 
 
@@ -80,7 +80,7 @@ class Chain:
 
     @property
     def done(self) -> bool:
-        """Whether every job's result is there."""
+        """Tell whether every job's result is there."""
         return all(job.done for job in self.jobs)
 
 
@@ -228,7 +228,7 @@ class JobRunner:
 
 
 def logged_arguments(log: Path) -> tuple[str, ...]:
-    """What the interpreter was given by the command of a :class:`JobRunner`'s log; () without a log."""
+    """Read what the interpreter was given by the command of a :class:`JobRunner`'s log; () without a log."""
     if not log.is_file():
         return ()
     with log.open(encoding="utf-8", errors="replace") as stream:

@@ -52,7 +52,7 @@ def draw_pictures(
 
 
 def _drawer(study: Study, records: Sequence[Record], profile: Profile) -> Callable[[], Figure] | None:
-    """What draws a study's success; None when nothing of it was run."""
+    """Choose what draws a study's success; None when nothing of it was run."""
     if study.unsupported or study.analyses or study.name == "table7":
         return None
     if study.curve:
@@ -175,7 +175,7 @@ def draw_curves(study: Study, records: Sequence[Record], profile: Profile) -> Fi
 
 
 def draw_reach(analyses: Sequence[Record], records: Sequence[Record], profile: Profile) -> Figure:
-    """How far beside the object the hand closes: along the training, and what it means for success at the end."""
+    """Draw how far beside the object the hand closes: along the training, and what it means for success at the end."""
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained")

@@ -112,7 +112,7 @@ def _rounded(value: Any) -> Any:
 
 
 def alignment_record(paths: StudyPaths, flags: dict[str, Any]) -> dict[str, Any]:
-    """What a run's flags meant: layers, projector, and the hidden units every pair used; {} without alignment."""
+    """Resolve a run's flags: layers, projector, and the hidden units every pair used; {} without alignment."""
     import torch
 
     from rocket_align import MultiLayerAlignment
@@ -168,7 +168,7 @@ def evaluation_record(folder: Path, step: int | None = None) -> dict[str, Any]:
 
 
 def _command(paths: StudyPaths, job: Job) -> list[str]:
-    """What was run: a job that was done already would now be told to go on at its own checkpoint."""
+    """Read what was run: a job that was done already would now be told to go on at its own checkpoint."""
     return _portable(paths, logged_arguments(paths.logs / f"{job.name}.log") or job.arguments)
 
 

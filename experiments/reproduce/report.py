@@ -60,7 +60,7 @@ def write_report(profile_name: str, out: Path | None = None, results: Path = RES
 
 
 def introduction_lines(records: Sequence[Record], profile: Profile) -> list[str]:
-    """What was run, where, and what may be compared."""
+    """Say what was run, where, and what may be compared."""
     commits = sorted({record["code"].get("commit", "unknown")[:10] for record in records})
     versions = [record["versions"] for record in records]
     machines = sorted({f"{version['cores']} cores, torch {version['torch']}" for version in versions})

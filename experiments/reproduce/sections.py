@@ -1,4 +1,4 @@
-"""What a report says about every table and figure, as tables of text; numbers come from result files and the paper."""
+"""A report's sections, one a table or figure, as tables of text; numbers come from result files and the paper."""
 
 from __future__ import annotations
 

@@ -56,15 +56,15 @@ class StudyPaths:
         return self.run_id(arm, seed) + ("" if self.evaluated_once else f"-step{step}-{suite}")
 
     def layers_file(self, arm: Arm) -> Path:
-        """What select_layers.py writes for an arm."""
+        """The file that select_layers.py writes for an arm."""
         return self.out / "layers" / f"{arm.name}.json"
 
     def feature_store(self, arm: Arm) -> Path:
-        """What build_feature_store.py writes for an arm."""
+        """The folder that build_feature_store.py writes for an arm."""
         return self.out / "stores" / arm.name
 
     def analysis_folder(self, analysis: Analysis, seed: int) -> Path:
-        """What analyze.py writes for a seed; the teacher has none."""
+        """The files that analyze.py writes for a seed; the teacher has none."""
         return self.out / "analysis" / (f"{analysis.name}-seed{seed}" if analysis.arms else analysis.name)
 
     def launched(self, script: str, flags: Mapping[str, object]) -> tuple[str, ...]:
@@ -114,13 +114,13 @@ def store_job(paths: StudyPaths, arm: Arm) -> Job:
 
 
 def preparation_jobs(paths: StudyPaths, arm: Arm) -> tuple[Job, ...]:
-    """What an arm needs once, before the first of its seeds is trained."""
+    """Jobs that an arm needs once, before the first of its seeds is trained."""
     jobs = [select_job(paths, arm)] if arm.selection else []
     return (*jobs, store_job(paths, arm)) if arm.stored else tuple(jobs)
 
 
 def _learning_flags(paths: StudyPaths, arm: Arm) -> dict[str, object]:
-    """What is learned from: data, teacher, layers, and the budget."""
+    """Flags of what is learned from: data, teacher, layers, and the budget."""
     profile = paths.profile
     return {
         "vggt_path": profile.teacher_path,
@@ -176,7 +176,7 @@ def rollouts_job(
 
 
 def is_complete(summary: Path) -> bool:
-    """Whether an evaluation has run all its episodes; the first of several processes to end writes a summary, too."""
+    """Tell whether an evaluation ran all its episodes; the first of several processes to end writes a summary, too."""
     return summary.is_file() and not read_json(summary).get("missing")
 
 

@@ -1,4 +1,4 @@
-"""What is compared (arms), and which arms and measurements belong to which table or figure of the paper.
+"""The arms that are compared, and the table or figure of the paper that each arm and measurement belongs to.
 
 An arm, as in a clinical trial, is one of the policies that a study compares: fine-tuned like the others but for a few
 flags of `vla-scripts/finetune.py`.

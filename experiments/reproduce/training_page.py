@@ -76,7 +76,7 @@ class Run:
 
     @property
     def details(self) -> list[tuple[str, str]]:
-        """What the run's card says beside its success."""
+        """The text of the run's card beside its success."""
         last = self.rows[-1]
         rows = [("steps", str(self.last_step)), ("action loss", _number(last.get("action_loss")))]
         if "align_loss" in last:

@@ -1,4 +1,4 @@
-"""What a rollout needs from a policy, and the flags of a checkpoint's. Imports no torch."""
+"""The policy that a rollout asks, and the flags of a checkpoint's. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 @dataclass
 class PolicyFlags:
-    """What is loaded, and how the policy was trained: flags of OpenVLA-OFT, the last three ours."""
+    """Flags that say what is loaded and how the policy was trained: those of OpenVLA-OFT, the last three ours."""
 
     pretrained_checkpoint: str = ""  # Checkpoint folder or hub id (owner/name)
     model_family: str = "openvla"

@@ -52,7 +52,7 @@ _SHOWN = (
 
 
 def published_files(folder: Path) -> list[PurePosixPath]:
-    """What of a checkpoint folder others need, relative to it: all but training state, logs, hidden files and code."""
+    """List the files others need, relative to a checkpoint folder: all but training state, logs, hidden files and code."""
     names = []
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
@@ -121,7 +121,7 @@ def publish(
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says of a checkpoint.
+    """Facts of a checkpoint that its card states.
 
     Attributes:
         base_model: hub id (or name) of the model that was fine-tuned; "" when unknown.
@@ -144,7 +144,7 @@ class CardFacts:
     merged: bool
 
     @classmethod
-    def of_checkpoint(cls, folder: Path, base_model: str = "") -> CardFacts:
+    def from_checkpoint(cls, folder: Path, base_model: str = "") -> CardFacts:
         """Read them from the files of `folder`; `base_model` goes before what they say.
 
         Raises:

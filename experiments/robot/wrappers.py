@@ -137,7 +137,7 @@ class TimeLimited:
         self._last: Future[Answers] | None = None
 
     def act(self, queries: Sequence[Query]) -> Answers:
-        """What the policy answers, or a TimeoutError for each query."""
+        """The policy's answers, or a TimeoutError for each query."""
         late = TimeoutError(f"the policy did not answer within {self._seconds:g} s")
         if self._last is not None and not wait([self._last], timeout=self._seconds).done:
             return [late] * len(queries)

@@ -145,7 +145,7 @@ def open_checkpoint(name: str, base_checkpoint: str | None = None) -> Checkpoint
 
 
 def resolve_unnorm_key(statistics: Mapping[str, Any], requested: str, suite: str) -> str:
-    """Which dataset's statistics un-normalize the actions: `requested`, else the suite's, with or without "_no_noops".
+    """Name the statistics that un-normalize the actions: `requested`, else the suite's, with or without "_no_noops".
 
     Raises:
         UsageError: that key is not among the statistics; the message lists those that are.
@@ -253,7 +253,7 @@ def _file_hash(file: Path) -> str:
 
 @dataclass
 class StartingPoint:
-    """Where training begins: the base model; the folder whose adapter and heads it takes, if any; its step."""
+    """The start of a training: the base model; the folder whose adapter and heads it takes, if any; its step."""
 
     base: str
     checkpoint: Path | None

@@ -1,4 +1,4 @@
-"""What lies where in a checkpoint folder and beside it. Imports no torch.
+"""The layout of a checkpoint folder, and of what lies beside it. Imports no torch.
 
 {run_id}--{step}_chkpt/
     lora_adapter/                           PEFT adapter (LoRA runs)
@@ -59,7 +59,7 @@ class PolicyShape(Protocol):
 
 
 def checkpoint_folder(run_dir: Path, step: int, *, latest_only: bool) -> Path:
-    """Where the checkpoint of `step` goes: beside the run's folder, or in it when only the latest is kept."""
+    """The folder for the checkpoint of `step`: beside the run's folder, or in it when only the latest is kept."""
     return run_dir if latest_only else run_dir.with_name(f"{run_dir.name}--{step}_chkpt")
 
 
@@ -80,7 +80,7 @@ def last_checkpoint(run_dir: Path) -> Path | None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is one that training wrote, rather than a base model."""
+    """Tell whether a folder is one that training wrote, rather than a base model."""
     return (folder / STATE_FILE.parent).is_dir() or (folder / LORA_FOLDER).is_dir()
 
 
@@ -119,7 +119,7 @@ def weight_files(folder: Path, patterns: tuple[str, ...] = (*MODEL_WEIGHTS, *ADA
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's run recorded: its flags by name, and more; {} for upstream's checkpoints, which have none."""
+    """Read what a checkpoint's run recorded: flags by name, and more; {} for upstream's checkpoints, which have none."""
     file = folder / RUN_CONFIG
     return read_json(file) if file.is_file() else {}
 

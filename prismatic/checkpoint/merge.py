@@ -144,7 +144,7 @@ class LoraAdapter:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge wrote. `suspicious` names a weight that says the adapter was trained on another base model."""
+    """Outcome of a merge. `suspicious` names a weight that says the adapter was trained on another base model."""
 
     folder: Path
     files: tuple[Path, ...]

@@ -157,7 +157,7 @@ def _move_into_place(temporary: Path, target: Path) -> None:
 def gather_training_state(
     accelerator: Accelerator, optimizer: torch.optim.Optimizer, sampler_state: Mapping[str, object]
 ) -> dict[str, object]:
-    """What a resume needs beside the weights; call on every process (each has its own random state)."""
+    """Collect what a resume needs beside the weights; call on every process (each has its own random state)."""
     from accelerate.utils import gather_object
 
     return {

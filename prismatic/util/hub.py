@@ -16,7 +16,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` can be a hub repository (owner/name): it looks like one, and its first part is no folder here."""
+    """Tell whether `name` can be a hub repository: it looks like owner/name, and its first part is no folder here."""
     return HUB_ID.fullmatch(name) is not None and not Path(name).parent.is_dir()
 
 

@@ -1,4 +1,4 @@
-"""What code ran: package versions, and the commit of the checkout. Imports nothing heavy."""
+"""The code that ran: package versions, and the commit of the checkout. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def package_version(name: str) -> str | None:
 
 def package_versions() -> dict[str, str]:
     """Python, the machine's kind, and the versions of the packages that influence numbers."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "cores": str(os.cpu_count())}
+    machine = {"python": platform.python_version(), "machine": platform.machine(), "cores": str(os.cpu_count())}
     versions = ((name, package_version(name)) for name in PACKAGES)
-    return found | {name: version for name, version in versions if version is not None}
+    return machine | {name: version for name, version in versions if version is not None}
 
 
 def code_version() -> dict[str, object]:

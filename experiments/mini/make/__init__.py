@@ -1,1 +1,1 @@
-"""How the mini models' weights were made."""
+"""The makers of the mini models' weights."""

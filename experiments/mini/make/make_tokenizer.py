@@ -74,7 +74,7 @@ def _learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def is_filler(token: str) -> bool:
-    """Whether `token` only holds a place in the table of ids."""
+    """Tell whether `token` only holds a place in the table of ids."""
     return re.fullmatch(r"<u\d+>", token) is not None
 
 

@@ -53,11 +53,11 @@ def parse_tasks(spec: str, flag: str = "tasks") -> list[tuple[str, int]]:
     for part in spec.split(";"):
         match = re.fullmatch(r"\s*(\w+):([\d,\s-]+)", part)
         ranges = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", piece) for piece in match[2].split(",")] if match else []
-        found = [piece for piece in ranges if piece is not None]
-        if match is None or len(found) < len(ranges):
+        matches = [piece for piece in ranges if piece is not None]
+        if match is None or len(matches) < len(ranges):
             accepted = "SUITE:NUMBERS[;SUITE:NUMBERS], as libero_goal:0-3,8"
             raise UsageError(f"--{flag}: cannot read {part!r}; accepted: {accepted}")
-        for piece in found:
+        for piece in matches:
             first = int(piece[1])
             tasks += [(match[1], number) for number in range(first, int(piece[2] or first) + 1)]
     return tasks
@@ -87,7 +87,7 @@ class TeacherDataConfig:
 
 
 class KindMap:
-    """Which of SCENE, ROBOT, OBJECT, FIXTURE each geometry of the scene belongs to."""
+    """Sort each geometry of the scene into SCENE, ROBOT, OBJECT or FIXTURE."""
 
     def __init__(self, env: LiberoEnv) -> None:
         model = env.domain.sim.model._model
@@ -225,8 +225,10 @@ def _check_origin(cfg: TeacherDataConfig) -> None:
                 f"{cfg.out}: holds frames and no {record.name} on how they were made; accepted: another folder"
             )
         return atomic_write(record, json.dumps(ours, indent=2) + "\n")
-    there = read_json(record)
-    differing = [f"--{name} {there.get(name)}, not {value}" for name, value in ours.items() if there.get(name) != value]
+    recorded = read_json(record)
+    differing = [
+        f"--{name} {recorded.get(name)}, not {value}" for name, value in ours.items() if recorded.get(name) != value
+    ]
     if differing:
         raise UsageError(
             f"{cfg.out}: holds frames made with {', '.join(differing)}; accepted: these, or another folder"

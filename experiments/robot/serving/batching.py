@@ -110,8 +110,8 @@ class Batcher:
         except Exception as error:
             # Whatever a policy raises, the server goes on.
             if len(group) > 1:
-                for one in group:
-                    self._answer(key, [one])
+                for member in group:
+                    self._answer(key, [member])
                 return
             log.exception("the policy failed on a request")
             group[0][1].set_exception(error)

@@ -92,11 +92,11 @@ class PolicyClient:
         return np.stack(list(self._threads.map(self.infer, map(observation_of, queries))))
 
     def metadata(self) -> dict[str, Any]:
-        """What the served policy takes and gives."""
+        """Read what the served policy takes and gives."""
         return json.loads(self._exchange("GET", "/metadata"))
 
     def is_healthy(self) -> bool:
-        """Whether a server answers at all."""
+        """Tell whether a server answers at all."""
         try:
             return self._exchange("GET", "/health") == b"ok"
         except (OSError, http.client.HTTPException, ServerError):
@@ -146,8 +146,8 @@ def chunk_of(answer: object) -> Array:
     except (TypeError, ValueError):
         chunk_TA = np.empty(0)
     if chunk_TA.ndim != 2:
-        found = f"shape {chunk_TA.shape}" if chunk_TA.size else type(given).__name__
-        raise ServerError(0, f"answered {found} instead of actions (T, A)")
+        received = f"shape {chunk_TA.shape}" if chunk_TA.size else type(given).__name__
+        raise ServerError(0, f"answered {received} instead of actions (T, A)")
     return chunk_TA
 
 
@@ -197,7 +197,7 @@ class WebSocketPolicyClient:
         return chunk_of(from_msgpack(answer))
 
     def metadata(self) -> dict[str, Any]:
-        """What the server sent first: what the served policy takes and gives; of openpi's servers mostly {}."""
+        """The server's first message: what the served policy takes and gives; of openpi's servers mostly {}."""
         connection, metadata = self._open()
         self._local.connection = connection
         return metadata

@@ -22,7 +22,7 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """What a served policy takes and gives.
+    """Inputs and outputs of a served policy.
 
     Attributes:
         name: the checkpoint, for people.
@@ -44,7 +44,7 @@ class PolicySpec:
     settings: Mapping[str, object] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, object]:
-        """What `GET /metadata` answers and a WebSocket client gets first."""
+        """Answer of `GET /metadata`, and first message to a WebSocket client."""
         return {
             "policy": self.name,
             "platform": self.platform.name,
@@ -134,19 +134,19 @@ def _state(value: object, spec: PolicySpec) -> Array:
         return np.zeros(size)
     try:
         state = np.asarray([] if value is None else value, dtype=np.float64)
-        found = "nothing" if value is None else f"shape {state.shape}"
+        received = "nothing" if value is None else f"shape {state.shape}"
     except (TypeError, ValueError):
-        state, found = np.empty(0), f"{type(value).__name__} that is no array of numbers"
+        state, received = np.empty(0), f"{type(value).__name__} that is no array of numbers"
     if state.shape != (size,) or not np.isfinite(state).all():
-        found = "values that are not finite" if state.shape == (size,) else found
-        raise RequestError(f"state: found {found}; accepted: {size} finite numbers, not normalized")
+        received = "values that are not finite" if state.shape == (size,) else received
+        raise RequestError(f"state: found {received}; accepted: {size} finite numbers, not normalized")
     return state
 
 
 def _instruction(value: object) -> str:
     if not isinstance(value, str) or not value.strip() or len(value) > MAX_INSTRUCTION:
-        found = f"{len(value)} characters" if isinstance(value, str) else type(value).__name__
-        raise RequestError(f"instruction: found {found}; accepted: a text of 1 to {MAX_INSTRUCTION} characters")
+        received = f"{len(value)} characters" if isinstance(value, str) else type(value).__name__
+        raise RequestError(f"instruction: found {received}; accepted: a text of 1 to {MAX_INSTRUCTION} characters")
     return value
 
 

@@ -155,7 +155,7 @@ def _split(url: str) -> SplitResult:
 
 
 def _metadata(client: PolicyClient | WebSocketPolicyClient, url: str) -> dict[str, Any]:
-    """What the server says about itself; {} from upstream's server, which has no such route."""
+    """Read what the server says about itself; {} from upstream's server, which has no such route."""
     try:
         return client.metadata()
     except ServerError as error:

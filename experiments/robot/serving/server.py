@@ -55,7 +55,7 @@ class ServedPolicy(OpenVLAPolicy):
     """A loaded checkpoint that can say what it takes and gives."""
 
     def spec(self, name: str, unnorm_key: str, checkpoint_hash: str = "") -> PolicySpec:
-        """What clients are told; `unnorm_key` is the default for requests without one, "" for none."""
+        """The answers that clients get; `unnorm_key` is the default for requests without one, "" for none."""
         parameter = next(self.vla.parameters())
         return PolicySpec(
             name=name,
@@ -75,7 +75,7 @@ class ServedPolicy(OpenVLAPolicy):
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How to serve.
+    """Settings of the server.
 
     Port 0 takes any free port. `max_request_bytes` limits one request or WebSocket message. `websocket_gripper` is
     "policy" or "libero" (-1 open, +1 closed).
@@ -255,7 +255,7 @@ class PolicyServer:
 
     @property
     def url(self) -> str:
-        """Where the server can be reached from this machine."""
+        """The address at which this machine reaches the server."""
         host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
         return f"http://{host}:{self.port}"
 

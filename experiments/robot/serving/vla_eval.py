@@ -113,7 +113,7 @@ class VlaEvalSession:
 
 
 def hello(spec: PolicySpec) -> dict[str, object]:
-    """What vla-eval is told: which observations to send, and the conventions that it checks against its benchmark's."""
+    """Settings for vla-eval: which observations to send, and the conventions that it checks against its benchmark's."""
     reply = {"protocol_version": PROTOCOL_VERSION, "model_server": spec.name, "capabilities": {}, **spec.metadata()}
     reply["gripper"], reply["gripper_open"] = "-1 = open, +1 = closed", -1
     if spec.platform.name != LIBERO.name:

@@ -28,7 +28,7 @@ NumPyT = TypeVar("NumPyT", bound=np.ndarray | np.generic)
 
 
 class WireError(ValueError):
-    """What arrived cannot be decoded."""
+    """A message that cannot be decoded."""
 
 
 def to_json(value: object) -> str:
@@ -177,6 +177,6 @@ def _decode(data: object, name: object, shape: object) -> np.ndarray | np.generi
     if len(sizes) > 8 or not all(type(size) is int and size >= 0 for size in sizes):
         raise WireError(f"an array's shape is {str(shape)[:60]}; accepted: a list of sizes")
     if not isinstance(data, bytes) or len(data) != math.prod(sizes) * dtype.itemsize:
-        found = len(data) if isinstance(data, bytes) else type(data).__name__
-        raise WireError(f"an array of shape {sizes} and dtype {dtype.str} has {found} bytes of data")
+        received = len(data) if isinstance(data, bytes) else type(data).__name__
+        raise WireError(f"an array of shape {sizes} and dtype {dtype.str} has {received} bytes of data")
     return np.frombuffer(data, dtype).reshape(sizes)[()]
