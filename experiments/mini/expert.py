@@ -43,7 +43,7 @@ _START_SIZE = 0.5
 
 @dataclass(frozen=True)
 class Goal:
-    """One thing to put in or on another: `kind` is "in" or "on"; `item` and `target` name bodies or sites of the task."""
+    """One thing to put in or on another (`kind`): `item` and `target` name bodies or sites of the task."""
 
     kind: str
     item: str

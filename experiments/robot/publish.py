@@ -52,7 +52,7 @@ _SHOWN = (
 
 
 def published_files(folder: Path) -> list[PurePosixPath]:
-    """List the files others need, relative to a checkpoint folder: all but training state, logs, hidden files and code."""
+    """Files others need, relative to a checkpoint folder: all but training state, logs, hidden files and code."""
     names = []
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)

@@ -119,7 +119,7 @@ def weight_files(folder: Path, patterns: tuple[str, ...] = (*MODEL_WEIGHTS, *ADA
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Read what a checkpoint's run recorded: flags by name, and more; {} for upstream's checkpoints, which have none."""
+    """Read what a checkpoint's run recorded: flags by name and more; {} for upstream's checkpoints, that have none."""
     file = folder / RUN_CONFIG
     return read_json(file) if file.is_file() else {}
 
