@@ -106,7 +106,7 @@ class ByteReader:
 
 
 def cache_folder(folder: Path) -> Path:
-    """Folder for caches about the dataset in `folder`: there if it may be written, else below the user's cache folder."""
+    """Folder for a dataset's caches: `folder` if it may be written, else one below the user's cache folder."""
     # Mode bits are asked too, since for root every folder is writable.
     if os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222:
         return folder
