@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from experiments.robot.policy import Policy
+from experiments.robot.policy import Gripper, Policy
 from prismatic.util.errors import UsageError
 
 SERVER_TIMEOUT_S = 60.0
@@ -26,7 +26,7 @@ class ExternalFlags(Protocol):
     """The flags of an evaluation that concern a policy of others."""
 
     policy: str
-    policy_gripper: str
+    policy_gripper: Gripper
     policy_timeout: float
     unnorm_key: str
     task_suite_name: str

@@ -20,13 +20,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from experiments.robot.policy import PolicyFlags
+from experiments.robot.policy import Gripper, PolicyFlags, Render
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
+from prismatic.util.flags import limited, numbers
 
 if TYPE_CHECKING:
     from experiments.robot.libero.results.run_folder import EpisodeResult, RunFolder
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
     from experiments.robot.policy import Policy
 
 EXIT_MISSING, EXIT_ERRORS = 1, 3
+# Aliases, since draccus finds no help beside a field whose annotation has quotes.
+Views = Literal[1, 2]
+RobotStart = Literal["perturbed", "package"]
+Instructions = Literal["bddl", "base", "name"]
+SaveVideos = Literal["none", "failures", "all"]
 
 
 @dataclass
@@ -42,19 +48,23 @@ class GenerateConfig(PolicyFlags):
     """OpenVLA-OFT's evaluation flags, and ours."""
 
     # What is evaluated
+    num_images_in_input: Views = 2  # Camera views: the third-person one, then the wrist camera
     unnorm_key: str = ""  # Dataset whose statistics un-normalize actions; default: the suite, then suite_no_noops
     policy: str = ""  # Instead of a checkpoint: http://HOST:PORT or ws://HOST:PORT of a server, or MODULE:FACTORY
-    policy_gripper: str = "auto"  # Gripper of a server's actions; policy: 1 = open; libero: -1 = open; auto: as it says
-    policy_timeout: float = 0.0  # Seconds an answer may take, then the episode is an error; 0: 60 of servers, else any
+    # Gripper of a server's actions; policy: 1 = open; libero: -1 = open; auto: as it says
+    policy_gripper: Gripper = "auto"
+    # Seconds an answer may take, then the episode is an error; 0: 60 of servers, else any
+    policy_timeout: float = limited(0.0, least=0)
 
     # The protocol
     task_suite_name: str = "libero_spatial"  # libero_spatial, _object, _goal, _10, _90, or another installed suite
-    num_trials_per_task: int = 50  # In LIBERO-Plus (libero_plus, libero_plus_object, ...) 50 means 1, its protocol
-    num_open_loop_steps: int = 8  # Actions of a chunk to execute before the policy is asked again
-    num_steps_wait: int = 10  # Steps for objects to settle before an episode
-    env_img_res: int = 256  # Side of the rendered images in pixels
+    # In LIBERO-Plus (libero_plus, libero_plus_object, ...) 50 means 1, its protocol
+    num_trials_per_task: int = limited(50, least=1)
+    num_open_loop_steps: int = limited(8, least=1)  # Actions of a chunk to execute before the policy is asked again
+    num_steps_wait: int = limited(10, least=0)  # Steps for objects to settle before an episode
+    env_img_res: int = limited(256, least=16, most=4096)  # Side of the rendered images in pixels
     initial_states_path: str = "DEFAULT"  # DEFAULT, or a JSON file of initial states
-    seed: int = 7  # Of the policy's randomness (diffusion noise)
+    seed: int = limited(7, least=0)  # Of the policy's randomness (diffusion noise)
 
     # Where results go
     local_log_dir: str = "./runs/eval"  # Folder of all results
@@ -64,24 +74,28 @@ class GenerateConfig(PolicyFlags):
     wandb_project: str | None = None
 
     # Ours
-    task_ids: str = ""  # Tasks to run, as in 0,3,7 or 0-4; default: all
-    num_workers: int = 0  # Simulator processes; 1: in this process, one episode at a time; 0: as the machine carries
-    render: str = "protocol"  # protocol; fast: no antialiasing and shadows, thinned meshes (not for published numbers)
-    first_init_state: int = 0  # Number of the first initial state
-    env_seed: int = 0  # Where the simulator places cabinets and stoves (0 in the protocol)
-    max_steps: int = 0  # Step limit of an episode; 0: the suite's
-    max_steps_factor: int = 1  # Multiplies that limit (3 in some reports on LIBERO-Plus)
+    task_ids: str = numbers("", least=0)  # Tasks to run, as in 0,3,7 or 0-4; default: all
+    # Simulator processes; 1: in this process, one episode at a time; 0: as the machine carries
+    num_workers: int = limited(0, least=0)
+    # protocol; fast: no antialiasing and shadows, thinned meshes (not for published numbers)
+    render: Render = "protocol"
+    first_init_state: int = limited(0, least=0)  # Number of the first initial state
+    env_seed: int = limited(0, least=0)  # Where the simulator places cabinets and stoves (0 in the protocol)
+    max_steps: int = limited(0, least=0)  # Step limit of an episode; 0: the suite's
+    max_steps_factor: int = limited(1, least=1)  # Multiplies that limit (3 in some reports on LIBERO-Plus)
     perturbations: str = "all"  # LIBERO-Plus: kinds, as in camera,robot; available: what installed assets allow
-    base_task_ids: str = ""  # LIBERO-Plus: only perturbations of these tasks of LIBERO's suite, as in 0,3,7
-    task_subset: int = 0  # LIBERO-Plus: so many tasks, balanced over kinds, then over base tasks; 0: all
-    subset_seed: int = 0  # LIBERO-Plus: which ones
-    robot_start: str = "perturbed"  # LIBERO-Plus: perturbed: the arm rests in the new pose; package: still moves there
-    instruction_source: str = (
-        "bddl"  # LIBERO-Plus: bddl; base: LIBERO's wording; name: as its package has it, with a leak
-    )
-    max_batch: int = 0  # Most queries the policy answers at once; 0: no limit
+    # LIBERO-Plus: only perturbations of these tasks of LIBERO's suite, as in 0,3,7
+    base_task_ids: str = numbers("", least=0)
+    # LIBERO-Plus: so many tasks, balanced over kinds, then over base tasks; 0: all
+    task_subset: int = limited(0, least=0)
+    subset_seed: int = limited(0, least=0)  # LIBERO-Plus: which ones
+    # LIBERO-Plus: perturbed: the arm rests in the new pose; package: still moves there
+    robot_start: RobotStart = "perturbed"
+    # LIBERO-Plus: bddl; base: LIBERO's wording; name: as its package has it, with a leak
+    instruction_source: Instructions = "bddl"
+    max_batch: int = limited(0, least=0)  # Most queries the policy answers at once; 0: no limit
     deterministic: bool = False  # Same bits for any number of workers: every forward asks max_batch queries (0: 1)
-    save_videos: str = "none"  # none, failures or all
+    save_videos: SaveVideos = "none"  # none, failures or all
     run_name: str = ""  # Folder within local_log_dir; default: from suite, checkpoint and settings
     overwrite: bool = False  # Discard results in that folder
     resume: bool = True  # Continue from results in that folder
@@ -195,7 +209,7 @@ def _run_episodes(
         Rollouts(policy, make_workers(count, make_runner), on_result, settings).run(episodes)
 
 
-def _video_path(save_videos: str, folder: Path) -> Callable[[EpisodeResult], Path | None]:
+def _video_path(save_videos: SaveVideos, folder: Path) -> Callable[[EpisodeResult], Path | None]:
     def path(result: EpisodeResult) -> Path | None:
         if save_videos == "none" or (save_videos == "failures" and result.status != "failure"):
             return None

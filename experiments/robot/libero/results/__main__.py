@@ -7,7 +7,6 @@ python -m experiments.robot.libero.results.merge RUN [RUN ...]     is every epis
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,16 +20,14 @@ from experiments.robot.libero.results.run_folder import (
     load_episodes,
     read_identity,
 )
-from prismatic.util.cli import exit_code
+from prismatic.util.cli import CommandParser, exit_code
 from prismatic.util.errors import UsageError
 
 
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this module; see its docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.robot.libero.results", description=__doc__.split("\n")[0]
-    )
+    parser = CommandParser(prog="python -m experiments.robot.libero.results", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="success per task and suite over one or several runs")
     report.add_argument("runs", type=Path, nargs="+")

@@ -11,7 +11,6 @@ but some episodes ended in an error.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from experiments.robot.libero.results.run_folder import (
     differing_values,
     read_episode_lines,
 )
-from prismatic.util.cli import exit_code
+from prismatic.util.cli import CommandParser, exit_code
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
@@ -93,9 +92,7 @@ def _write(
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this module; see its docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.robot.libero.results.merge", description=__doc__.split("\n")[0]
-    )
+    parser = CommandParser(prog="python -m experiments.robot.libero.results.merge", description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, help="folder of the merged run (default: RUN/merged)")
     arguments = parser.parse_args(argv)

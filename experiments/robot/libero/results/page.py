@@ -9,7 +9,6 @@ script are inside; videos are referred to by their path relative to the page, so
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import re
@@ -25,7 +24,7 @@ from experiments.report.html import Rate, SettingRow, render, setting_rows
 from experiments.robot.libero.results import summary
 from experiments.robot.libero.results.planned import planned_episodes
 from experiments.robot.libero.results.run_folder import EpisodeResult, load_episodes
-from prismatic.util.cli import exit_code
+from prismatic.util.cli import CommandParser, exit_code
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
@@ -223,7 +222,7 @@ def _configuration(runs: Sequence[Run]) -> list[SettingRow]:
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this module; see its docstring."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m experiments.robot.libero.results.page", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder written by run_libero_eval.py")

@@ -18,23 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from experiments.robot.libero.rollouts.plus_plan import check_plus_flags, plus_episodes, plus_identity, unnorm_key_for
-from experiments.robot.libero.rollouts.protocol import Episode, Protocol, max_steps_for, parse_task_ids
-from experiments.robot.libero.simulator.rendering import RENDER_MODES, choose_renderer
+from experiments.robot.libero.rollouts.protocol import Episode, Protocol, max_steps_for
+from experiments.robot.libero.simulator.rendering import choose_renderer
 from experiments.robot.libero.suites import tasks
 from experiments.robot.libero.suites.plus import is_plus
-from experiments.robot.robot_utils import MODEL_FAMILIES
 from prismatic.checkpoint.folder import Checkpoint, check_policy_flags, open_checkpoint
 from prismatic.checkpoint.layout import ACTING_FLAGS
-from prismatic.util.errors import UsageError, unknown_name
+from prismatic.util.errors import UsageError
 from prismatic.util.files import read_json
+from prismatic.util.flags import check, choose_numbers
 from prismatic.util.versions import package_version, package_versions
-
-SAVE_VIDEOS = ("none", "failures", "all")
-DEVICES = ("auto", "cpu", "cuda")
-MAX_IMAGE_SIDE = 4096
-GRIPPERS = ("auto", "policy", "libero")
-DTYPES = ("auto", "float32", "bfloat16")
-VIEWS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -74,39 +67,9 @@ def make_plan(config: Any, *, with_checkpoint: bool = True) -> Plan:
 
 def _check_flags(config: Any) -> None:
     """Checks that need nothing but the flags."""
-    for flag, accepted in (
-        ("model_family", MODEL_FAMILIES),
-        ("render", RENDER_MODES),
-        ("save_videos", SAVE_VIDEOS),
-        ("device", DEVICES),
-        ("dtype", DTYPES),
-        ("policy_gripper", GRIPPERS),
-    ):
-        if getattr(config, flag) not in accepted:
-            raise unknown_name(f"--{flag}", str(getattr(config, flag)), accepted)
+    check(config)
     max_steps_for(config.task_suite_name)
-    for flag, least in (
-        ("num_trials_per_task", 1),
-        ("num_open_loop_steps", 1),
-        ("num_steps_wait", 0),
-        ("env_img_res", 16),
-        ("first_init_state", 0),
-        ("num_workers", 0),
-        ("max_batch", 0),
-        ("max_steps", 0),
-        ("max_steps_factor", 1),
-        ("seed", 0),
-        ("env_seed", 0),
-        ("num_diffusion_steps_train", 1),
-        ("num_diffusion_steps_inference", 1),
-        ("lora_rank", 1),
-        ("policy_timeout", 0),
-    ):
-        if getattr(config, flag) < least:
-            raise UsageError(f"--{flag}: found {getattr(config, flag)}; accepted: {least} or more")
     check_plus_flags(config)
-    if config.env_img_res > MAX_IMAGE_SIDE:
-        raise UsageError(f"--env_img_res: found {config.env_img_res}; accepted: 16 to {MAX_IMAGE_SIDE} pixels")
     if config.policy and config.pretrained_checkpoint:
         raise UsageError(
             f"--policy: found {config.policy} beside --pretrained_checkpoint {config.pretrained_checkpoint}; "
@@ -116,10 +79,6 @@ def _check_flags(config: Any) -> None:
         raise UsageError("--use_diffusion: both heads are on; accepted: with --use_l1_regression false")
     if config.load_in_8bit and config.load_in_4bit:
         raise UsageError("--load_in_4bit: both quantizations are on; accepted: one of load_in_8bit, load_in_4bit")
-    if config.num_images_in_input not in VIEWS:
-        raise UsageError(
-            f"--num_images_in_input: found {config.num_images_in_input}; accepted: 1 or 2 (LIBERO's cameras)"
-        )
     if config.num_diffusion_steps_inference > config.num_diffusion_steps_train:
         raise UsageError(
             f"--num_diffusion_steps_inference: found {config.num_diffusion_steps_inference}; "
@@ -145,7 +104,7 @@ def _episodes(config: Any) -> tuple[Episode, ...]:
     choose_renderer()
     if is_plus(suite):
         return plus_episodes(config)
-    task_ids = parse_task_ids(str(config.task_ids), tasks.num_tasks(suite))
+    task_ids = choose_numbers("--task_ids", config.task_ids, tasks.num_tasks(suite))
     own_states = None if config.initial_states_path == "DEFAULT" else _read_states(Path(config.initial_states_path))
     episodes: list[Episode] = []
     for task_id in task_ids:

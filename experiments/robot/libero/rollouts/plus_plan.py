@@ -12,11 +12,11 @@ from experiments.robot.libero.rollouts.protocol import (
     Episode,
     base_suite,
     max_steps_for,
-    parse_task_ids,
 )
 from experiments.robot.libero.suites import plus, tasks
 from prismatic.checkpoint.folder import resolve_unnorm_key
-from prismatic.util.errors import UsageError, unknown_name
+from prismatic.util.errors import UsageError
+from prismatic.util.flags import choose_numbers
 
 # Flags for LIBERO-Plus alone, with the values that leave another suite as it is.
 _FLAGS = {
@@ -27,7 +27,6 @@ _FLAGS = {
     "instruction_source": "bddl",
     "robot_start": "perturbed",
 }
-ROBOT_STARTS = ("perturbed", "package")
 _LIBERO_TRIALS = 50  # GenerateConfig's default, which means one episode a task here: the benchmark's protocol.
 
 
@@ -44,12 +43,6 @@ def check_plus_flags(config: Any) -> None:
                 accepted = "libero_plus, " + ", ".join(PLUS_SUITES)
                 raise UsageError(f"--{flag}: --task_suite_name is {suite}; accepted: with {accepted}")
         return
-    if config.instruction_source not in plus.INSTRUCTIONS:
-        raise unknown_name("--instruction_source", config.instruction_source, plus.INSTRUCTIONS)
-    if config.robot_start not in ROBOT_STARTS:
-        raise unknown_name("--robot_start", config.robot_start, ROBOT_STARTS)
-    if config.task_subset < 0:
-        raise UsageError(f"--task_subset: found {config.task_subset}; accepted: 0 (all tasks) or more")
     if config.initial_states_path != "DEFAULT":
         raise UsageError("--initial_states_path: LIBERO-Plus has initial states of its own; accepted: DEFAULT")
 
@@ -62,13 +55,13 @@ def chosen_tasks(config: Any) -> tuple[plus.PlusTask, ...]:
     """
     parts = plus.parse_kinds(config.perturbations)
     found = plus.plus_tasks(config.task_suite_name)
-    numbers = parse_task_ids(str(config.task_ids), len(found))
+    numbers = choose_numbers("--task_ids", config.task_ids, len(found))
     candidates = [found[number] for number in numbers if found[number].part in parts]
     if config.base_task_ids.strip():
         names = {
             (suite, task_id): tasks.get_task(base, task_id).name
             for suite, base in PLUS_SUITES.items()
-            for task_id in parse_task_ids(config.base_task_ids, 10, "--base_task_ids")
+            for task_id in choose_numbers("--base_task_ids", config.base_task_ids, 10)
         }
         wanted = {(suite, name) for (suite, _), name in names.items()}
         candidates = [task for task in candidates if (task.suite, task.base) in wanted]

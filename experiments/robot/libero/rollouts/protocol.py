@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.robot.robot_utils import invert_gripper_action, normalize_gripper_action
-from prismatic.util.errors import UsageError, unknown_name
+from prismatic.util.errors import unknown_name
 
 Array = npt.NDArray[Any]
 
@@ -114,27 +114,6 @@ def base_suite(suite: str) -> str:
 def to_env_action(action_A: Array) -> Array:
     """A policy's action as the simulator takes it: gripper from [0, 1] (1 open) to -1/+1 (-1 open)."""
     return invert_gripper_action(normalize_gripper_action(action_A, binarize=True))
-
-
-def parse_task_ids(text: str, num_tasks: int, flag: str = "--task_ids") -> tuple[int, ...]:
-    """`flag`: "" (all), "0,3,7", "[0, 3]" or ranges "0-4"; duplicates dropped, order kept.
-
-    Raises:
-        UsageError: not a list of integers, or an id outside 0..num_tasks-1.
-    """
-    stripped = text.strip().strip("[]()").strip()
-    if stripped.lower() in ("", "all", "none", "null"):
-        return tuple(range(num_tasks))
-    ids: list[int] = []
-    for word in (part.strip() for part in stripped.split(",")):
-        first, dash, last = word.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise UsageError(f"{flag}: cannot read {word!r} in {text!r}; accepted: integers, as in 0,3,7 or 0-4")
-        ids += range(int(first), int(last if dash else first) + 1)
-    wrong = [task_id for task_id in ids if task_id >= num_tasks]
-    if wrong or not ids:
-        raise UsageError(f"{flag}: {text!r} names {wrong or 'no task'}; accepted: 0 to {num_tasks - 1}")
-    return tuple(dict.fromkeys(ids))
 
 
 class EpisodeQueue:
