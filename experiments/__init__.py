@@ -4,10 +4,10 @@ from prismatic.util.moved import keep_earlier_names
 
 _LIBERO = "experiments.robot.libero"
 _ROOMS = {
-    "simulator": ("control", "decimation", "environment", "rendering"),
-    "suites": ("perturbations", "plus", "plus_scene", "tasks"),
-    "rollouts": ("episode", "plan", "plus_plan", "progress", "protocol", "rollout", "workers"),
-    "results": ("plus_summary", "summary"),
+    "simulator": ("control", "environment", "rendering"),
+    "suites": ("perturbations", "plus", "tasks"),
+    "rollouts": ("episode", "plan", "protocol", "rollout", "workers"),
+    "results": ("summary",),
 }
 _MAKE = (
     "make_tokenizer", "pretrain_student", "teacher_data", "teacher_frames", "teacher_model", "train_teacher",
@@ -18,6 +18,11 @@ keep_earlier_names(
     | {f"experiments.mini.{name}": f"experiments.mini.make.{name}" for name in _MAKE}
     | {
         f"{_LIBERO}.completeness": f"{_LIBERO}.results.planned",
+        f"{_LIBERO}.decimation": f"{_LIBERO}.simulator.rendering",
+        f"{_LIBERO}.plus_plan": f"{_LIBERO}.rollouts.plan",
+        f"{_LIBERO}.plus_scene": f"{_LIBERO}.suites.perturbations",
+        f"{_LIBERO}.plus_summary": f"{_LIBERO}.results.summary",
+        f"{_LIBERO}.progress": f"{_LIBERO}.rollouts.result",
         f"{_LIBERO}.merge_results": f"{_LIBERO}.results.merge",
         f"{_LIBERO}.results_page": f"{_LIBERO}.results.page",
         "experiments.robot.checkpoint": "prismatic.checkpoint.folder",

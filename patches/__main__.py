@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from patches.checkout import SCRIPT, Checkout
-from prismatic.util.cli import CommandParser, exit_code
+from prismatic.util.errors import UsageError
 
 
 def apply(checkout: Checkout) -> int:
@@ -39,10 +40,9 @@ def revert(checkout: Checkout) -> int:
 COMMANDS = {"apply": apply, "check": check, "revert": revert}
 
 
-@exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 `check` found none or an outdated one, 2 the checkout or the command line is wrong."""
-    parser = CommandParser(
+    parser = argparse.ArgumentParser(
         prog="python -m patches", description="Put rocket_align into a checkout of moojink/openvla-oft, or take it out."
     )
     parser.add_argument(
@@ -50,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("path", help="top folder of the checkout")
     arguments = parser.parse_args(argv)
-    return COMMANDS[arguments.command](Checkout(arguments.path))
+    try:
+        return COMMANDS[arguments.command](Checkout(arguments.path))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from typing import Any
 from experiments.reproduce.jobs import ROOT, Job, logged_arguments
 from experiments.reproduce.stages import StudyPaths, is_complete
 from experiments.reproduce.studies import Analysis, Arm, Study
-from experiments.robot.libero.results.run_folder import EpisodeResult, load_episodes
+from experiments.robot.libero.results.run_folder import load_episodes
 from experiments.robot.libero.results.summary import wilson_interval
+from experiments.robot.libero.rollouts.result import EpisodeResult
 from prismatic.checkpoint.layout import read_record
 from prismatic.training.metrics import read_log
 from prismatic.util.errors import UsageError

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from experiments.robot.policy import Gripper, Policy
+from experiments.robot.libero.suites.tasks import unnorm_key_for
+from experiments.robot.policy import Policy
 from prismatic.util.errors import UsageError
 
 SERVER_TIMEOUT_S = 60.0
@@ -26,7 +27,7 @@ class ExternalFlags(Protocol):
     """The flags of an evaluation that concern a policy of others."""
 
     policy: str
-    policy_gripper: Gripper
+    policy_gripper: str
     policy_timeout: float
     unnorm_key: str
     task_suite_name: str
@@ -87,8 +88,6 @@ def _open_server(config: ExternalFlags) -> ExternalPolicy:
 
 def _unnorm_key(config: ExternalFlags, metadata: Mapping[str, object]) -> str:
     """The statistics to ask for: those that a checkpoint would be evaluated with, else the server's default ("")."""
-    from experiments.robot.libero.rollouts.plus_plan import unnorm_key_for
-
     keys = metadata.get("unnorm_keys")
     if not isinstance(keys, list):
         return str(config.unnorm_key)

@@ -31,6 +31,7 @@ from prismatic.checkpoint.layout import (
     PolicyShape,
     component_files,
     component_name,
+    load_training_state,
     read_record,
     read_statistics,
     recorded_platform,
@@ -295,8 +296,6 @@ def _base_to_resume(config: TrainConfig, folder: Path) -> str:
 def _step_to_resume(config: TrainConfig, folder: Path) -> int:
     if config.resume_step is not None:
         return config.resume_step
-    from prismatic.checkpoint.write import load_training_state  # Torch alone reads it.
-
     state = load_training_state(folder, lazily=True)
     step = split_checkpoint_name(folder.name)[1] if state is None else int(state["step"])
     if step is None:

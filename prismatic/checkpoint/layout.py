@@ -1,4 +1,4 @@
-"""The layout of a checkpoint folder, and of what lies beside it. Imports no torch.
+"""The layout of a checkpoint folder, and of what lies beside it. Imports torch only to read a state.
 
 {run_id}--{step}_chkpt/
     lora_adapter/                           PEFT adapter (LoRA runs)
@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,11 +55,8 @@ class PolicyShape(Protocol):
     use_diffusion: bool
     use_film: bool
     use_proprio: bool
+    num_images_in_input: int
     num_diffusion_steps_train: int
-
-    @property
-    def num_images_in_input(self) -> int:
-        """Camera views a sample."""
 
 
 def checkpoint_folder(run_dir: Path, step: int, *, latest_only: bool) -> Path:
@@ -160,3 +158,22 @@ def read_statistics(folder: Path, config: Mapping[str, Any] | None = None) -> di
     if config is None:
         config = read_json(folder / MODEL_CONFIG) if (folder / MODEL_CONFIG).is_file() else {}
     return dict(config.get("norm_stats") or {})
+
+
+def load_training_state(folder: Path, *, lazily: bool = False) -> dict[str, Any] | None:
+    """The `training_state` of a checkpoint folder, or None for a checkpoint of upstream's, which has none.
+
+    `lazily` leaves tensors on disk until they are used: for who wants a number, not the optimizer's moments.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    file = folder / STATE_FILE
+    if not file.is_file():
+        return None
+    import torch  # The checks of a folder without a state do without it.
+
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=lazily)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise UsageError(f"{file}: not readable, cut off? ({' '.join(str(error).split())[:120]})") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import random
 import shutil
 import tempfile
@@ -30,7 +29,6 @@ from prismatic.checkpoint.layout import (
     component_name,
 )
 from prismatic.models.lora import merge_lora_state_dict, state_dict_without_film
-from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write
 
 if TYPE_CHECKING:
@@ -166,20 +164,3 @@ def gather_training_state(
         "random": gather_object([_random_state()]),
         "num_processes": accelerator.num_processes,
     }
-
-
-def load_training_state(folder: Path, *, lazily: bool = False) -> dict[str, Any] | None:
-    """The `training_state` of a checkpoint folder, or None for a checkpoint of upstream's, which has none.
-
-    `lazily` leaves tensors on disk until they are used: for who wants a number, not the optimizer's moments.
-
-    Raises:
-        UsageError: the file cannot be read.
-    """
-    file = folder / STATE_FILE
-    if not file.is_file():
-        return None
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=lazily)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise UsageError(f"{file}: not readable, cut off? ({' '.join(str(error).split())[:120]})") from error

@@ -14,14 +14,9 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set
 from torch import nn
 
 from prismatic.checkpoint.folder import resolve_checkpoint
-from prismatic.checkpoint.layout import RUN_CONFIG, component_file, read_record
+from prismatic.checkpoint.layout import RUN_CONFIG, component_file, load_training_state, read_record
 from prismatic.checkpoint.load import build_parts, load_component, load_for_training, load_processor
-from prismatic.checkpoint.write import (
-    CheckpointWriter,
-    gather_training_state,
-    load_training_state,
-    restore_random_state,
-)
+from prismatic.checkpoint.write import CheckpointWriter, gather_training_state, restore_random_state
 from prismatic.training.config import TrainConfig
 from prismatic.training.loop import Trainer, TrainState
 from prismatic.training.metrics import MetricLog

@@ -188,11 +188,13 @@ def test_depth_does_not_take_frames_of_others_for_its_own(
     [
         (["ckaa"], "did you mean 'cka'"),
         ([], "accepted: cka, cone"),
-        (
-            ["cka", "--checkpoint", "x", "--estimator", "minibatch", "--debiased", "False"],
-            "--estimator: minibatch with",
-        ),
+        (["cka"], "--checkpoint: empty"),
+        (["cka", "--rows", "patches"], "--rows"),
+        (["cka", "--estimator", "minibatch", "--debiased", "False"], "--estimator"),
+        (["theorem", "--reference", "last"], "--reference"),
+        (["depth", "--ridge", "0"], "--ridge"),
         (["depth"], "--vggt_path"),
+        (["cone", "--num_samples", "0", "--checkpoint", "x"], "--num_samples"),
         (["gradients", "--checkpoint", "nowhere"], "--data_root_dir"),
     ],
 )

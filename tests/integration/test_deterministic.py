@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.robot.libero.results.run_folder import EpisodeResult
 from experiments.robot.libero.rollouts.episode import EpisodeRunner
 from experiments.robot.libero.rollouts.protocol import Episode, Protocol
+from experiments.robot.libero.rollouts.result import EpisodeResult
 from experiments.robot.libero.rollouts.rollout import Rollouts, RolloutSettings
 from experiments.robot.libero.rollouts.workers import make_workers
 from experiments.robot.policy import Query

@@ -27,8 +27,8 @@ from experiments.robot.libero.demonstrations import (
     write_demonstration,
 )
 from experiments.robot.libero.regenerate_libero_dataset import RegenerateConfig, quaternions, regenerate
-from experiments.robot.libero.rollouts.plan import _read_states, _states_of
 from experiments.robot.libero.simulator.environment import LiberoEnv
+from experiments.robot.libero.suites.task import read_states, states_of
 from experiments.robot.libero.suites.tasks import get_task
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets import RLDSDataset
@@ -135,7 +135,7 @@ def test_metainfo_gives_the_evaluation_its_states(raw: Path, regenerated: Path) 
     content = json.loads(path.read_text())
     key = "pick_up_the_butter_and_place_it_in_the_basket"
     assert {name: entry["success"] for name, entry in content[key].items()} == {"demo_0": False, "demo_1": True}
-    states = _states_of(_read_states(path), task, str(path))
+    states = states_of(read_states(path), task, path)
     assert states[0] is None
     ((_, found),) = read_demonstrations(demonstration_file(regenerated, task.name))
     np.testing.assert_array_equal(states[1], found.states[0])
@@ -161,6 +161,8 @@ def test_runs_again_only_for_what_is_missing(
     ):
         with pytest.raises(UsageError, match=message):
             regenerate(_config(raw, tmp_path / "new", **changes))
+    with pytest.raises(UsageError, match="--num_workers: 0 found"):
+        _config(raw, tmp_path, num_workers=0)
 
 
 def test_converted_data_are_samples_for_training(regenerated: Path, tmp_path: Path) -> None:

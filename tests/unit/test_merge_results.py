@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments.robot.libero.results import EpisodeResult, RunFolder, load_episodes
 from experiments.robot.libero.results.merge import main
 from experiments.robot.libero.results.planned import check, describe, planned_episodes
-from experiments.robot.libero.results.run_folder import EpisodeResult, RunFolder, load_episodes
 from experiments.robot.libero.rollouts.protocol import Episode
 
 IDENTITY = {"suite": "libero_goal", "seed": 7}

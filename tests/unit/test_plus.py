@@ -10,20 +10,19 @@ from typing import Any
 import pytest
 
 from experiments.robot.libero.rollouts.plan import make_plan, run_identity
-from experiments.robot.libero.rollouts.plus_plan import left_out_notice, unnorm_key_for
-from experiments.robot.libero.rollouts.protocol import PLUS_SUITES
 from experiments.robot.libero.run_libero_eval import GenerateConfig
 from experiments.robot.libero.suites import plus
 from experiments.robot.libero.suites.perturbations import CameraShift
 from experiments.robot.libero.suites.plus import (
     KIND_COUNTS,
     KINDS,
+    PLUS_SUITES,
     choose_tasks,
     instruction_of,
     parse_kinds,
     parse_name,
 )
-from experiments.robot.libero.suites.tasks import get_task, load_init_states, num_tasks
+from experiments.robot.libero.suites.tasks import find_suite, get_task, load_init_states, num_tasks, unnorm_key_for
 from prismatic.util.errors import UsageError
 
 installed = pytest.mark.skipif(
@@ -60,7 +59,7 @@ def test_what_a_name_says_of_the_camera_the_robot_and_the_noise() -> None:
     assert camera == CameraShift(horizontal=-5, vertical=15, distance=125, pan=2, tilt=4)
     assert parse_name(SUITE, 0, f"{BOWL}_view_0_0_100_0_0_initstate_33").robot == 33
     noise = parse_name(SUITE, 0, f"{BOWL}_view_0_0_100_0_0_initstate_0_noise_45")
-    assert (noise.noise, noise.level, noise.detail) == (45, 5, "glass_blur 5")
+    assert (noise.noise, noise.level) == (45, 5)
     assert parse_name("libero_plus_goal", 0, "turn_on_the_stove_moved_level2_sample1").base == "turn_on_the_stove"
 
 
@@ -143,7 +142,7 @@ def test_missing_assets_are_told_in_one_line() -> None:
     assert str(plus.data_folder() / "assets" / "scenes" / "lights") in message
     assert parse_kinds("available") == ("camera", "robot", "language", "noise", "layout_level")
     config = GenerateConfig(task_suite_name="libero_plus_object", perturbations="available")
-    assert "light, background, layout_add (753 tasks)" in left_out_notice(config)
+    assert "light, background, layout_add (753 tasks)" in find_suite("libero_plus_object").notice(config)
 
 
 def test_with_the_archive_every_kind_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +214,11 @@ def test_base_tasks_and_the_prompt_are_part_of_the_plan_and_its_identity() -> No
     ("changes", "message"),
     [
         ({"task_suite_name": "libero_object"}, "--perturbations: --task_suite_name is libero_object; accepted: with"),
-        ({"base_task_ids": "10"}, "--base_task_ids: 10 found; accepted: 0 to 9"),
+        ({"instruction_source": "names"}, r"--instruction_source: unknown value 'names' \(did you mean 'name'\?\)"),
+        ({"robot_start": "home"}, "--robot_start: unknown value 'home'"),
+        ({"task_subset": -1}, "--task_subset: found -1"),
+        ({"max_steps_factor": 0}, "--max_steps_factor: found 0"),
+        ({"base_task_ids": "10"}, "--base_task_ids: '10' names"),
         ({"num_trials_per_task": 2}, "has 1 initial state"),
         ({"initial_states_path": "states.json"}, "--initial_states_path: LIBERO-Plus has initial states of its own"),
         ({"task_suite_name": "libero_plus_objects"}, "did you mean 'libero_plus_object'"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.robot.libero.results.run_folder import EpisodeResult
 from experiments.robot.libero.results.summary import compare, comparison_to_markdown, summarize, to_markdown
+from experiments.robot.libero.rollouts.result import EpisodeResult
 
 ENDINGS = {
     "camera": "_view_9_0_100_0_0_initstate_0",

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from experiments.robot.libero.results.run_folder import EpisodeResult
-from experiments.robot.libero.rollouts import progress
-from experiments.robot.libero.rollouts.progress import EvalProgress
+from experiments.robot.libero.rollouts.result import EpisodeResult, EvalProgress
 
 
 def result(init_state: int, status: str) -> EpisodeResult:
@@ -19,7 +19,7 @@ def test_a_line_an_episode_with_rate_time_left_and_interval(
 ) -> None:
     """Two episodes in 60 seconds, eight to go; a success from before counts in the rate of success alone."""
     clock = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with EvalProgress(10, [result(0, "success")]) as shown:
         clock[0] += 30
         shown.update(result(1, "failure"))

@@ -23,7 +23,7 @@ FOLDERS = tuple(f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and 
 SUBCOMMANDS = {
     "experiments.reproduce": ("list", "run", "report"),
     "vla-scripts/analyze.py": ("cka", "gradients", "projectors", "cone", "depth", "theorem", "reach"),
-    "experiments.robot.libero.results": ("report", "compare"),
+    "experiments.robot.libero.results": ("report", "compare", "merge", "page"),
     "patches": ("apply", "check", "revert"),
 }
 

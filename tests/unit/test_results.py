@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.robot.libero.results import EpisodeResult, RunFolder, load_episodes
 from experiments.robot.libero.results.__main__ import main
-from experiments.robot.libero.results.run_folder import EpisodeResult, RunFolder, load_episodes
 from prismatic.util.errors import UsageError
 
 IDENTITY = {"suite": "libero_spatial", "seed": 7, "protocol": {"max_steps": 220}}

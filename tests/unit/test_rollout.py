@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.robot.libero.results.run_folder import EpisodeResult
 from experiments.robot.libero.rollouts.episode import EpisodeRunner
 from experiments.robot.libero.rollouts.protocol import Episode, Protocol
+from experiments.robot.libero.rollouts.result import EpisodeResult
 from experiments.robot.libero.rollouts.rollout import MAX_ATTEMPTS, Rollouts, RolloutSettings, ask
 from experiments.robot.libero.rollouts.workers import LocalWorker, ProcessWorker, make_workers
 from experiments.robot.policy import Query

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.robot.libero.results.run_folder import EpisodeResult
 from experiments.robot.libero.results.summary import compare, summarize, to_markdown, wilson_interval
+from experiments.robot.libero.rollouts.result import EpisodeResult
 from prismatic.util.errors import UsageError
 
 

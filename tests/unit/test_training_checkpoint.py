@@ -10,9 +10,9 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
-from prismatic.checkpoint.layout import STATE_FILE
+from prismatic.checkpoint.layout import STATE_FILE, load_training_state
 from prismatic.checkpoint.load import prepare_for_training, wrap_film
-from prismatic.checkpoint.write import _move_into_place, _save_model, load_training_state
+from prismatic.checkpoint.write import _move_into_place, _save_model
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.models.lora import add_lora
 from prismatic.training.config import TrainConfig

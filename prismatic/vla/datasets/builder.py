@@ -20,7 +20,7 @@ SplitT = TypeVar("SplitT")
 
 @dataclass(frozen=True)
 class NumberFeature:
-    """Storage of a feature of numbers.
+    """How a feature of numbers is stored.
 
     Attributes:
         width: values a step.
@@ -122,7 +122,7 @@ def _check_width(folder: Path, what: str, found: tuple[int, ...], expected: int,
 def _widths(
     folder: Path, steps: Any, spec: DatasetSpec, platform: Platform, with_proprio: bool
 ) -> tuple[dict[str, NumberFeature], int, int]:
-    """Storage of the numbers, and the widths of action and state after a check against the platform."""
+    """How the numbers are stored, and the widths of action and state after a check against the platform."""
     if spec.assembly is None:
         wanted = ((spec.action, platform.action_dim), (spec.state, platform.proprio_dim))
         for name, width in wanted if with_proprio else wanted[:1]:

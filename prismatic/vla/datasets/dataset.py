@@ -138,7 +138,7 @@ def _statistics(
 
 
 def _num_views(batch_transform: object) -> int | None:
-    """Number of views that a batch transform looks at; None for all there are."""
+    """How many views a batch transform looks at; None for all there are."""
     if not getattr(batch_transform, "use_wrist_image", True):
         return 1
     return getattr(batch_transform, "num_images", None)

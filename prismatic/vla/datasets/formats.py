@@ -1,4 +1,4 @@
-"""The format that a dataset on disk has."""
+"""Which format a dataset on disk has."""
 
 from __future__ import annotations
 

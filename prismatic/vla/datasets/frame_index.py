@@ -78,7 +78,7 @@ _ARRAYS = (
 
 @dataclass
 class _Columns:
-    """Numbers that the pass over the shards collects."""
+    """What the pass over the shards collects."""
 
     action: list[np.ndarray] = field(default_factory=list)
     state: list[np.ndarray] = field(default_factory=list)

@@ -8,15 +8,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from rocket_align.teacher.files import files_hash, replacing
 from rocket_align.teacher.registry import TeacherInfo
 
 FORMAT = 1
 INDEX_NAME, BASIS_NAME, FRAMES_NAME = "index.json", "basis.safetensors", "frames.npy"
-StoreDType = Literal["int8", "float16"]
-DTYPES = get_args(StoreDType)
+DTYPES = ("int8", "float16")
 # A shard is the unit of work of a build, and what an interrupted one loses at most.
 SHARD_BYTES, SHARD_FRAMES = 256 * 2**20, 512
 

@@ -1,6 +1,6 @@
 """Check that a run split over processes or machines has every episode exactly once, and make one run folder of it.
 
-    python -m experiments.robot.libero.results.merge RUN [RUN ...] [--out FOLDER]
+    python -m experiments.robot.libero.results merge RUN [RUN ...] [--out FOLDER]
 
 Several RUNs are folders of the same evaluation that were written on different machines. The result, RUN/merged unless
 --out says otherwise, has the layout of a run of one process: for `results report`, `results compare`, the results page.
@@ -11,29 +11,25 @@ but some episodes ended in an error.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from experiments.robot.libero.results import summary
 from experiments.robot.libero.results.planned import Completeness, check, describe, planned_episodes, write_plan
-from experiments.robot.libero.results.run_folder import (
-    EpisodeResult,
-    better_of,
-    deviations,
-    differing_values,
-    read_episode_lines,
-)
-from prismatic.util.cli import CommandParser, exit_code
+from experiments.robot.libero.results.run_folder import differing_values, later_unless_error, read_episode_lines
+from experiments.robot.libero.results.summary import Report, summarize, to_markdown
+from experiments.robot.libero.rollouts.protocol import protocol_deviations
+from experiments.robot.libero.rollouts.result import EpisodeResult
+from prismatic.util.cli import exit_code
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
 EXIT_INCOMPLETE, EXIT_ERRORS = 1, 3
 
 
-def merge(folders: Sequence[Path], out: Path | None = None) -> tuple[Completeness, dict[str, Any] | None]:
+def merge(folders: Sequence[Path], out: Path | None = None) -> tuple[Completeness, Report | None]:
     """Check the runs in `folders` together and, when nothing is missing or double, write one run folder.
 
     Returns:
@@ -55,13 +51,13 @@ def merge(folders: Sequence[Path], out: Path | None = None) -> tuple[Completenes
     if not files:
         raise UsageError(f"{folders[0]}: no episodes*.jsonl; accepted: folders written by run_libero_eval.py")
     lines = [line for file in files for line in read_episode_lines(file)]
-    found = check(planned, [(result.key, result.status) for result, _ in lines])
-    if not found.ok:
-        return found, None
-    return found, _write(out, config, planned, lines)
+    completeness = check(planned, [(result.key, result.status) for result, _ in lines])
+    if not completeness.ok:
+        return completeness, None
+    return completeness, _write(out, config, planned, lines)
 
 
-def _common_config(folders: Sequence[Path]) -> dict[str, Any]:
+def _common_config(folders: Sequence[Path]) -> Report:
     """config.json of the runs, whose identities must agree."""
     configs = [read_json(folder / "config.json") for folder in folders]
     for folder, config in zip(folders, configs):
@@ -71,45 +67,60 @@ def _common_config(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def _write(
-    out: Path, config: dict[str, Any], planned: set[tuple[str, int, int]], lines: Sequence[tuple[EpisodeResult, bytes]]
-) -> dict[str, Any]:
+    out: Path, config: Report, planned: set[tuple[str, int, int]], lines: Sequence[tuple[EpisodeResult, bytes]]
+) -> Report:
     chosen: dict[tuple[str, int, int], tuple[EpisodeResult, bytes]] = {}
     for line in lines:
         earlier = chosen.get(line[0].key)
-        chosen[line[0].key] = line if earlier is None or better_of(earlier[0], line[0]) is line[0] else earlier
+        chosen[line[0].key] = line if earlier is None or later_unless_error(earlier[0], line[0]) is line[0] else earlier
     episodes = [chosen[key] for key in sorted(chosen)]
-    report = summary.summarize([result for result, _ in episodes])
     identity = config.get("identity", {})
-    report = {**report, "planned": len(planned), "missing": 0, "deviations": deviations(identity), "identity": identity}
+    report = {
+        **summarize([result for result, _ in episodes]),
+        "planned": len(planned),
+        "missing": 0,
+        "deviations": protocol_deviations(identity),
+        "identity": identity,
+    }
     atomic_write(out / "config.json", json.dumps(config, indent=2) + "\n")
     write_plan(out, "", planned, anew=True)
     atomic_write(out / "episodes.jsonl", b"".join(line + b"\n" for _, line in episodes))
     atomic_write(out / "summary.json", json.dumps(report, indent=2) + "\n")
-    atomic_write(out / "summary.md", summary.to_markdown(report))
+    atomic_write(out / "summary.md", to_markdown(report))
     return report
+
+
+def parser() -> argparse.ArgumentParser:
+    """Arguments of the command."""
+    arguments = argparse.ArgumentParser(add_help=False)
+    arguments.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    arguments.add_argument("--out", type=Path, help="folder of the merged run (default: RUN/merged)")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Merge, and say what was found; returns the exit code."""
+    out = arguments.out or arguments.runs[0] / "merged"
+    completeness, report = merge(arguments.runs, out)
+    for what, keys in (
+        ("missing", completeness.missing),
+        ("double", completeness.doubled),
+        ("ended in an error", completeness.errors),
+        ("not in the plan", completeness.unplanned),
+    ):
+        if keys:
+            print(f"{len(keys)} of {completeness.planned} episodes {what}: {describe(keys)}")
+    if report is None:
+        return EXIT_INCOMPLETE
+    planned = completeness.planned
+    print(f"complete: each of {planned} episodes is there once\n\n{to_markdown(report)}\nresults: {out}")
+    return EXIT_ERRORS if completeness.errors else 0
 
 
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of this module; see its docstring."""
-    parser = CommandParser(prog="python -m experiments.robot.libero.results.merge", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--out", type=Path, help="folder of the merged run (default: RUN/merged)")
-    arguments = parser.parse_args(argv)
-    out = arguments.out or arguments.runs[0] / "merged"
-    found, report = merge(arguments.runs, out)
-    for what, keys in (
-        ("missing", found.missing),
-        ("double", found.doubled),
-        ("ended in an error", found.errors),
-        ("not in the plan", found.unplanned),
-    ):
-        if keys:
-            print(f"{len(keys)} of {found.planned} episodes {what}: {describe(keys)}")
-    if report is None:
-        return EXIT_INCOMPLETE
-    print(f"complete: each of {found.planned} episodes is there once\n\n{summary.to_markdown(report)}\nresults: {out}")
-    return EXIT_ERRORS if found.errors else 0
+    """`results merge` as a command of its own."""
+    return run(argparse.ArgumentParser(parents=[parser()]).parse_args(argv))
 
 
 if __name__ == "__main__":

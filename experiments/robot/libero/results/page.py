@@ -1,6 +1,6 @@
 """A page of evaluation results that a person would look at: one HTML file from the result files of one or more runs.
 
-    python -m experiments.robot.libero.results.page RUN [RUN ...] [--out FILE] [--title TEXT]
+    python -m experiments.robot.libero.results page RUN [RUN ...] [--out FILE] [--title TEXT]
 
 It shows success with intervals, every pair of runs compared on the episodes both have, kinds of perturbation where the
 results name them (LIBERO-Plus), tasks, videos with failures first, errors, episodes and configurations. Style and
@@ -9,6 +9,7 @@ script are inside; videos are referred to by their path relative to the page, so
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import re
@@ -23,8 +24,9 @@ from experiments.report import percent
 from experiments.report.html import Rate, SettingRow, render, setting_rows
 from experiments.robot.libero.results import summary
 from experiments.robot.libero.results.planned import planned_episodes
-from experiments.robot.libero.results.run_folder import EpisodeResult, load_episodes
-from prismatic.util.cli import CommandParser, exit_code
+from experiments.robot.libero.results.run_folder import load_episodes
+from experiments.robot.libero.rollouts.result import EpisodeResult
+from prismatic.util.cli import exit_code
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
@@ -219,24 +221,31 @@ def _configuration(runs: Sequence[Run]) -> list[SettingRow]:
     return setting_rows([{**record.pop("identity", {}), **record} for record in records])
 
 
-@exit_code
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of this module; see its docstring."""
-    parser = CommandParser(
-        prog="python -m experiments.robot.libero.results.page", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder written by run_libero_eval.py")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Arguments of the command."""
+    arguments = argparse.ArgumentParser(add_help=False)
+    arguments.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder written by run_libero_eval.py")
+    arguments.add_argument(
         "--out", type=Path, help="page to write; default: index.html in the run's folder, or above several"
     )
-    parser.add_argument("--title", default="Evaluation in LIBERO")
-    arguments = parser.parse_args(argv)
+    arguments.add_argument("--title", default="Evaluation in LIBERO")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the page; returns the exit code."""
     runs: list[Path] = arguments.runs
     above = runs[0] if len(runs) == 1 else Path(os.path.commonpath([run.resolve() for run in runs]))
     out: Path = arguments.out or above / "index.html"
     build_page(runs, out, arguments.title)
     print(f"page: {out}")
     return 0
+
+
+@exit_code
+def main(argv: Sequence[str] | None = None) -> int:
+    """`results page` as a command of its own."""
+    return run(argparse.ArgumentParser(parents=[parser()]).parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -18,54 +18,21 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from experiments.robot.libero.results import summary
 from experiments.robot.libero.results.planned import planned_episodes, write_plan
-from experiments.robot.libero.rollouts.protocol import Episode, Protocol
+from experiments.robot.libero.results.summary import Report, summarize, to_markdown
+from experiments.robot.libero.rollouts.protocol import Episode, protocol_deviations
+from experiments.robot.libero.rollouts.result import EpisodeResult
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
-STATUSES = ("success", "failure", "error")
+# Entries of the identity that records of earlier versions lack: nothing is known against those.
+_UNKNOWN_BEFORE = ("task_files",)
 # Of the identity: what changes an episode beside its protocol.
 _CONDITIONS = ("initial_states", "instruction_source", "robot_start", "renderer")
-
-
-@dataclass(frozen=True)
-class EpisodeResult:
-    """How one episode ended. `success` is None for an error; `steps` are policy steps; `wall_time` is in seconds.
-
-    `seconds` says where the time went: creation, reset, physics, rendering, policy (its whole batch), waiting.
-    """
-
-    suite: str
-    task_id: int
-    task: str
-    init_state: int
-    seed: int
-    status: str
-    success: bool | None
-    steps: int
-    error: str | None
-    wall_time: float
-    attempts: int = 1
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    kind: str | None = None  # of perturbation, with its level and the task's full name (LIBERO-Plus)
-    level: int | None = None
-    task_name: str | None = None
-
-    def __post_init__(self) -> None:
-        if (
-            self.status not in STATUSES
-            or self.success is not {"success": True, "failure": False, "error": None}[self.status]
-        ):
-            raise ValueError(f"status {self.status!r} with success={self.success!r}")
-
-    @property
-    def key(self) -> tuple[str, int, int]:
-        return (self.suite, self.task_id, self.init_state)
 
 
 class RunFolder:
@@ -85,22 +52,23 @@ class RunFolder:
     def __init__(
         self,
         folder: Path,
-        identity: Mapping[str, Any],
-        environment: Mapping[str, Any],
+        identity: Mapping[str, object],
+        environment: Mapping[str, object],
         *,
         overwrite: bool = False,
         shard: str = "",
     ) -> None:
         self.folder = folder
         self._shard, self._overwritten = shard, overwrite
-        self._record = {"identity": _plain(identity), "environment": _plain(environment)}
+        self._identity, self._environment = _plain(identity), _plain(environment)
         if not overwrite:
             self._refuse_other_identity()
         folder.mkdir(parents=True, exist_ok=True)
         self._stream = _open_locked(folder / f"episodes{shard}.jsonl")
         if overwrite:
             self._discard(shard)
-        atomic_write(folder / "config.json", json.dumps(self._record, indent=2) + "\n")
+        record = {"identity": self._identity, "environment": self._environment}
+        atomic_write(folder / "config.json", json.dumps(record, indent=2) + "\n")
 
     def _discard(self, shard: str) -> None:
         """Drop all episodes but those that other processes of this same distributed run are writing now."""
@@ -117,7 +85,9 @@ class RunFolder:
             if any(self.folder.glob("episodes*.jsonl")):
                 raise UsageError(f"--run_name: {self.folder} holds episodes but no config.json; use another --run_name")
             return
-        differing = differing_values(read_json(file).get("identity", {}), self._record["identity"])
+        before = read_json(file).get("identity", {})
+        unknown = [key for key in _UNKNOWN_BEFORE if key not in before]
+        differing = differing_values(before, {key: self._identity[key] for key in self._identity if key not in unknown})
         if differing:
             raise UsageError(
                 f"--run_name: {self.folder} holds results of another configuration ({'; '.join(differing[:4])}); "
@@ -130,7 +100,7 @@ class RunFolder:
 
     def append(self, result: EpisodeResult) -> None:
         """Write one episode; it is on disk when this returns."""
-        line = {**asdict(result), "identity": self._record["identity"], "environment": self._record["environment"]}
+        line = {**asdict(result), "identity": self._identity, "environment": self._environment}
         self._stream.write((json.dumps(line) + "\n").encode())
         self._stream.flush()
         os.fsync(self._stream.fileno())
@@ -139,17 +109,17 @@ class RunFolder:
         """All episodes on disk, of every process, the last line of each."""
         return load_episodes(self.folder)
 
-    def write_summary(self) -> dict[str, Any]:
+    def write_summary(self) -> Report:
         """Write summary.json and summary.md from what is on disk and return the former."""
         with (self.folder / ".summary.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # Whichever process comes last has read all the others' episodes.
             results, planned = self.finished(), planned_episodes(self.folder)
             missing = len(planned - {result.key for result in results})
-            report = {**summary.summarize(results), "planned": len(planned), "missing": missing}
-            report["deviations"] = deviations(self._record["identity"])
-            content = {**report, "identity": self._record["identity"]}
+            report = {**summarize(results), "planned": len(planned), "missing": missing}
+            report["deviations"] = protocol_deviations(self._identity)
+            content = {**report, "identity": self._identity}
             atomic_write(self.folder / "summary.json", json.dumps(content, indent=2) + "\n")
-            atomic_write(self.folder / "summary.md", summary.to_markdown(report))
+            atomic_write(self.folder / "summary.md", to_markdown(report))
         return report
 
     def close(self) -> None:
@@ -173,48 +143,38 @@ def load_episodes(folder: Path) -> list[EpisodeResult]:
         raise UsageError(
             f"{folder}: no episodes*.jsonl in this folder; accepted: a folder written by run_libero_eval.py"
         )
-    found: dict[tuple[str, int, int], EpisodeResult] = {}
+    episodes: dict[tuple[str, int, int], EpisodeResult] = {}
     for file in files:
         for result, _ in read_episode_lines(file):
-            found[result.key] = better_of(found.get(result.key), result)
-    return [found[key] for key in sorted(found)]
+            episodes[result.key] = later_unless_error(episodes.get(result.key), result)
+    return [episodes[key] for key in sorted(episodes)]
 
 
-def better_of(earlier: EpisodeResult | None, later: EpisodeResult) -> EpisodeResult:
+def later_unless_error(earlier: EpisodeResult | None, later: EpisodeResult) -> EpisodeResult:
     """Which of two lines of an episode counts: the later one, but a finished episode goes before an error."""
     return later if earlier is None or earlier.status == "error" or later.status != "error" else earlier
 
 
-def differing_values(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differing_values(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """What tells two identities apart, a line an entry."""
     return [
-        f"{key}: {there.get(key)!r} there, {now.get(key)!r} now"
-        for key in sorted(set(there) | set(now))
-        if there.get(key) != now.get(key)
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted(set(before) | set(now))
+        if before.get(key) != now.get(key)
     ]
 
 
-def deviations(identity: Mapping[str, Any]) -> list[str]:
-    """In what a run differs from the protocol of published numbers, as its summary says it: ["render fast", ...]."""
-    if identity.get("standard_protocol", True):
-        return []
-    standard, protocol = Protocol(max_steps=0).as_dict(), identity.get("protocol", {})
-    differing = [
-        name for name in standard if name != "max_steps" and protocol.get(name, standard[name]) != standard[name]
-    ]
-    return [f"{name} {protocol[name]}" for name in differing] or ["step limit, initial states or instructions"]
-
-
-def differing_conditions(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+def differing_conditions(first: Mapping[str, object], second: Mapping[str, object]) -> list[str]:
     """What of two runs differs in how episodes of the same key were run; [] where a run has no record of it."""
     conditions = []
     for identity in (first, second):
         known = {name: identity[name] for name in _CONDITIONS if name in identity and name in first and name in second}
-        conditions.append({**identity.get("protocol", {}), **known})
+        protocol = identity.get("protocol")
+        conditions.append({**(protocol if isinstance(protocol, Mapping) else {}), **known})
     return differing_values(*conditions) if first.get("protocol") and second.get("protocol") else []
 
 
-def read_identity(run: Path) -> dict[str, Any]:
+def read_identity(run: Path) -> Mapping[str, object]:
     file = run / "config.json"
     return read_json(file).get("identity", {}) if file.is_file() else {}
 
@@ -251,6 +211,6 @@ def _open_locked(file: Path) -> IO[bytes]:
     return stream
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(values: Mapping[str, object]) -> dict[str, object]:
     """`values` as they look after a round trip through JSON, so that comparison with a file is exact."""
     return json.loads(json.dumps(dict(values), default=str))

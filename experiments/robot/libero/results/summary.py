@@ -1,4 +1,5 @@
-"""Success rates with 95% Wilson intervals, and the paired comparison of two runs. Pure functions of episode results."""
+"""Success rates with 95% Wilson intervals, by task, suite and kind of perturbation, and the paired comparison of two
+runs. Pure functions of episode results."""
 
 from __future__ import annotations
 
@@ -7,15 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from experiments.report import markdown_table, percent, percent_range
-from experiments.robot.libero.results import plus_summary
-from experiments.robot.libero.rollouts.protocol import PLUS_SUITES
+from experiments.robot.libero.rollouts.result import CONFIDENCE, Rate, rate, wilson_interval
+from experiments.robot.libero.suites.tasks import SUITES
 from prismatic.util.errors import UsageError
 
 if TYPE_CHECKING:
-    from experiments.robot.libero.results.run_folder import EpisodeResult
+    from experiments.robot.libero.rollouts.result import EpisodeResult
 
-CONFIDENCE = 0.95
+__all__ = ["CONFIDENCE", "compare", "comparison_to_markdown", "rate", "summarize", "to_markdown", "wilson_interval"]
+RATE_HEADER = ("success", "95% interval", "episodes", "errors")
 Episode = TypeVar("Episode", bound=Hashable)
+Report = dict[str, Any]  # What is written as JSON; the functions that return it list its entries.
 
 
 def mcnemar_p_value(only_a: int, only_b: int) -> float:
@@ -48,68 +51,88 @@ def paired_test(solved_a: Mapping[Episode, bool], solved_b: Mapping[Episode, boo
     return PairedTest(len(shared), only_a, only_b, mcnemar_p_value(only_a, only_b))
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson score interval of a success rate (Wilson 1927), without continuity correction; (0, 1) without trials."""
-    from scipy.stats import binomtest
-
-    if trials == 0:
-        return (0.0, 1.0)
-    interval = binomtest(successes, trials).proportion_ci(confidence_level=confidence, method="wilson")
-    return (float(interval.low), float(interval.high))
-
-
-def rate(results: Iterable[EpisodeResult]) -> dict[str, Any]:
-    """Counts, success rate and interval of some episodes. Errors are counted beside the rate, not in it."""
-    statuses = [result.status for result in results]
-    successes, errors = statuses.count("success"), statuses.count("error")
-    completed = len(statuses) - errors
-    low, high = wilson_interval(successes, completed)
-    return {
-        "successes": successes,
-        "failures": completed - successes,
-        "errors": errors,
-        "success_rate": successes / completed if completed else None,
-        "interval_95": [low, high],
-    }
-
-
-def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
+def summarize(results: Sequence[EpisodeResult]) -> Report:
     """Rates per task, per suite and over all episodes.
 
     Returns:
         {"suites": {suite: S}, "total": {R, "mean_of_suites"}} where R is what :func:`rate` returns and S is {R,
         "mean_steps_of_successes", "seconds_per_episode", "tasks": {id: {"task", R}}}. `mean_of_suites` is what papers
-        report as the LIBERO average. With episodes of LIBERO-Plus also "perturbations"; see :mod:`plus_summary`.
+        report as the LIBERO average. With episodes of a suite that has kinds of perturbation also "perturbations", see
+        :func:`_by_kind`.
     """
-    suites: dict[str, Any] = {}
+    suites: Report = {}
     for suite in sorted({result.suite for result in results}):
-        mine = [result for result in results if result.suite == suite]
-        tasks = {}
-        for task_id in sorted({result.task_id for result in mine}):
-            of_task = [result for result in mine if result.task_id == task_id]
-            tasks[str(task_id)] = {"task": of_task[0].task, **rate(of_task)}
-        steps = [result.steps for result in mine if result.status == "success"]
+        episodes = [result for result in results if result.suite == suite]
+        by_task: dict[int, list[EpisodeResult]] = {}
+        for result in episodes:
+            by_task.setdefault(result.task_id, []).append(result)
+        steps = [result.steps for result in episodes if result.status == "success"]
         suites[suite] = {
-            **rate(mine),
+            **rate(episodes),
             "mean_steps_of_successes": sum(steps) / len(steps) if steps else None,
-            "seconds_per_episode": sum(result.wall_time for result in mine) / len(mine),
-            "tasks": tasks,
+            "seconds_per_episode": sum(result.wall_time for result in episodes) / len(episodes),
+            "tasks": {str(task): {"task": group[0].task, **rate(group)} for task, group in sorted(by_task.items())},
         }
-    rates = [suite["success_rate"] for suite in suites.values() if suite["success_rate"] is not None]
-    perturbed = plus_summary.of_plus(results)
+    perturbed = [result for result in results if _has_kind(result)]
     return {
         "suites": suites,
-        "total": {**rate(results), "mean_of_suites": sum(rates) / len(rates) if rates else None},
-        **({"perturbations": plus_summary.by_kind(perturbed, rate)} if perturbed else {}),
+        "total": {**rate(results), "mean_of_suites": _mean(suite["success_rate"] for suite in suites.values())},
+        **({"perturbations": _by_kind(perturbed)} if perturbed else {}),
     }
 
 
-def to_markdown(report: dict[str, Any]) -> str:
+def _mean(rates: Iterable[float | None]) -> float | None:
+    known = [value for value in rates if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _has_kind(result: EpisodeResult) -> bool:
+    return result.suite in SUITES and result.kind in SUITES[result.suite].kinds and result.task_name is not None
+
+
+def _by_kind(results: Sequence[EpisodeResult]) -> Report:
+    """Rates per kind of perturbation and the benchmark's two totals.
+
+    Returns:
+        {"kinds": {kind: {R, "benchmark_tasks", "levels": {level: R}}}, "mean_of_kinds", "task_weighted_total",
+        "tasks_run", "benchmark_tasks", "not_run"}. The task-weighted total weighs each kind with its number of tasks in
+        the suites that were run, so that a balanced subset estimates what the whole benchmark gives. Both totals are
+        over the kinds that were run; "not_run" names the others ("layout_add": layouts, but none with added objects).
+    """
+    suites = [SUITES[name] for name in SUITES if any(result.suite == name for result in results)]
+    tasks = {kind: sum(suite.kinds.get(kind, 0) for suite in suites) for suite in suites for kind in suite.kinds}
+    kinds: Report = {}
+    for kind in tasks:
+        episodes = [result for result in results if result.kind == kind]
+        if episodes:
+            levels = sorted({result.level for result in episodes if result.level is not None})
+            kinds[kind] = {
+                **rate(episodes),
+                "benchmark_tasks": tasks[kind],
+                "levels": {str(level): rate(entry for entry in episodes if entry.level == level) for level in levels},
+            }
+    parts = dict.fromkeys(part for suite in suites for part in suite.kind_parts)
+    run = {SUITES[result.suite].part_of(result.task_name or "") for result in results}
+    rated = [entry for entry in kinds.values() if entry["success_rate"] is not None]
+    weight = sum(entry["benchmark_tasks"] for entry in rated)
+    weighted = sum(entry["benchmark_tasks"] * entry["success_rate"] for entry in rated)
+    return {
+        "kinds": kinds,
+        "mean_of_kinds": _mean(entry["success_rate"] for entry in rated),
+        "task_weighted_total": weighted / weight if weight else None,
+        "tasks_run": len({(result.suite, result.task_id) for result in results}),
+        "benchmark_tasks": sum(tasks.values()),
+        "not_run": [part for part in parts if part not in run],
+    }
+
+
+def to_markdown(report: Report) -> str:
     """The table of :func:`summarize`."""
     rows = []
     for suite, suite_rates in report["suites"].items():
         # Thousands of tasks with one episode each are no table to read; their kinds are, below.
-        for task_id, task_rates in suite_rates["tasks"].items() if suite not in PLUS_SUITES else ():
+        has_kinds = suite in SUITES and bool(SUITES[suite].kinds)
+        for task_id, task_rates in suite_rates["tasks"].items() if not has_kinds else ():
             rows.append((suite, f"{task_id} {task_rates['task']}", *rate_cells(task_rates)))
         rows.append((f"**{suite}**", "**all tasks**", *rate_cells(suite_rates)))
     if len(report["suites"]) > 1:
@@ -118,7 +141,7 @@ def to_markdown(report: dict[str, Any]) -> str:
     if len(report["suites"]) > 1:
         lines += ["", f"Mean of the {len(report['suites'])} suites: {percent(report['total']['mean_of_suites'])}"]
     if "perturbations" in report:
-        lines += plus_summary.kind_lines(report["perturbations"], rate_cells)
+        lines += _kind_lines(report["perturbations"])
     if report.get("deviations"):
         lines += ["", f"Not the protocol of published numbers: {', '.join(report['deviations'])}."]
     if report.get("missing"):
@@ -131,37 +154,55 @@ def to_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-RATE_HEADER = ("success", "95% interval", "episodes", "errors")
-
-
-def rate_cells(entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
+def rate_cells(entry: Rate) -> tuple[str, str, str, str]:
     """What :func:`rate` returns as the cells of a table, see `RATE_HEADER`."""
     completed = entry["successes"] + entry["failures"]
     interval = percent_range(entry["interval_95"], 1) if completed else "-"
     return percent(entry["success_rate"]), interval, str(completed), str(entry["errors"])
 
 
-def compare(results_a: Sequence[EpisodeResult], results_b: Sequence[EpisodeResult]) -> dict[str, Any]:
+def _kind_lines(report: Report) -> list[str]:
+    rows = [(kind, *rate_cells(entry)) for kind, entry in report["kinds"].items()]
+    lines = [
+        "",
+        *markdown_table(("perturbation", *RATE_HEADER), rows),
+        "",
+        f"Mean of the {'seven' if len(rows) == 7 else len(rows)} kinds: {percent(report['mean_of_kinds'])}. "
+        f"Task-weighted total: {percent(report['task_weighted_total'])} "
+        f"({report['tasks_run']} of {report['benchmark_tasks']} tasks were run).",
+    ]
+    if report["not_run"]:
+        lines += ["", f"**Not run: {', '.join(report['not_run'])}. Both numbers are over the rest.**"]
+    return lines
+
+
+def compare(results_a: Sequence[EpisodeResult], results_b: Sequence[EpisodeResult]) -> Report:
     """Exact McNemar test on the episodes that both runs completed (same suite, task and initial state).
 
-    With LIBERO-Plus, "kinds" has one such comparison for each kind of perturbation. See :func:`paired_test`.
+    Where results name kinds of perturbation, "kinds" has one such comparison for each. See :func:`paired_test`.
 
     Raises:
         UsageError: the runs share no completed episode.
     """
     compared = _compare_paired(results_a, results_b)
-    kinds = plus_summary.compare_kinds(results_a, results_b, _compare_paired)
+    if compared is None:
+        raise UsageError("compare: the two runs have no completed episode in common")
+    kinds: Report = {}
+    for kind in dict.fromkeys(kind for suite in SUITES.values() for kind in suite.kinds):
+        sides = ([r for r in side if _has_kind(r) and r.kind == kind] for side in (results_a, results_b))
+        if comparison := _compare_paired(*sides):
+            kinds[kind] = comparison
     return {**compared, "kinds": kinds} if kinds else compared
 
 
-def _compare_paired(results_a: Sequence[EpisodeResult], results_b: Sequence[EpisodeResult]) -> dict[str, Any]:
+def _compare_paired(results_a: Sequence[EpisodeResult], results_b: Sequence[EpisodeResult]) -> Report | None:
     by_key_a, by_key_b = (
-        {(r.suite, r.task_id, r.init_state): r.status == "success" for r in results if r.status != "error"}
+        {result.key: result.status == "success" for result in results if result.status != "error"}
         for results in (results_a, results_b)
     )
-    shared = sorted(by_key_a.keys() & by_key_b.keys())
+    shared = by_key_a.keys() & by_key_b.keys()
     if not shared:
-        raise UsageError("compare: the two runs have no completed episode in common")
+        return None
     test = paired_test(by_key_a, by_key_b)
     successes_a, successes_b = sum(by_key_a[key] for key in shared), sum(by_key_b[key] for key in shared)
     return {
@@ -178,7 +219,7 @@ def _compare_paired(results_a: Sequence[EpisodeResult], results_b: Sequence[Epis
     }
 
 
-def comparison_to_markdown(content: dict[str, Any]) -> str:
+def comparison_to_markdown(content: Report) -> str:
     """The table of :func:`compare`."""
     sides = (
         (
@@ -191,7 +232,8 @@ def comparison_to_markdown(content: dict[str, Any]) -> str:
     )
     lines = markdown_table(("run", "success", "95% interval", "solved by it alone"), sides)
     if content.get("kinds"):
-        lines += plus_summary.comparison_lines(content["kinds"])
+        header = ("perturbation", "A", "B", "episodes", "solved by A alone", "by B alone", "p")
+        lines += ["", *markdown_table(header, (_kind_cells(*item) for item in content["kinds"].items()))]
     lines += [
         "",
         f"B minus A: {100 * content['difference_b_minus_a']:+.1f} points on {content['episodes']} shared episodes "
@@ -200,3 +242,8 @@ def comparison_to_markdown(content: dict[str, Any]) -> str:
     if content.get("protocols_differ"):
         lines += ["", f"The runs differ in their protocol: {'; '.join(content['protocols_differ'])}."]
     return "\n".join(lines) + "\n"
+
+
+def _kind_cells(kind: str, entry: Report) -> tuple[str, ...]:
+    rates = (percent(entry["success_rate_a"]), percent(entry["success_rate_b"]))
+    return kind, *rates, *(str(entry[name]) for name in ("episodes", "only_a", "only_b")), f"{entry['p_value']:.3g}"

@@ -13,24 +13,43 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from experiments.robot.libero.rollouts.protocol import DUMMY_ACTION, Episode, Protocol, to_env_action
+from experiments.robot.libero.rollouts.protocol import DUMMY_ACTION, Episode, to_env_action
+from experiments.robot.libero.rollouts.protocol import Protocol as EvalProtocol
 from experiments.robot.policy import Query
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path
 
+if TYPE_CHECKING:
+    from experiments.robot.libero.simulator.environment import LiberoEnv, Observation
+
 CONTROL_HZ = 20
 VIDEO_STRIDE = 2  # simulator steps a video frame: 10 frames a second in real time
 
-Array = npt.NDArray[Any]
+Array = npt.NDArray[np.float64]
+Image = npt.NDArray[np.uint8]
+
+
+class Environment(Protocol):
+    """What an episode needs of a simulator."""
+
+    @property
+    def init_states(self) -> Array: ...
+    def reset(self, init_state: Array, seed: int) -> None: ...
+    def step(self, action: Array) -> bool: ...
+    def observe(self, wrist: bool = True) -> Observation: ...
+    def close(self) -> None: ...
+
+
+MakeEnv = Callable[[Episode, EvalProtocol], Environment]
 
 
 @dataclass(frozen=True)
-class Turn:
+class StepResult:
     """State of an episode after some steps: a `query` for the policy, or None when it is over."""
 
     query: Query | None
@@ -39,19 +58,19 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Reply:
+class WorkerReply:
     """What a request came to: `value`, or the one-line `error` (`usage`: the user can mend it, so the run stops).
 
     `seconds` says where its time went: creation, reset (settling included), physics, rendering.
     """
 
-    value: Any = None
+    value: StepResult | None = None
     error: str | None = None
     usage: bool = False
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-def make_libero_env(episode: Episode, protocol: Protocol) -> Any:
+def make_libero_env(episode: Episode, protocol: EvalProtocol) -> LiberoEnv:
     """The simulator for an episode's task; the default of :class:`EpisodeRunner`."""
     from experiments.robot.libero.simulator.environment import LiberoEnv
 
@@ -67,60 +86,58 @@ class EpisodeRunner:
     `views` is 1 for a policy that looks through the third-person camera alone: the wrist camera is not drawn for it.
     """
 
-    def __init__(
-        self, protocol: Protocol, make_env: Callable[[Episode, Protocol], Any] = make_libero_env, *, views: int = 2
-    ) -> None:
+    def __init__(self, protocol: EvalProtocol, make_env: MakeEnv = make_libero_env, *, views: int = 2) -> None:
         self.protocol = protocol
-        self._looks = {} if views > 1 else {"wrist": False}
+        self._looks: Mapping[str, bool] = {} if views > 1 else {"wrist": False}
         self._make_env = make_env
-        self._env: Any = None
+        self._env: Environment | None = None
         self._env_task: tuple[str, int] | None = None
         self._episode: Episode | None = None
         self._actions: list[Array] = []
         self._seconds: dict[str, float] = {}
 
-    def begin(self, episode: Episode) -> Turn:
+    def begin(self, episode: Episode) -> StepResult:
         """Reset to the episode's start state, settle, and return the first query."""
         self._episode, self._actions = episode, []
         self._reset()
         return self._ask()
 
-    def advance(self, actions_TA: Array) -> Turn:
+    def advance(self, actions_TA: Array) -> StepResult:
         """Execute the policy's actions until the open-loop limit, success, or the step limit."""
         assert self._episode is not None
         with self._timed("physics"):
             for action_A in actions_TA[: self.protocol.open_loop_steps]:
                 self._actions.append(to_env_action(action_A))
-                if self._env.step(self._actions[-1]):
-                    return Turn(None, True, len(self._actions))
+                if self._simulator.step(self._actions[-1]):
+                    return StepResult(None, True, len(self._actions))
                 if len(self._actions) >= (self._episode.max_steps or self.protocol.max_steps):
-                    return Turn(None, False, len(self._actions))
+                    return StepResult(None, False, len(self._actions))
         return self._ask()
 
     def film(self, path: Path) -> None:
         """Replay the episode that ended last and write it to `path` (mp4, both cameras side by side)."""
 
-        def frames() -> Iterator[Array]:
+        def frames() -> Iterator[Image]:
             self._reset()
             yield self._frame()
             for number, action_A in enumerate(self._actions, start=1):
-                self._env.step(action_A)
+                self._simulator.step(action_A)
                 if number % VIDEO_STRIDE == 0 or number == len(self._actions):
                     yield self._frame()
 
         write_video(path, frames(), CONTROL_HZ / VIDEO_STRIDE)
 
-    def perform(self, request: str, *arguments: Any) -> Reply:
+    def perform(self, request: str, *arguments: object) -> WorkerReply:
         """Call a method by name; an exception becomes an error reply and the environment is built anew next time."""
         self._seconds = {}
         try:
-            return Reply(getattr(self, request)(*arguments), seconds=self._seconds)
+            return WorkerReply(getattr(self, request)(*arguments), seconds=self._seconds)
         except UsageError as error:
             self.close()
-            return Reply(error=str(error), usage=True)
+            return WorkerReply(error=str(error), usage=True)
         except Exception as error:
             self.close()
-            return Reply(error=describe_error(error), seconds=self._seconds)
+            return WorkerReply(error=describe_error(error), seconds=self._seconds)
 
     def close(self) -> None:
         """Free the environment and its renderer. Closing twice is fine."""
@@ -129,6 +146,11 @@ class EpisodeRunner:
             env.close()
             del env
             gc.collect()  # robosuite's objects refer to each other: hundreds of MB would stay until some later time.
+
+    @property
+    def _simulator(self) -> Environment:
+        assert self._env is not None
+        return self._env
 
     @contextlib.contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -153,24 +175,26 @@ class EpisodeRunner:
         if episode.start_vector is not None:
             start = np.asarray(episode.start_vector)
         else:
-            start = self._env.init_states[episode.init_state]
+            start = self._simulator.init_states[episode.init_state]
         try:
-            self._env.reset(start, seed=self.protocol.env_seed + episode.init_state)
+            self._simulator.reset(start, seed=self.protocol.env_seed + episode.init_state)
         except UsageError as error:
+            if episode.start_vector is not None:
+                raise UsageError(f"--initial_states_path: {error}") from None
             raise ValueError(str(error)) from None  # A state that does not fit is this episode's error, not the run's.
         for _ in range(self.protocol.settle_steps):
-            self._env.step(np.array(DUMMY_ACTION))
+            self._simulator.step(np.array(DUMMY_ACTION))
 
-    def _ask(self) -> Turn:
+    def _ask(self) -> StepResult:
         assert self._episode is not None
         with self._timed("rendering"):
-            seen, steps = self._env.observe(**self._looks), len(self._actions)
+            seen, steps = self._simulator.observe(**self._looks), len(self._actions)
         seed = self._episode.query_seed(steps)
         query = Query(seen.image, seen.wrist_image, seen.state, self._episode.task, seed)
-        return Turn(query, False, steps)
+        return StepResult(query, False, steps)
 
-    def _frame(self) -> Array:
-        seen = self._env.observe()
+    def _frame(self) -> Image:
+        seen = self._simulator.observe()
         return np.concatenate([seen.image, seen.wrist_image], axis=1)
 
 
@@ -182,7 +206,7 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}{where}"
 
 
-def write_video(path: Path, frames: Iterable[Array], frames_per_second: float) -> None:
+def write_video(path: Path, frames: Iterable[Image], frames_per_second: float) -> None:
     """Write uint8 (H, W, 3) frames as H.264; the file appears only when it is complete."""
     import imageio_ffmpeg
 

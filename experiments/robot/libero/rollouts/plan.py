@@ -12,22 +12,45 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from experiments.robot.libero.rollouts.plus_plan import check_plus_flags, plus_episodes, plus_identity, unnorm_key_for
-from experiments.robot.libero.rollouts.protocol import Episode, Protocol, max_steps_for
-from experiments.robot.libero.simulator.rendering import choose_renderer
-from experiments.robot.libero.suites import tasks
-from experiments.robot.libero.suites.plus import is_plus
+from experiments.robot.libero.rollouts.protocol import (
+    TRIALS,
+    Episode,
+    EvalFlags,
+    Protocol,
+    max_steps_for,
+    protocol_deviations,
+)
+from experiments.robot.libero.simulator.rendering import RENDER_MODES, choose_renderer
+from experiments.robot.libero.suites.task import parse_task_ids, read_states, states_of
+from experiments.robot.libero.suites.tasks import (
+    LIBERO_FILES,
+    Suite,
+    SuiteFlags,
+    TaskSpec,
+    files_identity,
+    find_suite,
+    get_task,
+    load_init_states,
+    refuse_foreign_flags,
+    suite_files,
+    unnorm_key_for,
+)
+from experiments.robot.robot_utils import MODEL_FAMILIES
 from prismatic.checkpoint.folder import Checkpoint, check_policy_flags, open_checkpoint
 from prismatic.checkpoint.layout import ACTING_FLAGS
-from prismatic.util.errors import UsageError
-from prismatic.util.files import read_json
-from prismatic.util.flags import check, choose_numbers
+from prismatic.util.errors import UsageError, unknown_name
 from prismatic.util.versions import package_version, package_versions
+
+SAVE_VIDEOS = ("none", "failures", "all")
+DEVICES = ("auto", "cpu", "cuda")
+MAX_IMAGE_SIDE = 4096
+GRIPPERS = ("auto", "policy", "libero")
+DTYPES = ("auto", "float32", "bfloat16")
+VIEWS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -40,7 +63,7 @@ class Plan:
     unnorm_key: str
 
 
-def make_plan(config: Any, *, with_checkpoint: bool = True) -> Plan:
+def make_plan(config: EvalFlags, *, with_checkpoint: bool = True) -> Plan:
     """Check a `GenerateConfig` and lay out its episodes.
 
     Raises:
@@ -56,7 +79,6 @@ def make_plan(config: Any, *, with_checkpoint: bool = True) -> Plan:
         render=config.render,
         env_seed=config.env_seed,
     )
-    tasks.num_tasks(suite)
     if not with_checkpoint:
         return Plan(protocol, _episodes(config), None, config.unnorm_key)
     checkpoint = open_checkpoint(config.pretrained_checkpoint, config.base_checkpoint or None)
@@ -65,11 +87,41 @@ def make_plan(config: Any, *, with_checkpoint: bool = True) -> Plan:
     return Plan(protocol, _episodes(config), checkpoint, unnorm_key)
 
 
-def _check_flags(config: Any) -> None:
+def _check_flags(config: EvalFlags) -> None:
     """Checks that need nothing but the flags."""
-    check(config)
-    max_steps_for(config.task_suite_name)
-    check_plus_flags(config)
+    for flag, accepted in (
+        ("model_family", MODEL_FAMILIES),
+        ("render", RENDER_MODES),
+        ("save_videos", SAVE_VIDEOS),
+        ("device", DEVICES),
+        ("dtype", DTYPES),
+        ("policy_gripper", GRIPPERS),
+    ):
+        if getattr(config, flag) not in accepted:
+            raise unknown_name(f"--{flag}", str(getattr(config, flag)), accepted)
+    for flag, least in (
+        ("num_trials_per_task", 1),
+        ("num_open_loop_steps", 1),
+        ("num_steps_wait", 0),
+        ("env_img_res", 16),
+        ("first_init_state", 0),
+        ("task_subset", 0),
+        ("num_workers", 0),
+        ("max_batch", 0),
+        ("max_steps", 0),
+        ("max_steps_factor", 1),
+        ("seed", 0),
+        ("env_seed", 0),
+        ("num_diffusion_steps_train", 1),
+        ("num_diffusion_steps_inference", 1),
+        ("lora_rank", 1),
+        ("policy_timeout", 0),
+    ):
+        if getattr(config, flag) < least:
+            raise UsageError(f"--{flag}: found {getattr(config, flag)}; accepted: {least} or more")
+    _check_suite_flags(config)
+    if config.env_img_res > MAX_IMAGE_SIDE:
+        raise UsageError(f"--env_img_res: found {config.env_img_res}; accepted: 16 to {MAX_IMAGE_SIDE} pixels")
     if config.policy and config.pretrained_checkpoint:
         raise UsageError(
             f"--policy: found {config.policy} beside --pretrained_checkpoint {config.pretrained_checkpoint}; "
@@ -79,6 +131,10 @@ def _check_flags(config: Any) -> None:
         raise UsageError("--use_diffusion: both heads are on; accepted: with --use_l1_regression false")
     if config.load_in_8bit and config.load_in_4bit:
         raise UsageError("--load_in_4bit: both quantizations are on; accepted: one of load_in_8bit, load_in_4bit")
+    if config.num_images_in_input not in VIEWS:
+        raise UsageError(
+            f"--num_images_in_input: found {config.num_images_in_input}; accepted: 1 or 2 (LIBERO's cameras)"
+        )
     if config.num_diffusion_steps_inference > config.num_diffusion_steps_train:
         raise UsageError(
             f"--num_diffusion_steps_inference: found {config.num_diffusion_steps_inference}; "
@@ -88,7 +144,7 @@ def _check_flags(config: Any) -> None:
         raise UsageError('--use_wandb: needs the package wandb: pip install "rocket-vla[wandb]"')
 
 
-def _check_policy(config: Any, checkpoint: Checkpoint, unnorm_key: str) -> None:
+def _check_policy(config: EvalFlags, checkpoint: Checkpoint, unnorm_key: str) -> None:
     """Checks of the flags against what the checkpoint holds."""
     check_policy_flags(config, checkpoint, unnorm_key)
     robot = checkpoint.platform
@@ -98,87 +154,83 @@ def _check_policy(config: Any, checkpoint: Checkpoint, unnorm_key: str) -> None:
         )
 
 
-def _episodes(config: Any) -> tuple[Episode, ...]:
+def _check_suite_flags(config: EvalFlags) -> None:
+    """Refuse flags that the suite does not have, an unknown suite, and one without a known step limit."""
+    suite = find_suite(config.task_suite_name)
+    if not config.max_steps:
+        max_steps_for(suite.name)
+    suite.num_tasks()
+    refuse_foreign_flags(suite.name, config)
+    if suite.own_states and config.initial_states_path != "DEFAULT":
+        raise UsageError(f"--initial_states_path: {suite.own_states} has initial states of its own; accepted: DEFAULT")
+
+
+def _episodes(config: EvalFlags) -> tuple[Episode, ...]:
     """The run's episodes, task by task."""
-    suite, seed = config.task_suite_name, config.seed
     choose_renderer()
-    if is_plus(suite):
-        return plus_episodes(config)
-    task_ids = choose_numbers("--task_ids", config.task_ids, tasks.num_tasks(suite))
-    own_states = None if config.initial_states_path == "DEFAULT" else _read_states(Path(config.initial_states_path))
+    suite, path = find_suite(config.task_suite_name), config.initial_states_path
+    own_states = None if path == "DEFAULT" else read_states(Path(path))
+    # The flag's default means the suite's own number.
+    trials = suite.trials if config.num_trials_per_task == TRIALS else config.num_trials_per_task
+    numbers = range(config.first_init_state, config.first_init_state + trials)
     episodes: list[Episode] = []
-    for task_id in task_ids:
-        task = tasks.get_task(suite, task_id)
-        numbers = range(config.first_init_state, config.first_init_state + config.num_trials_per_task)
+    for task_id in suite.choose(config, parse_task_ids(str(config.task_ids), suite.num_tasks())):
+        task = suite.task(task_id, config.instruction_source)
+        vectors: list[tuple[float, ...] | None] = [None] * numbers.stop
         if own_states is None:
-            _check_trials(config, len(tasks.load_init_states(task)), task.name)
-            episodes += [Episode(suite, task_id, task.instruction, number, seed) for number in numbers]
-            continue
-        vectors = _states_of(own_states, task, config.initial_states_path)
-        _check_trials(config, len(vectors), task.name)
-        chosen = [(number, vectors[number]) for number in numbers if vectors[number] is not None]
-        episodes += [Episode(suite, task_id, task.instruction, number, seed, vector) for number, vector in chosen]
+            _check_trials(numbers, task.num_states or len(load_init_states(task)), task)
+            chosen = list(numbers)
+        else:
+            vectors = states_of(own_states, task, path)
+            _check_trials(numbers, len(vectors), task)
+            chosen = [number for number in numbers if vectors[number] is not None]
+        episodes += [_episode(config, task, number, vectors[number]) for number in chosen]
     if not episodes:
-        raise UsageError(f"--initial_states_path: {config.initial_states_path} marks no initial state as usable")
+        raise UsageError(f"--initial_states_path: {path} marks no initial state as usable")
     return tuple(episodes)
 
 
-def _check_trials(config: Any, available: int, task: str) -> None:
-    if config.first_init_state + config.num_trials_per_task > available:
-        first = f" from --first_init_state {config.first_init_state}" if config.first_init_state else ""
+def _episode(config: EvalFlags, task: TaskSpec, number: int, start_vector: tuple[float, ...] | None) -> Episode:
+    return Episode(
+        suite=task.suite,
+        task_id=task.task_id,
+        task=task.instruction,
+        init_state=number,
+        seed=config.seed,
+        start_vector=start_vector,
+        max_steps=(config.max_steps or max_steps_for(task.suite)) * config.max_steps_factor,
+        kind=task.kind,
+        level=task.level,
+        task_name=task.name if task.kind else None,
+        robot_start=config.robot_start,
+    )
+
+
+def _check_trials(numbers: range, available: int, task: TaskSpec) -> None:
+    if numbers.stop > available:
+        first = f" from --first_init_state {numbers.start}" if numbers.start else ""
         raise UsageError(
-            f"--num_trials_per_task: found {config.num_trials_per_task}{first}; "
-            f"accepted: at most {available - config.first_init_state}, since {task} has {available} initial states"
+            f"--num_trials_per_task: found {len(numbers)}{first}; accepted: at most {available - numbers.start}, since "
+            f"{task.name} has {available} initial state{'s' * (available != 1)}"
         )
 
 
-def _read_states(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UsageError(f"--initial_states_path: no such file: {path}; accepted: DEFAULT or a JSON file")
-    return read_json(path)
-
-
-def _states_of(content: dict[str, Any], task: tasks.TaskSpec, path: str) -> list[tuple[float, ...] | None]:
-    """Start vectors of a task from upstream's JSON layout; None where the demonstration is marked as failed.
-
-    Layout: {instruction_with_underscores: {"demo_0": {"initial_state": [...], "success": true}, ...}}. Where scenes of
-    libero_90 share an instruction, regenerate_libero_dataset.py names the second and third by the task's whole name.
-    """
-    key = task.name if task.name in content else task.instruction.replace(" ", "_")
-    if key not in content:
-        raise UsageError(
-            f"--initial_states_path: {path} has no entry {key!r}; it has: {', '.join(sorted(content))[:300]}"
-        )
-    demos = content[key]
-    try:
-        entries = [demos[f"demo_{number}"] for number in range(len(demos))]
-        return [
-            tuple(float(value) for value in entry["initial_state"]) if entry.get("success", True) else None
-            for entry in entries
-        ]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"--initial_states_path: {path}, {key}: expected demo_0, demo_1, ... each with initial_state ({error!r})"
-        ) from error
-
-
-def run_identity(config: Any, plan: Plan, numerics: Sequence[str]) -> dict[str, Any]:
+def run_identity(config: EvalFlags, plan: Plan, numerics: Sequence[str]) -> dict[str, object]:
     """Everything that influences an episode's outcome: two runs with the same identity may share a results folder.
 
     Args:
         numerics: device type and data type of the policy.
     """
-    states = config.initial_states_path
+    suite, states = find_suite(config.task_suite_name), config.initial_states_path
     if states != "DEFAULT":
         states = hashlib.sha256(Path(states).read_bytes()).hexdigest()[:16]
-    return {
+    identity = {
         "checkpoint_hash": plan.checkpoint.fingerprint() if plan.checkpoint else None,
-        "suite": config.task_suite_name,
+        "suite": suite.name,
         "seed": config.seed,
         "protocol": plan.protocol.as_dict(),
-        "standard_protocol": plan.protocol.is_standard
-        and (config.max_steps, config.max_steps_factor, config.instruction_source, states) == (0, 1, "bddl", "DEFAULT"),
         "initial_states": states,
+        "task_files": _task_files(suite, plan),
         "renderer": os.environ.get("MUJOCO_GL"),
         "mujoco": package_version("mujoco"),
         "robosuite": package_version("robosuite"),
@@ -186,20 +238,43 @@ def run_identity(config: Any, plan: Plan, numerics: Sequence[str]) -> dict[str, 
         "unnorm_key": plan.unnorm_key,
         "policy": {flag: getattr(config, flag) for flag in ACTING_FLAGS},
         "numerics": list(numerics),
-        **plus_identity(config),
+        **_suite_identity(suite, config),
     }
+    return {**identity, "standard_protocol": not protocol_deviations(identity)}
 
 
-def run_environment(config: Any) -> dict[str, Any]:
+def _task_files(suite: Suite[SuiteFlags], plan: Plan) -> dict[str, str]:
+    """Hashes of the task files: of the whole suite, since a run may be extended, where the suite's flags do not say."""
+    if not suite.own_states:
+        return suite_files(suite.name)
+    return files_identity(get_task(*task) for task in dict.fromkeys((e.suite, e.task_id) for e in plan.episodes))
+
+
+def _suite_identity(suite: Suite[SuiteFlags], config: EvalFlags) -> dict[str, object]:
+    """What the suite adds: LIBERO's own five, at their defaults, nothing."""
+    own = suite.identity(config)
+    if not own and suite.base == suite.name and config.instruction_source == "bddl":
+        return {}
+    subset = {"max_steps_factor": config.max_steps_factor, "task_ids": config.task_ids} if own else {}
+    return {"instruction_source": config.instruction_source, **subset, **own}
+
+
+def run_environment(config: EvalFlags) -> dict[str, object]:
     """What is recorded but may differ between the parts of a run: where the checkpoint lay, versions, machine."""
     return {"checkpoint": config.pretrained_checkpoint or config.policy, **package_versions()}
 
 
-def default_run_name(config: Any, identity: dict[str, Any]) -> str:
+def default_run_name(config: EvalFlags, identity: Mapping[str, object]) -> str:
     """A name that is the same for the same run, so that repeating the command resumes it."""
-    named = Path(config.pretrained_checkpoint).name or str(identity["policy"].get("name", "policy"))
+    policy = identity["policy"]
+    named = Path(config.pretrained_checkpoint).name
+    if not named:
+        named = str(policy.get("name", "policy")) if isinstance(policy, Mapping) else "policy"
     checkpoint = re.sub(r"[^\w.-]+", "-", named)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    # LIBERO's own files do not show in the name, which earlier versions made without them.
+    own_files = identity.get("task_files") == LIBERO_FILES.get(config.task_suite_name)
+    named_by = {key: value for key, value in identity.items() if key != "task_files" or not own_files}
+    digest = hashlib.sha256(json.dumps(named_by, sort_keys=True).encode()).hexdigest()[:8]
     note = f"--{config.run_id_note}" if config.run_id_note else ""
     return f"EVAL-{config.task_suite_name}-{config.model_family}-{checkpoint}-{digest}{note}"
 

@@ -1,4 +1,4 @@
-"""The LIBERO evaluation protocol as data, and which episodes a run consists of. Needs no simulator.
+"""The LIBERO evaluation protocol as data: its flags, its numbers, and what an episode is. Needs no simulator.
 
 Behaviors that are easy to miss:
 - The settle steps do not count toward the step limit, and "done" during them is ignored (upstream does both).
@@ -14,24 +14,72 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from experiments.robot.libero.suites.task import MAX_STEPS, TRIALS, parse_task_ids
+from experiments.robot.libero.suites.tasks import LIBERO_FILES, SuiteFlags, find_suite
+from experiments.robot.policy import PolicyFlags
 from experiments.robot.robot_utils import invert_gripper_action, normalize_gripper_action
-from prismatic.util.errors import unknown_name
+from prismatic.util.errors import UsageError
 
-Array = npt.NDArray[Any]
-
-# Longest demonstration of the suite, rounded up (upstream's table).
-MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
-# LIBERO-Plus perturbs four of them: `libero_plus_object` is libero_object's part, `libero_plus` all four.
-PLUS_SUITES = {f"libero_plus_{suite.removeprefix('libero_')}": suite for suite in MAX_STEPS if suite != "libero_90"}
-PLUS_ALL = "libero_plus"
+__all__ = [
+    "DUMMY_ACTION", "MAX_STEPS", "Episode", "EpisodeQueue", "EvalFlags", "Protocol", "checked_chunk", "max_steps_for",
+    "parse_task_ids", "protocol_deviations", "to_env_action",
+]  # fmt: skip
+Array = npt.NDArray[np.float64]
 DUMMY_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+
+
+@dataclass
+class _CommonFlags(PolicyFlags):
+    """Flags for every suite: OpenVLA-OFT's, and ours."""
+
+    # What is evaluated
+    unnorm_key: str = ""  # Dataset whose statistics un-normalize actions; default: the suite, then suite_no_noops
+    policy: str = ""  # Instead of a checkpoint: http://HOST:PORT or ws://HOST:PORT of a server, or MODULE:FACTORY
+    policy_gripper: str = "auto"  # Gripper of a server's actions; policy: 1 = open; libero: -1 = open; auto: as it says
+    policy_timeout: float = 0.0  # Seconds an answer may take, then the episode is an error; 0: 60 of servers, else any
+
+    # The protocol
+    task_suite_name: str = "libero_spatial"  # libero_spatial, _object, _goal, _10, _90, or another installed suite
+    num_trials_per_task: int = TRIALS  # In LIBERO-Plus (libero_plus, libero_plus_object, ...) 50 means 1, its protocol
+    num_open_loop_steps: int = 8  # Actions of a chunk to execute before the policy is asked again
+    num_steps_wait: int = 10  # Steps for objects to settle before an episode
+    env_img_res: int = 256  # Side of the rendered images in pixels
+    initial_states_path: str = "DEFAULT"  # DEFAULT, or a JSON file of initial states
+    seed: int = 7  # Of the policy's randomness (diffusion noise)
+
+    # Where results go
+    local_log_dir: str = "./runs/eval"  # Folder of all results
+    run_id_note: str | None = None  # Appended to the default run name
+    use_wandb: bool = False
+    wandb_entity: str | None = None
+    wandb_project: str | None = None
+
+    # Ours
+    task_ids: str = ""  # Tasks to run, as in 0,3,7 or 0-4; default: all
+    num_workers: int = 0  # Simulator processes; 1: in this process, one episode at a time; 0: as the machine carries
+    render: str = "protocol"  # protocol; fast: no antialiasing and shadows, thinned meshes (not for published numbers)
+    first_init_state: int = 0  # Number of the first initial state
+    env_seed: int = 0  # Where the simulator places cabinets and stoves (0 in the protocol)
+    max_steps: int = 0  # Step limit of an episode; 0: the suite's
+    max_steps_factor: int = 1  # Multiplies that limit (3 in some reports on LIBERO-Plus)
+    instruction_source: str = "bddl"  # bddl: the task file's; base: LIBERO's wording; name: the task's name in words
+    max_batch: int = 0  # Most queries the policy answers at once; 0: no limit
+    deterministic: bool = False  # Same bits for any number of workers: every forward asks max_batch queries (0: 1)
+    save_videos: str = "none"  # none, failures or all
+    run_name: str = ""  # Folder within local_log_dir; default: from suite, checkpoint and settings
+    overwrite: bool = False  # Discard results in that folder
+    resume: bool = True  # Continue from results in that folder
+
+
+@dataclass
+class EvalFlags(SuiteFlags, _CommonFlags):
+    """All flags of an evaluation; those of single suites come last."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +97,7 @@ class Protocol:
     render: str = "protocol"
     env_seed: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, int | str]:
         return asdict(self)
 
     @property
@@ -64,7 +112,7 @@ class Episode:
 
     `start_vector`, when given, replaces the benchmark's own state of that number (`--initial_states_path`);
     `max_steps`, when not 0, the protocol's step limit. A perturbed task has a `kind`, where known a `level` (its
-    strength on the generator's scale) and its full `task_name`; for `robot_start` see :mod:`plus_scene`.
+    strength on the generator's scale) and its full `task_name`; for `robot_start` see :mod:`perturbations`.
     """
 
     suite: str
@@ -95,20 +143,40 @@ def max_steps_for(suite: str) -> int:
     For `libero_plus`, whose four parts have limits of their own, it is the largest.
 
     Raises:
-        UsageError: no such suite.
+        UsageError: no such suite, or none with a known limit.
     """
-    if suite == PLUS_ALL:
-        return max(MAX_STEPS[base] for base in PLUS_SUITES.values())
-    base = base_suite(suite)
-    if base not in MAX_STEPS:
-        raise unknown_name("--task_suite_name", suite, [*MAX_STEPS, PLUS_ALL, *PLUS_SUITES])
-    return MAX_STEPS[base]
+    record = find_suite(suite)
+    if not record.max_steps:
+        record.num_tasks()  # Refuses an unknown suite.
+        raise UsageError(
+            f"--max_steps: no step limit is known for {suite}; accepted: the limit of its tasks, 1 or more"
+        )
+    return record.max_steps
 
 
-def base_suite(suite: str) -> str:
-    """The suite of LIBERO that `suite` perturbs (`libero_goal` for `libero_goal_swap`), or `suite` itself."""
-    bases = [base for base in MAX_STEPS if suite.startswith(base + "_")]
-    return PLUS_SUITES.get(suite, bases[0] if bases else suite)
+def protocol_deviations(identity: Mapping[str, object]) -> list[str]:
+    """In what a run differs from the protocol of published numbers, as its summary says it: ["render fast", ...].
+
+    Args:
+        identity: of the run; see :func:`plan.run_identity`.
+    """
+    protocol, suite = identity.get("protocol"), str(identity.get("suite"))
+    standard = Protocol(max_steps=find_suite(suite).max_steps).as_dict()
+    values = {**standard, **(protocol if isinstance(protocol, Mapping) else {})}
+    if not standard["max_steps"]:
+        standard.pop("max_steps")  # No protocol has a limit for this suite.
+    deviations = [f"{name} {values[name]}" for name, usual in standard.items() if values[name] != usual]
+    if identity.get("initial_states", "DEFAULT") != "DEFAULT":
+        deviations.append("initial states of a file")
+    if identity.get("instruction_source", "bddl") != "bddl":
+        deviations.append(f"instruction_source {identity['instruction_source']}")
+    files, usual_files = identity.get("task_files"), LIBERO_FILES.get(suite, {})
+    for kind, digest in files.items() if isinstance(files, Mapping) else ():
+        if usual_files.get(kind, digest) != digest:
+            deviations.append(f"{kind.replace('_', ' ')} that are not LIBERO's")
+    if not deviations and identity.get("standard_protocol") is False:
+        return ["step limit, initial states or instructions"]
+    return deviations
 
 
 def to_env_action(action_A: Array) -> Array:
@@ -149,7 +217,7 @@ class EpisodeQueue:
         self._by_task.setdefault((episode.suite, episode.task_id), deque()).appendleft(episode)
 
 
-def checked_chunk(chunk: Any, open_loop_steps: int, action_dim: int) -> Array:
+def checked_chunk(chunk: npt.ArrayLike, open_loop_steps: int, action_dim: int) -> Array:
     """One episode's answer of the policy as (T, A) floats, or a ValueError that says what is wrong with it."""
     actions_TA = np.asarray(chunk)
     if actions_TA.ndim != 2 or actions_TA.shape[0] < open_loop_steps or actions_TA.shape[1] != action_dim:

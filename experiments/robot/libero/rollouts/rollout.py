@@ -14,14 +14,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from experiments.robot.libero.results.run_folder import EpisodeResult
-from experiments.robot.libero.rollouts.episode import Reply, Turn, describe_error
+from experiments.robot.libero.rollouts.episode import StepResult, WorkerReply, describe_error
 from experiments.robot.libero.rollouts.protocol import Episode, EpisodeQueue, checked_chunk
+from experiments.robot.libero.rollouts.result import EpisodeResult
 from experiments.robot.libero.rollouts.workers import Worker, WorkerDied, close_workers, ready, seconds_left
 from experiments.robot.policy import Policy, Query
 from prismatic.util.errors import UsageError
@@ -30,7 +29,7 @@ MAX_ATTEMPTS = 3
 ACTION_DIM = 7
 _log = logging.getLogger(__name__)
 
-Array = npt.NDArray[Any]
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class _Slot:
 
     worker: Worker
     episode: Episode | None = None
-    turn: Turn | None = None  # set while it waits for the policy
+    state: StepResult | None = None  # set while it waits for the policy
     steps: int = 0
     busy: bool = False
     started: float = 0.0
@@ -65,8 +64,8 @@ class _Slot:
     deadline: float = 0.0
     task: tuple[str, int] | None = None
 
-    def submit(self, timeout: float, request: str, *arguments: Any) -> None:
-        self.busy, self.turn, self.deadline = True, None, time.monotonic() + timeout
+    def submit(self, timeout: float, request: str, *arguments: object) -> None:
+        self.busy, self.state, self.deadline = True, None, time.monotonic() + timeout
         self.worker.submit(request, *arguments)
 
     def spend(self, seconds: Mapping[str, float]) -> None:
@@ -109,7 +108,7 @@ class Rollouts:
         busy = [slot for slot in self._slots if slot.busy]
         if busy:
             self._collect(busy)
-        waiting = [slot for slot in self._slots if slot.turn is not None]
+        waiting = [slot for slot in self._slots if slot.state is not None]
         if waiting:
             self._answer(waiting[: self._settings.max_batch or None])
         return bool(busy or waiting)
@@ -123,7 +122,7 @@ class Rollouts:
 
     def _collect(self, busy: list[_Slot]) -> None:
         """Take in the replies that have come, waiting for one if the policy has nothing to do."""
-        nobody_waits = all(slot.turn is None for slot in self._slots)
+        nobody_waits = all(slot.state is None for slot in self._slots)
         timeout = seconds_left([slot.deadline for slot in busy]) if nobody_waits else 0.0
         answered = ready([slot.worker for slot in busy], timeout)
         for slot in busy:
@@ -144,20 +143,20 @@ class Rollouts:
             raise UsageError(reply.error)
         if slot.episode is None:
             self._filmed(reply)
-        elif reply.error is not None:
+        elif reply.value is None:
             self._finish(slot, "error", reply.error)
         else:
-            self._take_turn(slot, reply.value)
+            self._take_state(slot, reply.value)
 
-    def _take_turn(self, slot: _Slot, turn: Turn) -> None:
-        slot.steps = turn.steps
-        if turn.query is not None:
-            slot.turn = turn
+    def _take_state(self, slot: _Slot, state: StepResult) -> None:
+        slot.steps = state.steps
+        if state.query is not None:
+            slot.state = state
         else:
-            self._finish(slot, "success" if turn.success else "failure")
+            self._finish(slot, "success" if state.success else "failure")
 
     def _answer(self, waiting: list[_Slot]) -> None:
-        queries = [slot.turn.query for slot in waiting if slot.turn is not None and slot.turn.query is not None]
+        queries = [slot.state.query for slot in waiting if slot.state is not None and slot.state.query is not None]
         started = time.monotonic()
         answers = ask(self._policy, queries, self._settings.open_loop_steps)
         spent = {"policy": time.monotonic() - started}
@@ -172,7 +171,7 @@ class Rollouts:
         """Record the episode's end; its worker films it or becomes idle."""
         episode = slot.episode
         assert episode is not None
-        slot.episode, slot.turn = None, None
+        slot.episode, slot.state = None, None
         wall_time = time.monotonic() - slot.started
         slot.spend({"waiting": max(0.0, wall_time - sum(slot.seconds.values()))})
         result = EpisodeResult(
@@ -197,7 +196,7 @@ class Rollouts:
         if path is not None:
             slot.submit(self._settings.timeout, "film", path)
 
-    def _filmed(self, reply: Reply) -> None:
+    def _filmed(self, reply: WorkerReply) -> None:
         if reply.error is not None:
             _log.warning("a video could not be written: %s", reply.error)
 
@@ -207,14 +206,14 @@ class Rollouts:
         slot.busy = False
         episode = slot.episode
         if episode is None:
-            self._filmed(Reply(error=reason))
+            self._filmed(WorkerReply(error=reason))
             return
         deaths = self._deaths[episode.key] = self._deaths.get(episode.key, 0) + 1
         if deaths >= MAX_ATTEMPTS:
             self._finish(slot, "error", f"{reason}, {deaths} times")
         else:
             _log.warning("%s task %d init state %d: %s; repeating it", *episode.key, reason)
-            slot.episode, slot.turn = None, None
+            slot.episode, slot.state = None, None
             self._queue.put_back(episode)
 
 

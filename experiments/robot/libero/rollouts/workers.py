@@ -10,9 +10,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from multiprocessing.connection import Connection
+from typing import Protocol
 
-from experiments.robot.libero.rollouts.episode import EpisodeRunner, Reply
+from experiments.robot.libero.rollouts.episode import EpisodeRunner, WorkerReply
 
 MakeRunner = Callable[[], EpisodeRunner]
 _BYTES_PER_WORKER = 2.5e9  # resident memory of one rendering simulator, with some room
@@ -28,9 +29,9 @@ class WorkerDied(Exception):
 class Worker(Protocol):
     """Takes one request at a time and has its reply ready some time later."""
 
-    def submit(self, request: str, *arguments: Any) -> None: ...
+    def submit(self, request: str, *arguments: object) -> None: ...
 
-    def reply(self) -> Reply:
+    def reply(self) -> WorkerReply:
         """The reply to the last request.
 
         Raises:
@@ -47,12 +48,12 @@ class LocalWorker:
 
     def __init__(self, make_runner: MakeRunner) -> None:
         self._runner = make_runner()
-        self._reply = Reply()
+        self._reply = WorkerReply()
 
-    def submit(self, request: str, *arguments: Any) -> None:
+    def submit(self, request: str, *arguments: object) -> None:
         self._reply = self._runner.perform(request, *arguments)
 
-    def reply(self) -> Reply:
+    def reply(self) -> WorkerReply:
         return self._reply
 
     def restart(self) -> None:
@@ -81,12 +82,12 @@ class ProcessWorker:
             self._process.start()
         theirs.close()
 
-    def submit(self, request: str, *arguments: Any) -> None:
+    def submit(self, request: str, *arguments: object) -> None:
         # A worker that died meanwhile shows when its reply is read.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send((request, arguments))
 
-    def reply(self) -> Reply:
+    def reply(self) -> WorkerReply:
         try:
             return self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -166,7 +167,7 @@ def default_num_workers(num_episodes: int, shares: int = 1) -> int:
     )
 
 
-def _serve(connection: Any, make_runner: MakeRunner) -> None:
+def _serve(connection: Connection, make_runner: MakeRunner) -> None:
     """Body of an environment process: requests in, replies out, until the other side hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends us.
     runner = make_runner()

@@ -9,9 +9,12 @@ The first physics step of a control step, which takes the new goal, is left to r
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from robosuite.environments.base import MujocoEnv
 
 
 class ArmControl:
@@ -21,7 +24,7 @@ class ArmControl:
         ValueError: another controller than the one LIBERO uses (OSC_POSE, fixed gains, no interpolation, uncoupled).
     """
 
-    def __init__(self, domain: Any) -> None:
+    def __init__(self, domain: MujocoEnv) -> None:
         robot = domain.robots[0]
         controller = robot.controller
         usual = (

@@ -17,20 +17,21 @@ import contextlib
 import copy
 import io
 import math
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from experiments.robot.libero.simulator.control import ArmControl
 from experiments.robot.libero.simulator.rendering import RENDER_MODES, Cameras, CameraView, choose_renderer
-from experiments.robot.libero.suites.perturbations import degrade
-from experiments.robot.libero.suites.plus_scene import apply_to_domain, build_own_scene, with_robot_start
 from experiments.robot.libero.suites.tasks import TaskSpec, get_task, load_init_states
 from prismatic.util.errors import UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from robosuite.environments.base import MujocoEnv
+    from robosuite.robots import SingleArm
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 ACTION_DIM = 7
@@ -91,13 +92,13 @@ class LiberoEnv:
         choose_renderer()
         self.task: TaskSpec = get_task(suite, task_id)
         self.image_size, self.render, self.camera_depths = image_size, render, camera_depths
-        self.robot_start = "perturbed"  # Or "package"; see `plus_scene`.
+        self.robot_start = "perturbed"  # Or "package"; see `suites.perturbations`.
         self._black = np.zeros((image_size, image_size, 3), dtype=np.uint8)
         self._init_states: np.ndarray | None = None
         self._cameras: Cameras | None = None
         self._domain = _build_domain(self.task)
         if self.task.perturbation is not None:
-            apply_to_domain(self._domain, self.task.perturbation)
+            self.task.perturbation.apply(self._domain)
         self._model = self._domain.sim.model._model
         self._data = self._domain.sim.data._data
         self._arm = ArmControl(self._domain)
@@ -119,7 +120,7 @@ class LiberoEnv:
         return self._init_states
 
     @property
-    def domain(self) -> Any:
+    def domain(self) -> MujocoEnv:
         """The robosuite environment: privileged state for scripted experts and diagnosis. Reset it only through us."""
         return self._domain
 
@@ -140,7 +141,7 @@ class LiberoEnv:
         self._rebuild(seed)
         self._seed = seed
         if init_state is not None and self.task.perturbation is not None and self.robot_start == "perturbed":
-            init_state = with_robot_start(init_state, self._domain, self.task.perturbation)
+            init_state = self.task.perturbation.start_state(init_state, self._domain)
         timer = self._domain.model_timestep
         if init_state is not None:
             self._domain.sim.set_state_from_flattened(np.asarray(init_state, dtype=np.float64))
@@ -205,11 +206,10 @@ class LiberoEnv:
         return {name: cameras.geometry(self._scratch, name) for name in CAMERAS}
 
     def _degraded(self, image: np.ndarray) -> np.ndarray:
-        """The third-person picture with the task's noise, if any: the same one however often a moment is drawn."""
-        if self.task.perturbation is None or not self.task.perturbation.noise:
+        """The third-person picture as the task perturbs it: the same one however often a moment is drawn."""
+        if self.task.perturbation is None:
             return image
-        seed = zlib.crc32(f"{self.task.name}:{self._seed}:{self._domain.timestep}".encode())
-        return degrade(image, self.task.perturbation.noise, np.random.RandomState(seed))
+        return self.task.perturbation.picture(image, f"{self.task.name}:{self._seed}:{self._domain.timestep}")
 
     @property
     def state(self) -> np.ndarray:
@@ -236,7 +236,7 @@ class LiberoEnv:
         self.close()
 
     @property
-    def _robot(self) -> Any:
+    def _robot(self) -> SingleArm:
         return self._domain.robots[0]
 
     def _visual_flags(self) -> Iterator[tuple[str, dict[str, bool]]]:
@@ -323,7 +323,7 @@ class LiberoEnv:
         return self._cameras
 
 
-def _build_domain(task: TaskSpec) -> Any:
+def _build_domain(task: TaskSpec) -> MujocoEnv:
     """The task's robosuite environment, with no cameras and no sensors of its own: both are read here instead."""
     settings = {
         "use_camera_obs": False,
@@ -332,8 +332,9 @@ def _build_domain(task: TaskSpec) -> Any:
         "ignore_done": True,
         "control_freq": _CONTROL_HZ,
     }
-    if task.perturbation is not None and task.perturbation.own_scene:
-        return build_own_scene(task, **settings)
+    own_scene = task.perturbation.build_scene(task, **settings) if task.perturbation is not None else None
+    if own_scene is not None:
+        return own_scene
     with contextlib.redirect_stdout(io.StringIO()):
         from libero.libero.envs.env_wrapper import ControlEnv
 

@@ -2,6 +2,10 @@
 
 Images come in the orientation of LIBERO's training data: robosuite's raw picture rotated by 180 degrees, which is the
 upright picture mirrored left to right. Depth, segmentation and intrinsics use the same orientation.
+
+LIBERO's scenes have about 300,000 triangles, which is what a picture costs: fast drawing thins the visual meshes, on
+the copy of the compiled model that is uploaded to OpenGL. Mass, inertia and collision shapes are compiled before and
+belong to the physics model, so nothing that moves changes.
 """
 
 from __future__ import annotations
@@ -9,21 +13,28 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes.util
+import hashlib
 import importlib
 import os
 import weakref
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.robot.policy import Render
 from prismatic.util.errors import UsageError
 
-RENDER_MODES = get_args(Render)
+if TYPE_CHECKING:
+    from mujoco import MjData, MjModel
+
+RENDER_MODES = ("protocol", "fast")
 APT_HINT = "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri (or libosmesa6 for MUJOCO_GL=osmesa)"
 _MAX_GEOMS = 1000
 _COLLISION_GROUP, _VISUAL_GROUP, _OUT_OF_VIEW_GROUP = 0, 1, 5
+KEEP_SHARE = 0.125
+_TARGET_FACES = 1000  # At least so many, also of a mesh just large enough to be thinned.
+_MIN_FACES = 1500  # Smaller meshes are drawn as they are.
+_cache: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
 
 
 def _load_triton_first() -> None:
@@ -103,7 +114,7 @@ def _release(holder: dict[str, Any]) -> None:
             context.free()
 
 
-def geoms_out_of_view(model: Any, data: Any, camera_id: int) -> np.ndarray:
+def geoms_out_of_view(model: MjModel, data: MjData, camera_id: int) -> np.ndarray:
     """Geoms that cannot change a pixel of the square picture of a camera: bool (number of geoms,).
 
     Those whose bounding sphere lies outside its pyramid of sight, as do the reflections in all mirrors in view. A
@@ -123,7 +134,7 @@ def geoms_out_of_view(model: Any, data: Any, camera_id: int) -> np.ndarray:
     return out
 
 
-def _outside(centers: np.ndarray, model: Any, data: Any, camera_id: int) -> np.ndarray:
+def _outside(centers: np.ndarray, model: MjModel, data: MjData, camera_id: int) -> np.ndarray:
     """Whether the geoms' bounding spheres, put at `centers` (G, 3), lie outside a camera's pyramid of sight."""
     right, up, back = ((centers - data.cam_xpos[camera_id]) @ data.cam_xmat[camera_id].reshape(3, 3)).T
     half = np.deg2rad(model.cam_fovy[camera_id]) / 2
@@ -131,7 +142,7 @@ def _outside(centers: np.ndarray, model: Any, data: Any, camera_id: int) -> np.n
     return np.maximum(np.maximum(abs(right), abs(up)) * np.cos(half) + back * np.sin(half), back) > radius
 
 
-def _mirrors(model: Any) -> np.ndarray:
+def _mirrors(model: MjModel) -> np.ndarray:
     """Geoms that MuJoCo may draw reflections on: planes and boxes of a reflecting material."""
     import mujoco
 
@@ -150,7 +161,7 @@ class Cameras:
         UsageError: no OpenGL context can be made.
     """
 
-    def __init__(self, model: Any, size: int, render: str) -> None:
+    def __init__(self, model: MjModel, size: int, render: str) -> None:
         import mujoco
         from mujoco.gl_context import GLContext
 
@@ -161,8 +172,6 @@ class Cameras:
         # No larger than the picture: clearing and resolving the samples of the files' 640 x 480 costs milliseconds.
         drawn.vis.global_.offwidth = drawn.vis.global_.offheight = size
         if render == "fast":
-            from experiments.robot.libero.simulator.decimation import thin_visual_meshes
-
             drawn.vis.quality.offsamples = 0
             drawn.vis.quality.shadowsize = 0
             thin_visual_meshes(drawn)
@@ -193,7 +202,7 @@ class Cameras:
         """Free the OpenGL context. Closing twice is fine."""
         self._finalizer()
 
-    def _draw(self, data: Any, camera: str, segment: bool = False) -> None:
+    def _draw(self, data: MjData, camera: str, segment: bool = False) -> None:
         mujoco = self._mujoco
         self._holder["gl"].make_current()
         camera_id = self._camera.fixedcamid = self._model.camera(camera).id
@@ -208,14 +217,14 @@ class Cameras:
         self._scene.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = segment
         mujoco.mjr_render(self._viewport, self._scene, self._holder["mujoco"])
 
-    def color(self, data: Any, camera: str) -> np.ndarray:
+    def color(self, data: MjData, camera: str) -> np.ndarray:
         """Image of `camera`, uint8 (H, W, 3), rotated as the training data are."""
         image = np.empty((self.size, self.size, 3), dtype=np.uint8)
         self._draw(data, camera)
         self._mujoco.mjr_readPixels(image, None, self._viewport, self._holder["mujoco"])
         return np.ascontiguousarray(image[::-1, ::-1])
 
-    def geometry(self, data: Any, camera: str) -> CameraView:
+    def geometry(self, data: MjData, camera: str) -> CameraView:
         """Depth, segmentation and pose of `camera`, pixel by pixel in line with :meth:`color`."""
         ids = np.empty((self.size, self.size, 3), dtype=np.uint8)
         depth = np.empty((self.size, self.size), dtype=np.float32)
@@ -248,10 +257,109 @@ class Cameras:
         center = self.size / 2
         return np.array([[-focal, 0.0, center], [0.0, focal, center], [0.0, 0.0, 1.0]])
 
-    def _pose(self, data: Any, camera: str) -> np.ndarray:
+    def _pose(self, data: MjData, camera: str) -> np.ndarray:
         index = self._model.camera(camera).id
         pose = np.eye(4)
         # MuJoCo's cameras look along -z with y up; ours along +z with y down.
         pose[:3, :3] = data.cam_xmat[index].reshape(3, 3) * np.array([1.0, -1.0, -1.0])
         pose[:3, 3] = data.cam_xpos[index]
         return pose
+
+
+def thin_visual_meshes(model: MjModel, keep_share: float = KEEP_SHARE) -> None:
+    """Reduce every large mesh of `model` to about `keep_share` of its triangles, in place; only for drawing.
+
+    A mesh's slots in the model's arrays keep their place; the thinned mesh is shorter and fills their beginning.
+
+    Raises:
+        UsageError: the package fast-simplification is missing.
+    """
+    for mesh in range(model.nmesh):
+        if model.mesh_facenum[mesh] >= _MIN_FACES:
+            _thin(model, mesh, max(_TARGET_FACES, int(model.mesh_facenum[mesh] * keep_share)))
+
+
+def _thin(model: MjModel, mesh: int, target_faces: int) -> None:
+    first, count = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
+    rows = slice(first, first + count)
+    uv_first = model.mesh_texcoordadr[mesh]
+    vertices = model.mesh_vert[model.mesh_vertadr[mesh] : model.mesh_vertadr[mesh] + model.mesh_vertnum[mesh]]
+    corners = [model.mesh_face[rows].ravel(), model.mesh_facenormal[rows].ravel()]
+    values = vertices[corners[0]]
+    if uv_first >= 0:
+        corners.append(model.mesh_facetexcoord[rows].ravel())
+        uvs = model.mesh_texcoord[uv_first : uv_first + model.mesh_texcoordnum[mesh]]
+        values = np.concatenate([values, uvs[corners[2]]], axis=1)
+    places, looks = _simplify(values, target_faces)
+    kept = len(places)
+    model.mesh_face[first : first + kept] = corners[0][places]
+    model.mesh_facenormal[first : first + kept] = corners[1][looks]
+    if uv_first >= 0:
+        model.mesh_facetexcoord[first : first + kept] = corners[2][looks]
+    model.mesh_facenum[mesh] = kept
+
+
+def _simplify(corners: np.ndarray, target_faces: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fewer triangles over the mesh's own corners: for position and for looks, rows of `corners`, int (F, 3) each.
+
+    Corners (3 F, 3 or 5: position and texture coordinates, three rows a triangle) of equal position are welded and the
+    surface simplified, so that no cracks open. Each new corner takes an old position nearby, and normal and texture
+    coordinates of an old corner nearby that faces the same way: nothing has to be invented.
+    """
+    key = hashlib.sha256(corners.tobytes() + bytes(str(target_faces), "ascii")).digest()
+    if key not in _cache:
+        try:
+            import fast_simplification
+        except ImportError as error:
+            raise UsageError(
+                'render="fast" needs fast-simplification: pip install "rocket-vla[sim]", or use render="protocol"'
+            ) from error
+        from scipy.spatial import cKDTree
+
+        points, first_row, point_of = np.unique(corners[:, :3], axis=0, return_index=True, return_inverse=True)
+        new_points, new_triangles = fast_simplification.simplify(
+            points.astype(np.float32), point_of.reshape(-1, 3).astype(np.int32), target_count=target_faces
+        )
+        places = first_row[cKDTree(points).query(new_points)[1]][new_triangles]
+        a, b, c = places.T
+        places = places[(a != b) & (b != c) & (a != c)]
+        _cache[key] = places, _match_looks(corners[places, :3], corners)
+    return _cache[key]
+
+
+def _with_normals(points: np.ndarray, triangles: np.ndarray, weight: float) -> np.ndarray:
+    """Points (F, 3) extended by their triangles' (F, 3, 3) unit normals times `weight`: (F, 6).
+
+    Thin shells have two surfaces in nearly the same place; in this space they are far apart.
+    """
+    normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
+    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-20)
+    return np.concatenate([points, weight * normals], axis=1)
+
+
+def _match_looks(triangles: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """Old corners (F, 3) for the looks of new triangles (F, 3 corners, 3): all from one chart, the nearest triangle's.
+
+    A chart is a patch of the surface without a seam of the texture; across a seam the picture would smear.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    from scipy.spatial import cKDTree
+
+    welded, weld_of = np.unique(corners, axis=0, return_inverse=True)
+    old = weld_of.reshape(-1, 3)
+    edges = (np.concatenate([old[:, 0], old[:, 1]]), np.concatenate([old[:, 1], old[:, 2]]))
+    graph = coo_array((np.ones(len(edges[0]), dtype=np.int8), edges), shape=(len(welded), len(welded)))
+    chart_of = connected_components(graph, directed=False)[1][weld_of.ravel()]
+    old_triangles = corners[:, :3].reshape(-1, 3, 3)
+    weight = 0.1 * float(np.ptp(corners[:, :3], axis=0).max())
+    old_centers = _with_normals(old_triangles.mean(axis=1), old_triangles, weight)
+    new_centers = _with_normals(triangles.mean(axis=1), triangles, weight)
+    new_charts = chart_of[3 * cKDTree(old_centers).query(new_centers)[1]]
+    old_corners = _with_normals(corners[:, :3], np.repeat(old_triangles, 3, axis=0), weight)
+    new_corners = _with_normals(triangles.reshape(-1, 3), np.repeat(triangles, 3, axis=0), weight).reshape(-1, 3, 6)
+    result = np.empty(triangles.shape[:2], dtype=np.int64)
+    for chart in np.unique(new_charts):
+        members, mine = np.flatnonzero(chart_of == chart), new_charts == chart
+        result[mine] = members[cKDTree(old_corners[members]).query(new_corners[mine])[1]]
+    return result

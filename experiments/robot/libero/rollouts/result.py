@@ -1,17 +1,89 @@
-"""What a person sees while episodes run: rate, time left, success so far with its interval."""
+"""How an episode ended, the success rate of several, and what a person sees of both while episodes run."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING
-
-from experiments.robot.libero.results.run_folder import EpisodeResult
-from experiments.robot.libero.results.summary import wilson_interval
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+STATUSES = ("success", "failure", "error")
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """How one episode ended. `success` is None for an error; `steps` are policy steps; `wall_time` is in seconds.
+
+    `seconds` says where the time went: creation, reset, physics, rendering, policy (its whole batch), waiting.
+    """
+
+    suite: str
+    task_id: int
+    task: str
+    init_state: int
+    seed: int
+    status: str
+    success: bool | None
+    steps: int
+    error: str | None
+    wall_time: float
+    attempts: int = 1
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    kind: str | None = None  # of perturbation, with its level and the task's full name (LIBERO-Plus)
+    level: int | None = None
+    task_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (
+            self.status not in STATUSES
+            or self.success is not {"success": True, "failure": False, "error": None}[self.status]
+        ):
+            raise ValueError(f"status {self.status!r} with success={self.success!r}")
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return (self.suite, self.task_id, self.init_state)
+
+
+class Rate(TypedDict):
+    """Success of some episodes; `success_rate` is None without completed ones, `interval_95` is (low, high)."""
+
+    successes: int
+    failures: int
+    errors: int
+    success_rate: float | None
+    interval_95: list[float]
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson score interval of a success rate (Wilson 1927), without continuity correction; (0, 1) without trials."""
+    from scipy.stats import binomtest  # A second of import, which most commands do without.
+
+    if trials == 0:
+        return (0.0, 1.0)
+    interval = binomtest(successes, trials).proportion_ci(confidence_level=confidence, method="wilson")
+    return (float(interval.low), float(interval.high))
+
+
+def rate(results: Iterable[EpisodeResult]) -> Rate:
+    """Counts, success rate and interval of some episodes. Errors are counted beside the rate, not in it."""
+    statuses = [result.status for result in results]
+    successes, errors = statuses.count("success"), statuses.count("error")
+    completed = len(statuses) - errors
+    low, high = wilson_interval(successes, completed)
+    return {
+        "successes": successes,
+        "failures": completed - successes,
+        "errors": errors,
+        "success_rate": successes / completed if completed else None,
+        "interval_95": [low, high],
+    }
 
 
 class EvalProgress:
