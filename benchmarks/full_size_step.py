@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -184,7 +184,7 @@ def measure(config: StepConfig, sizes: Sizes, student: Path, teacher_folder: Pat
         trainer.module.train()
         for step in range(1, config.steps + 1):
             probe.suffix = f", step {step}" if step > 1 else ""
-            trainer.train_step(iter([dict(batch)]))
+            trainer.train_step(iter([cast(Any, dict(batch))]))
             probe.enter(None)
             losses.append(trainer._averages.pop(accelerator))
     return {

@@ -187,7 +187,7 @@ def prepare_for_training(vla: VLA, config: TrainConfig, platform: Platform, adap
     vla.vision_backbone.set_num_images_in_input(config.num_images_in_input)
     vla.config.platform = platform.to_json()
     if config.gradient_checkpointing:
-        vla.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        vla.recompute_activations()
     model: PolicyModel = vla
     if config.use_lora and adapter is not None:
         try:

@@ -45,7 +45,8 @@ def _save_model(folder: Path, vla: Any, *, merge: bool) -> None:
     file holds the FiLM layers.
     """
     if isinstance(vla, PeftModel):
-        vla.save_pretrained(str(folder / LORA_FOLDER))
+        # Without its adapters the head is the base model's; by itself PEFT would warn, and write it at every save.
+        vla.save_pretrained(str(folder / LORA_FOLDER), save_embedding_layers=False)
         if not merge:
             return
         base: Any = vla.get_base_model()

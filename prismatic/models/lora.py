@@ -69,6 +69,7 @@ def load_lora(model: OpenVLAForActionPrediction, folder: str | Path, is_trainabl
 
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trainable
+    config.base_model_name_or_path = model.name_or_path or None  # It may have moved since; PEFT would only warn.
     weights = load_peft_weights(str(folder), device="cpu")
     weights = {name_without_film(key): value for key, value in weights.items() if ".base_layer." not in key}
     peft_model = get_peft_model(model, config)

@@ -11,19 +11,28 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from prismatic.training.config import TrainConfig
 from prismatic.training.metrics import MetricAverager, MetricLog
-from prismatic.training.module import move_batch
+from prismatic.training.module import TrainableVLA, move_batch
+from prismatic.vla.batch import Batch
 
-Targets = Callable[[dict[str, Any]], Any]
-Batches = Iterator[dict[str, Any]]
+Targets = Callable[[Any], object]  # of a Batch
 
 
 class StopRequest:
@@ -38,7 +47,7 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()
 
@@ -95,7 +104,7 @@ class Trainer:
         self._averages = MetricAverager()
         self._console = Console(stderr=True)
 
-    def fit(self, batches: Batches, start_step: int = 0) -> TrainState:
+    def fit(self, batches: Iterator[Batch], start_step: int = 0) -> TrainState:
         """Train from `start_step` to `max_steps`; always saves at the end, also when stopped."""
         self.state = TrainState(start_step)
         self.module.train()
@@ -120,7 +129,7 @@ class Trainer:
             self.save(self.state.step)
         return self.state
 
-    def train_step(self, batches: Batches) -> None:
+    def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over `grad_accumulation_steps` batches."""
         micro_steps = self.config.grad_accumulation_steps
         for micro in range(micro_steps):
@@ -147,9 +156,9 @@ class Trainer:
         every = self.config.diffusion_sample_freq
         return self.config.objective == "diffusion" and every > 0 and self.state.step % every == 0
 
-    def _sampled_errors(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _sampled_errors(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Errors of whole action chunks sampled on a training batch; its noise is not taken from training's."""
-        unwrapped: Any = self.accelerator.unwrap_model(self.module)
+        unwrapped = cast(TrainableVLA, self.accelerator.unwrap_model(self.module))
         seed = (self.config.seed * 1_000_003 + self.state.step) * 4096 + self.accelerator.process_index
         self.module.eval()
         with self.accelerator.autocast():
@@ -184,7 +193,7 @@ class Trainer:
         self.log.write(self.state.step, values)
         self._report("validation " + " ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
-    def _write_log(self, clock: float, progress: Progress, task: Any) -> float:
+    def _write_log(self, clock: float, progress: Progress, task: TaskID) -> float:
         values = self._averages.pop(self.accelerator)
         now = time.perf_counter()
         values["learning_rate"] = float(self.scheduler.get_last_lr()[0])

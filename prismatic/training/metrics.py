@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -63,9 +62,9 @@ class MetricLog:
         self._accelerator.log(values, step=step)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, float]]:
     """The lines of a metrics file; a last line that was cut off by a crash is left out."""
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, float]] = []
     if not path.is_file():
         return rows
     for line in path.read_text().splitlines():

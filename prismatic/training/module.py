@@ -7,27 +7,20 @@ the heads through `.module`, which leaves their gradients unsynchronized across 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from prismatic.training.objectives import DiffusionObjective, Objective, PolicyParts, chunk_l1_metrics
-
-
-class AuxiliaryOutput(Protocol):
-    """What an auxiliary loss returns: its mean and, detached, one value per term."""
-
-    loss: Tensor
-    per_pair: Tensor
-
-
-class AuxiliaryLoss(Protocol):
-    """A loss on the LLM's hidden states at the vision tokens; `targets` is whatever its teacher made of the batch."""
-
-    def __call__(
-        self, hidden_states: tuple[Tensor, ...], vision_start: int, num_vision_tokens: int, teacher: Any
-    ) -> AuxiliaryOutput: ...
+from prismatic.training.objectives import (
+    DiffusionObjective,
+    ModelInputs,
+    Objective,
+    PolicyOutput,
+    PolicyParts,
+    chunk_l1_metrics,
+)
+from prismatic.vla.batch import Batch
 
 
 @dataclass
@@ -44,7 +37,9 @@ class TrainableVLA(nn.Module):
     Args:
         parts: the model and its heads.
         objective: the action loss.
-        auxiliary: an :class:`AuxiliaryLoss`; one without terms (a baseline) costs nothing.
+        auxiliary: a loss on the LLM's hidden states at the vision tokens: called with `hidden_states`, `vision_start`,
+            `num_vision_tokens` and `teacher` (what `targets` made of the batch), it returns an object with `loss` and,
+            detached, `per_pair`. One without terms (a baseline) costs nothing.
         auxiliary_coeff: its weight in the total loss.
         use_film: the model conditions its vision on language.
     """
@@ -73,7 +68,7 @@ class TrainableVLA(nn.Module):
         """The policy's modules, without the auxiliary loss."""
         return PolicyParts(self.vla, self.action_head, self.proprio_projector, self.noisy_action_projector)
 
-    def forward(self, batch: dict[str, Any], targets: Any) -> StepOutput:
+    def forward(self, batch: Batch, targets: object) -> StepOutput:
         """Total loss = action loss + coefficient * auxiliary loss.
 
         Args:
@@ -93,7 +88,7 @@ class TrainableVLA(nn.Module):
             metrics |= {f"align_loss_pair_{index}": value for index, value in enumerate(aligned.per_pair)}
         return StepOutput(total, metrics)
 
-    def _run(self, batch: dict[str, Any], inputs: dict[str, Any]) -> Any:
+    def _run(self, batch: Batch, inputs: ModelInputs) -> PolicyOutput:
         """The policy's forward pass on a batch, with the inputs that the objective adds."""
         return self.vla(
             input_ids=batch["input_ids"],
@@ -109,7 +104,7 @@ class TrainableVLA(nn.Module):
         )
 
     @torch.no_grad()
-    def sampled_errors(self, batch: dict[str, Any], seed: int) -> dict[str, Tensor]:
+    def sampled_errors(self, batch: Batch, seed: int) -> dict[str, Tensor]:
         """L1 errors of action chunks sampled by diffusion from noise of that seed; nothing for other objectives.
 
         Call it in evaluation mode and within the run's autocast. It takes one forward pass per diffusion step.
@@ -138,12 +133,12 @@ def count_parameters(module: nn.Module | None) -> tuple[int, int]:
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 
-def move_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def move_batch(batch: Batch, device: torch.device) -> Batch:
     """Move the tensors of a batch, nested ones too, to `device` without waiting."""
 
-    def moved(value: Any) -> Any:
+    def moved(value: object) -> object:
         if isinstance(value, dict):
-            return move_batch(value, device)
-        return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+            return {key: moved(entry) for key, entry in value.items()}
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-    return {key: moved(value) for key, value in batch.items()}
+    return cast("Batch", moved(batch))

@@ -9,21 +9,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from prismatic.checkpoint.load import PolicyParts
-from prismatic.training.train_utils import get_all_actions_mask, get_current_action_mask, get_next_actions_mask
+from prismatic.vla.action_masks import get_all_actions_mask, get_current_action_mask, get_next_actions_mask
 from prismatic.vla.action_tokenizer import ActionTokenizer
+from prismatic.vla.batch import Batch
 from prismatic.vla.platforms import Platform
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from prismatic.training.config import TrainConfig
 
 
-Run = Callable[[dict[str, Any]], Any]
+class ModelInputs(TypedDict, total=False):
+    """Arguments of the policy's forward pass that an objective adds to the batch's."""
+
+    noisy_actions: Tensor
+    noisy_action_projector: nn.Module | None
+    diffusion_timestep_embeddings: Tensor
+
+
+class PolicyOutput(Protocol):
+    """The policy's output in training: hidden states always, loss and logits for an objective that needs them."""
+
+    hidden_states: tuple[Tensor, ...]
+    logits: Tensor
+    loss: Tensor
+
+
+Run = Callable[[ModelInputs], PolicyOutput]
+LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 
 
 class Objective(Protocol):
@@ -31,9 +51,9 @@ class Objective(Protocol):
 
     needs_logits: bool
 
-    def model_inputs(self, parts: PolicyParts, batch: dict[str, Any]) -> dict[str, Any]: ...
+    def model_inputs(self, parts: PolicyParts, batch: Batch) -> ModelInputs: ...
 
-    def loss(self, parts: PolicyParts, batch: dict[str, Any], output: Any) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def loss(self, parts: PolicyParts, batch: Batch, output: PolicyOutput) -> LossAndMetrics: ...
 
 
 def action_hidden_states(hidden_BSD: Tensor, labels_BS: Tensor, platform: Platform, num_prefix: int) -> Tensor:
@@ -56,9 +76,13 @@ def chunk_l1_metrics(predicted_BTA: Tensor, actions_BTA: Tensor) -> dict[str, Te
     return {"curr_action_l1_loss": error[:, 0].mean(), "next_actions_l1_loss": error[:, 1:].mean()}
 
 
-def _num_prefix(batch: dict[str, Any], output: Any) -> int:
+def _num_prefix(batch: Batch, output: PolicyOutput) -> int:
     """Tokens between BOS and the text: the sequence the LLM saw minus the text the caller gave."""
     return output.hidden_states[-1].shape[1] - batch["input_ids"].shape[1]
+
+
+def _states_of_actions(batch: Batch, output: PolicyOutput, platform: Platform) -> Tensor:
+    return action_hidden_states(output.hidden_states[-1], batch["labels"], platform, _num_prefix(batch, output))
 
 
 @dataclass
@@ -68,16 +92,13 @@ class L1Objective:
     platform: Platform
     needs_logits: bool = False
 
-    def model_inputs(self, parts: PolicyParts, batch: dict[str, Any]) -> dict[str, Any]:
+    def model_inputs(self, parts: PolicyParts, batch: Batch) -> ModelInputs:
         return {}
 
-    def loss(self, parts: PolicyParts, batch: dict[str, Any], output: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, parts: PolicyParts, batch: Batch, output: PolicyOutput) -> LossAndMetrics:
         assert parts.action_head is not None
         actions = batch["actions"].float()
-        hidden = action_hidden_states(
-            output.hidden_states[-1], batch["labels"], self.platform, _num_prefix(batch, output)
-        )
-        predicted = parts.action_head.predict_action(hidden).float()
+        predicted = parts.action_head.predict_action(_states_of_actions(batch, output, self.platform)).float()
         return F.l1_loss(predicted, actions), chunk_l1_metrics(predicted, actions)
 
 
@@ -88,7 +109,7 @@ class DiffusionObjective:
     platform: Platform
     needs_logits: bool = False
 
-    def model_inputs(self, parts: PolicyParts, batch: dict[str, Any]) -> dict[str, Any]:
+    def model_inputs(self, parts: PolicyParts, batch: Batch) -> ModelInputs:
         assert parts.action_head is not None
         noisy = parts.action_head.sample_noisy_actions(batch["actions"])
         batch["diffusion_noise"] = noisy["noise"]
@@ -98,15 +119,13 @@ class DiffusionObjective:
             "diffusion_timestep_embeddings": noisy["diffusion_timestep_embeddings"],
         }
 
-    def loss(self, parts: PolicyParts, batch: dict[str, Any], output: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, parts: PolicyParts, batch: Batch, output: PolicyOutput) -> LossAndMetrics:
         assert parts.action_head is not None
-        hidden = action_hidden_states(
-            output.hidden_states[-1], batch["labels"], self.platform, _num_prefix(batch, output)
-        )
+        hidden = _states_of_actions(batch, output, self.platform)
         predicted = parts.action_head.predict_noise(hidden).reshape(batch["diffusion_noise"].shape)
         return F.mse_loss(predicted.float(), batch["diffusion_noise"].float()), {}
 
-    def sample(self, parts: PolicyParts, batch: dict[str, Any], run: Run, noise_BTA: Tensor) -> Tensor:
+    def sample(self, parts: PolicyParts, batch: Batch, run: Run, noise_BTA: Tensor) -> Tensor:
         """Normalized actions (B, T, A) by all the steps of reverse diffusion from `noise_BTA`, as the policy acts.
 
         `run` is the policy's forward pass with the given inputs beside the batch.
@@ -115,15 +134,13 @@ class DiffusionObjective:
         head.noise_scheduler.set_timesteps(head.num_diffusion_steps_train)
         for timestep in head.noise_scheduler.timesteps:
             steps = timestep.to(actions_BTA.device).expand(len(actions_BTA))
-            inputs = {
+            inputs: ModelInputs = {
                 "noisy_actions": actions_BTA,
                 "noisy_action_projector": parts.noisy_action_projector,
                 "diffusion_timestep_embeddings": head.embed_timesteps(steps, actions_BTA.dtype),
             }
             output = run(inputs)
-            hidden = action_hidden_states(
-                output.hidden_states[-1], batch["labels"], self.platform, _num_prefix(batch, output)
-            )
+            hidden = _states_of_actions(batch, output, self.platform)
             noise = head.predict_noise(hidden).to(actions_BTA.dtype)
             actions_BTA = head.remove_noise(noise, timestep, actions_BTA)
         return actions_BTA
@@ -134,13 +151,13 @@ class DiscreteObjective:
     """Cross-entropy of the action tokens (and the stop token), computed by the language model head."""
 
     platform: Platform
-    action_tokenizer: Any
+    action_tokenizer: ActionTokenizer
     needs_logits: bool = True
 
-    def model_inputs(self, parts: PolicyParts, batch: dict[str, Any]) -> dict[str, Any]:
+    def model_inputs(self, parts: PolicyParts, batch: Batch) -> ModelInputs:
         return {}
 
-    def loss(self, parts: PolicyParts, batch: dict[str, Any], output: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, parts: PolicyParts, batch: Batch, output: PolicyOutput) -> LossAndMetrics:
         prefix = _num_prefix(batch, output)
         predicted = output.logits[:, prefix:-1].argmax(dim=-1)
         truth = batch["labels"][:, 1:]
@@ -157,7 +174,7 @@ class DiscreteObjective:
         return output.loss, metrics
 
 
-def make_objective(config: TrainConfig, platform: Platform, tokenizer: Any) -> Objective:
+def make_objective(config: TrainConfig, platform: Platform, tokenizer: PreTrainedTokenizerBase) -> Objective:
     """The action loss the flags ask for."""
     if config.objective == "l1":
         return L1Objective(platform)

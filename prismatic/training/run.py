@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,7 @@ from prismatic.checkpoint.layout import RUN_CONFIG, component_file, load_trainin
 from prismatic.checkpoint.load import build_parts, load_component, load_for_training, load_processor
 from prismatic.checkpoint.write import CheckpointWriter, gather_training_state, restore_random_state
 from prismatic.training.config import TrainConfig
-from prismatic.training.loop import Trainer, TrainState
+from prismatic.training.loop import Targets, Trainer, TrainState
 from prismatic.training.metrics import MetricLog
 from prismatic.training.module import TrainableVLA, count_parameters, move_batch
 from prismatic.training.objectives import make_objective
@@ -37,6 +37,9 @@ from prismatic.vla.datasets import (
     make_dataloader,
 )
 from prismatic.vla.platforms import Platform, get_platform
+
+if TYPE_CHECKING:
+    from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 
 # What a checkpoint records that differs between a run and its resumption, or does not shape training.
 NOT_COMPARED_ON_RESUME = {
@@ -65,7 +68,7 @@ def changed_flags(before: dict[str, Any], flags: dict[str, Any]) -> list[str]:
     return [f"--{name} {now[name]} (was {before[name]})" for name in differing]
 
 
-def make_dataset(config: TrainConfig, processor: Any, platform: Platform, *, train: bool) -> RLDSDataset:
+def make_dataset(config: TrainConfig, processor: PrismaticProcessor, platform: Platform, *, train: bool) -> RLDSDataset:
     """The training data of the flags (augmented where they say so), or the validation split without augmentation."""
     transform = RLDSBatchTransform(
         ActionTokenizer(processor.tokenizer),
@@ -144,12 +147,12 @@ class TrainingRun:
         tokenizer = self.processor.tokenizer
         return PaddedCollatorForActionPrediction(tokenizer.model_max_length, tokenizer.pad_token_id)
 
-    def batches(self) -> Iterator[dict[str, Any]]:
+    def batches(self) -> Iterator[Any]:
         """The training data in training's order, endless, on the device; for who looks instead of training."""
         for batch in self._loader(self.dataset):
             yield move_batch(batch, self.device)
 
-    def fit(self, auxiliary: nn.Module, auxiliary_coeff: float, targets: Callable[[dict[str, Any]], Any]) -> TrainState:
+    def fit(self, auxiliary: nn.Module, auxiliary_coeff: float, targets: Targets) -> TrainState:
         """Train to the end (or to a stop) with the given auxiliary loss; checkpoints are written on the way."""
         config, accelerator = self.config, self.accelerator
         if accelerator.process_index:
@@ -198,7 +201,9 @@ class TrainingRun:
         accelerator.end_training()
         return state
 
-    def _restore(self, module: TrainableVLA, optimizer: Any, loader: MixtureLoader) -> dict[str, Any] | None:
+    def _restore(
+        self, module: TrainableVLA, optimizer: torch.optim.Optimizer, loader: MixtureLoader
+    ) -> dict[str, Any] | None:
         """Load a checkpoint's auxiliary weights, optimizer and data position; return its random state.
 
         Raises:
@@ -229,12 +234,12 @@ class TrainingRun:
             return None
         return state["random"][self.accelerator.process_index]
 
-    def _trackers(self) -> list[Any]:
+    def _trackers(self) -> list[str | TensorBoardTracker]:
         """The chosen loggers beside JSONL: TensorBoard in the run's folder, the others by name for accelerate."""
         place = (self.run_dir.name, self.config.run_root_dir)
         return [TensorBoardTracker(*place) if name == "tensorboard" else name for name in self.config.tracker_names]
 
-    def _tracker_options(self) -> dict[str, dict[str, Any]]:
+    def _tracker_options(self) -> dict[str, dict[str, str | None]]:
         name = self.run_dir.name
         return {"wandb": {"entity": self.config.wandb_entity or None, "name": name}, "trackio": {"name": name}}
 

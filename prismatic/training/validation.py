@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,9 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from prismatic.training.config import TrainConfig
+from prismatic.training.loop import Targets
 from prismatic.training.module import TrainableVLA, move_batch
+from prismatic.vla.batch import Batch, Sample
 from prismatic.vla.datasets.dataset import FrameDraw, MixturePart, RLDSDataset
 from prismatic.vla.datasets.sampler import outlive_stop_signals, worker_error
 
@@ -61,8 +62,8 @@ class Validator:
         module: TrainableVLA,
         dataset: RLDSDataset,
         *,
-        collate: Callable[[Sequence[Any]], Any],
-        targets: Callable[[dict[str, Any]], Any],
+        collate: Callable[[Sequence[Sample]], Batch],
+        targets: Targets,
     ) -> None:
         self.config, self.accelerator, self.module = config, accelerator, module
         self.dataset, self.collate, self.targets = dataset, collate, targets
@@ -88,7 +89,7 @@ class Validator:
                 break
         return _means(gather_object([{dataset: dict(values) for dataset, values in sums.items()}]))
 
-    def _load(self, batches: list[NumberedBatch]) -> Iterator[Any]:
+    def _load(self, batches: list[NumberedBatch]) -> Iterator[Batch]:
         """The batches in their order. Raises UsageError for bad data."""
         loader = DataLoader(
             self.dataset,
@@ -101,7 +102,7 @@ class Validator:
         with worker_error():
             yield from loader
 
-    def _measure(self, batch: dict[str, Any], number: int) -> dict[str, float]:
+    def _measure(self, batch: Batch, number: int) -> dict[str, float]:
         """Metrics of one batch, with random numbers that depend on its number alone."""
         accelerator = self.accelerator
         batch = move_batch(batch, accelerator.device)

@@ -63,8 +63,10 @@ class Batch(_AlwaysInBatch, total=False):
     proprio: (B, P) float32, normalized; absent when the policy does not use it.
     dataset_names: B names; absent when the samples carry none.
     extras: tensors (B, ...) of what is stored beside the data, see `RLDSDataset.extras`; absent when nothing is.
+    diffusion_noise: (B, T, A), the noise that the diffusion objective put into the actions; absent before.
     """
 
     proprio: torch.Tensor
     dataset_names: list[str]
     extras: dict[str, torch.Tensor]
+    diffusion_noise: torch.Tensor

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from helpers.script_loader import load_finetune_script
 
 from prismatic.training.module import TrainableVLA
 from prismatic.training.objectives import L1Objective
 from prismatic.training.run import TrainingRun
-from tests.helpers.script_loader import load_finetune_script
 
 
 def _norms(module: torch.nn.Module) -> dict[str, float]:

@@ -67,7 +67,7 @@ def test_gradient_checkpointing_changes_no_gradient(use_film: bool) -> None:
     inputs = with_actions(vla, tiny_batch(vla, PROMPT_LENGTHS))
     vla.train()
     expected = gradients(vla, inputs, compute_logits=False, use_film=use_film)
-    vla.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    vla.recompute_activations()
     calls: list[int] = []
     block = (vla.vision_backbone.vision_backbone if use_film else vla.vision_backbone).featurizer.blocks[0]
     block.register_forward_pre_hook(lambda *_: calls.append(1))

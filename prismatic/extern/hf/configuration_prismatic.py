@@ -63,7 +63,7 @@ class PrismaticConfig(PretrainedConfig):
     arch_specifier: str = "no-align+gelu-mlp"
     use_fused_vision_backbone: bool | None = None
     image_resize_strategy: str = "letterbox"
-    text_config: Any = None
+    text_config: Any = None  # A dictionary becomes a LlamaConfig
     llm_max_length: int = 2048
     pad_token_id: int = 32000
     pad_to_multiple_of: int = 64
@@ -72,9 +72,9 @@ class PrismaticConfig(PretrainedConfig):
     image_sizes: list[int] | None = None
     timm_model_ids: list[str] | None = None
     timm_override_act_layers: list[str | None] | None = None
-    timm_override_kwargs: list[dict[str, Any]] | None = None
+    timm_override_kwargs: list[dict[str, object]] | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, **kwargs: object) -> None:
         if isinstance(self.text_config, dict):
             _check_language_model(self.text_config)
         super().__post_init__(**kwargs)
@@ -122,10 +122,10 @@ class OpenVLAConfig(PrismaticConfig):
 
     norm_stats: dict[str, Any] | None = None
     n_action_bins: int = 256
-    platform: str | dict[str, Any] = "libero"
+    platform: str | dict[str, object] = "libero"
     film_exclude_padding: bool = False
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)
         if isinstance(self.platform, Platform):
             self.platform = self.platform.to_dict()
@@ -141,7 +141,7 @@ class OpenVLAConfig(PrismaticConfig):
         return self.text_config.vocab_size - self.pad_to_multiple_of
 
 
-def _check_language_model(text_config: dict[str, Any]) -> None:
+def _check_language_model(text_config: dict[str, object]) -> None:
     found = text_config.get("model_type", "llama")
     if found != "llama":
         raise ValueError(f"text_config.model_type: found {found!r}; accepted: 'llama'")

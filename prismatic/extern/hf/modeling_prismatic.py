@@ -13,16 +13,19 @@ Non-obvious behavior, all of it upstream's:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerScale as TimmLayerScale
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig, PrismaticConfig
@@ -30,6 +33,9 @@ from prismatic.vla.action_masks import get_all_actions_mask
 from prismatic.vla.action_tokenizer import ActionBins
 from prismatic.vla.constants import EMPTY_TOKEN_ID, IGNORE_INDEX, STOP_INDEX
 from prismatic.vla.platforms import Platform
+
+if TYPE_CHECKING:
+    from prismatic.models.action_heads import DiffusionActionHead, L1RegressionActionHead
 
 
 @dataclass
@@ -83,7 +89,7 @@ class PrismaticVisionBackbone(nn.Module):
         self.embed_dim = sum(featurizer.embed_dim for featurizer in self.featurizers)
 
     @property
-    def featurizers(self) -> tuple[Any, ...]:
+    def featurizers(self) -> tuple[VisionTransformer, ...]:
         """The timm models in the order of their channels."""
         if self.use_fused_vision_backbone:
             return self.featurizer, self.fused_featurizer
@@ -92,7 +98,7 @@ class PrismaticVisionBackbone(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Data type of the weights; taken from one that quantization leaves alone."""
-        return self.featurizer.pos_embed.dtype
+        return self.featurizer.pos_embed.dtype  # type: ignore[union-attr]
 
     def get_num_patches(self) -> int:
         """Patches of one image."""
@@ -130,7 +136,9 @@ class PrismaticVisionBackbone(nn.Module):
         return patches.reshape(pixel_values.shape[0], -1, patches.shape[-1])
 
 
-def _create_featurizer(config: Any, index: int) -> Any:
+def _create_featurizer(config: PrismaticConfig, index: int) -> VisionTransformer:
+    assert config.image_sizes and config.timm_model_ids  # Filled in by the configuration, like the two lists below.
+    assert config.timm_override_act_layers and config.timm_override_kwargs
     options: dict[str, Any] = {"img_size": config.image_sizes[index], "num_classes": 0}
     if config.timm_override_act_layers[index] is not None:
         options["act_layer"] = config.timm_override_act_layers[index]
@@ -140,7 +148,7 @@ def _create_featurizer(config: Any, index: int) -> Any:
         for name, child in module.named_children():
             if isinstance(child, TimmLayerScale):
                 setattr(module, name, LayerScale(child.gamma))
-    return featurizer
+    return cast(VisionTransformer, featurizer)
 
 
 def _patch_features(featurizer: Any, images: torch.Tensor, language: torch.Tensor | None) -> torch.Tensor:
@@ -189,6 +197,11 @@ class PrismaticPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["PrismaticProjector", "LlamaDecoderLayer", "Block"]  # noqa: RUF012 - typed by the base class
     _supports_sdpa = True
+
+    def recompute_activations(self) -> None:
+        """Turn gradient checkpointing on, by whichever name the installed transformers has for it."""
+        enable = getattr(self, "activation_checkpointing_enable", None) or self.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         """Also reach the timm models, which transformers does not know."""
@@ -276,13 +289,17 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         text_mask: torch.Tensor,
         action_mask: torch.Tensor | None,
         use_film: bool,
+        exclude_padding: bool | None = None,
     ) -> torch.Tensor | None:
-        """Mean embedding (B, D) of the text without action tokens, for FiLM; None without FiLM."""
+        """Mean embedding (B, D) of the text without action tokens, for FiLM; None without FiLM.
+
+        Padding (where `text_mask` is False) is left out as asked for, by default as the configuration says.
+        """
         if not use_film:
             return None
-        kept = torch.ones_like(text_mask)
-        if getattr(self.config, "film_exclude_padding", False):
-            kept = text_mask
+        if exclude_padding is None:
+            exclude_padding = getattr(self.config, "film_exclude_padding", False)
+        kept = text_mask if exclude_padding else torch.ones_like(text_mask)
         if action_mask is not None:
             kept = kept & ~action_mask
         weight = kept.to(text.dtype).unsqueeze(-1)
@@ -339,7 +356,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
 
     def _run_language_model(
         self, text: torch.Tensor, text_mask: torch.Tensor, prefix: torch.Tensor, output_hidden_states: bool
-    ) -> Any:
+    ) -> BaseModelOutputWithPast:
         """Llama over [BOS | prefix | rest of the text], every token seeing every token that is not padding."""
         embeddings = torch.cat([text[:, :1], prefix.to(text.dtype), text[:, 1:]], dim=1)
         mask = torch.cat([text_mask[:, :1], text_mask.new_ones(prefix.shape[:2]), text_mask[:, 1:]], dim=1)
@@ -352,7 +369,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         )
 
     def _assemble_output(
-        self, outputs: Any, prefix: torch.Tensor, labels: torch.Tensor | None, compute_logits: bool
+        self, outputs: BaseModelOutputWithPast, prefix: torch.Tensor, labels: torch.Tensor | None, compute_logits: bool
     ) -> PrismaticCausalLMOutputWithPast:
         logits = self.language_model.lm_head(outputs.last_hidden_state) if compute_logits else None
         return PrismaticCausalLMOutputWithPast(
@@ -443,7 +460,7 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         inputs = self._append_action_tokens(input_ids, _as_bool_mask(attention_mask, input_ids))
         text = self.get_input_embeddings()(inputs.input_ids)
         # One by one, prompts have no padding; a batch must not differ from that, so padding never enters the mean.
-        language = self._film_language_without_padding(text, inputs) if use_film else None
+        language = self._film_language(text, inputs.attention_mask, inputs.action_mask, use_film, exclude_padding=True)
         patches = self._project_images(pixel_values, language)
         state = None if proprio is None else torch.as_tensor(proprio, device=patches.device)
         prefix = self._prefix_tokens(patches, state, proprio_projector, None)
@@ -467,7 +484,7 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         for i, prompt in enumerate(prompts):
             start = len(prompt)
             new_ids[i, :start] = torch.tensor(prompt)
-            # Any id does here: the embeddings of these positions are zeroed or replaced.
+            # An arbitrary id does here: the embeddings of these positions are zeroed or replaced.
             new_ids[i, start : start + count] = self.action_bins.token_begin_idx + 1
             new_ids[i, start + count] = STOP_INDEX
             new_mask[i, : start + count + 1] = True
@@ -475,24 +492,25 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         device = input_ids.device
         return _ActionInputs(new_ids.to(device), new_mask.to(device), action_mask.to(device))
 
-    def _film_language_without_padding(self, text: torch.Tensor, inputs: _ActionInputs) -> torch.Tensor:
-        kept = (inputs.attention_mask & ~inputs.action_mask).to(text.dtype).unsqueeze(-1)
-        return (text * kept).sum(dim=1) / kept.sum(dim=1)
-
     def _action_hidden_states(self, inputs: _ActionInputs, text: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
         """Hidden states (B, T*A, D) that predict the action tokens, given embeddings of the text (B, S, D)."""
         outputs = self._run_language_model(text, inputs.attention_mask, prefix, output_hidden_states=False)
+        assert outputs.last_hidden_state is not None
         hidden = outputs.last_hidden_state[:, prefix.shape[1] : -1]
         return hidden[inputs.action_mask[:, 1:]].reshape(text.shape[0], -1, hidden.shape[-1])
 
     def _decode_actions(
-        self, inputs: _ActionInputs, text: torch.Tensor, prefix: torch.Tensor, action_head: Any
+        self,
+        inputs: _ActionInputs,
+        text: torch.Tensor,
+        prefix: torch.Tensor,
+        action_head: L1RegressionActionHead | None,
     ) -> tuple[np.ndarray, torch.Tensor]:
         """Normalized actions (B, T, A) by an L1 head, or by the likeliest action tokens without one."""
         hidden = self._action_hidden_states(inputs, self._mask_action_embeddings(text, inputs.action_mask), prefix)
         if action_head is not None:
-            actions = action_head.predict_action(hidden.to(_input_dtype(action_head, hidden.dtype)))
-            return actions.float().cpu().numpy(), hidden
+            predicted = action_head.predict_action(hidden.to(_input_dtype(action_head, hidden.dtype)))
+            return predicted.float().cpu().numpy(), hidden
         token_ids = self.language_model.lm_head(hidden).argmax(dim=-1).cpu().numpy()
         actions = self.action_bins.decode(token_ids)
         return actions.reshape(-1, self.platform.chunk, self.platform.action_dim), hidden
@@ -502,7 +520,7 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         inputs: _ActionInputs,
         text: torch.Tensor,
         prefix: torch.Tensor,
-        action_head: Any,
+        action_head: DiffusionActionHead,
         noisy_action_projector: nn.Module,
         initial_noise: torch.Tensor | None = None,
     ) -> tuple[np.ndarray, torch.Tensor]:
@@ -535,7 +553,7 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
             )
         return unnorm_key
 
-    def get_action_stats(self, unnorm_key: str | None = None) -> dict[str, Any]:
+    def get_action_stats(self, unnorm_key: str | None = None) -> dict[str, list[float]]:
         """Action statistics of a data set; the key may be left out when the checkpoint has just one."""
         return self.norm_stats[self._check_unnorm_key(unnorm_key)]["action"]
 
@@ -543,7 +561,7 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         """Numbers in one action, by the statistics of a data set."""
         return len(self.get_action_stats(unnorm_key)["min"])
 
-    def _unnormalize_actions(self, normalized: np.ndarray, statistics: dict[str, Any]) -> np.ndarray:
+    def _unnormalize_actions(self, normalized: np.ndarray, statistics: Mapping[str, Sequence[float]]) -> np.ndarray:
         """(B, T, A) from [-1, 1] to the units of the data; numbers with mask False (the gripper) stay as they are."""
         low, high = (np.array(bound) for bound in self.platform.normalization.bounds(statistics))
         mask = np.array(statistics.get("mask", np.ones_like(low, dtype=bool)))

@@ -127,7 +127,7 @@ class PrismaticImageProcessor(BaseImageProcessor):
         return image.resize((view.width, view.height), view.resample)
 
     def preprocess(
-        self, images: ImageLike | Sequence[ImageLike], return_tensors: str | None = None, **_: Any
+        self, images: ImageLike | Sequence[ImageLike], return_tensors: str | None = None, **_: object
     ) -> BatchFeature:
         """One image or several (a list, or an array B x H x W x 3) -> `pixel_values` (B, 3 * models, H, W)."""
         if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
@@ -137,11 +137,7 @@ class PrismaticImageProcessor(BaseImageProcessor):
         pixel_values = torch.stack([self.apply_transform(image) for image in images])
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
-    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
-        """Same as :meth:`preprocess`."""
-        return self.preprocess(images, *args, **kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The content of upstream's preprocessor_config.json, with the torchvision parameters it repeats."""
         output = {
             "image_processor_type": type(self).__name__,
@@ -158,7 +154,7 @@ class PrismaticImageProcessor(BaseImageProcessor):
             output["auto_map"] = self.auto_map
         return output
 
-    def _torchvision_parameters(self) -> dict[str, Any]:
+    def _torchvision_parameters(self) -> dict[str, object]:
         naive = self.image_resize_strategy == "resize-naive"
         # Numbers of PIL's resampling filters, which are also upstream's.
         resize = [
@@ -229,7 +225,7 @@ class PrismaticProcessor(ProcessorMixin):
             raise ValueError("PrismaticProcessor: found None; accepted: an image processor and a tokenizer")
         super().__init__(image_processor, tokenizer)
 
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+    def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
         """Accept any tokenizer; transformers' own check wants registered classes."""
         return type(argument)
 
@@ -242,7 +238,7 @@ class PrismaticProcessor(ProcessorMixin):
         image_processor = PrismaticImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls(image_processor, _load_tokenizer(pretrained_model_name_or_path, **kwargs))
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> list[str]:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: object) -> list[str]:  # type: ignore[override]
         """Write upstream's files: preprocessor_config.json and those of the tokenizer."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -253,12 +249,12 @@ class PrismaticProcessor(ProcessorMixin):
     def __call__(
         self,
         text: str | Sequence[str],
-        images: Any,
+        images: ImageLike | Sequence[ImageLike],
         padding: bool | str = False,
         truncation: bool | str | None = None,
         max_length: int | None = None,
         return_tensors: str | None = "pt",
-        **_: Any,
+        **_: object,
     ) -> BatchFeature:
         """Prompt(s) and image(s) -> input_ids, attention_mask (B, S) and pixel_values (B, 3 * models, H, W).
 
