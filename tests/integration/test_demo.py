@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-
-def _noise(text: str) -> list[str]:
-    """Lines that warn of something, draw a bar, or say again what the line before said."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    repeated = [line for line, following in itertools.pairwise(lines) if line == following]
-    return repeated + [line for line in lines if re.search(r"warn|deprecat|\d(it/s|s/it)\b", line, re.IGNORECASE)]
+from tests.helpers.noise import noise
 
 
 def _demo(repo_root: Path, out: Path) -> str:
@@ -24,7 +17,7 @@ def _demo(repo_root: Path, out: Path) -> str:
     command = [sys.executable, "-m", "experiments.reproduce.demo", *flags.split()]
     done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stderr == "" and _noise(done.stdout) == []
+    assert done.stderr == "" and noise(done.stdout) == []
     return done.stdout
 
 
@@ -39,7 +32,7 @@ def test_the_demo_runs_and_does_nothing_twice(repo_root: Path, tmp_path: Path) -
         assert (tmp_path / "runs" / f"{method}-seed0--2_chkpt" / "model.safetensors").is_file()
         (episode,) = (tmp_path / "eval" / f"{method}-seed0" / "episodes.jsonl").read_text().splitlines()
         assert json.loads(episode)["status"] in ("success", "failure")
-    logs = {log.stem: _noise(log.read_text()) for log in (tmp_path / "logs").glob("*.log")}
+    logs = {log.stem: noise(log.read_text()) for log in (tmp_path / "logs").glob("*.log")}
     assert len(logs) == 7 and not any(logs.values()), logs
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     again = _demo(repo_root, tmp_path)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from prismatic.training.metrics import read_log
 from prismatic.util.errors import UsageError
+from tests.helpers.noise import noise
 
 RECIPES = ("baseline", "spatial_forcing", "naive", "shared", "rocket")
 
@@ -241,6 +242,21 @@ def test_a_stop_saves(
     steps = len(read_log(log))
     assert (tmp_path / f"run--{steps}_chkpt" / "training_state" / "state.pt").is_file()
     assert "Traceback" not in errors
+
+
+def test_training_and_resuming_print_no_noise(
+    repo_root: Path, student_folder: Path, teacher_folder: Path, rlds_root: Path, tmp_path: Path
+) -> None:
+    """Warnings of transformers, PEFT and torch, for the model that has all there is, with its base model moved."""
+    moved = Path(shutil.copytree(student_folder, tmp_path / "moved"))
+    flags = f"""--vggt_path {teacher_folder} --data_root_dir {rlds_root} --run_root_dir {tmp_path} --run_id_override run
+        --use_film True --use_proprio True --num_images_in_input 2 --gradient_checkpointing True --batch_size 2
+        --wandb_log_freq 1 --lora_rank 4 --use_val_set True --val_fraction 0.5 --val_freq 2"""
+    resumed = f"--resume True --base_checkpoint {moved} --vla_path {tmp_path}/run--2_chkpt --max_steps 3"
+    for further in (f"--vla_path {student_folder} --max_steps 2", resumed):
+        command = [sys.executable, "vla-scripts/finetune.py", *flags.split(), *further.split()]
+        done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and noise(done.stdout + done.stderr) == [], done.stdout + done.stderr
 
 
 def test_lerobot_data_give_the_same_losses_as_rlds(finetune: Callable[..., Path], tmp_path: Path) -> None:
