@@ -32,7 +32,7 @@ class TrainConfig:
     data_fraction: float = 1.0  # Part of the training episodes to use, drawn with the seed for every instruction
 
     # Inputs and heads
-    num_images_in_input: int = 1  # 1 primary image, 2 adds the wrist, 3 both wrists
+    num_images_in_input: int = 1  # The dataset's first cameras: 1 primary image, 2 adds the wrist, 3 both wrists
     use_proprio: bool = False  # Robot state as one more token
     use_film: bool = False  # Language conditions the vision backbone (FiLM)
     use_l1_regression: bool = True  # Continuous head trained with the L1 loss
@@ -123,8 +123,8 @@ class TrainConfig:
             raise unknown_name("--scheduler", self.scheduler, SCHEDULERS)
         if self.mixed_precision not in PRECISIONS:
             raise unknown_name("--mixed_precision", self.mixed_precision, PRECISIONS)
-        if self.num_images_in_input not in (1, 2, 3):
-            raise UsageError(f"--num_images_in_input: {self.num_images_in_input} found; accepted: 1, 2 or 3")
+        if self.num_images_in_input < 1:
+            raise UsageError(f"--num_images_in_input: {self.num_images_in_input} found; accepted: 1 or more")
         self._validate_numbers()
         _ = self.extra_save_steps
         for name in self.tracker_names:

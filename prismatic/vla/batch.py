@@ -17,7 +17,7 @@ class Frame(TypedDict):
 
     action: (T, A) float32.
     observation: image_{view} (1, H, W, 3) uint8 for every view in the order the policy sees them, proprio (1, P)
-        float32, timestep (1,) int64.
+        float32 where the robot has states, timestep (1,) int64.
     task: language_instruction, as text or UTF-8 bytes.
     """
 

@@ -161,3 +161,39 @@ class LeRobotFiles:
         pq.write_table(pa.Table.from_pylist(rows), episodes / "file-000.parquet")
         table = pa.table({"task_index": list(range(len(tasks))), "__index_level_0__": tasks})
         pq.write_table(table, meta / "tasks.parquet")
+
+
+def write_columns(folder: Path, columns: dict[str, Any], lengths: tuple[int, ...], **info: Any) -> Path:
+    """A dataset of version 2.1 with any columns: arrays (F, w) of numbers, lists of texts, or lists of encoded images.
+
+    Time stamps are on the grid unless `columns` has others. `info` is added to info.json.
+    """
+    (folder / "meta").mkdir(parents=True)
+    features: dict[str, Any] = {}
+    table: dict[str, Any] = {
+        "timestamp": np.concatenate([np.arange(length) for length in lengths]).astype(np.float32) / FPS,
+        "frame_index": np.concatenate([np.arange(length) for length in lengths]),
+        "episode_index": np.repeat(np.arange(len(lengths)), lengths),
+        "task_index": np.zeros(sum(lengths), np.int64),
+    }
+    for name, values in columns.items():
+        if isinstance(values, np.ndarray):
+            table[name] = list(values) if values.ndim > 1 else values
+            features[name] = {"dtype": str(values.dtype), "shape": list(values.shape[1:])}
+        elif isinstance(values[0], str):
+            table[name], features[name] = values, {"dtype": "string", "shape": [1]}
+        else:
+            table[name] = [{"bytes": image, "path": None} for image in values]
+            features[name] = {"dtype": "image", "shape": list(decode(values[0]).shape)}
+    paths = {"data_path": "data/episode_{episode_index:06d}.parquet", "chunks_size": 1000}
+    description = {"codebase_version": "v2.1", "fps": FPS, "features": features, **paths, **info}
+    (folder / "meta" / "info.json").write_text(json.dumps(description))
+    (folder / "meta" / "tasks.jsonl").write_text('{"task_index": 0, "task": "pick it up"}\n')
+    rows = [{"episode_index": number, "length": length} for number, length in enumerate(lengths)]
+    (folder / "meta" / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "data").mkdir()
+    whole, first = pa.table(table), 0
+    for number, length in enumerate(lengths):
+        pq.write_table(whole.slice(first, length), folder / f"data/episode_{number:06d}.parquet")
+        first += length
+    return folder

@@ -55,7 +55,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_index_holds_what_tfds_reads(root: Path) -> None:
     builder = tfds.builder_from_directory(root / NAME / "1.0.0")
-    index = load_frame_index(LIBERO_SPEC, open_dataset(root, NAME, LIBERO_SPEC, LIBERO)["train"])
+    index = load_frame_index(open_dataset(root, NAME, LIBERO_SPEC, LIBERO)["train"])
     steps = [
         step
         for path in index.shards
@@ -382,8 +382,8 @@ class TestBadFolders:
     def test_metadata(self, root: Path) -> None:
         folder = root / NAME / "1.0.0"
         info = (folder / "dataset_info.json").read_text()
-        (folder / "dataset_info.json").write_text(info.replace("tfrecord", "array_record"))
-        self._fails(root, r"file format 'array_record'; accepted: tfrecord")
+        (folder / "dataset_info.json").write_text(info.replace("tfrecord", "riegeli"))
+        self._fails(root, r"file format 'riegeli'; accepted: tfrecord, array_record")
         (folder / "dataset_info.json").write_text(info[:50])
         self._fails(root, r"1\.0\.0: dataset_info.json or features.json is no valid RLDS description")
         (folder / "dataset_info.json").unlink()

@@ -30,7 +30,7 @@ def test_defaults_with_existing_folders_are_accepted(tmp_path: Path) -> None:
         ({"use_diffusion": True}, "--use_l1_regression and --use_diffusion"),
         ({"scheduler": "CosineAnealingLR"}, "did you mean 'CosineAnnealingLR'"),
         ({"mixed_precision": "fp16"}, "--mixed_precision"),
-        ({"num_images_in_input": 4}, "--num_images_in_input: 4 found; accepted: 1, 2 or 3"),
+        ({"num_images_in_input": 0}, "--num_images_in_input: 0 found; accepted: 1 or more"),
         ({"learning_rate": 0.0}, "--learning_rate"),
         ({"lora_dropout": -0.1}, "--lora_dropout"),
         ({"lora_dropout": 1.5}, "--lora_dropout: 1.5 found"),

@@ -35,8 +35,9 @@ class RLDSBatchTransform:
         image_transform: PIL image -> (6, H, W) tensor; the processor's `image_processor.apply_transform`.
         prompt_builder_fn: instruction -> prompt.
         predict_stop_token: whether the stop token has a label.
-        use_wrist_image, use_proprio: whether the sample holds the wrist views and the proprioceptive state.
-        num_images: with wrist views, how many views the dataset is to read in all; None for as many as it has.
+        use_wrist_image, use_proprio: whether the sample holds the views after the first (the wrist's, or others) and
+            the proprioceptive state.
+        num_images: with these views, how many the dataset is to read in all; None for as many as it has.
     """
 
     action_tokenizer: ActionTokenizer
@@ -53,12 +54,13 @@ class RLDSBatchTransform:
         """Transform one frame.
 
         Args:
-            rlds_batch: "dataset_name"; "action" (T, A) normalized; "observation" with "image_primary" and wrist images
-                (1, H, W, 3) uint8 and "proprio" (1, P); "task" with "language_instruction" (text or UTF-8 bytes).
+            rlds_batch: "dataset_name"; "action" (T, A) normalized; "observation" with images (1, H, W, 3) uint8,
+                "image_primary" or the first one being the main view, and "proprio" (1, P); "task" with
+                "language_instruction" (text or UTF-8 bytes).
 
         Returns:
             pixel_values (6, H, W), input_ids (S,), labels (S,), actions (T, A), dataset_name and, when used,
-            pixel_values_wrist (6 * wrist views, H, W) and proprio (1, P).
+            pixel_values_wrist (6 * further views, H, W) and proprio (1, P).
         """
         observation, actions = rlds_batch["observation"], rlds_batch["action"]
         instruction = rlds_batch["task"]["language_instruction"]
@@ -69,16 +71,18 @@ class RLDSBatchTransform:
         labels[: len(prompt)] = IGNORE_INDEX
         if not self.predict_stop_token:
             labels[-1] = IGNORE_INDEX
+        views = [name for name in observation if name.startswith("image_")]
+        first = "image_primary" if "image_primary" in views else views[0]
         sample: Sample = {
-            "pixel_values": self._pixels(observation["image_primary"]),
+            "pixel_values": self._pixels(observation[first]),
             "input_ids": input_ids,
             "labels": labels,
             "dataset_name": rlds_batch["dataset_name"],
             "actions": actions,
         }
         if self.use_wrist_image:
-            wrist = [self._pixels(value) for key, value in observation.items() if "wrist" in key]
-            sample["pixel_values_wrist"] = torch.cat(wrist) if len(wrist) > 1 else wrist[0]
+            further = [self._pixels(observation[name]) for name in views if name != first]
+            sample["pixel_values_wrist"] = torch.cat(further) if len(further) > 1 else further[0]
         if self.use_proprio:
             sample["proprio"] = observation["proprio"]
         return sample

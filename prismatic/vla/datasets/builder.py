@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,8 @@ from prismatic.vla.datasets.specs import DatasetSpec
 from prismatic.vla.platforms import Platform
 
 SplitT = TypeVar("SplitT")
+
+FILE_FORMATS = ("tfrecord", "array_record")
 
 
 @dataclass(frozen=True)
@@ -35,21 +37,39 @@ class NumberFeature:
 
 
 @dataclass(frozen=True)
-class SplitFiles:
-    """One split of a dataset: its version folder, its TFRecord shards with their record counts, and feature widths.
+class ImageFeature:
+    """How an image is stored: as an encoded file when `shape` is empty, else as its uint8 values.
 
     Attributes:
-        numbers: feature -> how its numbers are stored.
-        action_width, state_width: of the actions and states made of them.
+        shape: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); -1 for a size that the number of values tells.
+        packed: whether the values are one byte string, not a list of integers; zlib: which is compressed.
+    """
+
+    shape: tuple[int, ...] = ()
+    packed: bool = False
+    zlib: bool = False
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """One split of a dataset: its version folder, its shards with their record counts, and what is read of them.
+
+    Attributes:
+        spec: the dataset's, without unused views and states that the files lack.
+        needed: the features that cannot be done without; the others may be damaged.
+        numbers, images: feature -> how its numbers or images are stored.
+        array_record: the file format, else TFRecord.
     """
 
     folder: Path
     split: str
     shards: tuple[Path, ...]
     shard_lengths: tuple[int, ...]
+    spec: DatasetSpec
+    needed: frozenset[str]
     numbers: Mapping[str, NumberFeature]
-    action_width: int
-    state_width: int
+    images: Mapping[str, ImageFeature]
+    array_record: bool = False
 
 
 def _version_key(folder: Path) -> tuple[int, ...]:
@@ -97,93 +117,129 @@ def _feature(steps: Any, name: str) -> Any:
     return None
 
 
-def _number_feature(folder: Path, steps: Any, name: str) -> NumberFeature:
-    feature = _feature(steps, name)
+def _encoding(feature: Any) -> str:
+    return str(getattr(getattr(feature, "_encoding", None), "value", "none"))
+
+
+def _number_feature(file: Path, feature: Any, name: str) -> NumberFeature:
     shape = tuple(getattr(feature, "shape", None) or ())
     dtype = np.dtype(feature.np_dtype)
     if None in shape or dtype.kind not in "fiub":
         raise UsageError(
-            f"{folder / 'features.json'}: feature steps/{name} has shape {shape} and type {dtype}; "
-            "accepted: numbers of a fixed shape"
+            f"{file}: feature steps/{name} has shape {shape} and type {dtype}; accepted: numbers of a fixed shape"
         )
-    encoding = str(getattr(getattr(feature, "_encoding", None), "value", "none"))
+    encoding = _encoding(feature)
     packed = dtype.str if encoding in ("bytes", "zlib") else ""
     return NumberFeature(math.prod(shape), dtype.kind != "f", packed, encoding == "zlib")
 
 
-def _check_width(folder: Path, what: str, found: tuple[int, ...], expected: int, platform: Platform) -> None:
-    if found != (expected,):
+def _image_feature(file: Path, feature: Any, name: str) -> ImageFeature:
+    """How the image is stored: TFDS's Image or encoded bytes, else a Tensor of uint8."""
+    shape, dtype = tuple(getattr(feature, "shape", None) or ()), np.dtype(feature.np_dtype)
+    if dtype.kind in "OSU" and math.prod(shape) == 1:
+        return ImageFeature()
+    sizes = tuple(-1 if size is None else int(size) for size in shape)
+    channels = shape[2] if len(shape) == 3 else 1
+    encoded = type(feature).__name__ == "Image"
+    fits = dtype == np.uint8 and len(shape) in (2, 3) and channels in (1, 3, 4, None)
+    if not fits or (not encoded and (channels is None or sizes.count(-1) > 1)):
         raise UsageError(
-            f"{folder / 'features.json'}: {what} has shape {found}; "
-            f"accepted for platform {platform.name!r}: ({expected},)"
+            f"{file}: feature steps/{name} is a {type(feature).__name__} of shape {shape} and type {dtype}; accepted: "
+            "an Image, encoded bytes or a Tensor, uint8 (height, width, 1, 3 or 4)"
         )
+    encoding = _encoding(feature)
+    return ImageFeature() if encoded else ImageFeature(sizes, encoding != "none", encoding == "zlib")
 
 
-def _widths(
-    folder: Path, steps: Any, spec: DatasetSpec, platform: Platform, with_proprio: bool
-) -> tuple[dict[str, NumberFeature], int, int]:
-    """How the numbers are stored, and the widths of action and state after a check against the platform."""
-    if spec.assembly is None:
-        wanted = ((spec.action, platform.action_dim), (spec.state, platform.proprio_dim))
-        for name, width in wanted if with_proprio else wanted[:1]:
-            _check_width(folder, f"feature steps/{name}", tuple(_feature(steps, name).shape), width, platform)
-        numbers = {name: _number_feature(folder, steps, name) for name in spec.numbers}
-        return numbers, numbers[spec.action].width, numbers[spec.state].width
-    numbers = {name: _number_feature(folder, steps, name) for name in spec.numbers}
-    # A made-up step of zeros shows how wide the vectors come out.
-    step = {name: np.zeros((1, feature.width), np.float32) for name, feature in numbers.items()}
-    action, proprio = (vectors.shape[1] for vectors in spec.assembly(step))
-    made_of = "made of " + ", ".join(spec.numbers)
-    _check_width(folder, f"the action {made_of}", (action,), platform.action_dim, platform)
-    if with_proprio:
-        _check_width(folder, f"the state {made_of}", (proprio,), platform.proprio_dim, platform)
-    return numbers, action, proprio
+FormT = TypeVar("FormT", NumberFeature, ImageFeature)
 
 
-def open_dataset(
-    data_root_dir: Path, name: str, spec: DatasetSpec, platform: Platform, with_proprio: bool = True
-) -> dict[str, SplitFiles]:
-    """All splits of a dataset after a check of its schema; the width of its states matters `with_proprio` alone.
+def _forms(
+    steps: Any, describe: Callable[[Path, Any, str], FormT], file: Path, names: Iterable[str], needed: frozenset[str]
+) -> tuple[dict[str, FormT], set[str]]:
+    """How each feature is stored, and which are left out since they are not needed and have another form."""
+    forms, others = {}, set()
+    for name in names:
+        try:
+            forms[name] = describe(file, _feature(steps, name), name)
+        except UsageError:
+            if name in needed:
+                raise
+            others.add(name)
+    return forms, others
 
-    Raises:
-        UsageError: a missing folder, unreadable metadata, a file format other than TFRecord, a missing feature, or
-            actions or states whose width is not the platform's.
-    """
+
+def _open_builder(folder: Path) -> Any:
+    """TFDS's description of the dataset in `folder`."""
     import tensorflow_datasets as tfds
     from google.protobuf.json_format import Error as ProtobufJSONError
 
-    folder = find_version_folder(data_root_dir, name)
     for required in ("dataset_info.json", "features.json"):
         if not (folder / required).is_file():
             raise UsageError(f"{folder / required}: no such file; accepted: a TFDS dataset folder (RLDS)")
     try:
         info = tfds.builder_from_directory(folder).info
-        steps = info.features["steps"].feature
+        _ = info.features["steps"].feature
     except (ProtobufJSONError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(
             f"{folder}: dataset_info.json or features.json is no valid RLDS description: {reason}"
         ) from error
-    if info.file_format.value != "tfrecord":
-        raise UsageError(f"{folder}: file format {info.file_format.value!r}; accepted: tfrecord")
-    for feature in (*spec.numbers, spec.language, *spec.stored_images.values()):
-        if _feature(steps, feature) is None:
+    if info.file_format.value not in FILE_FORMATS:
+        raise UsageError(f"{folder}: file format {info.file_format.value!r}; accepted: {', '.join(FILE_FORMATS)}")
+    return info
+
+
+def open_dataset(
+    data_root_dir: Path,
+    name: str,
+    spec: DatasetSpec,
+    platform: Platform,
+    with_proprio: bool = True,
+    num_images: int | None = None,
+) -> dict[str, SplitFiles]:
+    """All splits of a dataset after a check of its schema.
+
+    States (without `with_proprio`) and views after the first `num_images` are not used: they need not be there.
+
+    Raises:
+        UsageError: a missing folder, unreadable metadata, another file format, a feature that is missing or of another
+            kind, or actions or states whose width is not the platform's.
+    """
+    folder = find_version_folder(data_root_dir, name)
+    info, file = _open_builder(folder), folder / "features.json"
+    steps = info.features["steps"].feature
+    needed = spec.needed(num_images, with_proprio)
+    absent = {
+        feature
+        for feature in (*spec.numbers, spec.language, *spec.stored_images.values())
+        if _feature(steps, feature) is None
+    }
+    for feature in absent:
+        if feature in needed or feature == spec.language:
             raise UsageError(
-                f"{folder / 'features.json'}: missing feature steps/{feature}, which dataset {name!r} needs; "
+                f"{file}: missing feature steps/{feature}, which dataset {name!r} needs; "
                 f"found: {', '.join(sorted(_names(steps)))}"
             )
-    numbers, action_width, state_width = _widths(folder, steps, spec, platform, with_proprio)
+    spec = spec.without(absent)
+    numbers, no_numbers = _forms(steps, _number_feature, file, spec.numbers, needed)
+    images, no_images = _forms(steps, _image_feature, file, spec.stored_images.values(), needed)
+    spec = spec.without(no_numbers | no_images)
+    widths = {feature: numbers[feature].width for feature in spec.numbers}
+    spec.check_widths(file, widths, platform, with_proprio, prefix="steps/")
     if np.dtype(_feature(steps, spec.language).np_dtype).kind in "iu":
-        numbers[spec.language] = _number_feature(folder, steps, spec.language)
+        numbers[spec.language] = _number_feature(file, _feature(steps, spec.language), spec.language)
     return {
         split: SplitFiles(
             folder=folder,
             split=split,
             shards=tuple(Path(str(path)) for path in split_info.filepaths),
             shard_lengths=tuple(int(length) for length in split_info.shard_lengths),
+            spec=spec,
+            needed=needed,
             numbers=numbers,
-            action_width=action_width,
-            state_width=state_width,
+            images=images,
+            array_record=info.file_format.value == "array_record",
         )
         for split, split_info in info.splits.items()
     }

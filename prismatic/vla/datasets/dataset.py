@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
 from prismatic.vla.batch import Frame, Sample
+from prismatic.vla.datasets import statistics as statistics_module
 from prismatic.vla.datasets.builder import choose_split
-from prismatic.vla.datasets.episodes import DatasetSplit, EpisodeData, cache_folder
+from prismatic.vla.datasets.episodes import DatasetSplit, EpisodeData, cache_folder, code_digest
 from prismatic.vla.datasets.formats import find_splits
 from prismatic.vla.datasets.image_transforms import (
     FULL_IMAGE,
@@ -62,7 +63,7 @@ class _Source:
     index: EpisodeData
     views: dict[str, tuple[int, ...]]
     action: np.ndarray
-    proprio: np.ndarray
+    proprio: np.ndarray | None
     starts: np.ndarray
 
 
@@ -73,6 +74,20 @@ def _transitions(spec: DatasetSpec, index: EpisodeData) -> tuple[np.ndarray, np.
         for first, last in itertools.pairwise(index.episode_start)
     ]
     return np.concatenate([action for action, _ in pairs]), np.concatenate([proprio for _, proprio in pairs])
+
+
+def _check_transitions(
+    name: str, transitions: tuple[np.ndarray, np.ndarray], rows: int, platform: Platform, with_proprio: bool
+) -> None:
+    """Refuse what a `standardize` has made of the wrong width or number of steps."""
+    wanted = [("actions", transitions[0], platform.action_dim)]
+    wanted += [("states", transitions[1], platform.proprio_dim)] if with_proprio else []
+    for what, vectors, width in wanted:
+        if vectors.shape != (rows, width):
+            raise UsageError(
+                f"dataset {name!r}: standardize gives {what} of shape {vectors.shape}; "
+                f"accepted for platform {platform.name!r}: ({rows}, {width})"
+            )
 
 
 def _views(name: str, spec: DatasetSpec, index: EpisodeData, count: int | None) -> dict[str, tuple[int, ...]]:
@@ -120,7 +135,8 @@ def _statistics(
     `index` and `transitions` are of the split `own`.
     """
     identity = [splits[split].fingerprint() for split in sorted(splits)]
-    digest = hashlib.sha256(json.dumps([identity, spec.action_mask], sort_keys=True).encode())
+    code = code_digest(statistics_module)
+    digest = hashlib.sha256(json.dumps([identity, spec.action_mask, code], sort_keys=True).encode())
     # A transform is known by what it makes of the data: its name stays when its code, or what it calls, is edited.
     for array in transitions:
         digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
@@ -138,7 +154,7 @@ def _statistics(
 
 
 def _num_views(batch_transform: object) -> int | None:
-    """How many views a batch transform looks at; None for all there are."""
+    """How many views a batch transform looks at; None for all that the dataset has."""
     if not getattr(batch_transform, "use_wrist_image", True):
         return 1
     return getattr(batch_transform, "num_images", None)
@@ -227,11 +243,16 @@ class RLDSDataset(Dataset):
 
     def _open(self, root: Path, name: str, train: bool) -> _Source:
         spec = DATASETS[name]
-        splits = find_splits(root, name, spec, self.platform, getattr(self.batch_transform, "use_proprio", True))
+        # A transform that does not say gets the states there are.
+        with_proprio = bool(getattr(self.batch_transform, "use_proprio", spec.has_state))
+        if with_proprio and not spec.has_state:
+            raise UsageError(f"--use_proprio: True found, but dataset {name!r} has no states; accepted: False")
+        splits = find_splits(root, name, spec, self.platform, with_proprio, self._num_views)
         held_out = self.holdout if "val" not in splits else 0.0
         split = choose_split(splits, name, train or held_out > 0)
         index = split.load()
         action, proprio = _transitions(spec, index)
+        _check_transitions(name, (action, proprio), index.num_frames, self.platform, with_proprio)
         statistics = _statistics(name, spec, splits, split.split, index, (action, proprio))
         self.dataset_statistics[name] = statistics
         future = self.platform.chunk - 1
@@ -252,7 +273,7 @@ class RLDSDataset(Dataset):
             index=index,
             views=_views(name, spec, index, self._num_views),
             action=normalize(action, statistics["action"], kind),
-            proprio=normalize(proprio, statistics["proprio"], kind),
+            proprio=normalize(proprio, statistics["proprio"], kind) if "proprio" in statistics else None,
             starts=starts,
         )
 
@@ -312,11 +333,12 @@ class RLDSDataset(Dataset):
             f"image_{name}": self._image(source, name, draw, augment)[None]
             for name, augment in self.augmentation(draw).items()
         }
+        state = {} if source.proprio is None else {"proprio": source.proprio[start : start + 1]}
         timestep = start - int(source.index.episode_start[source.index.episode_of(start)])
         return {
             "dataset_name": source.name,
             "action": source.action[start : start + self.platform.chunk],
-            "observation": {**images, "proprio": source.proprio[start : start + 1], "timestep": np.array([timestep])},
+            "observation": {**images, **state, "timestep": np.array([timestep])},
             "task": {"language_instruction": source.index.instructions[source.index.language[start]]},
         }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +22,8 @@ class EpisodeData(ABC):
     """The episodes of one split, all numbers in memory, images read when asked for; E episodes, F frames.
 
     Attributes:
-        action: raw actions (F, A); state: raw states (F, S); both float32, gripper as the RLDS data have it.
+        action: raw actions (F, A); state: raw states (F, S), S = 0 for a robot without; both float32, gripper as the
+            RLDS data have it.
         language: number of the frame's instruction in `instructions` (F,) int32.
         episode_start: first frame of every episode, and F at the end (E + 1,) int64.
         views: names of the views, in the order the policy sees them.
@@ -103,6 +106,11 @@ class ByteReader:
         self._open.move_to_end(file)
         # pread has no file position, so forked loader workers may share a descriptor.
         return os.pread(descriptor, size, start)
+
+
+def code_digest(*modules: ModuleType) -> str:
+    """A hash of the modules' source: what older code has cached is not taken for theirs."""
+    return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()[:16]
 
 
 def cache_folder(folder: Path) -> Path:

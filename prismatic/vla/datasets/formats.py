@@ -13,11 +13,16 @@ from prismatic.vla.platforms import Platform
 
 
 def find_splits(
-    data_root_dir: Path, name: str, spec: DatasetSpec, platform: Platform, with_proprio: bool = True
+    data_root_dir: Path,
+    name: str,
+    spec: DatasetSpec,
+    platform: Platform,
+    with_proprio: bool = True,
+    num_images: int | None = None,
 ) -> dict[str, DatasetSplit]:
     """The splits of the dataset in `data_root_dir/name`: LeRobot when it holds meta/info.json, else RLDS.
 
-    States that are not used (`with_proprio` False) may have any width.
+    States that are not used (`with_proprio` False), and views after the first `num_images`, may be missing or wrong.
 
     Raises:
         UsageError: a missing folder, unreadable metadata, or a schema that does not fit `spec` and `platform`.
@@ -25,11 +30,11 @@ def find_splits(
     if (data_root_dir / name / "meta" / "info.json").is_file():
         from prismatic.vla.datasets.lerobot.split import open_lerobot
 
-        if spec.assembly is not None:
+        if spec.rlds_only:
             raise UsageError(
                 f"{data_root_dir / name}: a LeRobot dataset, but {name!r} is registered for its RLDS features "
-                f"({', '.join(spec.numbers)}); accepted: RLDS files, or a name of its own given to register_dataset"
+                f"({', '.join(spec.numbers)}); accepted: RLDS files, or a name of its own (--dataset_file)"
             )
-        return dict(open_lerobot(data_root_dir / name, spec, platform, with_proprio))
-    rlds = open_dataset(data_root_dir, name, spec, platform, with_proprio)
-    return {split: RLDSSplit(spec, files) for split, files in rlds.items()}
+        return dict(open_lerobot(data_root_dir / name, spec, platform, with_proprio, num_images))
+    rlds = open_dataset(data_root_dir, name, spec, platform, with_proprio, num_images)
+    return {split: RLDSSplit(files) for split, files in rlds.items()}

@@ -3,7 +3,8 @@
 Built in one pass over the shards, with all checksums verified, then cached: beside the data as
 `frame_index-<split>.npz`, or below the user's cache folder when the dataset folder is read-only. The cache is used as
 long as every file's size and modification time, the features asked for and the format version are the same. A frame
-costs some 80 bytes here; images are never kept.
+costs some 80 bytes here; images are never kept. The records of ArrayRecord files are compressed in chunks, which cannot
+be read at random places: they are copied once into `array_records-<split>.bin`, in the same folder as the index.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ import io
 import json
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_write
-from prismatic.vla.datasets.builder import NumberFeature, SplitFiles
-from prismatic.vla.datasets.episodes import ByteReader, EpisodeData, cache_folder
-from prismatic.vla.datasets.image_transforms import decode_image
-from prismatic.vla.datasets.specs import DatasetSpec
-from prismatic.vla.datasets.tfrecord import Example, MalformedExample, read_records
+from prismatic.util.files import atomic_path, atomic_write
+from prismatic.vla.datasets.builder import ImageFeature, NumberFeature, SplitFiles
+from prismatic.vla.datasets.episodes import ByteReader, EpisodeData, cache_folder, code_digest
+from prismatic.vla.datasets.image_transforms import as_rgb, decode_image
+from prismatic.vla.datasets.oxe import assembly, operations
+from prismatic.vla.datasets.tfrecord import Example, MalformedExample, Record, read_array_records, read_records, varints
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass
@@ -34,9 +37,10 @@ class RLDSEpisodes(EpisodeData):
     """One split of an RLDS dataset, in file order; V views.
 
     Attributes:
-        shards: the TFRecord files.
+        shards: the TFRecord files, or the one file that ArrayRecord files were copied into.
         image_start: byte offset of the encoded image in its shard (V, F) int64; image_size: its bytes (V, F) int32.
         episode_shard, episode_record: the episode's shard number and its record in there (E,) int32.
+        forms: how the images of each view are stored.
     """
 
     shards: tuple[Path, ...]
@@ -44,6 +48,7 @@ class RLDSEpisodes(EpisodeData):
     image_size: np.ndarray
     episode_shard: np.ndarray
     episode_record: np.ndarray
+    forms: tuple[ImageFeature, ...]
 
     def __post_init__(self) -> None:
         self._reader = ByteReader(self.shards)
@@ -53,15 +58,25 @@ class RLDSEpisodes(EpisodeData):
         episode = self.episode_of(frame)
         shard = int(self.episode_shard[episode])
         try:
-            return decode_image(
-                self._reader.read(shard, int(self.image_start[view, frame]), int(self.image_size[view, frame]))
-            )
-        except (OSError, ValueError) as error:
+            stored = self._reader.read(shard, int(self.image_start[view, frame]), int(self.image_size[view, frame]))
+            return _pixels(stored, self.forms[view])
+        except (OSError, ValueError, zlib.error) as error:
             raise UsageError(
                 f"{self.shards[shard]}: record {int(self.episode_record[episode])}: "
                 f"step {frame - int(self.episode_start[episode])}: image {self.views[view]}: "
                 f"{' '.join(str(error).split())}"
             ) from error
+
+
+def _pixels(stored: bytes, form: ImageFeature) -> np.ndarray:
+    """uint8 (H, W, 3) of an image's bytes."""
+    if not form.shape:
+        return decode_image(stored)
+    if not form.packed:
+        values = varints(stored).astype(np.uint8)
+    else:
+        values = np.frombuffer(zlib.decompress(stored) if form.zlib else stored, np.uint8)
+    return as_rgb(values.reshape(form.shape))
 
 
 _ARRAYS = (
@@ -78,7 +93,7 @@ _ARRAYS = (
 
 @dataclass
 class _Columns:
-    """What the pass over the shards collects."""
+    """All that the pass over the shards collects; `faults` are those of features that are not needed."""
 
     action: list[np.ndarray] = field(default_factory=list)
     state: list[np.ndarray] = field(default_factory=list)
@@ -88,6 +103,7 @@ class _Columns:
     lengths: list[int] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
     instructions: dict[bytes, int] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
 
 
 def _matrix(example: Example, name: str, steps: int, feature: NumberFeature) -> np.ndarray:
@@ -119,29 +135,54 @@ def _texts(example: Example, name: str, feature: NumberFeature | None) -> list[b
     return ["".join(map(chr, row)).split("\0")[0].encode() for row in rows]
 
 
-def _spans(example: Example, name: str, steps: int) -> np.ndarray:
+def _spans(example: Example, name: str, steps: int, form: ImageFeature) -> np.ndarray:
     """(steps, 2): first byte and end of every image within the record."""
-    spans = example.byte_spans(name)
+    spans = example.integer_spans(name, steps) if form.shape and not form.packed else example.byte_spans(name)
     if len(spans) != steps:
         raise MalformedExample(f"{name} holds {len(spans)} images for {steps} steps")
     return np.array(spans, dtype=np.int64).reshape(steps, 2)
 
 
-def _add_episode(columns: _Columns, example: Example, offset: int, spec: DatasetSpec, split: SplitFiles) -> bool:
+def _check_present(example: Example, name: str) -> None:
+    if name not in example:
+        raise MalformedExample(f"missing feature {name}; it holds {', '.join(example.names())}")
+
+
+def _read(columns: _Columns, split: SplitFiles, feature: str, read: Callable[[str], np.ndarray]) -> np.ndarray | None:
+    """The feature's values by `read`; None, and a note in `faults`, for damaged ones that are not needed."""
+    try:
+        return read(f"steps/{feature}")
+    except MalformedExample as error:
+        if feature in split.needed:
+            raise
+        columns.faults.setdefault(feature, str(error))
+        return None
+
+
+def _add_episode(columns: _Columns, example: Example, offset: int, split: SplitFiles) -> bool:
     """Append one episode; nothing when it has no transition (and False is returned) or MalformedExample is raised."""
-    wanted = [f"steps/{feature}" for feature in (*spec.numbers, spec.language, *spec.stored_images.values())]
-    missing = [name for name in wanted if name not in example]
-    if missing:
-        raise MalformedExample(f"missing feature {missing[0]}; it holds {', '.join(example.names())}")
+    spec = split.spec
+    _check_present(example, f"steps/{spec.language}")
     texts = _texts(example, f"steps/{spec.language}", split.numbers.get(spec.language))
     steps = len(texts)
-    numbers = {name: _matrix(example, f"steps/{name}", steps, split.numbers[name]) for name in spec.numbers}
-    spans_VT2 = np.stack([_spans(example, f"steps/{feature}", steps) for feature in spec.stored_images.values()])
-    if spec.assembly is None:
-        action, state, kept = numbers[spec.action], numbers[spec.state], slice(None)
-    else:
-        action, state = spec.assembly(numbers)
-        kept = spec.assembly.kept(steps)
+
+    def matrix(name: str) -> np.ndarray:
+        _check_present(example, name)
+        return _matrix(example, name, steps, split.numbers[name.removeprefix("steps/")])
+
+    def spans(name: str) -> np.ndarray:
+        _check_present(example, name)
+        return _spans(example, name, steps, split.images[name.removeprefix("steps/")])
+
+    numbers, places = {}, []
+    for name in spec.numbers:
+        values = _read(columns, split, name, matrix)
+        numbers[name] = np.zeros((steps, split.numbers[name].width), np.float32) if values is None else values
+    for name in spec.stored_images.values():
+        values = _read(columns, split, name, spans)
+        places.append(np.zeros((steps, 2), np.int64) if values is None else values)
+    spans_VT2 = np.stack(places) if places else np.zeros((0, steps, 2), np.int64)
+    action, state, kept = spec.assembled(numbers)
     if not len(action):
         return False
     columns.action.append(action)
@@ -154,28 +195,62 @@ def _add_episode(columns: _Columns, example: Example, offset: int, spec: Dataset
     return True
 
 
-def _build(spec: DatasetSpec, split: SplitFiles) -> RLDSEpisodes:
+def _copied(path: Path, copy: BinaryIO) -> Iterator[Record]:
+    """The records of an ArrayRecord file, each copied; its offset is that in the copy."""
+    for payload in read_array_records(path):
+        yield Record(copy.tell(), payload)
+        copy.write(payload)
+
+
+def _build(split: SplitFiles, copy: Path | None) -> tuple[RLDSEpisodes, dict[str, str]]:
+    """The index, and the faults of features that are not needed; ArrayRecord files are copied to `copy`."""
+    if copy is None:
+        return _collect(split, split.shards, read_records)
+    try:
+        with atomic_path(copy) as temporary, open(temporary, "wb") as stream:
+            return _collect(split, (copy,), lambda path: _copied(path, stream))
+    except OSError as error:
+        raise UsageError(
+            f"{copy}: array_record files cannot be copied there ({error}); accepted: a folder with room, "
+            "by the environment variable XDG_CACHE_HOME"
+        ) from error
+
+
+def _collect(
+    split: SplitFiles, files: tuple[Path, ...], records: Callable[[Path], Iterator[Record]]
+) -> tuple[RLDSEpisodes, dict[str, str]]:
     columns = _Columns()
     for shard_number, (path, expected) in enumerate(zip(split.shards, split.shard_lengths, strict=True)):
         record_number = -1
-        for record_number, record in enumerate(read_records(path)):
+        for record_number, record in enumerate(records(path)):
+            known = set(columns.faults)
             try:
-                if _add_episode(columns, Example(record.payload), record.offset, spec, split):
-                    columns.places.append((shard_number, record_number))
+                if _add_episode(columns, Example(record.payload), record.offset, split):
+                    columns.places.append((shard_number if len(files) > 1 else 0, record_number))
             except MalformedExample as error:
                 raise UsageError(f"{path}: record {record_number}: {error}") from error
+            for feature in set(columns.faults) - known:
+                columns.faults[feature] = f"{path}: record {record_number}: {columns.faults[feature]}"
         if record_number + 1 != expected:
             raise UsageError(
                 f"{path}: {record_number + 1} records, dataset_info.json says {expected} (incomplete copy?)"
             )
     if not sum(columns.lengths):
         raise UsageError(f"{split.folder}: split {split.split!r} is empty; accepted: a split with at least one episode")
+    return _table(split, files, columns), columns.faults
+
+
+def _table(split: SplitFiles, files: tuple[Path, ...], columns: _Columns) -> RLDSEpisodes:
     shard_and_record = np.array(columns.places, dtype=np.int32)
+    state = np.concatenate(columns.state)
+    if any(feature in columns.faults for feature in split.spec.state_features):
+        state = state[:, :0]
     return RLDSEpisodes(
-        shards=split.shards,
-        views=tuple(spec.stored_images),
+        shards=files,
+        views=tuple(split.spec.stored_images),
+        forms=_forms(split),
         action=np.concatenate(columns.action),
-        state=np.concatenate(columns.state),
+        state=state,
         image_start=np.concatenate(columns.image_start, axis=1),
         image_size=np.concatenate(columns.image_size, axis=1),
         language=np.concatenate(columns.language),
@@ -186,43 +261,57 @@ def _build(spec: DatasetSpec, split: SplitFiles) -> RLDSEpisodes:
     )
 
 
-def fingerprint(spec: DatasetSpec, split: SplitFiles) -> dict[str, object]:
+def _forms(split: SplitFiles) -> tuple[ImageFeature, ...]:
+    return tuple(split.images[feature] for feature in split.spec.stored_images.values())
+
+
+def fingerprint(split: SplitFiles) -> dict[str, object]:
     """Everything the index depends on; two equal fingerprints mean the same index."""
+    spec = split.spec
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in split.shards]
     return {
         "version": FORMAT_VERSION,
+        "code": code_digest(operations, assembly),
         "split": split.split,
         "features": [*spec.numbers, spec.language, *spec.stored_images.values()],
         "assembly": repr(spec.assembly),
-        "widths": [split.action_width, split.state_width],
+        "widths": {feature: split.numbers[feature].width for feature in spec.numbers},
+        "forms": repr(_forms(split)),
         "shard_lengths": list(split.shard_lengths),
         "files": [list(file) for file in files],
     }
 
 
-def _load(path: Path, identity: dict[str, object], spec: DatasetSpec, split: SplitFiles) -> RLDSEpisodes | None:
+def _load(
+    path: Path, identity: dict[str, object], split: SplitFiles, copy: Path | None
+) -> tuple[RLDSEpisodes, dict[str, str]] | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             header = json.loads(bytes(stored["header"]))
-            if header["fingerprint"] != identity:
+            if header["fingerprint"] != identity or (copy is not None and copy.stat().st_size != header["copied"]):
                 return None
             arrays = {name: stored[name] for name in _ARRAYS}
+            faults, instructions = header["faults"], tuple(header["instructions"])
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None  # absent, from another version or damaged: built anew
-    instructions = tuple(header["instructions"])
-    return RLDSEpisodes(shards=split.shards, views=tuple(spec.stored_images), instructions=instructions, **arrays)
+    shards = split.shards if copy is None else (copy,)
+    views = tuple(split.spec.stored_images)
+    return RLDSEpisodes(shards=shards, views=views, forms=_forms(split), instructions=instructions, **arrays), faults
 
 
-def _save(path: Path, identity: dict[str, object], index: RLDSEpisodes) -> None:
-    header = json.dumps({"fingerprint": identity, "instructions": index.instructions}).encode()
+def _save(
+    path: Path, identity: dict[str, object], index: RLDSEpisodes, faults: dict[str, str], copy: Path | None
+) -> None:
+    copied = 0 if copy is None else copy.stat().st_size
+    header = {"fingerprint": identity, "instructions": index.instructions, "faults": faults, "copied": copied}
     buffer = io.BytesIO()
     arrays = {name: getattr(index, name) for name in _ARRAYS}
-    np.savez(buffer, header=np.frombuffer(header, dtype=np.uint8), **arrays)
+    np.savez(buffer, header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), **arrays)
     with contextlib.suppress(OSError):  # a full or read-only disk costs the next start a few seconds, nothing else
         atomic_write(path, buffer.getvalue())
 
 
-def load_frame_index(spec: DatasetSpec, split: SplitFiles) -> RLDSEpisodes:
+def load_frame_index(split: SplitFiles) -> RLDSEpisodes:
     """The split's index, from its cache or built (and cached) now.
 
     Raises:
@@ -234,12 +323,16 @@ def load_frame_index(spec: DatasetSpec, split: SplitFiles) -> RLDSEpisodes:
             raise UsageError(
                 f"{path}: no such file, but dataset_info.json lists {len(split.shards)} shards (incomplete copy?)"
             )
-    identity = fingerprint(spec, split)
-    cache = cache_folder(split.folder) / f"frame_index-{split.split}.npz"
-    index = _load(cache, identity, spec, split)
-    if index is None:
-        index = _build(spec, split)
-        _save(cache, identity, index)
+    identity, folder = fingerprint(split), cache_folder(split.folder)
+    cache = folder / f"frame_index-{split.split}.npz"
+    copy = folder / f"array_records-{split.split}.bin" if split.array_record else None
+    known = _load(cache, identity, split, copy)
+    if known is None:
+        known = _build(split, copy)
+        _save(cache, identity, *known, copy)
+    index, faults = known
+    for feature in split.needed & faults.keys():
+        raise UsageError(faults[feature])
     return index
 
 
@@ -247,7 +340,6 @@ def load_frame_index(spec: DatasetSpec, split: SplitFiles) -> RLDSEpisodes:
 class RLDSSplit:
     """One split of an RLDS dataset behind the protocol of all formats."""
 
-    spec: DatasetSpec
     files: SplitFiles
 
     @property
@@ -259,7 +351,7 @@ class RLDSSplit:
         return self.files.split
 
     def fingerprint(self) -> dict[str, object]:
-        return fingerprint(self.spec, self.files)
+        return fingerprint(self.files)
 
     def load(self) -> RLDSEpisodes:
-        return load_frame_index(self.spec, self.files)
+        return load_frame_index(self.files)

@@ -123,10 +123,16 @@ def decode_with_pillow(encoded: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "BMP", "GIF", "WEBP")) as image:
             image.load()
             if image.mode.startswith("I;16"):  # converted, these are clipped to the range of 8 bits
-                return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+                return as_rgb((np.asarray(image) >> 8).astype(np.uint8))
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{len(encoded)} bytes that are no complete JPEG or PNG image") from error
+
+
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W) or (H, W, 1, 3 or 4) as (H, W, 3): gray repeated, transparency left out."""
+    planes = image[..., None] if image.ndim == 2 else image[..., :3]
+    return np.repeat(planes, 3, axis=2) if planes.shape[2] == 1 else np.ascontiguousarray(planes)
 
 
 def jpeg_round_trip(image_HW3: np.ndarray) -> np.ndarray:

@@ -88,8 +88,8 @@ class Texts:
         return {"pythonClassName": _CLASSES + "text_feature.Text", "text": {}}
 
     def fill(self, feature: _Protobuf, values: Values) -> None:
-        """Write texts into a tf.train.Feature."""
-        feature.bytes_list.value.extend(str(value).encode() for value in values)
+        """Write texts (or bytes) into a tf.train.Feature."""
+        feature.bytes_list.value.extend(v if isinstance(v, bytes) else str(v).encode() for v in values)
 
 
 Feature = Numbers | Images | Texts

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
 from prismatic.util.errors import UsageError, unknown_name
-from prismatic.vla.datasets.oxe.assembly import Assembly
+from prismatic.vla.datasets.oxe.assembly import Assembly, features_of
 from prismatic.vla.datasets.oxe.mixtures import OXE_MIXTURES
 from prismatic.vla.datasets.oxe.table import OXE_DATASETS, OXEDataset
+from prismatic.vla.platforms import Platform
 
 Standardize = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -41,39 +43,114 @@ class DatasetSpec:
     """Feature names inside a step and the treatment of one dataset.
 
     Attributes:
-        images: view name -> image feature, in the order the policy sees them; "primary" comes first. A view whose
+        images: view name -> image feature, in the order the policy sees them; any names, any number. A view whose
             feature is None is a black image.
-        action, state, language: names of those features.
+        action, state, language: names of those features; a state of None is a robot without.
         standardize: (raw action, raw state) of an episode -> (action, proprio), same number of rows.
         action_mask: which action numbers are normalized; None for all.
-        assembly: puts action and state together from several features when the files are read; `action` and `state`
+        assembly: puts action and state together from parts of features when the files are read; `action` and `state`
             are not looked at then.
         swaps: view -> an image feature that is, at random, seen in its place.
         skips_stillness: action chunks in which the arm (the numbers under `action_mask`) stays at 0 start no sample.
+        rlds_only: conversions to other formats of this dataset have other conventions.
     """
 
     images: Mapping[str, str | None] = field(
         default_factory=lambda: {"primary": "observation/image", "wrist": "observation/wrist_image"}
     )
     action: str = "action"
-    state: str = "observation/state"
+    state: str | None = "observation/state"
     language: str = "language_instruction"
     standardize: Standardize = keep_as_is
     action_mask: tuple[bool, ...] | None = None
     assembly: Assembly | None = None
     swaps: Mapping[str, str] = field(default_factory=dict)
     skips_stillness: bool = False
+    rlds_only: bool = False
+
+    @property
+    def action_features(self) -> tuple[str, ...]:
+        """The features that actions are made of."""
+        return features_of(self.assembly.action) if self.assembly else (self.action,)
+
+    @property
+    def state_features(self) -> tuple[str, ...]:
+        """The features that states are made of."""
+        if self.assembly:
+            return features_of(self.assembly.proprio)
+        return () if self.state is None else (self.state,)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the robot has states, be they constants."""
+        return self.state is not None if self.assembly is None else bool(self.assembly.proprio)
 
     @property
     def numbers(self) -> tuple[str, ...]:
         """The features that actions and states are made of."""
-        return self.assembly.features if self.assembly else (self.action, self.state)
+        return tuple(dict.fromkeys((*self.action_features, *self.state_features)))
 
     @property
     def stored_images(self) -> dict[str, str]:
         """View name -> feature of every image that is read; a view's swap is called `{view}_swap`."""
         views = {view: feature for view, feature in self.images.items() if feature is not None}
         return views | {f"{view}_swap": feature for view, feature in self.swaps.items()}
+
+    def needed(self, num_images: int | None, with_proprio: bool) -> frozenset[str]:
+        """The features that a policy of so many images (None: all), with or without states, cannot do without."""
+        views = list(self.images)[:num_images]
+        images = {self.stored_images.get(name) for view in views for name in (view, f"{view}_swap")} - {None}
+        states = self.state_features if with_proprio else ()
+        return frozenset(feature for feature in (*self.action_features, *states, *images) if feature is not None)
+
+    def without(self, absent: Collection[str]) -> DatasetSpec:
+        """The same without views and states that are not in the data."""
+        if not absent:
+            return self
+        stateless = any(feature in absent for feature in self.state_features)
+        return replace(
+            self,
+            images={view: None if feature in absent else feature for view, feature in self.images.items()},
+            swaps={view: feature for view, feature in self.swaps.items() if feature not in absent},
+            state=None if stateless else self.state,
+            assembly=replace(self.assembly, proprio=()) if self.assembly and stateless else self.assembly,
+        )
+
+    def assembled(self, numbers: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, slice]:
+        """(raw actions (K, A), raw states (K, S), the steps kept) of an episode with features (T, w), float32."""
+        if self.assembly is not None:
+            steps = len(next(iter(numbers.values())))
+            return *self.assembly(numbers), self.assembly.kept(steps)
+        action = numbers[self.action]
+        state = numbers[self.state] if self.state is not None else np.zeros((len(action), 0), np.float32)
+        return action, state, slice(None)
+
+    def check_widths(
+        self, file: Path, widths: Mapping[str, int], platform: Platform, with_proprio: bool, prefix: str = ""
+    ) -> None:
+        """Refuse actions, and states that are used, of another width than the platform's, as far as is known yet.
+
+        Args:
+            file: describes the features; widths: of each; prefix: of their names in messages.
+
+        Raises:
+            UsageError: a width is wrong.
+        """
+        if self.standardize not in (keep_as_is, libero_transform):
+            return  # It may cut them, which shows when it has run.
+        # A made-up step of zeros shows how wide the vectors come out.
+        step = {name: np.zeros((1, width), np.float32) for name, width in widths.items()}
+        action, state, _ = self.assembled(step)
+        wanted = [("action", self.action, action, platform.action_dim)]
+        wanted += [("state", str(self.state), state, platform.proprio_dim)] if with_proprio else []
+        for what, feature, vector, width in wanted:
+            if vector.shape[1] != width:
+                parts = ", ".join(self.numbers)
+                whole = f"feature {prefix}{feature}" if self.assembly is None else f"the {what} made of {parts}"
+                raise UsageError(
+                    f"{file}: {whole} has shape ({vector.shape[1]},); "
+                    f"accepted for platform {platform.name!r}: ({width},)"
+                )
 
 
 def oxe_spec(row: OXEDataset) -> DatasetSpec:
@@ -91,6 +168,7 @@ def oxe_spec(row: OXEDataset) -> DatasetSpec:
         assembly=row.assembly,
         swaps={"primary": secondary} if row.swaps_outside_views and secondary else {},
         skips_stillness=row.skips_stillness,
+        rlds_only=True,
     )
 
 

@@ -10,13 +10,19 @@ import numpy as np
 from prismatic.vla.platforms import NormalizationType
 
 
-class Statistics(TypedDict):
-    """Statistics of one dataset: mean, std, max, min, q01 and q99 of its actions (and their mask) and of its states."""
-
+class _AlwaysInStatistics(TypedDict):
     action: dict[str, list[float]]
-    proprio: dict[str, list[float]]
     num_transitions: int
     num_trajectories: int
+
+
+class Statistics(_AlwaysInStatistics, total=False):
+    """Statistics of one dataset: mean, std, max, min, q01 and q99 of its actions (and their mask) and of its states.
+
+    `proprio` is absent for a robot without states.
+    """
+
+    proprio: dict[str, list[float]]
 
 
 def _describe(values_ND: np.ndarray) -> dict[str, list[float]]:
@@ -39,15 +45,15 @@ def compute_statistics(
     Returns:
         {"action": {mean, std, max, min, q01, q99, mask}, "proprio": {the same without mask}, "num_transitions",
         "num_trajectories"}; lists of one number for each dimension, JSON-ready. The mask says which action numbers are
-        normalized.
+        normalized. Without states there is no "proprio".
     """
     mask = action_mask or (True,) * action_NA.shape[1]
-    return {
+    statistics: Statistics = {
         "action": {**_describe(action_NA), "mask": list(mask)},
-        "proprio": _describe(proprio_NP),
         "num_transitions": len(action_NA),
         "num_trajectories": num_trajectories,
     }
+    return {**statistics, "proprio": _describe(proprio_NP)} if proprio_NP.shape[1] else statistics
 
 
 def normalize(values: np.ndarray, statistics: Mapping[str, Sequence[float]], kind: NormalizationType) -> np.ndarray:

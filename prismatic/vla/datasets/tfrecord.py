@@ -10,6 +10,7 @@ Layout of a record: length (u64), masked CRC-32C of those 8 bytes (u32), payload
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 from collections.abc import Iterator
@@ -78,6 +79,24 @@ def read_records(path: Path) -> Iterator[Record]:
             yield Record(position + _HEADER, payload)
             position += _HEADER + length + _FOOTER
             number += 1
+
+
+def read_array_records(path: Path) -> Iterator[bytes]:
+    """All payloads of an ArrayRecord file in order.
+
+    Raises:
+        UsageError: the file is damaged, or its reader is not installed.
+    """
+    try:
+        from array_record.python.array_record_module import ArrayRecordReader
+    except ImportError as error:
+        raise UsageError(f"{path}: array_record files need: pip install array_record ({error})") from error
+    try:
+        reader = ArrayRecordReader(str(path))
+        for number in range(reader.num_records()):
+            yield reader.read([number])[0]
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise UsageError(f"{path}: no readable array_record file ({' '.join(str(error).split())[:160]})") from error
 
 
 def _varint(buffer: bytes, at: int) -> tuple[int, int]:
@@ -157,6 +176,19 @@ class Example:
         """The feature's byte strings."""
         return [self.payload[span.start : span.end] for span in self.byte_spans(name)]
 
+    def integer_spans(self, name: str, steps: int) -> list[Span]:
+        """Where the integers of each of `steps` equal parts of the feature's packed list lie in the payload."""
+        content = self._list(name, 3)
+        parts = [] if content is None else list(_fields(self.payload, content))
+        if len(parts) != 1 or parts[0][1] != 2:
+            raise MalformedExample(f"feature {name} is no packed list of integers")
+        start, end = parts[0][2]
+        ends = np.flatnonzero(np.frombuffer(self.payload, np.uint8, end - start, start) < 0x80) + start + 1
+        if not steps or len(ends) % steps or not len(ends):
+            raise MalformedExample(f"{name} holds {len(ends)} values for {steps} steps")
+        bounds = [start, *ends[len(ends) // steps - 1 :: len(ends) // steps].tolist()]
+        return [Span(first, last) for first, last in itertools.pairwise(bounds)]
+
     def floats(self, name: str) -> np.ndarray:
         """The feature's float values, flat float32 (packed or not)."""
         content = self._list(name, 2)
@@ -177,10 +209,10 @@ class Example:
             if wire not in (0, 2):
                 raise MalformedExample(f"feature {name} is no list of integers")
             parts.append(self.payload[span.start : span.end])
-        return _varints(b"".join(parts))
+        return varints(b"".join(parts))
 
 
-def _varints(data: bytes) -> np.ndarray:
+def varints(data: bytes) -> np.ndarray:
     """All varints of a packed list, as int64."""
     octets = np.frombuffer(data, np.uint8)
     ends = np.flatnonzero(octets < 0x80)

@@ -6,7 +6,7 @@ observation.state and action; `physical-intelligence/libero` image, wrist_image,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,52 +29,68 @@ _PREFIXES = ("observation.images.", "observation.", "")
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns: action, state, and the image or video feature of each view."""
+    """Names of the columns that hold what a dataset's specification asks for.
 
-    action: str
-    state: str
-    views: dict[str, str]
+    Attributes:
+        spec: the specification, without unused views and states that the dataset lacks.
+        numbers: feature of the specification -> column.
+        views: view -> image or video column; used: the names of those that the policy looks at.
+        language: a column of instructions; "" where the tasks tell them.
+    """
+
+    spec: DatasetSpec
+    numbers: Mapping[str, str]
+    views: Mapping[str, str]
+    used: tuple[str, ...]
+    language: str
 
 
-def _candidates(feature: str) -> Iterator[str]:
+def _candidates(feature: str) -> list[str]:
+    """Names that a feature may have here, the likeliest first."""
     leaf = feature.rsplit("/", 1)[-1]
-    for name in _NAMES.get(leaf, (leaf,)):
-        for prefix in _PREFIXES:
-            yield prefix + name
+    named = [prefix + name for name in _NAMES.get(leaf, (leaf,)) for prefix in _PREFIXES]
+    return list(dict.fromkeys([feature, feature.replace("/", "."), *named]))
 
 
-def _find(metadata: Metadata, feature: str, *, image: bool) -> str:
-    names = list(dict.fromkeys(_candidates(feature)))
-    for name in names:
-        if name in metadata.features and (metadata.features[name]["dtype"] in ("image", "video")) == image:
+def _find(metadata: Metadata, feature: str, *, image: bool) -> str | None:
+    for name in _candidates(feature):
+        description = metadata.features.get(name, {"dtype": "string"})
+        if description["dtype"] != "string" and (description["dtype"] in ("image", "video")) == image:
             return name
-    raise UsageError(
-        f"{metadata.folder / 'meta' / 'info.json'}: no {'camera' if image else 'column'} for {feature!r} "
-        f"(looked for {', '.join(names)}); found: {', '.join(sorted(metadata.features))}"
-    )
+    return None
 
 
-def find_columns(metadata: Metadata, spec: DatasetSpec, platform: Platform, with_proprio: bool = True) -> Columns:
-    """The columns that hold what `spec` asks for; states that are not used may have any width.
+def find_columns(
+    metadata: Metadata,
+    spec: DatasetSpec,
+    platform: Platform,
+    with_proprio: bool = True,
+    num_images: int | None = None,
+) -> Columns:
+    """The columns that hold what `spec` asks for; see :func:`prismatic.vla.datasets.builder.open_dataset`.
 
     Raises:
-        UsageError: one is missing, or actions or states do not have the platform's width.
+        UsageError: a needed one is missing, or actions or states do not have the platform's width.
     """
-    columns = Columns(
-        action=_find(metadata, spec.action, image=False),
-        state=_find(metadata, spec.state, image=False),
-        views={view: _find(metadata, feature, image=True) for view, feature in spec.stored_images.items()},
-    )
-    checked = [(columns.action, platform.action_dim)]
-    checked += [(columns.state, platform.proprio_dim)] if with_proprio else []
-    for name, width in checked:
-        shape = tuple(metadata.features[name]["shape"])
-        if shape != (width,):
+    file, needed = metadata.folder / "meta" / "info.json", spec.needed(num_images, with_proprio)
+    columns = {feature: _find(metadata, feature, image=False) for feature in spec.numbers}
+    cameras = {feature: _find(metadata, feature, image=True) for feature in spec.stored_images.values()}
+    absent = {feature for feature, column in (columns | cameras).items() if column is None}
+    for feature in (*columns, *cameras):
+        if feature in absent & needed:
             raise UsageError(
-                f"{metadata.folder / 'meta' / 'info.json'}: feature {name} has shape {shape}; "
-                f"accepted for platform {platform.name!r}: ({width},)"
+                f"{file}: no {'camera' if feature in cameras else 'column'} for {feature!r} "
+                f"(looked for {', '.join(_candidates(feature))}); found: {', '.join(sorted(metadata.features))}"
             )
-    return columns
+    spec = spec.without(absent)
+    numbers = {feature: column for feature in spec.numbers if (column := columns[feature])}
+    views = {view: column for view, feature in spec.stored_images.items() if (column := cameras[feature])}
+    spec.check_widths(
+        file, {feature: metadata.width(column) for feature, column in numbers.items()}, platform, with_proprio
+    )
+    used = tuple(view for view, feature in spec.stored_images.items() if feature in needed)
+    texts = metadata.features.get(spec.language, {"dtype": ""})["dtype"] == "string"
+    return Columns(spec, numbers, views, used, spec.language if texts else "")
 
 
 def as_rlds_actions(action_FA: np.ndarray, spec: DatasetSpec) -> np.ndarray:

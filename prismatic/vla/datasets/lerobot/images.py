@@ -20,6 +20,28 @@ from prismatic.vla.datasets.image_transforms import decode_with_pillow
 from prismatic.vla.datasets.lerobot.metadata import require
 
 _MAX_OPEN_VIDEOS = 8
+TIME_TOLERANCE = 1e-4  # seconds between a row's time stamp and a frame's, as LeRobot has it
+
+
+def time_tolerance(seconds: np.ndarray) -> np.ndarray:
+    """How far the frame of a time stamp (float32) may be: LeRobot's tolerance, or the rounding of a long episode's."""
+    return np.maximum(TIME_TOLERANCE, np.spacing(np.abs(seconds).astype(np.float32)))
+
+
+def frame_times(path: Path) -> np.ndarray:
+    """The times (seconds, ascending) of a video's frames, read without decoding them.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    av = require("av")
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+            return np.sort(np.array(times, np.float64)) * float(stream.time_base)
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise UsageError(f"{path}: no readable video ({' '.join(str(error).split())})") from error
 
 
 class ImageStore(Protocol):
@@ -75,6 +97,11 @@ class VideoImages:
             raise UsageError(f"{path}: at {seconds:.3f} s: {' '.join(str(error).split())}") from error
         if image is None:
             raise UsageError(f"{path}: no frame at {seconds:.3f} s (truncated, or not {self.fps:g} frames a second?)")
+        if abs(image.time - seconds) > 2 * float(time_tolerance(np.array(seconds))):
+            raise UsageError(
+                f"{path}: the frame nearest to {seconds:.6g} s is at {image.time:.6g} s; "
+                f"accepted: within {TIME_TOLERANCE:g} s"
+            )
         return np.asarray(image.to_ndarray(format="rgb24"))
 
     def _decode(self, container: Any, seconds: float) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,10 @@ class Metadata:
     tasks: Mapping[int, str]
     splits: Mapping[str, range]
     episodes: tuple[EpisodePlace, ...]
+
+    def width(self, feature: str) -> int:
+        """How many numbers a row holds of a feature."""
+        return math.prod(int(size) for size in self.features[feature]["shape"])
 
 
 def require(module: str) -> Any:

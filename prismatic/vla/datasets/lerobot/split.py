@@ -21,26 +21,36 @@ import numpy as np
 
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write
-from prismatic.vla.datasets.episodes import EpisodeData, cache_folder
+from prismatic.vla.datasets.episodes import EpisodeData, cache_folder, code_digest
 from prismatic.vla.datasets.lerobot.features import Columns, as_rlds_actions, find_columns
-from prismatic.vla.datasets.lerobot.images import ImageStore, PackedImages, VideoImages
+from prismatic.vla.datasets.lerobot.images import (
+    TIME_TOLERANCE,
+    ImageStore,
+    PackedImages,
+    VideoImages,
+    frame_times,
+    time_tolerance,
+)
 from prismatic.vla.datasets.lerobot.metadata import EpisodePlace, Metadata, read_metadata, read_rows, require
+from prismatic.vla.datasets.oxe import assembly, operations
 from prismatic.vla.datasets.specs import DatasetSpec
 from prismatic.vla.platforms import Platform
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _BATCH_ROWS = 64
 
 
 @dataclass
 class LeRobotEpisodes(EpisodeData):
-    """Episodes of a LeRobot dataset; `stores` holds the images of each view."""
+    """Episodes of a LeRobot dataset; `stores` holds the images of each view that is used."""
 
-    stores: tuple[ImageStore, ...]
+    stores: tuple[ImageStore | None, ...]
 
     def image(self, view: int, frame: int) -> np.ndarray:
         """The image (H, W, 3) of a frame; raises UsageError."""
-        return self.stores[view].image(frame)
+        store = self.stores[view]
+        assert store is not None, "the view was not asked for"
+        return store.image(frame)
 
 
 @dataclass(frozen=True)
@@ -48,8 +58,8 @@ class LeRobotSplit:
     """One split, found and checked."""
 
     metadata: Metadata
-    spec: DatasetSpec
     columns: Columns
+    needed: frozenset[str]
     split: str
 
     @property
@@ -64,9 +74,15 @@ class LeRobotSplit:
 
     @property
     def packed_views(self) -> list[str]:
-        """Features whose images lie inside the Parquet files."""
+        """Features of used views whose images lie inside the Parquet files."""
         features = self.metadata.features
-        return [name for name in self.columns.views.values() if features[name]["dtype"] == "image"]
+        names = [self.columns.views[view] for view in self.columns.used]
+        return [name for name in dict.fromkeys(names) if features[name]["dtype"] == "image"]
+
+    @property
+    def has_videos(self) -> bool:
+        """Whether a used view is a video."""
+        return any(self.metadata.features[self.columns.views[view]]["dtype"] == "video" for view in self.columns.used)
 
     def fingerprint(self) -> dict[str, object]:
         """Everything the table depends on: columns, tasks, the Parquet files' sizes and times."""
@@ -74,10 +90,13 @@ class LeRobotSplit:
         missing = [file for file in files if not file.is_file()]
         if missing:
             raise UsageError(f"{missing[0]}: no such file, but meta/ lists it (incomplete copy?)")
+        columns = self.columns
         return {
             "version": [FORMAT_VERSION, self.metadata.version],
+            "code": code_digest(operations, assembly),
             "split": self.split,
-            "features": [self.columns.action, self.columns.state, *self.columns.views.values()],
+            "features": [*columns.numbers.values(), *columns.views.values(), columns.language],
+            "assembly": repr(columns.spec.assembly),
             "tasks": {str(number): text for number, text in self.metadata.tasks.items()},
             "episodes": [[episode.number, episode.length] for episode in self.episodes],
             "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
@@ -87,20 +106,42 @@ class LeRobotSplit:
         """The episodes, from the cached index or the Parquet files.
 
         Raises:
-            UsageError: a missing or damaged file, missing rows, numbers that are not finite, an empty split.
+            UsageError: a missing or damaged file, missing rows, numbers that are not finite, time stamps that no video
+                has, an empty split.
         """
         if not sum(episode.length for episode in self.episodes):
             raise UsageError(f"{self.folder}: split {self.split!r} is empty; accepted: at least one episode")
         identity, cache = self.fingerprint(), cache_folder(self.folder)
-        index, pack = cache / f"lerobot_index-{self.split}.npz", cache / f"lerobot_images-{self.split}.bin"
+        # Files of their own for fewer views, so that runs with more and with fewer never replace each other's.
+        whole = len(self.columns.used) == len(self.columns.views)
+        name = self.split if whole else f"{self.split}-{len(self.columns.used)}views"
+        index, pack = cache / f"lerobot_index-{name}.npz", cache / f"lerobot_images-{name}.bin"
+        wanted = {f"number/{feature}" for feature in self.columns.numbers if feature in self.needed}
+        wanted |= {f"start/{name}" for name in self.packed_views} | ({"timestamp"} if self.has_videos else set())
         arrays = _load_arrays(index, identity, pack if self.packed_views else None)
-        if arrays is None:
+        if arrays is None or not wanted <= arrays.keys():
             arrays = self._read(pack)
             _save_arrays(index, identity, arrays)
         return self._table(arrays, pack)
 
     def _table(self, arrays: dict[str, np.ndarray], pack: Path) -> LeRobotEpisodes:
-        lengths = [episode.length for episode in self.episodes]
+        language, instructions = self._instructions(arrays)
+        action, state, frames, lengths = self._transitions(arrays)
+        return LeRobotEpisodes(
+            action=as_rlds_actions(action, self.columns.spec),
+            state=state,
+            language=language[frames],
+            instructions=instructions,
+            episode_start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            views=tuple(self.columns.views),
+            stores=tuple(self._store(view, arrays, frames, pack) for view in self.columns.views),
+        )
+
+    def _instructions(self, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, tuple[str, ...]]:
+        """(number of every row's instruction, instructions)."""
+        if self.columns.language:
+            texts, numbers = np.unique(arrays["language"], return_inverse=True)
+            return numbers.astype(np.int32), tuple(texts.tolist())
         tasks = self.metadata.tasks
         known = {number: place for place, number in enumerate(sorted(tasks))}
         unknown = sorted(set(arrays["task"].tolist()) - set(known))
@@ -108,19 +149,39 @@ class LeRobotSplit:
             raise UsageError(
                 f"{self.folder / 'meta'}: no task {unknown[0]}, which the rows name; found: {sorted(tasks)}"
             )
-        return LeRobotEpisodes(
-            action=as_rlds_actions(arrays["action"], self.spec),
-            state=arrays["state"],
-            language=np.array([known[number] for number in arrays["task"].tolist()], dtype=np.int32),
-            instructions=tuple(tasks[number] for number in sorted(tasks)),
-            episode_start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            views=tuple(self.columns.views),
-            stores=tuple(self._store(name, arrays, pack) for name in self.columns.views.values()),
-        )
+        numbers = np.array([known[number] for number in arrays["task"].tolist()], dtype=np.int32)
+        return numbers, tuple(tasks[number] for number in sorted(tasks))
 
-    def _store(self, feature: str, arrays: dict[str, np.ndarray], pack: Path) -> ImageStore:
+    def _transitions(self, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+        """(actions, states, the rows they are of, length of each episode that has any)."""
+        numbers = {feature: arrays.get(f"number/{feature}") for feature in self.columns.numbers}
+        spec = self.columns.spec.without({feature for feature, values in numbers.items() if values is None})
+        kept_rows, actions, states = [], [], []
+        ends = np.cumsum([episode.length for episode in self.episodes]).tolist()
+        for first, last in zip([0, *ends[:-1]], ends, strict=True):
+            episode = {feature: values[first:last] for feature, values in numbers.items() if values is not None}
+            action, state, kept = spec.assembled(episode)
+            if len(action):
+                kept_rows.append(np.arange(first, last)[kept])
+                actions.append(action)
+                states.append(state)
+        if not actions:
+            raise UsageError(f"{self.folder}: split {self.split!r} has no transition; accepted: at least one")
+        lengths = [len(rows) for rows in kept_rows]
+        return np.concatenate(actions), np.concatenate(states), np.concatenate(kept_rows), lengths
+
+    def _store(self, view: str, arrays: dict[str, np.ndarray], frames: np.ndarray, pack: Path) -> ImageStore | None:
+        feature = self.columns.views[view]
+        if view not in self.columns.used:
+            return None
         if feature in self.packed_views:
-            return PackedImages(pack, arrays[f"start/{feature}"], arrays[f"size/{feature}"])
+            return PackedImages(pack, arrays[f"start/{feature}"][frames], arrays[f"size/{feature}"][frames])
+        files, file, begin = self._videos(feature)
+        seconds = arrays["timestamp"] + begin
+        return VideoImages(files=files, file=file[frames], seconds=seconds[frames], fps=self.metadata.fps)
+
+    def _videos(self, feature: str) -> tuple[tuple[Path, ...], np.ndarray, np.ndarray]:
+        """(a camera's videos, number of each row's video there, the time at which its episode begins in it)."""
         places = [episode.videos[feature] for episode in self.episodes]
         files = list(dict.fromkeys(place.file for place in places))
         missing = [file for file in files if not file.is_file()]
@@ -128,35 +189,67 @@ class LeRobotSplit:
             raise UsageError(f"{missing[0]}: no such video, but meta/ lists it (incomplete copy?)")
         require("av")
         lengths = [episode.length for episode in self.episodes]
-        return VideoImages(
-            files=tuple(files),
-            file=np.repeat([files.index(place.file) for place in places], lengths).astype(np.int32),
-            seconds=arrays["timestamp"] + np.repeat([place.begin for place in places], lengths),
-            fps=self.metadata.fps,
-        )
+        file = np.repeat([files.index(place.file) for place in places], lengths).astype(np.int32)
+        return tuple(files), file, np.repeat([place.begin for place in places], lengths)
 
     def _read(self, pack: Path) -> dict[str, np.ndarray]:
-        """All numbers of the split by frame; writes the packed images, if there are any."""
+        """All numbers of the split by row; writes the packed images, if there are any."""
         places = [frames_of_rows(file, episodes, first) for file, episodes, first in self._files()]
         files = [file for file, _, _ in self._files()]
         count = sum(episode.length for episode in self.episodes)
-        action_width = self.metadata.features[self.columns.action]["shape"][0]
-        state_width = self.metadata.features[self.columns.state]["shape"][0]
-        arrays = {
-            "action": np.empty((count, action_width), np.float32),
-            "state": np.empty((count, state_width), np.float32),
-            "timestamp": np.empty(count, np.float64),
-            "task": np.empty(count, np.int64),
-        }
-        columns = {"action": self.columns.action, "state": self.columns.state}
-        columns |= {"timestamp": "timestamp", "task": "task_index"}
+        shapes = {f"number/{feature}": (self.metadata.width(name),) for feature, name in self.columns.numbers.items()}
+        columns = {f"number/{feature}": name for feature, name in self.columns.numbers.items()}
+        types: dict[str, type] = {}
+        if self.has_videos:
+            columns["timestamp"], types["timestamp"] = "timestamp", np.float64
+        if not self.columns.language:
+            columns["task"], types["task"] = "task_index", np.int64
+        arrays = {name: np.empty((count, *shapes.get(name, ())), types.get(name, np.float32)) for name in columns}
+        texts = np.empty(count, object)
         for file, frames in zip(files, places, strict=True):
-            table, used = read_rows(file, list(columns.values())), frames >= 0
-            for name, column in columns.items():
-                arrays[name][frames[used]] = _numbers(file, table, column, arrays[name].shape[1:])[used]
+            used = frames >= 0
+            for name, column in list(columns.items()):
+                try:
+                    values = _numbers(file, read_rows(file, [column]), column, arrays[name].shape[1:])
+                    arrays[name][frames[used]] = values[used]
+                except UsageError:
+                    if name.removeprefix("number/") in self.needed or not name.startswith("number/"):
+                        raise
+                    del columns[name], arrays[name]
+            if self.columns.language:
+                rows = read_rows(file, [self.columns.language])[self.columns.language].to_pylist()
+                texts[frames[used]] = [str(text or "") for text, wanted in zip(rows, used, strict=True) if wanted]
+        if self.columns.language:
+            arrays["language"] = texts.astype(np.str_)
+        if self.has_videos:
+            self._check_times(arrays["timestamp"])
         if self.packed_views:
             arrays |= self._pack(pack, list(zip(files, places, strict=True)), count)
         return arrays
+
+    def _check_times(self, timestamp: np.ndarray) -> None:
+        """Refuse time stamps that are off the grid of frames, unless the videos have frames at those times."""
+        step = np.concatenate([np.arange(episode.length) for episode in self.episodes])
+        off = np.abs(timestamp - step / self.metadata.fps) > time_tolerance(timestamp)
+        for view in self.columns.used if off.any() else ():
+            feature = self.columns.views[view]
+            if self.metadata.features[feature]["dtype"] != "video":
+                continue
+            files, file, begin = self._videos(feature)
+            for number in sorted(set(file[off].tolist())):
+                rows = np.flatnonzero(off & (file == number))
+                shown = frame_times(files[number])
+                nearest = _nearest(shown, timestamp[rows] + begin[rows])
+                wrong = np.abs(nearest - timestamp[rows] - begin[rows]) > time_tolerance(timestamp[rows])
+                if wrong.any():
+                    row = int(rows[np.argmax(wrong)])
+                    episode = int(np.searchsorted(np.cumsum([e.length for e in self.episodes]), row, side="right"))
+                    raise UsageError(
+                        f"{self.episodes[episode].rows}: episode {self.episodes[episode].number}: frame {step[row]}: "
+                        f"timestamp {timestamp[row]:.6g} s, at which {files[number].name} has no frame (at "
+                        f"{self.metadata.fps:g} frames a second it is {step[row] / self.metadata.fps:.6g} s); "
+                        f"accepted: within {TIME_TOLERANCE:g} s"
+                    )
 
     def _files(self) -> Iterator[tuple[Path, list[EpisodePlace], int]]:
         """(Parquet file, its episodes in order, number of its first frame)."""
@@ -186,6 +279,13 @@ class LeRobotSplit:
                     row += batch.num_rows
             arrays["pack_bytes"] = np.array(stream.tell())
         return arrays
+
+
+def _nearest(sorted_times: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """The one of `sorted_times` that is nearest to each of `times`."""
+    places = np.clip(np.searchsorted(sorted_times, times), 1, max(len(sorted_times) - 1, 1))
+    before, after = sorted_times[places - 1], sorted_times[np.minimum(places, len(sorted_times) - 1)]
+    return np.where(times - before < after - times, before, after)
 
 
 def frames_of_rows(file: Path, episodes: list[EpisodePlace], first: int) -> np.ndarray:
@@ -255,15 +355,20 @@ def _save_arrays(path: Path, identity: dict[str, object], arrays: dict[str, np.n
 
 
 def open_lerobot(
-    folder: Path, spec: DatasetSpec, platform: Platform, with_proprio: bool = True
+    folder: Path,
+    spec: DatasetSpec,
+    platform: Platform,
+    with_proprio: bool = True,
+    num_images: int | None = None,
 ) -> dict[str, LeRobotSplit]:
     """The splits of the LeRobot dataset in `folder`, after a check of its description.
 
-    States that are not used (`with_proprio` False) may have any width.
+    States that are not used (`with_proprio` False), and views after the first `num_images`, may be missing or wrong.
 
     Raises:
         UsageError: damaged or missing metadata, another version, or columns that do not fit `spec` and `platform`.
     """
     metadata = read_metadata(folder)
-    columns = find_columns(metadata, spec, platform, with_proprio)
-    return {split: LeRobotSplit(metadata, spec, columns, split) for split in metadata.splits}
+    columns = find_columns(metadata, spec, platform, with_proprio, num_images)
+    needed = spec.needed(num_images, with_proprio)
+    return {split: LeRobotSplit(metadata, columns, needed, split) for split in metadata.splits}

@@ -62,7 +62,7 @@ class Assembly:
     """An episode's features to its actions and states.
 
     Attributes:
-        action, proprio: the parts of each vector, in order.
+        action, proprio: the parts of each vector, in order; no parts of proprio: the robot has no states.
         drop_first, drop_last: steps at the episode's ends that are no transitions. The first ones go before any
             operation sees the numbers, the last ones after.
     """
@@ -87,8 +87,9 @@ class Assembly:
         # Operations need a step to look at, also in an episode too short to have a transition.
         first = kept.start if kept.start < kept.stop else 0
         begun = {name: values[first:] for name, values in numbers.items()}
+        empty = np.zeros((len(next(iter(begun.values()))), 0), np.float32)
         action, proprio = (
-            np.concatenate([part.values(begun) for part in parts], axis=1)[: kept.stop - kept.start].astype(np.float32)
+            np.concatenate([empty, *(part.values(begun) for part in parts)], axis=1)[: kept.stop - kept.start]
             for parts in (self.action, self.proprio)
         )
-        return action, proprio
+        return action.astype(np.float32), proprio.astype(np.float32)
