@@ -10,7 +10,7 @@ Not obvious:
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import nn
 
 from prismatic.checkpoint.folder import Checkpoint, StartingPoint, resolve_checkpoint
 from prismatic.checkpoint.layout import HEADS, LORA_FOLDER, VISION, PolicyShape, component_file, component_files
-from prismatic.models.lora import strip_module_prefix
+from prismatic.models.lora import merge_lora_state_dict, strip_module_prefix
 from prismatic.util.errors import UsageError
 from prismatic.vla.platforms import Platform
 
@@ -67,17 +67,34 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
         raise UsageError(f"{file}: not a readable file of tensors ({_one_line(error)[:120]})") from error
 
 
-def load_component(module: nn.Module, file: Path) -> None:
+def load_component(module: nn.Module, file: Path, begin_anew: Callable[[str], None] | None = None) -> None:
     """Load a component's state dict, saved with or without DDP's `module.` prefix.
 
+    Args:
+        begin_anew: told why a file of another kind or width is left alone, as when training begins with another head.
+
     Raises:
-        UsageError: the file cannot be read, or keys or shapes do not fit the module.
+        UsageError: the file cannot be read, or its keys or shapes do not fit the module and `begin_anew` is None.
     """
     state = strip_module_prefix(read_state_dict(file))
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise UsageError(f"{file}: does not fit the model: {_one_line(error)}") from error
+    wrong = misfit(module, state)
+    if wrong and begin_anew is None:
+        raise UsageError(f"{file}: does not fit the model: {wrong}; accepted: a file of the same kind and width")
+    if wrong and begin_anew is not None:
+        begin_anew(f"{file.name.partition('--')[0]} begins anew: {file} is of another kind or width ({wrong})")
+        return
+    module.load_state_dict(state)
+
+
+def misfit(module: nn.Module, state: Mapping[str, torch.Tensor]) -> str:
+    """The first reason why `state` is not one of `module`, "" where it is."""
+    own = module.state_dict()
+    for name in sorted(own.keys() | state.keys()):
+        if name not in state or name not in own:
+            return f"{name} is missing" if name in own else f"{name} is unknown"
+        if own[name].shape != state[name].shape:
+            return f"{name} is {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+    return ""
 
 
 def wanted_heads(shape: PolicyShape) -> dict[str, str]:
@@ -212,16 +229,39 @@ def wrap_film(vla: PolicyModel) -> None:
     base.config.film_exclude_padding = True
 
 
-def build_parts(config: TrainConfig, start: StartingPoint, vla: Any, platform: Platform) -> PolicyParts:
-    """The policy's heads; weights come from the folder of --vla_path when it holds them, else they are new."""
+def build_parts(
+    config: TrainConfig, start: StartingPoint, vla: Any, platform: Platform, report: Callable[[str], None] = print
+) -> PolicyParts:
+    """The policy's heads; weights come from the folder of --vla_path when it holds them, else they are new.
+
+    A new run may begin from a policy with another head or of another robot: what does not fit begins anew, and one
+    line to `report` says so. A resumed one goes on with all of its parts.
+
+    Raises:
+        UsageError: a file is damaged or, in a resume or of the vision backbone, does not fit.
+    """
     parts = _make_parts(vla, config, platform)
     if start.checkpoint is None:
         return parts
-    modules = parts.heads | ({VISION: vla.vision_backbone} if config.use_film else {})
-    files = component_files(start.checkpoint, names=tuple(modules))
-    for name, file in files.items():
-        load_component(modules[name], file)
+    for name, file in component_files(start.checkpoint, names=tuple(parts.heads)).items():
+        load_component(parts.heads[name], file, None if config.resume else report)
+    if config.use_film and (vision := component_file(start.checkpoint, VISION)):
+        _load_trained_vision(vla.vision_backbone, vision, resume=config.resume)
     return parts
+
+
+def _load_trained_vision(backbone: nn.Module, file: Path, *, resume: bool) -> None:
+    """Load a FiLM backbone; adapters of another rank than a new run's go into the weights first."""
+    state = strip_module_prefix(read_state_dict(file))
+    if not resume and misfit(backbone, state):
+        plain, own = merge_lora_state_dict(state), backbone.state_dict()
+        names = {name: name.replace(".base_layer.", ".") for name in own if ".lora_" not in name}
+        new = {name: value for name, value in own.items() if name not in names}
+        state = {name: plain.pop(plain_name) for name, plain_name in names.items() if plain_name in plain}
+        state |= new | plain  # What is left of `plain` is unknown here.
+    if wrong := misfit(backbone, state):
+        raise UsageError(f"{file}: does not fit the model: {wrong}; accepted: the backbone of --vla_path")
+    backbone.load_state_dict(state)
 
 
 def load_policy(

@@ -127,7 +127,7 @@ class TrainingRun:
         self.processor = load_processor(self.start.base)
         self.dataset = self._dataset(train=True)
         self.vla = load_for_training(config, self.start, self.platform, weights_dtype)
-        self.parts = build_parts(config, self.start, self.vla, self.platform)
+        self.parts = build_parts(config, self.start, self.vla, self.platform, self.accelerator.print)
 
     def _dataset(self, *, train: bool) -> RLDSDataset:
         return make_dataset(self.config, self.processor, self.platform, train=train)

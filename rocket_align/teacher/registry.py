@@ -48,17 +48,24 @@ def detect_kind(path: str | Path, kind: str = "auto") -> str:
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(f"teacher type: found {kind!r}{hint}; accepted: auto, {', '.join(TEACHER_TYPES)}")
     place = local_copy(path)
+    if not place.exists():
+        raise ValueError(f"{place}: no such file or folder; accepted: a teacher's folder, weights file or hub id")
     config = (place if place.is_dir() else place.parent) / CONFIG_NAME
-    model_type = None
-    if config.is_file():
-        model_type = read_object(config).get("model_type")
-    found = next((name for name, types in TEACHER_TYPES.items() if model_type in types), None)
-    if found is None:
+    model_type = read_object(config).get("model_type") if config.is_file() else None
+    if model_type is None and kind not in ("auto", "vggt"):
+        # That nothing is said does not make it VGGT's.
+        lacks = f"{config} names no model_type" if config.is_file() else f"no {CONFIG_NAME} is there"
+        wanted = f"a folder or hub id with {CONFIG_NAME} (model_type {' or '.join(map(str, TEACHER_TYPES[kind]))})"
+        raise ValueError(
+            f"{place}: {lacks}; accepted for {kind}: {wanted} and model.safetensors, as transformers saves"
+        )
+    held = next((name for name, types in TEACHER_TYPES.items() if model_type in types), None)
+    if held is None:
         accepted = ", ".join(str(name) for types in TEACHER_TYPES.values() for name in types if name)
         raise ValueError(f"{config}: model_type {model_type!r} is no teacher known here; accepted: {accepted}")
-    if kind not in ("auto", found):
-        raise ValueError(f"teacher type: found {kind!r}, but {place} holds {found}; accepted: auto or {found}")
-    return found
+    if kind not in ("auto", held):
+        raise ValueError(f"teacher type: found {kind!r}, but {place} holds {held}; accepted: auto or {held}")
+    return held
 
 
 def describe_teacher(path: str | Path, kind: str = "auto") -> TeacherInfo:

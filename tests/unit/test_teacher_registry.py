@@ -66,6 +66,22 @@ def test_a_wrong_type_is_refused(tmp_path: Path) -> None:
         detect_kind(folder)
 
 
+@pytest.mark.parametrize("kind", ["depth_anything", "dinov2"])
+def test_a_file_that_says_nothing_is_not_called_vggts(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "published.pth"
+    torch.save({"pretrained.cls_token": torch.zeros(1, 1, 8)}, file)
+    with pytest.raises(ValueError, match=rf"published.pth: no config.json is there; accepted for {kind}: a folder"):
+        load_teacher(file, "0", kind)
+    for guess in ("auto", "vggt"):
+        with pytest.raises(ValueError, match=r"none of VGGT's tensors .*but pretrained.cls_token; accepted: "):
+            load_teacher(file, "0", guess)
+    (tmp_path / "config.json").write_text('{"architecture": "something"}')
+    with pytest.raises(ValueError, match="names no model_type"):
+        load_teacher(file, "0", kind)
+    with pytest.raises(ValueError, match=r"absent: no such file or folder"):
+        load_teacher(tmp_path / "absent", "0", kind)
+
+
 def test_the_hash_covers_weights_and_preprocessing(tmp_path: Path) -> None:
     folder = save_teacher("dinov2", tmp_path / "teacher")
     first = teacher_hash(folder)

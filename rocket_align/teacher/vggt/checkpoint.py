@@ -58,7 +58,9 @@ def read_weights(path: Path, num_layers: int, prefixes: Iterable[str] = ()) -> d
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if _is_needed(name, num_layers) or name.startswith(also)]  # noqa: SIM118
+                held = list(file.keys())
+                _refuse_other_models(held, path)
+                names = [name for name in held if _is_needed(name, num_layers) or name.startswith(also)]
                 return {name: file.get_tensor(name) for name in names}
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (SafetensorError, RuntimeError, OSError) as error:
@@ -69,7 +71,18 @@ def read_weights(path: Path, num_layers: int, prefixes: Iterable[str] = ()) -> d
         ) from error
     if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()):
         raise ValueError(f"{path}: not a dictionary of tensors; accepted: a VGGT state dict")
+    _refuse_other_models(stored, path)
     return {name: value for name, value in stored.items() if _is_needed(name, num_layers) or name.startswith(also)}
+
+
+def _refuse_other_models(names: Iterable[str], path: Path) -> None:
+    """Refuse a file without any of VGGT's tensors: what it is of nobody said."""
+    listed = list(names)
+    if not any(name.startswith(AGGREGATOR_PREFIX) for name in listed):
+        raise ValueError(
+            f"{path}: none of VGGT's tensors ({AGGREGATOR_PREFIX}...), but {_some(listed)}; accepted: VGGT's weights, "
+            f"or of another teacher a folder with {CONFIG_NAME} and model.safetensors, as transformers saves"
+        )
 
 
 def _some(names: Iterable[str]) -> str:
