@@ -4,8 +4,8 @@
         --data_root_dir DATA --dataset_name libero_4_task_suites_no_noops --num_images_in_input 2
 
 Takes the flags of finetune.py, so that a training command needs only another script name; those of the student's
-inputs, the data, the teacher and the layers count. Interrupted, it goes on where it stopped; `accelerate launch` shares
-the work among processes. Afterwards training needs the data and the store, but no teacher.
+inputs, the data, the teacher and the layers count. Interrupted, it goes on where it stopped; `accelerate launch` and
+torchrun share the work among processes. Afterwards training needs the data and the store, but no teacher.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ def main(config: StoreConfig) -> None:
     config.validate_store()
     if config.verify:
         return verify(config)
-    from accelerate import Accelerator
+    from prismatic.training.precision import make_accelerator
 
-    from prismatic.training.precision import resolve_precision
-
-    build(config, Accelerator(mixed_precision=resolve_precision(config.mixed_precision)))
+    build(config, make_accelerator(config.mixed_precision))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 from torch import nn
@@ -22,7 +21,7 @@ from prismatic.training.loop import Targets, Trainer, TrainState
 from prismatic.training.metrics import MetricLog
 from prismatic.training.module import TrainableVLA, count_parameters, move_batch
 from prismatic.training.objectives import make_objective
-from prismatic.training.precision import base_weights_dtype, resolve_precision
+from prismatic.training.precision import base_weights_dtype, make_accelerator
 from prismatic.training.schedule import make_optimizer, make_schedule
 from prismatic.training.validation import Validator
 from prismatic.util.data_utils import PaddedCollatorForActionPrediction
@@ -112,8 +111,8 @@ class TrainingRun:
         }
         self.start = resolve_checkpoint(config)
         self.run_dir = Path(config.run_root_dir) / config.run_id()
-        self.accelerator = Accelerator(
-            mixed_precision=resolve_precision(config.mixed_precision),
+        self.accelerator = make_accelerator(
+            config.mixed_precision,
             # The last vision block and, without logits, the LM head take no part in the loss.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
             log_with=self._trackers() or None,
