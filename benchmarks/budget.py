@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.util.cli import run
-from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
+from prismatic.util.flags import limited, names, numbers, split_names, split_numbers
+from rocket_align.recipes import RECIPES
 
 if TYPE_CHECKING:
     from benchmarks.full_size import Sizes
@@ -34,14 +35,15 @@ GPU_BYTES = {"40 GB": 40 * 10**9, "80 GB": 80 * 10**9}
 
 @dataclass
 class BudgetConfig:
-    batch_sizes: str = "1,4,8"  # Comma list
-    recipes: str = "rocket,baseline"  # Comma list: rocket | shared | naive | spatial_forcing | baseline
-    views: int = 2  # Camera views of 224 pixels
-    prompt_tokens: int = 40  # Tokens of the instruction, BOS among them
-    lora_rank: int = 32
-    llm_blocks: int = 32  # Fewer: for a measured step of a smaller depth
-    vision_blocks: int = 0  # Blocks of each vision model; 0: all
-    teacher_blocks: int = 24
+    batch_sizes: str = numbers("1,4,8", some=True, least=1)  # Comma list
+    # Comma list: rocket | shared | naive | spatial_forcing | baseline
+    recipes: str = names("rocket,baseline", some=True, choices=tuple(RECIPES))
+    views: int = limited(2, least=1)  # Camera views of 224 pixels
+    prompt_tokens: int = limited(40, least=1)  # Tokens of the instruction, BOS among them
+    lora_rank: int = limited(32, least=1)
+    llm_blocks: int = limited(32, least=1)  # Fewer: for a measured step of a smaller depth
+    vision_blocks: int = limited(0, least=0)  # Blocks of each vision model; 0: all
+    teacher_blocks: int = limited(24, least=1)
     measured: str = ""  # Results of full_size_step.py to compare with; its sizes and flags go before those given here
     out: str = "benchmarks/results/budget.json"  # Results file
 
@@ -49,16 +51,8 @@ class BudgetConfig:
 def main(config: BudgetConfig) -> int:
     """Predict, print the table, write the results; returns 0."""
     from benchmarks.full_size import Sizes
-    from rocket_align.recipes import RECIPES
 
-    try:
-        batch_sizes = [int(part) for part in str(config.batch_sizes).strip("[]() ").split(",")]
-    except ValueError:
-        raise UsageError(f"--batch_sizes: {config.batch_sizes!r} found; accepted: numbers as in 1,4,8") from None
-    recipes = [name.strip() for name in config.recipes.split(",")]
-    for name in recipes:
-        if name not in RECIPES:
-            raise UsageError(f"--recipes: {name!r} found; accepted: {', '.join(RECIPES)}")
+    batch_sizes, recipes = split_numbers("--batch_sizes", config.batch_sizes), split_names(config.recipes)
     measured = read_json(Path(config.measured)) if config.measured else None
     sizes = Sizes(config.llm_blocks, config.vision_blocks or None, config.teacher_blocks)
     rows = [

@@ -29,6 +29,7 @@ from prismatic.checkpoint.layout import component_file, read_record
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
+from prismatic.util.flags import limited, names, split_names
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,12 +38,13 @@ ROOT = Path(__file__).resolve().parents[1]
 class BenchmarkConfig:
     checkpoint: Path = Path("demo/runs/rocket-seed0--200_chkpt")  # A *_chkpt folder of an aligned run
     teacher: str = "experiments/mini/weights/teacher"  # The teacher it was trained with
-    stores: str = "int8:128,int8:32,int8:16,float16:128"  # Number format : components of the stores to compare
-    data_fraction: float = 1.0  # Part of the demonstrations that is stored and trained on
-    batches: int = 12  # Batches that losses and cosines are averaged over
-    batch_size: int = 32
-    steps: int = 25  # Training steps a timed run takes; the first five are left out
-    rounds: int = 2  # Timed runs of each kind
+    # Number format : components of the stores to compare
+    stores: str = names("int8:128,int8:32,int8:16,float16:128", some=True)
+    data_fraction: float = limited(1.0, above=0, most=1)  # Part of the demonstrations that is stored and trained on
+    batches: int = limited(12, least=1)  # Batches that losses and cosines are averaged over
+    batch_size: int = limited(32, least=1)
+    steps: int = limited(25, least=6)  # Training steps a timed run takes; the first five are left out
+    rounds: int = limited(2, least=1)  # Timed runs of each kind
     work_dir: Path = Path("runs/feature_store_benchmark")  # Stores and runs go there
     out: Path = Path("benchmarks/results/feature_store.json")
 
@@ -270,7 +272,7 @@ def main(config: BenchmarkConfig) -> None:
         "stores": {},
     }
     folders = {}
-    for kind in config.stores.split(","):
+    for kind in split_names(config.stores):
         folders[kind], results["stores"][kind] = build(config, kind)
     compared, first = Compared(config), next(iter(folders.values()))
     for name, ranges in augmentations().items():

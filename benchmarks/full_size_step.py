@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
+from prismatic.util.flags import limited
 
 if TYPE_CHECKING:
     import torch
@@ -44,26 +45,25 @@ SHARD_BYTES = 2 * 10**9
 
 @dataclass
 class StepConfig:
-    work_dir: str = ""  # Folder for the random weights (17 GB at full size); needed
+    # Folder for the random weights (17 GB at full size); needed
+    work_dir: str = limited("", needed="a folder on a local disk with 18 GB free")
     out: str = "benchmarks/results/full_size_step.json"  # Results file
-    batch_size: int = 1
-    views: int = 2  # Camera views of 224 pixels
-    prompt_tokens: int = 40  # Tokens of the instruction, BOS among them
-    lora_rank: int = 32
+    batch_size: int = limited(1, least=1)
+    views: int = limited(2, least=1)  # Camera views of 224 pixels
+    prompt_tokens: int = limited(40, least=1)  # Tokens of the instruction, BOS among them
+    lora_rank: int = limited(32, least=1)
     gradient_checkpointing: bool = True
-    steps: int = 1  # Steps to measure; from the second on, the optimizer's state exists
-    llm_blocks: int = 32  # Fewer: a try of the script at the real widths
-    vision_blocks: int = 0  # Blocks of each vision model; 0: all (24 and 27)
-    teacher_blocks: int = 24
-    num_threads: int = 0  # Threads of torch; 0: as torch chooses
-    seed: int = 0
+    steps: int = limited(1, least=1)  # Steps to measure; from the second on, the optimizer's state exists
+    llm_blocks: int = limited(32, least=1)  # Fewer: a try of the script at the real widths
+    vision_blocks: int = limited(0, least=0)  # Blocks of each vision model; 0: all (24 and 27)
+    teacher_blocks: int = limited(24, least=1)
+    num_threads: int = limited(0, least=0)  # Threads of torch; 0: as torch chooses
+    seed: int = limited(0, least=0)
     keep_weights: bool = False  # Leave the random weights in work_dir for the next time
 
 
 def main(config: StepConfig) -> int:
     """Write weights, run and measure, write the results; returns 0."""
-    if not config.work_dir:
-        raise UsageError("--work_dir: not given; accepted: a folder on a local disk with 18 GB free")
     _be_modest()
     import torch
 

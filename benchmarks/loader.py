@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.util.cli import run
-from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
+from prismatic.util.flags import limited
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,22 +46,15 @@ _STDS = [(0.229, 0.224, 0.225), (0.5, 0.5, 0.5)]
 class LoaderConfig:
     data_root_dir: str = ""  # Folder of datasets; default: made-up ones in a temporary folder
     dataset_name: str = _NAME  # Dataset or mixture below it
-    frames: int = 1000  # Frames of the small made-up dataset
-    large_frames: int = 8000  # Frames of the large one, which only the memory is compared on
-    stored_size: int = 256  # Pixels of the made-up images
-    batch_size: int = 8
-    num_workers: int = 2  # Processes of the throughput measurement
-    rounds: int = 40  # Rounds of loader and yardstick in turns
-    frames_per_round: int = 24
+    frames: int = limited(1000, least=_EPISODE_STEPS)  # Frames of the small made-up dataset
+    # Frames of the large one, which only the memory is compared on
+    large_frames: int = limited(8000, least=_EPISODE_STEPS)
+    stored_size: int = limited(256, least=1)  # Pixels of the made-up images
+    batch_size: int = limited(8, least=1)
+    num_workers: int = limited(2, least=1)  # Processes of the throughput measurement
+    rounds: int = limited(40, least=1)  # Rounds of loader and yardstick in turns
+    frames_per_round: int = limited(24, least=1)
     out: str = str(ROOT / "benchmarks" / "results" / "loader.json")  # Results file
-
-    def __post_init__(self) -> None:
-        for flag in ("frames", "large_frames"):
-            if getattr(self, flag) < _EPISODE_STEPS:
-                raise UsageError(f"--{flag}: {getattr(self, flag)} found; accepted: {_EPISODE_STEPS} or more")
-        for flag in ("stored_size", "batch_size", "num_workers", "rounds", "frames_per_round"):
-            if getattr(self, flag) < 1:
-                raise UsageError(f"--{flag}: {getattr(self, flag)} found; accepted: 1 or more")
 
 
 def made_up_image(rng: np.random.Generator, size: int) -> np.ndarray:

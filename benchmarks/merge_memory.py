@@ -20,8 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.util.cli import run
-from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
+from prismatic.util.flags import limited
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "vla-scripts" / "merge_lora_weights_and_save.py"
@@ -37,18 +37,17 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 @dataclass
 class MergeConfig:
-    work_dir: str = ""  # Folder for the random model and the result; needed
+    # Folder for the random model and the result; needed
+    work_dir: str = limited("", needed="a folder on a local disk with 3 GB free")
     out: str = "benchmarks/results/merge_memory.json"  # Results file
-    llm_blocks: int = 1  # 1: about 1 GB, most of it embeddings, head, projector and one block
-    vision_blocks: int = 2
-    lora_rank: int = 32
+    llm_blocks: int = limited(1, least=1)  # 1: about 1 GB, most of it embeddings, head, projector and one block
+    vision_blocks: int = limited(2, least=1)
+    lora_rank: int = limited(32, least=1)
     max_shard_size: str = "300MB"
 
 
 def main(config: MergeConfig) -> int:
     """Write model and adapter, merge, write the results; returns 0."""
-    if not config.work_dir:
-        raise UsageError("--work_dir: not given; accepted: a folder on a local disk with 3 GB free")
     folder = Path(config.work_dir).expanduser() / "merge"
     try:
         size = write_model_and_adapter(config, folder)

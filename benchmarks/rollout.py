@@ -24,11 +24,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.robot.policy import Render
+from prismatic.util.cli import CommandParser, exit_code
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # name: (workers, how pictures are drawn); 0 workers: the plain loop
-WAYS = {
+WAYS: dict[str, tuple[int, Render]] = {
     "plain loop": (0, "protocol"),
     "1 worker": (1, "protocol"),
     "2 workers": (2, "protocol"),
@@ -36,8 +40,9 @@ WAYS = {
 }
 
 
+@exit_code
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = CommandParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", default=str(ROOT / "experiments/mini/weights/student"))
     parser.add_argument("--suite", default="libero_object")
     parser.add_argument("--tasks", default="2,4", help="the default policy's training tasks are 1,2,4,5,6,8")
@@ -123,10 +128,10 @@ class FirstAnswer:
 
 
 def run_plain(plan: Any, policy: Any) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    from plain_rollout import plain_rollouts
+    from tests.helpers.plain_rollout import plain_rollouts
 
     rollouts = plain_rollouts(policy, plan.episodes, plan.protocol)
-    episodes = [
+    episodes: list[dict[str, Any]] = [
         {
             "name": f"task {key[1]} state {key[2]}",
             "success": rollout.success,

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from prismatic.training.config import TrainConfig
 from prismatic.util.errors import UsageError
+from prismatic.util.flags import check, limited
 from rocket_align.flags import AlignFlags
-from rocket_align.teacher.store.layout import DTYPES, StoreError
+from rocket_align.teacher.store.layout import StoreDType, StoreError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
 class StoreConfig(AlignFlags, TrainConfig):
     """The flags of finetune.py, and the store's."""
 
-    grid_scale: float = 1.25  # Stored tokens a side, relative to the student's; at most the teacher's own
-    store_dtype: str = "int8"  # int8 (with a scale per token) | float16
-    components: int = 384  # Coefficients kept of a token's channels (principal directions); at most all
-    fit_frames: int = 128  # Frames, evenly spread over the data, that the directions are fitted to
+    # Stored tokens a side, relative to the student's; at most the teacher's own
+    grid_scale: float = limited(1.25, above=0)
+    store_dtype: StoreDType = "int8"  # int8 (with a scale per token) | float16
+    # Coefficients kept of a token's channels (principal directions); at most all
+    components: int = limited(384, least=1)
+    fit_frames: int = limited(128, least=1)  # Frames, evenly spread over the data, that the directions are fitted to
     verify: bool = False  # Read every record of a finished store and check it; builds nothing
 
     def validate_store(self) -> None:
@@ -40,11 +43,7 @@ class StoreConfig(AlignFlags, TrainConfig):
         """
         if not self.feature_store:
             raise UsageError("--feature_store: empty; accepted: the folder to write")
-        if self.store_dtype not in DTYPES:
-            raise UsageError(f"--store_dtype: {self.store_dtype!r} found; accepted: {', '.join(DTYPES)}")
-        for name in ("components", "fit_frames", "grid_scale", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: a number above 0")
+        check(self)
         try:
             self.validate_alignment()
         except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from patches.checkout import SCRIPT, Checkout
-from prismatic.util.errors import UsageError
+from prismatic.util.cli import CommandParser, exit_code
 
 
 def apply(checkout: Checkout) -> int:
@@ -40,9 +39,10 @@ def revert(checkout: Checkout) -> int:
 COMMANDS = {"apply": apply, "check": check, "revert": revert}
 
 
+@exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 `check` found none or an outdated one, 2 the checkout or the command line is wrong."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m patches", description="Put rocket_align into a checkout of moojink/openvla-oft, or take it out."
     )
     parser.add_argument(
@@ -50,11 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("path", help="top folder of the checkout")
     arguments = parser.parse_args(argv)
-    try:
-        return COMMANDS[arguments.command](Checkout(arguments.path))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return COMMANDS[arguments.command](Checkout(arguments.path))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the injection writes into a checkout, and taking it out again.
+"""Write the injection into a checkout, and take it out again.
 
 Every file is written to a temporary name and renamed. The record comes first and the script last on the way in, the
 other way round on the way out: wherever a run is cut off, the script is whole, and `apply` or `revert` finishes.
@@ -87,8 +87,8 @@ class Checkout:
         names = [path.relative_to(self.root).as_posix() for path in present if not path.is_dir()]
         for name in sorted({*names, *([JOIN] if (self.root / JOIN).exists() else [])}):
             if not self._is_ours(name):
-                found = "was edited after the injection" if name in self._recorded else "is not from an injection"
-                raise UsageError(f"{self.root / name}: {found}; accepted: no such file; move it away first")
+                fault = "was edited after the injection" if name in self._recorded else "is not from an injection"
+                raise UsageError(f"{self.root / name}: {fault}; accepted: no such file; move it away first")
 
     @cached_property
     def original(self) -> bytes:
@@ -120,7 +120,7 @@ class Checkout:
 
     @property
     def state(self) -> State:
-        """Whether the injection is there, and as this version of the project writes it.
+        """State of the injection: there or not, and as this version of the project writes it.
 
         Raises:
             UsageError: it is not, and cannot be put there.

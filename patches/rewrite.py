@@ -61,8 +61,8 @@ def _statements(
     return [parsed[0].with_changes(leading_lines=above), *parsed[1:]]
 
 
-def _only(found: Iterable[NodeT], what: str) -> NodeT:
-    nodes = list(found)
+def _only(candidates: Iterable[NodeT], what: str) -> NodeT:
+    nodes = list(candidates)
     if len(nodes) != 1:
         raise PlaceNotFound(f"found {len(nodes) or 'no'} {what}")
     return nodes[0]
@@ -86,7 +86,7 @@ def _inside(node: cst.CSTNode, matcher: m.BaseMatcherNode) -> list[cst.CSTNode]:
 
 def _assignments(function: cst.FunctionDef) -> list[tuple[cst.SimpleStatementLine, str, cst.BaseExpression]]:
     """Lines of a function that bind one plain name: (line, name, value)."""
-    found = []
+    assignments = []
     for line in _inside(function, m.SimpleStatementLine(body=[m.Assign() | m.AnnAssign()])):
         line = cst.ensure_type(line, cst.SimpleStatementLine)
         statement = line.body[0]
@@ -97,8 +97,8 @@ def _assignments(function: cst.FunctionDef) -> list[tuple[cst.SimpleStatementLin
         )
         value = cast(cst.Assign | cst.AnnAssign, statement).value
         if len(targets) == 1 and isinstance(targets[0], cst.Name) and value is not None:
-            found.append((line, targets[0].value, value))
-    return found
+            assignments.append((line, targets[0].value, value))
+    return assignments
 
 
 def _calls(node: cst.CSTNode, name: str) -> list[cst.Call]:
@@ -106,7 +106,7 @@ def _calls(node: cst.CSTNode, name: str) -> list[cst.Call]:
 
 
 def _commas(items: Sequence[cst.Arg] | Sequence[cst.Param]) -> tuple[cst.Comma, cst.Comma | cst.MaybeSentinel]:
-    """How items of a list are separated, and what follows its last one."""
+    """Commas that separate the items of a list, and what follows its last one."""
     between = items[-2].comma if len(items) > 1 else None
     if not isinstance(between, cst.Comma):
         between = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))

@@ -124,7 +124,7 @@ class RocketJoin:
         )
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer has to update."""
+        """Parameters that the optimizer has to update."""
         return list(self.alignment.parameters())
 
     def _features(self, pixels_BCHW: Tensor) -> TeacherFeatures | None:

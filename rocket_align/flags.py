@@ -6,7 +6,7 @@ Annotations are not postponed here: draccus 0.8, which OpenVLA-OFT pins, cannot 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,26 @@ def recipe_of(flags: Mapping[str, Any]) -> str:
 class AlignFlags:
     vggt_path: str = ""  # The 3D teacher: a folder, a weights file, or a hub id; empty: no alignment
     teacher_path: str = ""  # Another teacher, by --teacher_type: a folder or a hub id; given instead of --vggt_path
-    teacher_type: str = "auto"  # auto (told by its config.json) | vggt | depth_anything | dinov2
+    # auto (told by its config.json) | vggt | depth_anything | dinov2
+    teacher_type: str = field(default="auto", metadata={"choices": TEACHER_TYPES})
     feature_store: str = ""  # Teacher features of the data set that build_feature_store.py wrote: no teacher runs
-    recipe: str | None = None  # rocket | shared | naive | spatial_forcing | baseline; rocket when there is a teacher
+    # rocket | shared | naive | spatial_forcing | baseline; rocket when there is a teacher
+    recipe: str | None = field(default=None, metadata={"choices": tuple(RECIPES)})
     vla_layers_align: str | None = None  # Student layers, comma list; -1 is the last state but one, as released
     vggt_layers_align: str | None = None  # Teacher blocks as a comma list; -1 is the last block
     align_layers_file: str = ""  # Both lists from a file that select_layers.py wrote
-    align_loss_type: str = "cosine"  # Distance between student and teacher features: cosine
-    align_loss_coeff: float | None = None  # Weight of the alignment in the total loss
-    pooling_func: str | None = None  # Teacher grid to student grid: bilinear | random
+    # Distance between student and teacher features: cosine
+    align_loss_type: str = field(default="cosine", metadata={"choices": ("cosine",)})
+    # Weight of the alignment in the total loss
+    align_loss_coeff: float | None = field(default=None, metadata={"least": 0, "below": math.inf})
+    # Teacher grid to student grid: bilinear | random
+    pooling_func: str | None = field(default=None, metadata={"choices": POOLING})
     use_vlm_norm: bool | None = None  # LayerNorm on the student's features
     use_vggt_pe: bool | None = None  # Position embedding on the teacher's features
     gain_feat_1move: bool | None = None  # Shift the student's slice one token to the right
     share_projector: bool | None = None  # One projector for all layer pairs
-    ensemble_size: int | None = None  # Projectors per pair whose losses are averaged
+    # Projectors per pair whose losses are averaged
+    ensemble_size: int | None = field(default=None, metadata={"least": 1})
     use_matryoshka: bool | None = None  # Nested widths (with independent projectors: the released fifth of the width)
     projector_width_ratios: str | None = None  # Width ratios of the pairs as a comma list
     projector_shallow_to_deep_increase: bool | None = None  # Deeper pairs are wider
@@ -71,12 +77,10 @@ class AlignFlags:
         Raises:
             ValueError: one line that names the flag, what was found and what is accepted.
         """
-        if self.recipe_name not in RECIPES:
-            raise ValueError(f"--recipe: unknown value {self.recipe!r}; accepted: {', '.join(RECIPES)}")
-        if self.align_loss_type != "cosine":
-            raise ValueError(f"--align_loss_type: unknown value {self.align_loss_type!r}; accepted: cosine")
-        if self.pooling_func not in (None, *POOLING):
-            raise ValueError(f"--pooling_func: unknown value {self.pooling_func!r}; accepted: {', '.join(POOLING)}")
+        for limited in fields(AlignFlags):
+            value, choices = getattr(self, limited.name), limited.metadata.get("choices")
+            if choices and value and value not in choices:
+                raise ValueError(f"--{limited.name}: unknown value {value!r}; accepted: {', '.join(choices)}")
         if self.use_vggt_cache or self.generate_vggt_cache:
             raise ValueError(
                 "--use_vggt_cache: True found; accepted: False (it never hits with augmentation); "
@@ -91,10 +95,6 @@ class AlignFlags:
 
     def _validate_teacher(self) -> None:
         flag = "--teacher_path" if self.teacher_path else "--vggt_path"
-        if self.teacher_type not in TEACHER_TYPES:
-            raise ValueError(
-                f"--teacher_type: unknown value {self.teacher_type!r}; accepted: {', '.join(TEACHER_TYPES)}"
-            )
         if self.teacher_path and self.vggt_path:
             raise ValueError("--teacher_path: given beside --vggt_path; accepted: one of them")
         if self.aligns and not self.teacher and not self.feature_store:

@@ -15,11 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments.robot.policy import DType
 from prismatic.checkpoint.layout import LORA_FOLDER
 from prismatic.util.cli import run
-from prismatic.util.errors import UsageError, unknown_name
+from prismatic.util.errors import UsageError
+from prismatic.util.flags import check, limited
 
-DTYPES = ("auto", "bfloat16", "float32")
+_ADAPTED = "a checkpoint folder with lora_adapter/"
 
 
 @dataclass
@@ -27,19 +29,16 @@ class ConvertConfig:
     """OpenVLA-OFT's flags, and ours from `output_dir` on."""
 
     base_checkpoint: str = "openvla/openvla-7b"  # Model that the adapter was trained on: folder or hub id (owner/name)
-    lora_finetuned_checkpoint_dir: str = ""  # Checkpoint folder with lora_adapter/
+    lora_finetuned_checkpoint_dir: str = limited("", needed=_ADAPTED)  # Checkpoint folder with lora_adapter/
     output_dir: str = ""  # Where the merged checkpoint goes; default: into lora_finetuned_checkpoint_dir
     max_shard_size: str = "5GB"  # Larger models are split into files of at most this size
-    dtype: str = "auto"  # Type of the merged weights: auto (the base model's), bfloat16 or float32
+    dtype: DType = "auto"  # Type of the merged weights: auto (the base model's), bfloat16 or float32
     overwrite: bool = False  # Replace merged weights that are there already
 
 
 def main(config: ConvertConfig) -> int:
     """Merge and say what was written; returns 0."""
-    if config.dtype not in DTYPES:
-        raise unknown_name("--dtype", config.dtype, DTYPES)
-    if not config.lora_finetuned_checkpoint_dir:
-        raise UsageError("--lora_finetuned_checkpoint_dir: not given; accepted: a checkpoint folder with lora_adapter/")
+    check(config)
     checkpoint = Path(config.lora_finetuned_checkpoint_dir).expanduser()
     if not (checkpoint / LORA_FOLDER).is_dir():
         raise UsageError(f"--lora_finetuned_checkpoint_dir: {checkpoint} has no folder {LORA_FOLDER}")

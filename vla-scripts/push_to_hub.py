@@ -17,16 +17,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
+from prismatic.util.flags import check, limited, names, split_names, split_paths
 from prismatic.util.hub import HUB_ID
+
+_LICENSE = "the hub's name of a license, such as llama2 (OpenVLA-7B's weights) or mit"
 
 
 @dataclass
 class PushConfig:
-    checkpoint: str = ""  # Checkpoint folder to publish
-    repo_id: str = ""  # Repository on the hub (owner/name); created when it is not there
-    license: str = ""  # Of the weights, as the hub names licenses (llama2, mit, other, ...); the base model's binds you
+    checkpoint: str = limited("", needed="a checkpoint folder")  # Checkpoint folder to publish
+    # Repository on the hub (owner/name); created when it is not there
+    repo_id: str = limited("", needed="a hub id (owner/name)")
+    # Of the weights, as the hub names licenses (llama2, mit, other, ...); the base model's binds you
+    license: str = limited("", needed=_LICENSE)
     base_model: str = ""  # Hub id of the base model; default: what the checkpoint's files say
-    datasets: str = ""  # Hub ids of the training data, as a comma list
+    datasets: str = names("")  # Hub ids of the training data, as a comma list
     results: str = ""  # summary.json files of run_libero_eval.py, as a comma list: success rates for the card
     private: bool = False  # Create the repository as a private one
     message: str = "Upload checkpoint"  # Of the commit
@@ -49,8 +54,8 @@ def main(config: PushConfig) -> int:
 
     folder = Path(config.checkpoint).expanduser()
     facts = CardFacts.from_checkpoint(folder, config.base_model)
-    summaries = [read_json(Path(file)) for file in _words(config.results)]
-    for file, summary in zip(_words(config.results), summaries, strict=True):
+    summaries = [read_json(Path(file)) for file in split_paths(config.results)]
+    for file, summary in zip(split_paths(config.results), summaries, strict=True):
         if "suites" not in summary:
             raise UsageError(f"--results: {file} has no suites; accepted: summary.json files of run_libero_eval.py")
     if not facts.merged and not HUB_ID.fullmatch(facts.base_model):
@@ -58,7 +63,8 @@ def main(config: PushConfig) -> int:
             f"--base_model: {folder} holds only an adapter, whose base model {facts.base_model!r} others cannot find; "
             "accepted: the base model's hub id"
         )
-    card = model_card(facts, config.repo_id, config.license, dataset_ids=_words(config.datasets), summaries=summaries)
+    dataset_ids = list(split_names(config.datasets))
+    card = model_card(facts, config.repo_id, config.license, dataset_ids=dataset_ids, summaries=summaries)
     files = published_files(folder)
     texts = {CARD: card, **changed_texts(folder, facts.base_model)}
     if config.dry_run:
@@ -70,26 +76,19 @@ def main(config: PushConfig) -> int:
     return 0
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def _check(config: PushConfig) -> None:
     """Refuse wrong flags before anything is read.
 
     Raises:
         UsageError: a flag has a value that cannot work.
     """
-    if not config.checkpoint or not Path(config.checkpoint).expanduser().is_dir():
+    check(config)
+    if not Path(config.checkpoint).expanduser().is_dir():
         raise UsageError(f"--checkpoint: no such folder: {config.checkpoint!r}; accepted: a checkpoint folder")
-    for flag, names in (("repo_id", [config.repo_id]), ("datasets", _words(config.datasets))):
-        for name in names:
+    for flag, ids in (("repo_id", [config.repo_id]), ("datasets", split_names(config.datasets))):
+        for name in ids:
             if not HUB_ID.fullmatch(name):
                 raise UsageError(f"--{flag}: {name!r} found; accepted: a hub id (owner/name)")
-    if not config.license:
-        raise UsageError(
-            "--license: not given; accepted: the hub's name of a license, such as llama2 (OpenVLA-7B's weights) or mit"
-        )
     if config.dry_run and Path(config.dry_run).expanduser().exists():
         raise UsageError(f"--dry_run: {config.dry_run} exists; accepted: the name of a new folder")
 

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from prismatic.util.errors import UsageError, unknown_name
+from experiments.robot.policy import Device, DType, Render
+from prismatic.training.config import Precision, Views
+from prismatic.util.errors import UsageError
+from prismatic.util.flags import check, limited, numbers, split_paths
 
-
-def split_checkpoints(text: str) -> tuple[str, ...]:
-    """The folders of `--checkpoint`; raises UsageError when there is none."""
-    found = tuple(part.strip() for part in text.split(",") if part.strip())
-    if not found:
-        raise UsageError("--checkpoint: empty; accepted: a checkpoint folder, or several as a comma list")
-    return found
+# Aliases, since draccus finds no help beside a field whose annotation has quotes.
+Rows = Literal["tokens", "samples"]
+Estimator = Literal["exact", "minibatch"]
+Reference = Literal["first", "mean"]
+BY_POSITION = ("uniform", "balanced", "e2m_last1", "shallow", "middle", "deep")
+BY_SIMILARITY = {"sim_top": "top", "sim_last": "bottom"}
+STRATEGIES = (*BY_POSITION, *BY_SIMILARITY, "cka")
+_STRATEGIES = ", ".join(STRATEGIES)
+_CHECKPOINTS = "a checkpoint folder, or several as a comma list"
 
 
 @dataclass
 class SubjectFlags:
     """What is measured: models, data, and how much of it. Flags left out are those of the checkpoint's own run."""
 
-    checkpoint: str = ""  # Checkpoint folders (...--STEP_chkpt) as a comma list, or a base model
+    # Checkpoint folders (...--STEP_chkpt) as a comma list, or a base model
+    checkpoint: str = limited("", needed=_CHECKPOINTS)
     base_checkpoint: str = ""  # The base model, when it is not where the checkpoint's adapter says
     vggt_path: str | None = None  # The 3D teacher: a folder, a weights file, or a hub id
     teacher_path: str | None = None  # Another teacher, as in training
@@ -29,12 +35,12 @@ class SubjectFlags:
     data_root_dir: Path | None = None  # Folder that holds the RLDS datasets
     dataset_name: str | None = None  # A dataset, a comma list of datasets, or a named mixture
     platform: str | None = None  # Action and proprio sizes, as in training
-    num_images_in_input: int | None = None  # Images per sample, as in training
+    num_images_in_input: Views | None = None  # Images per sample, as in training
     use_proprio: bool | None = None  # Robot state as an input, as in training
     use_l1_regression: bool | None = None  # L1 action head, as in training
     use_diffusion: bool | None = None  # Diffusion action head, as in training
     use_lora: bool | None = None  # LoRA adapters, as in training
-    lora_rank: int | None = None  # Their rank
+    lora_rank: int | None = limited(None, least=1)  # Their rank
     recipe: str | None = None  # The alignment's recipe, as in training
     vla_layers_align: str | None = None  # Student layers, as in training
     vggt_layers_align: str | None = None  # Teacher blocks, as in training
@@ -42,28 +48,22 @@ class SubjectFlags:
     share_projector: bool | None = None  # One projector for all layer pairs, as in training
     use_matryoshka: bool | None = None  # Nested widths, as in training
     image_aug: bool = False  # Augment the images as training does
-    num_samples: int = 64  # Samples measured (rounded up to whole batches)
-    batch_size: int = 8  # Samples per forward pass
-    num_workers: int = 0  # Loader processes
-    mixed_precision: str = "auto"  # auto (bf16 where the device is fast at it) | no | bf16
-    seed: int = 0  # Which samples
+    num_samples: int = limited(64, least=1)  # Samples measured (rounded up to whole batches)
+    batch_size: int = limited(8, least=1)  # Samples per forward pass
+    num_workers: int = limited(0, least=0)  # Loader processes
+    mixed_precision: Precision = "auto"  # auto (bf16 where the device is fast at it) | no | bf16
+    seed: int = limited(0, least=0)  # Which samples
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
-        """The folders one by one; raises UsageError when there is none."""
-        return split_checkpoints(self.checkpoint)
+        """The folders one by one."""
+        return split_paths(self.checkpoint)
 
     def overrides(self) -> dict[str, Any]:
         """The training flags given here, by name."""
         ours = {"checkpoint", "num_samples"}
         names = [field.name for field in fields(SubjectFlags) if field.name not in ours]
         return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-    def validate_numbers(self) -> None:
-        """Raises UsageError for counts below 1."""
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: 1 or more")
 
 
 @dataclass
@@ -77,15 +77,12 @@ class AnalysisConfig(SubjectFlags):
 class CkaConfig(AnalysisConfig):
     """CKA of every hidden state of the student with every block of the teacher, and the best one-to-one matching."""
 
-    rows: str = "tokens"  # A row of the features is a vision token (tokens) or a sample's mean token (samples)
+    rows: Rows = "tokens"  # A row of the features is a vision token (tokens) or a sample's mean token (samples)
     debiased: bool = True  # The unbiased estimator; False: the biased one, as released
-    estimator: str = "exact"  # exact | minibatch (little memory for wide models; unbiased only)
+    estimator: Estimator = "exact"  # exact | minibatch (little memory for wide models; unbiased only)
 
     def __post_init__(self) -> None:
-        if self.rows not in ("tokens", "samples"):
-            raise unknown_name("--rows", self.rows, ("tokens", "samples"))
-        if self.estimator not in ("exact", "minibatch"):
-            raise unknown_name("--estimator", self.estimator, ("exact", "minibatch"))
+        check(self)
         if self.estimator == "minibatch" and not self.debiased:
             raise UsageError("--estimator: minibatch with --debiased False; accepted: exact, or --debiased True")
 
@@ -94,12 +91,8 @@ class CkaConfig(AnalysisConfig):
 class GradientsConfig(AnalysisConfig):
     """Cosines between the gradients of the pairs' losses and of the action loss, for every block of the LLM."""
 
-    num_samples: int = 32  # Samples measured, as in the paper
-    block: int = 0  # Block whose matrix is drawn; -1 draws all blocks together
-
-    def __post_init__(self) -> None:
-        if self.block < -1:
-            raise UsageError(f"--block: {self.block} found; accepted: -1, or the number of a block")
+    num_samples: int = limited(32, least=1)  # Samples measured, as in the paper
+    block: int = limited(0, least=-1)  # Block whose matrix is drawn; -1 draws all blocks together
 
     @property
     def group(self) -> str:
@@ -121,11 +114,7 @@ class ConeConfig(AnalysisConfig):
 class TheoremConfig(AnalysisConfig):
     """Both sides of the theorem's bound on gradient coherence, measured."""
 
-    reference: str = "first"  # State of the common Jacobian: the first aligned one, or the mean of all
-
-    def __post_init__(self) -> None:
-        if self.reference not in ("first", "mean"):
-            raise unknown_name("--reference", self.reference, ("first", "mean"))
+    reference: Reference = "first"  # State of the common Jacobian: the first aligned one, or the mean of all
 
 
 @dataclass
@@ -136,60 +125,54 @@ class DepthConfig:
     frames_dir: Path | None = None  # Frames with depth, taken as they are; default: OUT_DIR/frames, made when missing
     train_tasks: str = "libero_object:0,2;libero_spatial:0"  # Tasks the probe is fitted on: SUITE:NUMBERS[;...]
     test_tasks: str = "libero_object:5"  # Tasks it is tested on
-    episodes: int = 3  # Episodes a task, where frames are rendered
-    frames: int = 8  # Two-view frames an episode, where frames are rendered
-    image_size: int = 128  # Side of the pictures in pixels, where frames are rendered
-    layers: str = ""  # Teacher layers as a comma list; default: all
-    cells: int = 4  # Depth is read out as cells x cells values per teacher patch
-    ridge: float = 1e-2  # Penalty of the regression
-    pictures: int = 3  # Test frames drawn
-    batch_size: int = 8  # Frames per forward pass
-    mixed_precision: str = "auto"  # auto (bf16 where the device is fast at it) | no | bf16
-    seed: int = 0  # Seed of the rendered frames
+    episodes: int = limited(3, least=1)  # Episodes a task, where frames are rendered
+    frames: int = limited(8, least=1)  # Two-view frames an episode, where frames are rendered
+    image_size: int = limited(128, least=1)  # Side of the pictures in pixels, where frames are rendered
+    layers: str = numbers("")  # Teacher layers as a comma list; default: all
+    cells: int = limited(4, least=1)  # Depth is read out as cells x cells values per teacher patch
+    ridge: float = limited(1e-2, above=0)  # Penalty of the regression
+    pictures: int = limited(3, least=1)  # Test frames drawn
+    batch_size: int = limited(8, least=1)  # Frames per forward pass
+    mixed_precision: Precision = "auto"  # auto (bf16 where the device is fast at it) | no | bf16
+    seed: int = limited(0, least=0)  # Seed of the rendered frames
     out_dir: Path = Path("analysis")  # Folder for the JSON file and the PNG picture
-
-    def __post_init__(self) -> None:
-        for name in ("episodes", "frames", "image_size", "cells", "pictures", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: 1 or more")
-        if self.mixed_precision not in ("auto", "no", "bf16"):
-            raise unknown_name("--mixed_precision", self.mixed_precision, ("auto", "no", "bf16"))
-        if not self.ridge > 0:
-            raise UsageError(f"--ridge: {self.ridge} found; accepted: a number above 0")
 
 
 @dataclass
 class ReachConfig:
     """Where the hand closes for the first time in LIBERO's pick-and-place tasks, beside the object it is to pick up."""
 
-    checkpoint: str = ""  # Checkpoint folders (...--STEP_chkpt) as a comma list
+    checkpoint: str = limited("", needed=_CHECKPOINTS)  # Checkpoint folders (...--STEP_chkpt) as a comma list
     base_checkpoint: str = ""  # The base model, when it is not where the checkpoint's adapter says
     task_suite_name: str = "libero_object"  # A suite of LIBERO
-    task_ids: str = ""  # Tasks, as in 0,3,7 or 0-4; default: all
-    num_trials_per_task: int = 10  # Episodes a task, from its official initial states
-    max_steps: int = 120  # Steps after which a hand that has not closed is given up
-    env_img_res: int = 256  # Side of the rendered images in pixels
-    render: str = "protocol"  # protocol | fast, as in the evaluation
-    seed: int = 7  # Of the policy's randomness (diffusion noise)
-    device: str = "auto"  # auto | cpu | cuda
-    dtype: str = "auto"  # auto | float32 | bfloat16
+    task_ids: str = numbers("", least=0)  # Tasks, as in 0,3,7 or 0-4; default: all
+    num_trials_per_task: int = limited(10, least=1)  # Episodes a task, from its official initial states
+    max_steps: int = limited(120, least=1)  # Steps after which a hand that has not closed is given up
+    env_img_res: int = limited(256, least=16, most=4096)  # Side of the rendered images in pixels
+    render: Render = "protocol"  # protocol | fast, as in the evaluation
+    seed: int = limited(7, least=0)  # Of the policy's randomness (diffusion noise)
+    device: Device = "auto"  # auto | cpu | cuda
+    dtype: DType = "auto"  # auto | float32 | bfloat16
     out_dir: Path = Path("analysis")  # Folder for the JSON file and the PNG picture
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
-        """The folders one by one; raises UsageError when there is none."""
-        return split_checkpoints(self.checkpoint)
+        """The folders one by one."""
+        return split_paths(self.checkpoint)
 
 
 @dataclass
 class SelectConfig(SubjectFlags):
     """Choose layers to align without training, and write them for finetune.py's --align_layers_file."""
 
-    strategy: str = ""  # uniform | balanced | e2m_last1 | shallow | middle | deep | sim_top | sim_last | cka
-    teacher_strategy: str = ""  # Another strategy for the teacher's layers (not with cka)
-    count: int = 0  # Layer pairs
-    window: int = 1  # sim_top, sim_last: consecutive blocks per score
-    candidates: str = "all"  # cka: match within all layers, or within those of uniform, e2m_last1, ...
-    rows: str = "tokens"  # cka: a row of the features is a vision token (tokens) or a sample's mean token (samples)
-    estimator: str = "exact"  # cka: exact | minibatch (little memory for wide models)
+    # uniform | balanced | e2m_last1 | shallow | middle | deep | sim_top | sim_last | cka
+    strategy: str = limited("", needed=_STRATEGIES, choices=STRATEGIES)
+    # Another strategy for the teacher's layers (not with cka)
+    teacher_strategy: str = limited("", choices=STRATEGIES[:-1])
+    count: int = limited(0, least=1)  # Layer pairs
+    window: int = limited(1, least=1)  # sim_top, sim_last: consecutive blocks per score
+    # cka: match within all layers, or within those of uniform, e2m_last1, ...
+    candidates: str = limited("all", choices=("all", *BY_POSITION))
+    rows: Rows = "tokens"  # cka: a row of the features is a vision token (tokens) or a sample's mean token (samples)
+    estimator: Estimator = "exact"  # cka: exact | minibatch (little memory for wide models)
     out: Path = Path("align_layers.json")  # The file to write

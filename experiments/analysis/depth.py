@@ -40,7 +40,7 @@ class Frames:
 
     def __init__(self, config: DepthConfig, tasks: str) -> None:
         folder = config.frames_dir or config.out_dir / "frames"
-        self._shards = [folder / f"{suite}-{task}.npz" for suite, task in parse_tasks(tasks)]
+        self._shards = [folder / f"{suite}-{task}.npz" for suite, task in parse_tasks("tasks", tasks)]
         if config.frames_dir is None or not all(shard.is_file() for shard in self._shards):
             render_frames(
                 TeacherDataConfig(
@@ -146,7 +146,8 @@ def _places(targets_BVPK: Tensor) -> Tensor:
 
 def main(config: DepthConfig, join: Join) -> int:
     """Fit, score, write depth.json and depth.png. `join` is every analysis's; this one looks at no policy."""
-    overlap = set(parse_tasks(config.train_tasks, "train_tasks")) & set(parse_tasks(config.test_tasks, "test_tasks"))
+    tested = parse_tasks("--test_tasks", config.test_tasks)
+    overlap = set(parse_tasks("--train_tasks", config.train_tasks)).intersection(tested)
     if overlap:
         raise UsageError(f"--test_tasks: {sorted(overlap)} found in --train_tasks too; accepted: other tasks")
     study = DepthStudy(config)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from experiments.analysis.config import SelectConfig
+from experiments.analysis.config import BY_POSITION, BY_SIMILARITY, SelectConfig
 from experiments.analysis.report import plain
 from experiments.analysis.settings import Join, describe_teacher_of, teacher_source, training_config
-from prismatic.util.errors import UsageError, unknown_name
+from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
+from prismatic.util.flags import check
 from rocket_align.analysis.pairs import layers_by_position, student_states
 from rocket_align.analysis.selection import select_layers
 from rocket_align.layer_file import LayerFile, read_layer_file
@@ -19,30 +20,14 @@ if TYPE_CHECKING:
 
     from experiments.analysis.subject import Subject
 
-BY_POSITION = ("uniform", "balanced", "e2m_last1", "shallow", "middle", "deep")
-BY_SIMILARITY = {"sim_top": "top", "sim_last": "bottom"}
-STRATEGIES = (*BY_POSITION, *BY_SIMILARITY, "cka")
-
 
 def check_flags(config: SelectConfig) -> None:
     """Raises UsageError for what cannot be selected."""
-    for flag, accepted in (("strategy", STRATEGIES), ("teacher_strategy", (*STRATEGIES[:-1], ""))):
-        if (value := getattr(config, flag)) not in accepted:
-            raise unknown_name(f"--{flag}", value, [name for name in accepted if name])
+    check(config)
     if config.teacher_strategy and config.strategy == "cka":
         raise UsageError(
             "--teacher_strategy: given with --strategy cka, which matches both sides; accepted: without it"
         )
-    if config.candidates not in ("all", *BY_POSITION):
-        raise unknown_name("--candidates", config.candidates, ("all", *BY_POSITION))
-    if config.count < 1:
-        raise UsageError(f"--count: {config.count} found; accepted: the number of layer pairs, 1 or more")
-    if config.window < 1:
-        raise UsageError(f"--window: {config.window} found; accepted: 1 or more")
-    if config.rows not in ("tokens", "samples"):
-        raise unknown_name("--rows", config.rows, ("tokens", "samples"))
-    if config.estimator not in ("exact", "minibatch"):
-        raise unknown_name("--estimator", config.estimator, ("exact", "minibatch"))
 
 
 def main(config: SelectConfig, join: Join) -> int:

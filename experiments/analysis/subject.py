@@ -21,6 +21,7 @@ from prismatic.training.module import TrainableVLA
 from prismatic.training.objectives import make_objective
 from prismatic.training.run import TrainingRun
 from prismatic.util.errors import UsageError
+from prismatic.util.flags import check
 from rocket_align.alignment import AlignOutput, MultiLayerAlignment
 from rocket_align.student import vision_tokens
 
@@ -71,7 +72,7 @@ class Subject:
     """
 
     def __init__(self, flags: SubjectFlags, folder: str, join: Join, teacher_layers: TeacherLayers = "aligned") -> None:
-        flags.validate_numbers()
+        check(flags)
         self.flags = flags
         self.name = Path(folder).name
         self.config = training_config(flags, folder, join)

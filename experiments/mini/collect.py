@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.robot.policy import Render
 from prismatic.util.cli import run
-from prismatic.util.errors import UsageError, unknown_name
+from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
+from prismatic.util.flags import check, choose_numbers, limited, numbers
 
 # Part of what identifies a collection: raise it when the expert, the noise or the rendering changes.
 RECIPE_VERSION = 2
@@ -37,23 +39,19 @@ class CollectConfig:
     """Flags of the collection."""
 
     suite: str = "libero_object"  # task suite
-    tasks: str = "all"  # task numbers, such as 1,2,5-7, or all
-    episodes: int = 30  # successful episodes a task
-    seed: int = 0  # of placements and noise
-    image_size: int = 128  # pixels; the published datasets have 256
-    render: str = "fast"  # fast or protocol
+    tasks: str = numbers("all", least=0)  # task numbers, such as 1,2,5-7, or all
+    episodes: int = limited(30, least=1)  # successful episodes a task
+    seed: int = limited(0, least=0)  # of placements and noise
+    image_size: int = limited(128, least=16, most=4096)  # pixels; the published datasets have 256
+    render: Render = "fast"  # fast or protocol
     noise: bool = True  # perturb the executed action and the start; labels stay clean
-    workers: int = 2  # processes
-    max_attempts: int = 4  # placements tried for one episode before it is given up
+    workers: int = limited(2, least=1)  # processes
+    max_attempts: int = limited(4, least=1)  # placements tried for one episode before it is given up
     out: Path = Path("data")  # folder of datasets
     name: str = ""  # dataset name; default <suite>_no_noops
 
     def __post_init__(self) -> None:
-        for flag, least in (("episodes", 1), ("image_size", 16), ("workers", 1), ("max_attempts", 1), ("seed", 0)):
-            if getattr(self, flag) < least:
-                raise UsageError(f"--{flag}: {getattr(self, flag)} found; accepted: {least} or more")
-        if self.render not in ("fast", "protocol"):
-            raise unknown_name("--render", self.render, ("fast", "protocol"))
+        check(self)
         self.out = Path(self.out).expanduser()
         self.name = self.name or f"{self.suite}_no_noops"
 
@@ -76,29 +74,6 @@ class CollectConfig:
     def staged(self, task: int, episode: int) -> Path:
         """File of one finished episode; a `.json` beside it tells how it went, also if it was given up."""
         return self.staging / f"task{task:02d}-episode{episode:05d}.example"
-
-
-def parse_tasks(text: str, count: int) -> tuple[int, ...]:
-    """Task numbers from "all" or a list such as "1,2,5-7", in the given order.
-
-    Raises:
-        UsageError: not such a list, a number twice, or one that is not below `count`.
-    """
-    text = text.strip("[]() ")
-    if text == "all":
-        return tuple(range(count))
-    numbers: list[int] = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.strip().partition("-")
-            numbers += range(int(first), int(last or first) + 1)
-    except ValueError:
-        numbers = []
-    if not numbers or len(set(numbers)) < len(numbers) or max(numbers) >= count:
-        raise UsageError(
-            f"--tasks: {text!r} found; accepted: different numbers of 0 to {count - 1}, as 1,2,5-7, or all"
-        )
-    return tuple(numbers)
 
 
 def _collect_block(config: CollectConfig, task: int, episodes: range) -> None:
@@ -149,7 +124,7 @@ def _check_tasks(config: CollectConfig) -> tuple[int, ...]:
     from experiments.robot.libero.suites.tasks import get_task, num_tasks
 
     choose_renderer()
-    tasks = parse_tasks(config.tasks, num_tasks(config.suite))
+    tasks = choose_numbers("--tasks", config.tasks, num_tasks(config.suite))
     for task in tasks:
         read_goal(get_task(config.suite, task))
     return tasks

@@ -22,18 +22,21 @@ from experiments.reproduce.jobs import Chain, Job, JobFailed, JobRunner
 from experiments.reproduce.profiles import PROFILES, Profile
 from experiments.reproduce.stages import StudyPaths, analysis_job, arm_jobs, collect_job, preparation_jobs
 from experiments.reproduce.studies import STUDIES, Analysis, Arm, Study
-from prismatic.util.cli import exit_code
+from prismatic.util.cli import CommandParser, exit_code
 from prismatic.util.errors import UsageError
+from prismatic.util.flags import split_names, split_numbers
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.reproduce", description="The paper's experiments.")
+    parser = CommandParser(prog="python -m experiments.reproduce", description="The paper's experiments.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="name the tables and figures")
     run = commands.add_parser("run", help="run what a table or figure needs")
     run.add_argument("study", nargs="+", help="table2 ... figure8, see list")
-    run.add_argument("--profile", default="mini", help="mini: shipped models on a CPU; paper: published settings")
+    run.add_argument(
+        "--profile", default="mini", choices=PROFILES, help="mini: shipped models on a CPU; paper: published settings"
+    )
     run.add_argument("--out", type=Path, help="datasets, runs and logs (default: runs/reproduce/PROFILE)")
     run.add_argument("--vla_path", default="", help="base model instead of the profile's")
     run.add_argument("--teacher_path", default="", help="teacher instead of the profile's")
@@ -44,20 +47,15 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--parallel", type=int, default=0, help="commands side by side (default: cores; paper 1)")
     run.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
     report = commands.add_parser("report", help="write report.md and report.html from the result files")
-    report.add_argument("--profile", default="mini")
+    report.add_argument("--profile", default="mini", choices=PROFILES)
     report.add_argument("--out", type=Path, help="folder of the report (default: beside the result files)")
     return parser
 
 
 def make_paths(arguments: argparse.Namespace) -> StudyPaths:
     """Profile and folders from the flags; raises UsageError."""
-    profile = PROFILES.get(arguments.profile)
-    if profile is None:
-        raise UsageError(f"--profile: {arguments.profile!r} found; accepted: {', '.join(PROFILES)}")
-    try:
-        seeds = tuple(int(part) for part in arguments.seeds.split(",") if part.strip()) or profile.seeds
-    except ValueError:
-        raise UsageError(f"--seeds: {arguments.seeds!r} found; accepted: numbers, such as 0,1") from None
+    profile = PROFILES[arguments.profile]
+    seeds = split_numbers("--seeds", arguments.seeds) or profile.seeds
     profile = replace(
         profile,
         vla_path=arguments.vla_path or profile.vla_path,
@@ -138,7 +136,7 @@ def make_analysis_chains(studies: Sequence[Study], paths: StudyPaths) -> tuple[C
 
 def choose_arms(text: str, studies: Sequence[Study], profile: Profile) -> frozenset[str]:
     """Arm names from `--arms`; raises UsageError for one that no chosen study has."""
-    wanted = frozenset(name.strip() for name in text.split(",") if name.strip())
+    wanted = frozenset(split_names(text))
     known = {arm.name for study in studies for arm in study.arms(profile)}
     if wanted - known:
         raise UsageError(f"--arms: {', '.join(sorted(wanted - known))} found; accepted: {', '.join(sorted(known))}")

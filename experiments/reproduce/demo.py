@@ -25,6 +25,7 @@ from experiments.reproduce.studies import BASELINE, ROCKET, Arm, Study
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
+from prismatic.util.flags import check, limited, numbers, split_numbers
 
 UNTOUCHED = Arm("untouched", "before fine-tuning", {})
 DEMO = Study(
@@ -43,15 +44,15 @@ class DemoConfig:
 
     out: Path = Path("demo")  # Everything goes here
     suite: str = "libero_object"  # Task suite
-    tasks: str = "7,9"  # Tasks, comma list; the shipped student saw none of these
-    episodes: int = 25  # Demonstrations per task
-    max_steps: int = 200  # Fine-tuning steps of each run
-    batch_size: int = 32  # Samples per step
-    learning_rate: float = 2e-3  # Peak learning rate
-    seeds: str = "0,1"  # Fine-tuning seeds, comma list
-    trials: int = 20  # Evaluation episodes per task
-    minutes: float = 15.0  # Later seeds start only if they are expected to end within this time
-    parallel: int = 0  # Commands at a time; 0: one per core, at most 4
+    tasks: str = numbers("7,9", some=True, least=0)  # Tasks, comma list; the shipped student saw none of these
+    episodes: int = limited(25, least=1)  # Demonstrations per task
+    max_steps: int = limited(200, least=1)  # Fine-tuning steps of each run
+    batch_size: int = limited(32, least=1)  # Samples per step
+    learning_rate: float = limited(2e-3, above=0)  # Peak learning rate
+    seeds: str = numbers("0,1", some=True, least=0)  # Fine-tuning seeds, comma list
+    trials: int = limited(20, least=1)  # Evaluation episodes per task
+    minutes: float = limited(15.0, least=0)  # Later seeds start only if they are expected to end within this time
+    parallel: int = limited(0, least=0)  # Commands at a time; 0: one per core, at most 4
 
     @property
     def commands_at_a_time(self) -> int:
@@ -60,10 +61,7 @@ class DemoConfig:
 
     def paths(self) -> StudyPaths:
         """The mini profile with these flags, and its folders; raises UsageError for wrong values."""
-        for name in ("episodes", "max_steps", "batch_size", "trials"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: 1 or more")
-        _numbers("--tasks", self.tasks)
+        check(self)
         data = {"suite": self.suite, "tasks": self.tasks, "episodes": self.episodes, "workers": self.commands_at_a_time}
         budget = {"batch_size": self.batch_size, "learning_rate": self.learning_rate, "max_steps": self.max_steps}
         profile = replace(
@@ -74,7 +72,7 @@ class DemoConfig:
             train={**MINI.train, **budget, "lr_warmup_steps": 20},
             final_step=self.max_steps,
             curve_steps=(),
-            seeds=_numbers("--seeds", self.seeds),
+            seeds=split_numbers("--seeds", self.seeds),
             suites=(self.suite,),
             evaluate={**MINI.evaluate, "task_ids": self.tasks, "num_trials_per_task": self.trials},
             plus_suite="",
@@ -85,16 +83,6 @@ class DemoConfig:
                 raise UsageError(f"{model}: no model.safetensors; the mini models belong to the repository")
         out = self.out.resolve()
         return StudyPaths(profile, out, out / "data", evaluated_once=True)
-
-
-def _numbers(flag: str, text: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in str(text).strip("[]() ").split(",") if part.strip())
-    except ValueError:
-        numbers = ()
-    if not numbers:
-        raise UsageError(f"{flag}: {text!r} found; accepted: numbers, such as 0,1")
-    return numbers
 
 
 def untouched_job(paths: StudyPaths) -> Job:

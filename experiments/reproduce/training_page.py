@@ -10,7 +10,6 @@ Videos are referred to by their path relative to the page, so keep it beside the
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import re
@@ -24,7 +23,7 @@ from urllib.parse import quote
 from experiments.report.html import Line, Rate, line_chart, render, setting_rows
 from prismatic.checkpoint.layout import LOG_FILE, last_checkpoint, read_record, split_checkpoint_name
 from prismatic.training.metrics import read_log
-from prismatic.util.cli import exit_code
+from prismatic.util.cli import CommandParser, exit_code
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 from rocket_align.flags import recipe_of
@@ -217,7 +216,7 @@ def videos(run: Run, out: Path) -> list[dict[str, Any]]:
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this module; see its docstring."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m experiments.reproduce.training_page", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a fine-tuning run")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from experiments.robot.libero.suites.tasks import unnorm_key_for
-from experiments.robot.policy import Policy
+from experiments.robot.policy import Gripper, Policy
 from prismatic.util.errors import UsageError
 
 SERVER_TIMEOUT_S = 60.0
@@ -27,7 +27,7 @@ class ExternalFlags(Protocol):
     """The flags of an evaluation that concern a policy of others."""
 
     policy: str
-    policy_gripper: str
+    policy_gripper: Gripper
     policy_timeout: float
     unnorm_key: str
     task_suite_name: str

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from prismatic.util.flags import limited
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16"]
+Render = Literal["protocol", "fast"]
+Gripper = Literal["auto", "policy", "libero"]
+ModelFamily = Literal["openvla"]
 Array: TypeAlias = npt.NDArray[Any]
 
 
@@ -17,22 +24,22 @@ class PolicyFlags:
     """Flags that say what is loaded and how the policy was trained: those of OpenVLA-OFT, the last three ours."""
 
     pretrained_checkpoint: str = ""  # Checkpoint folder or hub id (owner/name)
-    model_family: str = "openvla"
+    model_family: ModelFamily = "openvla"
     unnorm_key: str = ""  # Dataset whose statistics un-normalize actions
-    num_images_in_input: int = 2  # Camera views: the third-person one, then wrist cameras
+    num_images_in_input: int = limited(2, least=1)  # Camera views: the third-person one, then wrist cameras
     center_crop: bool = True  # The policy was trained with image augmentation
     use_proprio: bool = True  # The policy takes the robot's state
     use_film: bool = False  # The policy was trained with FiLM
     use_l1_regression: bool = True  # Continuous actions from the L1 head
     use_diffusion: bool = False  # Continuous actions from the diffusion head; neither: discrete action tokens
-    num_diffusion_steps_train: int = 50
-    num_diffusion_steps_inference: int = 50
-    lora_rank: int = 32  # Accepted for compatibility; the rank is read from the adapter
+    num_diffusion_steps_train: int = limited(50, least=1)
+    num_diffusion_steps_inference: int = limited(50, least=1)
+    lora_rank: int = limited(32, least=1)  # Accepted for compatibility; the rank is read from the adapter
     load_in_8bit: bool = False
     load_in_4bit: bool = False
     base_checkpoint: str = ""  # Base model of a checkpoint that holds only a LoRA adapter; default: what it says
-    device: str = "auto"  # auto, cpu or cuda
-    dtype: str = "auto"  # auto (bfloat16 on a GPU, float32 on CPU), float32 or bfloat16
+    device: Device = "auto"  # auto, cpu or cuda
+    dtype: DType = "auto"  # auto (bfloat16 on a GPU, float32 on CPU), float32 or bfloat16
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,11 @@ class PolicyShape(Protocol):
     use_diffusion: bool
     use_film: bool
     use_proprio: bool
-    num_images_in_input: int
     num_diffusion_steps_train: int
+
+    @property
+    def num_images_in_input(self) -> int:
+        """Camera views a sample."""
 
 
 def checkpoint_folder(run_dir: Path, step: int, *, latest_only: bool) -> Path:

@@ -9,13 +9,17 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from prismatic.checkpoint.layout import LOG_FILE, is_checkpoint, split_checkpoint_name
-from prismatic.util.errors import UsageError, unknown_name
+from prismatic.util.errors import UsageError
+from prismatic.util.flags import check, limited, names, numbers, split_names, split_numbers
 from prismatic.util.hub import HUB_ID
 
-SCHEDULERS = ("MultiStepLR", "CosineAnnealingLR")
-PRECISIONS = ("auto", "no", "bf16")
+# Aliases, since draccus finds no help beside a field whose annotation has quotes.
+Precision = Literal["auto", "no", "bf16"]
+Scheduler = Literal["MultiStepLR", "CosineAnnealingLR"]
+Views = Literal[1, 2, 3]
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 
 
@@ -29,58 +33,64 @@ class TrainConfig:
     platform: str = "libero"  # Chunk length, action and proprio sizes: libero | aloha | bridge
     shuffle_buffer_size: int = 100_000  # Accepted for compatibility: shuffling is exact and needs no buffer
 
-    data_fraction: float = 1.0  # Part of the training episodes to use, drawn with the seed for every instruction
+    # Part of the training episodes to use, drawn with the seed for every instruction
+    data_fraction: float = limited(1.0, above=0, most=1)
 
     # Inputs and heads
-    num_images_in_input: int = 1  # The dataset's first cameras: 1 primary image, 2 adds the wrist, 3 both wrists
+    # The dataset's first cameras: 1 primary image, 2 adds the wrist, 3 both wrists
+    num_images_in_input: int = limited(1, least=1)
     use_proprio: bool = False  # Robot state as one more token
     use_film: bool = False  # Language conditions the vision backbone (FiLM)
     use_l1_regression: bool = True  # Continuous head trained with the L1 loss
     use_diffusion: bool = False  # Continuous head trained by diffusion (DDIM); neither: discrete action tokens
-    num_diffusion_steps_train: int = 50  # Diffusion steps during training
+    num_diffusion_steps_train: int = limited(50, least=1)  # Diffusion steps during training
 
     # Optimization
-    batch_size: int = 8  # Samples per process and forward pass
-    learning_rate: float = 5e-4  # Peak learning rate (AdamW)
-    weight_decay: float = 0.01  # AdamW weight decay
-    max_grad_norm: float = 0.0  # Gradient norm clip; 0 does not clip
-    lr_warmup_steps: int = 0  # Linear warm-up from a tenth of the rate
-    scheduler: str = "MultiStepLR"  # MultiStepLR | CosineAnnealingLR
-    num_steps_before_decay: int = 100_000  # MultiStepLR: x0.1 after this many steps
-    grad_accumulation_steps: int = 1  # Forward passes per optimizer step
-    max_steps: int = 200_000  # Optimizer steps
-    mixed_precision: str = "auto"  # auto (bf16 where the device is fast at it) | no | bf16
+    batch_size: int = limited(8, least=1)  # Samples per process and forward pass
+    learning_rate: float = limited(5e-4, above=0)  # Peak learning rate (AdamW)
+    weight_decay: float = limited(0.01, least=0)  # AdamW weight decay
+    max_grad_norm: float = limited(0.0, least=0)  # Gradient norm clip; 0 does not clip
+    lr_warmup_steps: int = limited(0, least=0)  # Linear warm-up from a tenth of the rate
+    scheduler: Scheduler = "MultiStepLR"  # MultiStepLR | CosineAnnealingLR
+    num_steps_before_decay: int = limited(100_000, least=1)  # MultiStepLR: x0.1 after this many steps
+    grad_accumulation_steps: int = limited(1, least=1)  # Forward passes per optimizer step
+    max_steps: int = limited(200_000, least=1)  # Optimizer steps
+    mixed_precision: Precision = "auto"  # auto (bf16 where the device is fast at it) | no | bf16
     gradient_checkpointing: bool = False  # Recompute the LLM's blocks in the backward pass: less memory, more time
     use_val_set: bool = False  # Measure validation losses
-    val_freq: int = 10_000  # Steps between validations
-    val_time_limit: int = 180  # Seconds one validation may take
-    val_fraction: float = 0.0  # With --use_val_set, hold out this part of the episodes of datasets without a val split
-    seed: int = 42  # Seed of initialization, shuffling and augmentation
+    val_freq: int = limited(10_000, least=1)  # Steps between validations
+    val_time_limit: int = limited(180, least=1)  # Seconds one validation may take
+    # With --use_val_set, hold out this part of the episodes of datasets without a val split
+    val_fraction: float = limited(0.0, least=0, below=1)
+    seed: int = limited(42, least=0, most=2**31 - 1)  # Seed of initialization, shuffling and augmentation
 
     # Checkpoints
-    save_freq: int = 10_000  # Steps between checkpoints (one is always written at the end)
-    save_specific_steps: str = ""  # Further steps to save at, as a comma list
+    save_freq: int = limited(10_000, least=1)  # Steps between checkpoints (one is always written at the end)
+    save_specific_steps: str = numbers("")  # Further steps to save at, as a comma list
     save_latest_checkpoint_only: bool = False  # Keep one checkpoint, overwritten, in the run's folder
     resume: bool = False  # Go on from the checkpoint folder --vla_path
     resume_step: int | None = None  # Step of that checkpoint (default: read from it)
     base_checkpoint: str = ""  # With --resume: the base model, when it is not where the adapter says
-    diffusion_sample_freq: int = 50  # Diffusion: steps between samplings of whole chunks to log their error; 0: never
+    # Diffusion: steps between samplings of whole chunks to log their error; 0: never
+    diffusion_sample_freq: int = limited(50, least=0)
 
     # Data loading
     image_aug: bool = True  # Random crop and color jitter
-    num_workers: int = 1  # Loader processes
+    num_workers: int = limited(1, least=0)  # Loader processes
 
     # LoRA
     use_lora: bool = True  # False trains every weight of the model
-    lora_rank: int = 32  # Rank; alpha is min(rank, 16)
-    lora_dropout: float = 0.0  # Dropout on LoRA's input
+    lora_rank: int = limited(32, least=1)  # Rank; alpha is min(rank, 16)
+    lora_dropout: float = limited(0.0, least=0, below=1)  # Dropout on LoRA's input
     merge_lora_during_training: bool = True  # Also write the merged model into every checkpoint
 
     # Logging
-    trackers: str = "tensorboard"  # Comma list of tensorboard | wandb | trackio | none; JSONL is always written
+
+    # Comma list of tensorboard | wandb | trackio | none; JSONL is always written
+    trackers: str = names("tensorboard", choices=TRACKERS)
     wandb_entity: str = ""  # Weights & Biases entity
     wandb_project: str = "rocket-vla"  # Weights & Biases project
-    wandb_log_freq: int = 10  # Steps between log lines, for every logger
+    wandb_log_freq: int = limited(10, least=1)  # Steps between log lines, for every logger
     run_id_note: str | None = None  # Added at the end of the run's name
     run_id_override: str | None = None  # The run's name
 
@@ -94,22 +104,12 @@ class TrainConfig:
     @property
     def extra_save_steps(self) -> frozenset[int]:
         """`save_specific_steps` as numbers."""
-        text = str(self.save_specific_steps).strip("[]() ")
-        try:
-            return frozenset(int(part) for part in text.split(",") if part.strip())
-        except ValueError:
-            raise UsageError(
-                f"--save_specific_steps: {self.save_specific_steps!r} is no comma list of steps, such as 1000,5000"
-            ) from None
+        return frozenset(split_numbers("--save_specific_steps", self.save_specific_steps))
 
     @property
     def tracker_names(self) -> tuple[str, ...]:
         """The chosen loggers beside JSONL."""
-        names = [name.strip() for name in self.trackers.split(",") if name.strip()]
-        for name in names:
-            if name not in TRACKERS:
-                raise unknown_name("--trackers", name, TRACKERS)
-        return tuple(name for name in names if name != "none")
+        return tuple(name for name in split_names(self.trackers) if name != "none")
 
     def validate(self) -> None:
         """Refuse what cannot run.
@@ -117,43 +117,15 @@ class TrainConfig:
         Raises:
             UsageError: one line that names the flag, what was found and what is accepted.
         """
+        check(self)
         if self.use_l1_regression and self.use_diffusion:
             raise UsageError("--use_l1_regression and --use_diffusion: both are True; accepted: at most one of them")
-        if self.scheduler not in SCHEDULERS:
-            raise unknown_name("--scheduler", self.scheduler, SCHEDULERS)
-        if self.mixed_precision not in PRECISIONS:
-            raise unknown_name("--mixed_precision", self.mixed_precision, PRECISIONS)
-        if self.num_images_in_input < 1:
-            raise UsageError(f"--num_images_in_input: {self.num_images_in_input} found; accepted: 1 or more")
-        self._validate_numbers()
-        _ = self.extra_save_steps
+        if self.val_fraction and not self.use_val_set:
+            raise UsageError(f"--val_fraction: {self.val_fraction} without --use_val_set; accepted: 0, or both of them")
         for name in self.tracker_names:
             if importlib.util.find_spec(name) is None:
                 raise UsageError(f"--trackers: {name} is not installed; accepted: none, or after pip install {name}")
         self._validate_paths()
-
-    def _validate_numbers(self) -> None:
-        positive = (
-            "batch_size max_steps save_freq grad_accumulation_steps wandb_log_freq lora_rank val_freq "
-            "val_time_limit num_diffusion_steps_train learning_rate num_steps_before_decay"
-        )
-        for name in positive.split():
-            if not getattr(self, name) > 0:
-                raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: a number above 0")
-        at_least_0 = "lr_warmup_steps num_workers max_grad_norm weight_decay lora_dropout diffusion_sample_freq"
-        for name in at_least_0.split():
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"--{name}: {getattr(self, name)} found; accepted: 0 or more")
-        if not self.lora_dropout < 1:
-            raise UsageError(f"--lora_dropout: {self.lora_dropout} found; accepted: 0 or more, below 1")
-        if not 0 <= self.seed < 2**31:
-            raise UsageError(f"--seed: {self.seed} found; accepted: 0 to {2**31 - 1}")
-        if not 0 < self.data_fraction <= 1:
-            raise UsageError(f"--data_fraction: {self.data_fraction} found; accepted: above 0, at most 1")
-        if not 0 <= self.val_fraction < 1:
-            raise UsageError(f"--val_fraction: {self.val_fraction} found; accepted: 0 or more, below 1")
-        if self.val_fraction and not self.use_val_set:
-            raise UsageError(f"--val_fraction: {self.val_fraction} without --use_val_set; accepted: 0, or both of them")
 
     def _validate_paths(self) -> None:
         if not Path(self.data_root_dir).is_dir():

@@ -15,7 +15,7 @@ class UsageError(ValueError):
 
 def unknown_name(kind: str, name: str, accepted: Iterable[str]) -> UsageError:
     """A :class:`UsageError` for `name`, none of the `accepted` names, with a "did you mean" when one is close."""
-    names = sorted(accepted)
+    names = sorted(name for name in accepted if name)
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return UsageError(f"{kind}: unknown value {name!r}{hint}; accepted: {', '.join(names)}")

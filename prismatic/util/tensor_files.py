@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from safetensors import SafetensorError, safe_open
 
 from prismatic.util.errors import UsageError
@@ -37,7 +37,6 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,11 @@ def parse_size(text: str, flag: str) -> int:
     Raises:
         UsageError: something else, or zero.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)?\s*", text, re.IGNORECASE)
-    size = int(float(match.group(1)) * _UNITS[(match.group(2) or "").upper()]) if match else 0
+    bare = text.strip().upper()  # A small b would mean bits.
+    try:
+        size = int(bare) if bare.isdigit() else convert_file_size_to_int(bare)
+    except ValueError:
+        size = 0
     if size < 1:
         raise UsageError(f"{flag}: {text!r} found; accepted: a size such as 5GB or 200MB")
     return size

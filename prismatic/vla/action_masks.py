@@ -1,4 +1,4 @@
-"""Where the action tokens are, read off a row of labels."""
+"""Masks of the action tokens, read off a row of labels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prismatic.vla.constants import ACTION_DIM, ACTION_TOKEN_BEGIN_IDX, IGNORE_I
 
 
 def _label_rank(token_ids: torch.Tensor) -> torch.Tensor:
-    """How many labels stand at or before each position of its row (B, S); padding does not count."""
+    """Count the labels that stand at or before each position of its row (B, S); padding does not count."""
     return (token_ids != IGNORE_INDEX).cumsum(dim=1)
 
 

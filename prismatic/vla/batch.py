@@ -1,4 +1,4 @@
-"""What the data hand on: a frame, the sample made of it, the batch of samples.
+"""Types that the data hand on: a frame, the sample made of it, the batch of samples.
 
 B batch, V views, S sequence, T chunk, A action and P proprio numbers.
 """

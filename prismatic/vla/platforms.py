@@ -15,7 +15,7 @@ from prismatic.util.errors import UsageError, unknown_name
 
 
 class NormalizationType(str, Enum):
-    """Which statistics map actions and proprioception to [-1, 1] (or to unit variance)."""
+    """Statistics that map actions and proprioception to [-1, 1] (or to unit variance)."""
 
     NORMAL = "normal"
     BOUNDS = "bounds"

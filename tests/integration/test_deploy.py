@@ -283,8 +283,6 @@ def test_the_script_serves_until_interrupted(repo_root: Path, l1_checkpoint: Pat
     ("flags", "message"),
     [
         ({"unnorm_key": "nope"}, "--unnorm_key: no statistics of 'nope' in the checkpoint; accepted: libero_tiny"),
-        ({"max_batch": 0}, "--max_batch: 0 found; accepted: a number above 0"),
-        ({"device": "tpu"}, "--device: unknown value 'tpu'"),
         ({"use_diffusion": True}, "--use_l1_regression, --use_diffusion: both are True"),
         ({"pretrained_checkpoint": "/no/such"}, "--pretrained_checkpoint: no such folder"),
         ({"host": "no.such.host.invalid"}, "--host: 'no.such.host.invalid' is no address of this machine"),

@@ -161,8 +161,6 @@ def test_runs_again_only_for_what_is_missing(
     ):
         with pytest.raises(UsageError, match=message):
             regenerate(_config(raw, tmp_path / "new", **changes))
-    with pytest.raises(UsageError, match="--num_workers: 0 found"):
-        _config(raw, tmp_path, num_workers=0)
 
 
 def test_converted_data_are_samples_for_training(regenerated: Path, tmp_path: Path) -> None:

@@ -122,8 +122,6 @@ def test_learning_rate_warms_up_and_ends_near_zero(data: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--steps", "0"], "--steps"),
-        (["--ema_decay", "1.5"], "--ema_decay"),
         (["--held_out_tasks", "libero_object"], "--held_out_tasks"),
         (["--control", "true", "--weights", "w"], "--weights"),
         (["--stepps", "3"], "steps"),

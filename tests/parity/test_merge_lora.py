@@ -216,10 +216,8 @@ Q_PROJ = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("spoil", "flags", "message"),
     [
-        (lambda folder: None, {"lora_finetuned_checkpoint_dir": ""}, "--lora_finetuned_checkpoint_dir: not given"),
         (lambda folder: shutil.rmtree(folder / "lora_adapter"), {}, "has no folder lora_adapter"),
         (lambda folder: None, {"base_checkpoint": "/no/such"}, "--base_checkpoint: no such folder"),
-        (lambda folder: None, {"dtype": "float8"}, "--dtype: unknown value 'float8'"),
         (lambda folder: None, {"max_shard_size": "0GB"}, "--max_shard_size: '0GB' found"),
         (lambda folder: _edit_adapter_config(folder, use_dora=True), {}, "use_dora is True; accepted: False"),
         (lambda folder: _edit_adapter_config(folder, peft_type="LOHA"), {}, "peft_type is 'LOHA'; accepted: 'LORA'"),

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.mini.collect import CollectConfig, _blocks, parse_tasks
+from experiments.mini.collect import CollectConfig, _blocks
 from experiments.mini.expert import derive_seed
 from experiments.robot.libero.demonstrations import is_no_op
 from prismatic.util.cli import parse
-from prismatic.util.errors import UsageError
 
 
 def test_flags_as_documented() -> None:
@@ -22,28 +21,6 @@ def test_flags_as_documented() -> None:
     assert (config.suite, config.tasks, config.episodes, config.seed) == ("libero_goal", "1,2", 3, 4)
     assert (config.image_size, config.render, config.workers, config.out) == (64, "protocol", 5, Path("d"))
     assert config.name == "libero_goal_no_noops"
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--render pretty", r"--render: unknown value 'pretty'.*accepted: fast, protocol"),
-        ("--episodes 0", r"--episodes: 0 found; accepted: 1 or more"),
-        ("--workers -2", r"--workers: -2 found; accepted: 1 or more"),
-        ("--suit libero_goal", r"--suit: unknown flag \(did you mean --suite\?\)"),
-    ],
-)
-def test_wrong_flags(flags: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        parse(CollectConfig, flags.split())
-
-
-def test_task_lists() -> None:
-    assert parse_tasks("all", 3) == (0, 1, 2)
-    assert parse_tasks("5,1,7-9", 10) == (5, 1, 7, 8, 9)
-    for wrong in ("", "1,x", "1,1", "10", "3-1", "-1"):
-        with pytest.raises(UsageError, match=r"--tasks: .* accepted: different numbers of 0 to 9"):
-            parse_tasks(wrong, 10)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,6 @@ def test_a_part_of_the_episodes(config: Callable[..., GenerateConfig]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_family": "gpt"}, r"--model_family: unknown value 'gpt'; accepted: openvla"),
         ({"task_suite_name": "libero_spacial"}, r"--task_suite_name: .*did you mean 'libero_spatial'"),
         ({"task_suite_name": "libero_spatial_nothing"}, r"task suite: unknown value"),
         ({"pretrained_checkpoint": "/nowhere"}, r"--pretrained_checkpoint: no such folder: '/nowhere'"),
@@ -98,18 +97,13 @@ def test_a_part_of_the_episodes(config: Callable[..., GenerateConfig]) -> None:
             {"unnorm_key": "libero_goal"},
             r"--use_proprio: the statistics 'libero_goal' of the checkpoint have no proprio",
         ),
-        ({"task_ids": "10"}, r"--task_ids: '10' names \[10\]; accepted: 0 to 9"),
+        ({"task_ids": "10"}, "--task_ids: 10 found; accepted: 0 to 9"),
         ({"num_trials_per_task": 51}, r"--num_trials_per_task: found 51; accepted: at most 50"),
         ({"num_trials_per_task": 2, "first_init_state": 49}, r"--num_trials_per_task: found 2 from .*at most 1"),
-        ({"num_trials_per_task": 0}, r"--num_trials_per_task: found 0; accepted: 1 or more"),
         ({"num_open_loop_steps": 9}, r"--num_open_loop_steps: found 9; accepted: 1 to 8"),
-        ({"num_images_in_input": 3}, r"--num_images_in_input: found 3; accepted: 1 or 2"),
-        ({"render": "nice"}, r"--render: unknown value 'nice'; accepted: fast, protocol"),
-        ({"save_videos": "some"}, r"--save_videos: unknown value"),
         ({"load_in_8bit": True, "load_in_4bit": True}, r"--load_in_4bit: both"),
         ({"num_diffusion_steps_inference": 51}, r"--num_diffusion_steps_inference: found 51; accepted: at most"),
         ({"initial_states_path": "none.json"}, r"--initial_states_path: no such file: none.json"),
-        ({"seed": -1}, r"--seed: found -1; accepted: 0 or more"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_loaded(

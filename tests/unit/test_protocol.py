@@ -10,7 +10,6 @@ from experiments.robot.libero.rollouts.protocol import (
     Protocol,
     checked_chunk,
     max_steps_for,
-    parse_task_ids,
     to_env_action,
 )
 from prismatic.util.errors import UsageError
@@ -36,20 +35,6 @@ def test_defaults_are_the_standard_protocol() -> None:
     assert Protocol(220).is_standard
     assert (Protocol(220).settle_steps, Protocol(220).open_loop_steps, Protocol(220).image_size) == (10, 8, 256)
     assert not Protocol(220, render="fast").is_standard
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("", range(10)), ("all", range(10)), ("3", [3]), ("0,2, 5", [0, 2, 5]), ("[1, 0]", [1, 0]), ("2-4,3", [2, 3, 4])],
-)
-def test_task_ids(text: str, expected: list[int]) -> None:
-    assert parse_task_ids(text, 10) == tuple(expected)
-
-
-@pytest.mark.parametrize("text", ["10", "a", "1,,2", "-1", "4-2", "1.5"])
-def test_wrong_task_ids_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--task_ids"):
-        parse_task_ids(text, 10)
 
 
 def test_gripper_is_binarized_and_flipped() -> None:

@@ -90,10 +90,9 @@ def test_a_script_without_an_environment_names_make_install(options: list[str], 
     [
         (["run", "table99"], "study: 'table99' found"),
         (["run", "table3"], "pi0.5"),
-        (["run", "table8", "--profile", "huge"], "--profile: 'huge' found; accepted: mini, paper"),
+        (["run", "table8", "--profile", "huge"], "--profile: unknown value 'huge'; accepted: mini, paper"),
         (["run", "table8", "--profile", "paper"], "--data_root_dir: missing"),
         (["run", "table8", "--seeds", "one"], "--seeds: 'one' found"),
-        (["report", "--profile", "huge"], "--profile: 'huge' found; accepted: mini, paper"),
         (["run", "table8", "--arms", "rockt"], "--arms: rockt found; accepted: baseline, "),
     ],
 )

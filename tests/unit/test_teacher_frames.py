@@ -138,9 +138,9 @@ def test_loads_shards_of_several_tasks_and_names_a_missing_one(tmp_path: Path) -
 @pytest.mark.parametrize("spec", ["libero_object", "libero_object:", "libero_object:a", "x:1-2-3", ""])
 def test_refuses_task_lists_it_cannot_read(spec: str) -> None:
     with pytest.raises(UsageError, match="--tasks"):
-        parse_tasks(spec)
+        parse_tasks("--tasks", spec)
 
 
 def test_reads_task_lists() -> None:
     expected = [("libero_object", 0), ("libero_object", 1), ("libero_object", 5), ("libero_goal", 3)]
-    assert parse_tasks("libero_object:0-1,5;libero_goal:3") == expected
+    assert parse_tasks("--tasks", "libero_object:0-1,5;libero_goal:3") == expected

@@ -25,6 +25,7 @@ from prismatic.checkpoint.layout import last_checkpoint
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write
+from prismatic.util.flags import limited
 
 if TYPE_CHECKING:
     from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
@@ -62,12 +63,12 @@ class PretrainConfig:
     dataset_name: str = "libero_object_no_noops"  # Datasets, comma list
     work: Path = Path("runs/mini_student")  # Initial weights, checkpoints and logs
     out: Path = ROOT / "experiments" / "mini" / "weights" / "student"  # The exported model
-    max_steps: int = 3000  # Optimizer steps
-    batch_size: int = 32  # Samples per step
-    learning_rate: float = 1e-3  # Peak learning rate
-    weight_decay: float = 0.05  # AdamW weight decay
-    seed: int = 0  # Initialization, shuffling and augmentation
-    save_freq: int = 500  # Steps between checkpoints
+    max_steps: int = limited(3000, least=1)  # Optimizer steps
+    batch_size: int = limited(32, least=1)  # Samples per step
+    learning_rate: float = limited(1e-3, above=0)  # Peak learning rate
+    weight_decay: float = limited(0.05, least=0)  # AdamW weight decay
+    seed: int = limited(0, least=0)  # Initialization, shuffling and augmentation
+    save_freq: int = limited(500, least=1)  # Steps between checkpoints
 
 
 def student_config() -> OpenVLAConfig:

@@ -12,7 +12,6 @@ fast renderer and LIBERO's mirrored orientation, as the demonstrations for the m
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write, read_json
+from prismatic.util.flags import check, limited, split_numbers
 
 if TYPE_CHECKING:
     from experiments.robot.libero.simulator.environment import LiberoEnv
@@ -43,7 +43,7 @@ _RECORDED_FLAGS = ("episodes", "frames", "image_size", "seed")
 _WORKSPACE = np.array([[-0.25, -0.3, 0.02], [0.15, 0.35, 0.35]])
 
 
-def parse_tasks(spec: str, flag: str = "tasks") -> list[tuple[str, int]]:
+def parse_tasks(flag: str, spec: str) -> list[tuple[str, int]]:
     """ "libero_object:0-2,5;libero_goal:0" -> [("libero_object", 0), ...].
 
     Raises:
@@ -51,15 +51,10 @@ def parse_tasks(spec: str, flag: str = "tasks") -> list[tuple[str, int]]:
     """
     tasks = []
     for part in spec.split(";"):
-        match = re.fullmatch(r"\s*(\w+):([\d,\s-]+)", part)
-        ranges = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", piece) for piece in match[2].split(",")] if match else []
-        matches = [piece for piece in ranges if piece is not None]
-        if match is None or len(matches) < len(ranges):
-            accepted = "SUITE:NUMBERS[;SUITE:NUMBERS], as libero_goal:0-3,8"
-            raise UsageError(f"--{flag}: cannot read {part!r}; accepted: {accepted}")
-        for piece in matches:
-            first = int(piece[1])
-            tasks += [(match[1], number) for number in range(first, int(piece[2] or first) + 1)]
+        suite, _, listed = (word.strip() for word in part.partition(":"))
+        if not suite or not listed:
+            raise UsageError(f"{flag}: {part!r} found; accepted: SUITE:NUMBERS[;SUITE:NUMBERS], as libero_goal:0-3,8")
+        tasks += [(suite, number) for number in split_numbers(flag, listed)]
     return tasks
 
 
@@ -72,18 +67,16 @@ class TeacherDataConfig:
     # SUITE:NUMBERS[;SUITE:NUMBERS]
     tasks: str = "libero_object:0-9;libero_spatial:0-9;libero_goal:0,8"
     # Episodes a task, each from a random official initial state
-    episodes: int = 14
+    episodes: int = limited(14, least=1)
     # Two-view frames an episode
-    frames: int = 14
+    frames: int = limited(14, least=1)
     # Side of the pictures in pixels
-    image_size: int = 128
-    seed: int = 0
+    image_size: int = limited(128, least=1)
+    seed: int = limited(0, least=0)
 
     def __post_init__(self) -> None:
-        parse_tasks(self.tasks)
-        for name in ("episodes", "frames", "image_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name}: got {getattr(self, name)}; accepted: 1 or more")
+        parse_tasks("--tasks", self.tasks)
+        check(self)
 
 
 class KindMap:
@@ -244,7 +237,7 @@ def main(cfg: TeacherDataConfig) -> None:
     from rich.progress import Progress
 
     _check_origin(cfg)
-    tasks = parse_tasks(cfg.tasks)
+    tasks = parse_tasks("--tasks", cfg.tasks)
     with Progress() as progress:
         bar = progress.add_task("frames", total=len(tasks) * cfg.episodes * cfg.frames)
         for suite, task_id in tasks:

@@ -235,8 +235,8 @@ def train(cfg: TrainTeacherConfig) -> None:
     """Train, evaluate, save."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    train = load_frames(cfg.data, parse_tasks(cfg.train_tasks), cfg.image_size)
-    held_out = load_frames(cfg.data, parse_tasks(cfg.held_out_tasks), cfg.image_size)
+    train = load_frames(cfg.data, parse_tasks("--train_tasks", cfg.train_tasks), cfg.image_size)
+    held_out = load_frames(cfg.data, parse_tasks("--held_out_tasks", cfg.held_out_tasks), cfg.image_size)
     cfg.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(cfg, train, held_out)
     if (cfg.out / CHECKPOINT).is_file():

@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from experiments.robot.policy import Render
 from prismatic.util.cli import run
-from prismatic.util.errors import UsageError, unknown_name
+from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write, read_json
+from prismatic.util.flags import check, choose_numbers, limited, numbers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,17 +46,13 @@ class RegenerateConfig:
     libero_task_suite: str = "libero_spatial"  # libero_spatial, libero_object, libero_goal, libero_10 or libero_90
     libero_raw_data_dir: Path = Path("LIBERO/datasets/libero_spatial")  # Folder of LIBERO's <task>_demo.hdf5
     libero_target_dir: Path = Path("LIBERO/datasets/libero_spatial_no_noops")  # Folder for the new files
-    image_size: int = 256  # Side of the images in pixels
-    render: str = "protocol"  # protocol, or fast: quicker, pixels differ slightly from the published data's
-    task_ids: str = "all"  # Task numbers, such as 0,3,5-7, or all
-    num_workers: int = 1  # Processes, each with a simulator of its own (2 GB)
+    image_size: int = limited(256, least=16, most=4096)  # Side of the images in pixels
+    render: Render = "protocol"  # protocol, or fast: quicker, pixels differ slightly from the published data's
+    task_ids: str = numbers("all", least=0)  # Task numbers, such as 0,3,5-7, or all
+    num_workers: int = limited(1, least=1)  # Processes, each with a simulator of its own (2 GB)
 
     def __post_init__(self) -> None:
-        for flag, least in (("image_size", 16), ("num_workers", 1)):
-            if getattr(self, flag) < least:
-                raise UsageError(f"--{flag}: {getattr(self, flag)} found; accepted: {least} or more")
-        if self.render not in ("protocol", "fast"):
-            raise unknown_name("--render", self.render, ("protocol", "fast"))
+        check(self)
         self.libero_raw_data_dir = Path(self.libero_raw_data_dir).expanduser()
         self.libero_target_dir = Path(self.libero_target_dir).expanduser()
 
@@ -163,7 +161,6 @@ def _todo(config: RegenerateConfig, done: dict[str, Any]) -> dict[int, str]:
         UsageError: unknown suite or task, a missing file of a task, or files in the way.
     """
     from experiments.robot.libero.demonstrations import demonstration_file
-    from experiments.robot.libero.rollouts.protocol import parse_task_ids
     from experiments.robot.libero.suites.tasks import get_task, num_tasks
 
     count = num_tasks(config.libero_task_suite)
@@ -173,7 +170,7 @@ def _todo(config: RegenerateConfig, done: dict[str, Any]) -> dict[int, str]:
         raise UsageError(f"--libero_target_dir: {config.libero_target_dir} is the raw folder; accepted: another one")
     tasks = [get_task(config.libero_task_suite, task_id) for task_id in range(count)]
     todo: dict[int, str] = {}
-    for task_id in parse_task_ids(config.task_ids, count):
+    for task_id in choose_numbers("--task_ids", config.task_ids, count):
         task = tasks[task_id]
         # The same words in another scene (libero_90) are told apart by the task's name.
         repeated = any(other.instruction == task.instruction for other in tasks[:task_id])

@@ -29,7 +29,7 @@ from experiments.robot.libero.results.run_folder import RunFolder
 from experiments.robot.libero.results.summary import Report
 from experiments.robot.libero.rollouts.episode import EpisodeRunner, MakeEnv, make_libero_env
 from experiments.robot.libero.rollouts.plan import Plan, default_run_name, make_plan, run_environment, run_identity
-from experiments.robot.libero.rollouts.protocol import Episode, EvalFlags
+from experiments.robot.libero.rollouts.protocol import Episode, EvalFlags, SaveVideos
 from experiments.robot.libero.rollouts.result import EpisodeResult, EvalProgress
 from experiments.robot.libero.rollouts.rollout import Rollouts, RolloutSettings
 from experiments.robot.libero.rollouts.workers import default_num_workers, make_workers, policy_threads
@@ -145,7 +145,7 @@ def _run_episodes(
         Rollouts(policy, make_workers(count, make_runner), on_result, settings).run(episodes)
 
 
-def _video_path(save_videos: str, folder: Path) -> Callable[[EpisodeResult], Path | None]:
+def _video_path(save_videos: SaveVideos, folder: Path) -> Callable[[EpisodeResult], Path | None]:
     def path(result: EpisodeResult) -> Path | None:
         if save_videos == "none" or (save_videos == "failures" and result.status != "failure"):
             return None

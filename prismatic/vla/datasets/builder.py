@@ -22,7 +22,7 @@ FILE_FORMATS = ("tfrecord", "array_record")
 
 @dataclass(frozen=True)
 class NumberFeature:
-    """How a feature of numbers is stored.
+    """Storage of a feature of numbers.
 
     Attributes:
         width: values a step.

@@ -1,4 +1,4 @@
-"""What the loader needs of a data set's files, whichever format they have."""
+"""A data set's files as the loader needs them, whichever format they have."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def code_digest(*modules: ModuleType) -> str:
 
 
 def cache_folder(folder: Path) -> Path:
-    """Where caches about the dataset in `folder` go: there if it may be written, else below the user's cache folder."""
+    """Folder for a dataset's caches: `folder` if it may be written, else one below the user's cache folder."""
     # Mode bits are asked too, since for root every folder is writable.
     if os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222:
         return folder

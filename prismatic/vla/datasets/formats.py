@@ -1,4 +1,4 @@
-"""Which format a dataset on disk has."""
+"""The format that a dataset on disk has."""
 
 from __future__ import annotations
 

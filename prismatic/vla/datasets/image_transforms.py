@@ -1,4 +1,4 @@
-"""What happens to a camera image before the model's own processor: one object for training and for rollouts.
+"""Changes to a camera image before the model's own processor: one object for training and for rollouts.
 
 Not obvious:
 - Training images come from JPEG files, so a rollout's render goes through a JPEG round trip first (quality 95, 4:2:0).

@@ -67,7 +67,7 @@ def lanczos_axis(in_size: int, out_size: int) -> tuple[Block, ...]:
 
 
 class _CropTables(NamedTuple):
-    """What every crop along an axis shares: the filters, each one's difference to the next, and the output blocks."""
+    """Tables of all crops along an axis: the filters, each one's difference to the next, and the output blocks."""
 
     weights: torch.Tensor
     difference: torch.Tensor

@@ -117,7 +117,7 @@ def _leaves(features: Features, prefix: str = "") -> Iterator[tuple[str, Feature
 
 @dataclass(frozen=True)
 class Schema:
-    """What every step, and every episode, of a dataset holds; groups are nested mappings."""
+    """Features of every step, and of every episode, of a dataset; groups are nested mappings."""
 
     steps: Features
     episode: Features = field(default_factory=dict)

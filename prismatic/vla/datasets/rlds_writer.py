@@ -109,7 +109,7 @@ def frame_record(payload: bytes) -> bytes:
 
 
 def libero_schema(image_size: int) -> Schema:
-    """What the published LIBERO datasets hold."""
+    """Schema of the published LIBERO datasets."""
     image, flag = Images(image_size, image_size), Numbers(dtype="bool")
     observation: Features = {
         "image": image,

@@ -1,4 +1,4 @@
-"""Which frames make up which batch: exact shuffling of a mixture, disjoint between ranks, resumable at any batch."""
+"""Choose the frames of every batch: exact shuffling of a mixture, disjoint between ranks, resumable at any batch."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def worker_error() -> Iterator[None]:
 
 
 def outlive_stop_signals(worker: int) -> None:
-    """What a loader process begins with: Ctrl-C, or the SIGTERM of a cluster, reaches the whole process group, but
+    """Ignore, in a loader process, Ctrl-C or the SIGTERM of a cluster: it reaches the whole process group, but
     training wants batches until it has saved. It ends with the process that it loads for, or when that one says so."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

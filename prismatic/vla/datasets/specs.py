@@ -1,4 +1,4 @@
-"""Which RLDS datasets and mixtures are known, what their features are called and how their actions are standardized."""
+"""The known RLDS datasets and mixtures: what their features are called and how their actions are standardized."""
 
 from __future__ import annotations
 

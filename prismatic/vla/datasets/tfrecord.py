@@ -168,7 +168,7 @@ class Example:
         return None
 
     def byte_spans(self, name: str) -> list[Span]:
-        """Where the feature's byte strings lie in the payload."""
+        """Find the feature's byte strings in the payload."""
         content = self._list(name, 1)
         return [] if content is None else [span for _, _, span in _fields(self.payload, content)]
 

@@ -8,14 +8,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from rocket_align.teacher.files import files_hash, replacing
 from rocket_align.teacher.registry import TeacherInfo
 
 FORMAT = 1
 INDEX_NAME, BASIS_NAME, FRAMES_NAME = "index.json", "basis.safetensors", "frames.npy"
-DTYPES = ("int8", "float16")
+StoreDType = Literal["int8", "float16"]
+DTYPES = get_args(StoreDType)
 # A shard is the unit of work of a build, and what an interrupted one loses at most.
 SHARD_BYTES, SHARD_FRAMES = 256 * 2**20, 512
 

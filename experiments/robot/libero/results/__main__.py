@@ -18,7 +18,7 @@ from experiments.robot.libero.results import merge, page, summary
 from experiments.robot.libero.results.run_folder import differing_conditions, load_episodes, read_identity
 from experiments.robot.libero.rollouts.protocol import protocol_deviations
 from experiments.robot.libero.rollouts.result import EpisodeResult
-from prismatic.util.cli import exit_code
+from prismatic.util.cli import CommandParser, exit_code
 from prismatic.util.errors import UsageError
 
 
@@ -55,7 +55,7 @@ def _joined(runs: Sequence[Path], episodes: Iterable[list[EpisodeResult]]) -> li
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m experiments.robot.libero.results", description=(__doc__ or "").split("\n")[0]
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -22,7 +22,7 @@ from experiments.robot.libero.results.run_folder import differing_values, later_
 from experiments.robot.libero.results.summary import Report, summarize, to_markdown
 from experiments.robot.libero.rollouts.protocol import protocol_deviations
 from experiments.robot.libero.rollouts.result import EpisodeResult
-from prismatic.util.cli import exit_code
+from prismatic.util.cli import CommandParser, exit_code
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     """`results merge` as a command of its own."""
-    return run(argparse.ArgumentParser(parents=[parser()]).parse_args(argv))
+    return run(CommandParser(parents=[parser()]).parse_args(argv))
 
 
 if __name__ == "__main__":

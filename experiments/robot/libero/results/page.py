@@ -26,7 +26,7 @@ from experiments.robot.libero.results import summary
 from experiments.robot.libero.results.planned import planned_episodes
 from experiments.robot.libero.results.run_folder import load_episodes
 from experiments.robot.libero.rollouts.result import EpisodeResult
-from prismatic.util.cli import exit_code
+from prismatic.util.cli import CommandParser, exit_code
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
@@ -245,7 +245,7 @@ def run(arguments: argparse.Namespace) -> int:
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     """`results page` as a command of its own."""
-    return run(argparse.ArgumentParser(parents=[parser()]).parse_args(argv))
+    return run(CommandParser(parents=[parser()]).parse_args(argv))
 
 
 if __name__ == "__main__":

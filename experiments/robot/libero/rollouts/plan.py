@@ -24,8 +24,8 @@ from experiments.robot.libero.rollouts.protocol import (
     max_steps_for,
     protocol_deviations,
 )
-from experiments.robot.libero.simulator.rendering import RENDER_MODES, choose_renderer
-from experiments.robot.libero.suites.task import parse_task_ids, read_states, states_of
+from experiments.robot.libero.simulator.rendering import choose_renderer
+from experiments.robot.libero.suites.task import read_states, states_of
 from experiments.robot.libero.suites.tasks import (
     LIBERO_FILES,
     Suite,
@@ -39,18 +39,11 @@ from experiments.robot.libero.suites.tasks import (
     suite_files,
     unnorm_key_for,
 )
-from experiments.robot.robot_utils import MODEL_FAMILIES
 from prismatic.checkpoint.folder import Checkpoint, check_policy_flags, open_checkpoint
 from prismatic.checkpoint.layout import ACTING_FLAGS
-from prismatic.util.errors import UsageError, unknown_name
+from prismatic.util.errors import UsageError
+from prismatic.util.flags import check, choose_numbers
 from prismatic.util.versions import package_version, package_versions
-
-SAVE_VIDEOS = ("none", "failures", "all")
-DEVICES = ("auto", "cpu", "cuda")
-MAX_IMAGE_SIDE = 4096
-GRIPPERS = ("auto", "policy", "libero")
-DTYPES = ("auto", "float32", "bfloat16")
-VIEWS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -89,39 +82,8 @@ def make_plan(config: EvalFlags, *, with_checkpoint: bool = True) -> Plan:
 
 def _check_flags(config: EvalFlags) -> None:
     """Checks that need nothing but the flags."""
-    for flag, accepted in (
-        ("model_family", MODEL_FAMILIES),
-        ("render", RENDER_MODES),
-        ("save_videos", SAVE_VIDEOS),
-        ("device", DEVICES),
-        ("dtype", DTYPES),
-        ("policy_gripper", GRIPPERS),
-    ):
-        if getattr(config, flag) not in accepted:
-            raise unknown_name(f"--{flag}", str(getattr(config, flag)), accepted)
-    for flag, least in (
-        ("num_trials_per_task", 1),
-        ("num_open_loop_steps", 1),
-        ("num_steps_wait", 0),
-        ("env_img_res", 16),
-        ("first_init_state", 0),
-        ("task_subset", 0),
-        ("num_workers", 0),
-        ("max_batch", 0),
-        ("max_steps", 0),
-        ("max_steps_factor", 1),
-        ("seed", 0),
-        ("env_seed", 0),
-        ("num_diffusion_steps_train", 1),
-        ("num_diffusion_steps_inference", 1),
-        ("lora_rank", 1),
-        ("policy_timeout", 0),
-    ):
-        if getattr(config, flag) < least:
-            raise UsageError(f"--{flag}: found {getattr(config, flag)}; accepted: {least} or more")
+    check(config)
     _check_suite_flags(config)
-    if config.env_img_res > MAX_IMAGE_SIDE:
-        raise UsageError(f"--env_img_res: found {config.env_img_res}; accepted: 16 to {MAX_IMAGE_SIDE} pixels")
     if config.policy and config.pretrained_checkpoint:
         raise UsageError(
             f"--policy: found {config.policy} beside --pretrained_checkpoint {config.pretrained_checkpoint}; "
@@ -131,10 +93,6 @@ def _check_flags(config: EvalFlags) -> None:
         raise UsageError("--use_diffusion: both heads are on; accepted: with --use_l1_regression false")
     if config.load_in_8bit and config.load_in_4bit:
         raise UsageError("--load_in_4bit: both quantizations are on; accepted: one of load_in_8bit, load_in_4bit")
-    if config.num_images_in_input not in VIEWS:
-        raise UsageError(
-            f"--num_images_in_input: found {config.num_images_in_input}; accepted: 1 or 2 (LIBERO's cameras)"
-        )
     if config.num_diffusion_steps_inference > config.num_diffusion_steps_train:
         raise UsageError(
             f"--num_diffusion_steps_inference: found {config.num_diffusion_steps_inference}; "
@@ -174,7 +132,7 @@ def _episodes(config: EvalFlags) -> tuple[Episode, ...]:
     trials = suite.trials if config.num_trials_per_task == TRIALS else config.num_trials_per_task
     numbers = range(config.first_init_state, config.first_init_state + trials)
     episodes: list[Episode] = []
-    for task_id in suite.choose(config, parse_task_ids(str(config.task_ids), suite.num_tasks())):
+    for task_id in suite.choose(config, choose_numbers("--task_ids", config.task_ids, suite.num_tasks())):
         task = suite.task(task_id, config.instruction_source)
         vectors: list[tuple[float, ...] | None] = [None] * numbers.stop
         if own_states is None:

@@ -16,21 +16,25 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from experiments.robot.libero.suites.task import MAX_STEPS, TRIALS, parse_task_ids
+from experiments.robot.libero.suites.task import MAX_STEPS, TRIALS, Instructions
 from experiments.robot.libero.suites.tasks import LIBERO_FILES, SuiteFlags, find_suite
-from experiments.robot.policy import PolicyFlags
+from experiments.robot.policy import Gripper, PolicyFlags, Render
 from experiments.robot.robot_utils import invert_gripper_action, normalize_gripper_action
 from prismatic.util.errors import UsageError
+from prismatic.util.flags import limited, numbers
 
 __all__ = [
     "DUMMY_ACTION", "MAX_STEPS", "Episode", "EpisodeQueue", "EvalFlags", "Protocol", "checked_chunk", "max_steps_for",
-    "parse_task_ids", "protocol_deviations", "to_env_action",
+    "protocol_deviations", "to_env_action",
 ]  # fmt: skip
 Array = npt.NDArray[np.float64]
+Views = Literal[1, 2]
+SaveVideos = Literal["none", "failures", "all"]
 DUMMY_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 
 
@@ -39,19 +43,24 @@ class _CommonFlags(PolicyFlags):
     """Flags for every suite: OpenVLA-OFT's, and ours."""
 
     # What is evaluated
+    num_images_in_input: Views = 2  # Camera views: the third-person one, then the wrist camera
     unnorm_key: str = ""  # Dataset whose statistics un-normalize actions; default: the suite, then suite_no_noops
     policy: str = ""  # Instead of a checkpoint: http://HOST:PORT or ws://HOST:PORT of a server, or MODULE:FACTORY
-    policy_gripper: str = "auto"  # Gripper of a server's actions; policy: 1 = open; libero: -1 = open; auto: as it says
-    policy_timeout: float = 0.0  # Seconds an answer may take, then the episode is an error; 0: 60 of servers, else any
+    # Gripper of a server's actions; policy: 1 = open; libero: -1 = open; auto: as it says
+    policy_gripper: Gripper = "auto"
+    # Seconds an answer may take, then the episode is an error; 0: 60 of servers, else any
+    policy_timeout: float = limited(0.0, least=0)
 
     # The protocol
     task_suite_name: str = "libero_spatial"  # libero_spatial, _object, _goal, _10, _90, or another installed suite
-    num_trials_per_task: int = TRIALS  # In LIBERO-Plus (libero_plus, libero_plus_object, ...) 50 means 1, its protocol
-    num_open_loop_steps: int = 8  # Actions of a chunk to execute before the policy is asked again
-    num_steps_wait: int = 10  # Steps for objects to settle before an episode
-    env_img_res: int = 256  # Side of the rendered images in pixels
-    initial_states_path: str = "DEFAULT"  # DEFAULT, or a JSON file of initial states
-    seed: int = 7  # Of the policy's randomness (diffusion noise)
+    # In LIBERO-Plus (libero_plus, libero_plus_object, ...) 50 means 1, its protocol
+    num_trials_per_task: int = limited(TRIALS, least=1)
+    num_open_loop_steps: int = limited(8, least=1)  # Actions of a chunk to execute before the policy is asked again
+    num_steps_wait: int = limited(10, least=0)  # Steps for objects to settle before an episode
+    env_img_res: int = limited(256, least=16, most=4096)  # Side of the rendered images in pixels
+    # DEFAULT, or a file of initial states: .json, .npz, .npy, .init, .pruned_init, .pt, .hdf5
+    initial_states_path: str = "DEFAULT"
+    seed: int = limited(7, least=0)  # Of the policy's randomness (diffusion noise)
 
     # Where results go
     local_log_dir: str = "./runs/eval"  # Folder of all results
@@ -61,17 +70,20 @@ class _CommonFlags(PolicyFlags):
     wandb_project: str | None = None
 
     # Ours
-    task_ids: str = ""  # Tasks to run, as in 0,3,7 or 0-4; default: all
-    num_workers: int = 0  # Simulator processes; 1: in this process, one episode at a time; 0: as the machine carries
-    render: str = "protocol"  # protocol; fast: no antialiasing and shadows, thinned meshes (not for published numbers)
-    first_init_state: int = 0  # Number of the first initial state
-    env_seed: int = 0  # Where the simulator places cabinets and stoves (0 in the protocol)
-    max_steps: int = 0  # Step limit of an episode; 0: the suite's
-    max_steps_factor: int = 1  # Multiplies that limit (3 in some reports on LIBERO-Plus)
-    instruction_source: str = "bddl"  # bddl: the task file's; base: LIBERO's wording; name: the task's name in words
-    max_batch: int = 0  # Most queries the policy answers at once; 0: no limit
+    task_ids: str = numbers("", least=0)  # Tasks to run, as in 0,3,7 or 0-4; default: all
+    # Simulator processes; 1: in this process, one episode at a time; 0: as the machine carries
+    num_workers: int = limited(0, least=0)
+    # protocol; fast: no antialiasing and shadows, thinned meshes (not for published numbers)
+    render: Render = "protocol"
+    first_init_state: int = limited(0, least=0)  # Number of the first initial state
+    env_seed: int = limited(0, least=0)  # Where the simulator places cabinets and stoves (0 in the protocol)
+    max_steps: int = limited(0, least=0)  # Step limit of an episode; 0: the suite's
+    max_steps_factor: int = limited(1, least=1)  # Multiplies that limit (3 in some reports on LIBERO-Plus)
+    # bddl: the sentence of the task's file; base: LIBERO's wording; name: the task's name in words
+    instruction_source: Instructions = "bddl"
+    max_batch: int = limited(0, least=0)  # Most queries the policy answers at once; 0: no limit
     deterministic: bool = False  # Same bits for any number of workers: every forward asks max_batch queries (0: 1)
-    save_videos: str = "none"  # none, failures or all
+    save_videos: SaveVideos = "none"  # none, failures or all
     run_name: str = ""  # Folder within local_log_dir; default: from suite, checkpoint and settings
     overwrite: bool = False  # Discard results in that folder
     resume: bool = True  # Continue from results in that folder

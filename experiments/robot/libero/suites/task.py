@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 # Longest demonstration of the suite, rounded up (upstream's table).
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 TRIALS = 50  # Fixed initial states of a task of LIBERO, an episode each.
-INSTRUCTION_SOURCES = ("bddl", "base", "name")
+Instructions = Literal["bddl", "base", "name"]
+INSTRUCTION_SOURCES = get_args(Instructions)
 
 FlagsT = TypeVar("FlagsT", contravariant=True)
 States = npt.NDArray[np.float64]
@@ -98,27 +99,6 @@ class Suite(Generic[FlagsT]):
     kinds: Mapping[str, int] = field(default_factory=dict)
     kind_parts: tuple[str, ...] = ()
     part_of: Callable[[str], str] = lambda name: ""
-
-
-def parse_task_ids(text: str, num_tasks: int, flag: str = "--task_ids") -> tuple[int, ...]:
-    """`flag`: "" (all), "0,3,7", "[0, 3]" or ranges "0-4"; duplicates dropped, order kept.
-
-    Raises:
-        UsageError: not a list of integers, or an id outside 0..num_tasks-1.
-    """
-    stripped = text.strip().strip("[]()").strip()
-    if stripped.lower() in ("", "all", "none", "null"):
-        return tuple(range(num_tasks))
-    ids: list[int] = []
-    for word in (part.strip() for part in stripped.split(",")):
-        first, dash, last = word.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise UsageError(f"{flag}: cannot read {word!r} in {text!r}; accepted: integers, as in 0,3,7 or 0-4")
-        ids += range(int(first), int(last if dash else first) + 1)
-    wrong = [task_id for task_id in ids if task_id >= num_tasks]
-    if wrong or not ids:
-        raise UsageError(f"{flag}: {text!r} names {wrong or 'no task'}; accepted: 0 to {num_tasks - 1}")
-    return tuple(dict.fromkeys(ids))
 
 
 def bddl_sentence(path: Path) -> str:

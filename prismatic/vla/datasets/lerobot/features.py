@@ -1,4 +1,4 @@
-"""Which columns of a LeRobot dataset are the action, the state and the views that a dataset's specification asks for.
+"""Find the columns of a LeRobot dataset that are the action, the state and the views of a dataset's specification.
 
 The `lerobot/libero` layout calls them observation.images.image, observation.images.image2 (the wrist),
 observation.state and action; `physical-intelligence/libero` image, wrist_image, state and actions; others mix the two.

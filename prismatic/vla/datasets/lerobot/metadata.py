@@ -31,7 +31,7 @@ class VideoPlace:
 
 @dataclass(frozen=True)
 class EpisodePlace:
-    """Where one episode lies: its number, its steps, its Parquet file and its video for each camera feature."""
+    """Place of one episode: its number, its steps, its Parquet file and its video for each camera feature."""
 
     number: int
     length: int

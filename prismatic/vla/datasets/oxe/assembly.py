@@ -1,4 +1,4 @@
-"""How one vector (a step's action or state) is put together from the columns of a dataset's features."""
+"""Put one vector (a step's action or state) together from the columns of a dataset's features."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Assembly:
         return features_of((*self.action, *self.proprio))
 
     def kept(self, steps: int) -> slice:
-        """Which of an episode's steps are transitions."""
+        """Select the steps of an episode that are transitions."""
         return slice(self.drop_first, max(self.drop_first, steps - self.drop_last))
 
     def __call__(self, numbers: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What the numbers of an episode go through before they are actions and states; (T, w) float32 in and out.
+"""Operations that turn the numbers of an episode into actions and states; (T, w) float32 in and out.
 
 Every operation acts on all steps of one episode at once. The policy's gripper command is absolute, 1 open and 0 closed.
 """

@@ -16,7 +16,7 @@ from prismatic.vla.datasets.oxe.operations import Operation
 
 
 class StateEncoding(Enum):
-    """What a dataset's proprio vector means. PAD is a zero that keeps different robots' vectors equally long."""
+    """Meaning of a dataset's proprio vector. PAD is a zero that keeps different robots' vectors equally long."""
 
     NONE = "nothing: eight zeros"
     POS_EULER = "position (3), roll pitch yaw (3), PAD, gripper"
@@ -26,7 +26,7 @@ class StateEncoding(Enum):
 
 
 class ActionEncoding(Enum):
-    """What a dataset's action vector means, with the numbers that are normalized."""
+    """Meaning of a dataset's action vector, with the numbers that are normalized."""
 
     EEF_POS = "motion of the hand (6), gripper"
     JOINT_POS = "joints (7), gripper"
@@ -34,14 +34,14 @@ class ActionEncoding(Enum):
 
     @property
     def normalized(self) -> tuple[bool, ...]:
-        """Which numbers of an action are normalized; the one gripper command is not."""
+        """Mark the numbers of an action that are normalized; the one gripper command is not."""
         arm = {ActionEncoding.EEF_POS: 6, ActionEncoding.JOINT_POS: 7}
         return (True,) * 14 if self is ActionEncoding.JOINT_POS_BIMANUAL else (True,) * arm[self] + (False,)
 
 
 @dataclass(frozen=True)
 class OXEDataset:
-    """How one dataset is read.
+    """One dataset's row: how it is read.
 
     Attributes:
         cameras: view -> feature below `observation/`, or None for a black image. Policies see "primary" and, when they
