@@ -15,6 +15,8 @@ from prismatic.checkpoint.layout import LOG_FILE, is_checkpoint, split_checkpoin
 from prismatic.util.errors import UsageError
 from prismatic.util.flags import check, limited, names, numbers, split_names, split_numbers
 from prismatic.util.hub import HUB_ID
+from prismatic.vla.datasets.dataset_file import read_datasets
+from prismatic.vla.platforms import get_platform
 
 # Aliases, since draccus finds no help beside a field whose annotation has quotes.
 Precision = Literal["auto", "no", "bf16"]
@@ -30,7 +32,8 @@ class TrainConfig:
     data_root_dir: Path = Path("datasets/rlds")  # Folder that holds the RLDS datasets
     dataset_name: str = "libero_spatial_no_noops"  # A dataset, a comma list of datasets, or a named mixture
     run_root_dir: Path = Path("runs")  # Checkpoints and logs go below this folder
-    platform: str = "libero"  # Chunk length, action and proprio sizes: libero | aloha | bridge
+    dataset_file: str = ""  # JSON or YAML file that describes datasets of your own
+    platform: str = "libero"  # Chunk length, action and proprio sizes: libero | aloha | bridge | a JSON or YAML file
     shuffle_buffer_size: int = 100_000  # Accepted for compatibility: shuffling is exact and needs no buffer
 
     # Part of the training episodes to use, drawn with the seed for every instruction
@@ -120,6 +123,9 @@ class TrainConfig:
         check(self)
         if self.use_l1_regression and self.use_diffusion:
             raise UsageError("--use_l1_regression and --use_diffusion: both are True; accepted: at most one of them")
+        get_platform(self.platform)
+        if self.dataset_file:
+            read_datasets(Path(self.dataset_file))
         if self.val_fraction and not self.use_val_set:
             raise UsageError(f"--val_fraction: {self.val_fraction} without --use_val_set; accepted: 0, or both of them")
         for name in self.tracker_names:

@@ -35,6 +35,7 @@ from prismatic.vla.datasets import (
     RLDSDataset,
     make_dataloader,
 )
+from prismatic.vla.datasets.dataset_file import register_datasets
 from prismatic.vla.platforms import Platform, get_platform
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def changed_flags(before: dict[str, Any], flags: dict[str, Any]) -> list[str]:
 
 def make_dataset(config: TrainConfig, processor: PrismaticProcessor, platform: Platform, *, train: bool) -> RLDSDataset:
     """The training data of the flags (augmented where they say so), or the validation split without augmentation."""
+    if config.dataset_file:
+        register_datasets(Path(config.dataset_file))
     transform = RLDSBatchTransform(
         ActionTokenizer(processor.tokenizer),
         processor.tokenizer,

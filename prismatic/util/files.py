@@ -52,6 +52,27 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
         temporary.write_bytes(data)
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """An object from a JSON file, or from a YAML file told by its ending.
+
+    Raises:
+        UsageError: the file is missing, is of neither kind, or is not an object.
+    """
+    if path.suffix not in (".yaml", ".yml"):
+        return read_json(path)
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected a YAML mapping, found {type(content).__name__}")
+    return content
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 

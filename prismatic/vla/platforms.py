@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from prismatic.util.errors import UsageError, unknown_name
+from prismatic.util.files import read_mapping
 
 
 class NormalizationType(str, Enum):
@@ -37,7 +39,8 @@ class NormalizationType(str, Enum):
 class Platform:
     """The numbers of one robot platform.
 
-    chunk: actions predicted at once; action_dim: numbers per action; proprio_dim: numbers of proprioceptive state.
+    chunk: actions predicted at once; action_dim: numbers per action; proprio_dim: numbers of proprioceptive state, 0
+    for a robot without.
     """
 
     name: str
@@ -50,8 +53,11 @@ class Platform:
         object.__setattr__(self, "normalization", NormalizationType(self.normalization))
         for field_name in ("chunk", "action_dim", "proprio_dim"):
             value = getattr(self, field_name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"platform {self.name!r}: {field_name} is {value!r}; accepted: a positive integer")
+            least = 0 if field_name == "proprio_dim" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(
+                    f"platform {self.name!r}: {field_name} is {value!r}; accepted: a whole number from {least} on"
+                )
 
     @property
     def num_action_tokens(self) -> int:
@@ -64,18 +70,18 @@ class Platform:
 
     @classmethod
     def from_json(cls, content: Any, source: str = "platform") -> Platform:
-        """The platform of such an object; without `normalization` it is bounds_q99.
+        """The platform of such an object; without `normalization` it is bounds_q99, without `proprio_dim` 0.
 
         Raises:
             UsageError: missing, unknown or wrong fields; the message begins with `source`.
         """
         names = [field.name for field in fields(cls)]
-        optional = {"normalization"}
+        optional = {"normalization", "proprio_dim"}
         if not isinstance(content, Mapping) or not set(names) - optional <= set(content) <= set(names):
             given = sorted(map(str, content)) if isinstance(content, Mapping) else f"of a {type(content).__name__}"
             raise UsageError(f"{source}: found fields {given}; accepted: exactly {', '.join(names)}")
         try:
-            return cls(**{"normalization": NormalizationType.BOUNDS_Q99, **content})
+            return cls(**{"normalization": NormalizationType.BOUNDS_Q99, "proprio_dim": 0, **content})
         except ValueError as error:
             raise UsageError(f"{source}: {error}") from error
 
@@ -90,14 +96,19 @@ PLATFORMS: dict[str, Platform] = {platform.name: platform for platform in (LIBER
 
 
 def get_platform(platform: str | Mapping[str, Any] | Platform) -> Platform:
-    """The platform of that name (any case), of that dictionary of fields, or `platform` itself.
+    """The platform of that name (any case), of that dictionary of fields, of a JSON or YAML file, or `platform` itself.
 
-    Raises UsageError for an unknown name, or a dictionary with missing, unknown or wrong fields.
+    A file that gives no name is named by itself.
+
+    Raises UsageError for an unknown name, no such file, or missing, unknown or wrong fields.
     """
     if isinstance(platform, Platform):
         return platform
     if isinstance(platform, Mapping):
         return Platform.from_json(platform)
+    if platform.lower() not in PLATFORMS and Path(platform).suffix in (".json", ".yaml", ".yml"):
+        content = read_mapping(Path(platform))
+        return Platform.from_json({"name": Path(platform).stem, **content}, f"--platform: {platform}")
     if platform.lower() not in PLATFORMS:
         raise unknown_name("platform", platform, PLATFORMS)
     return PLATFORMS[platform.lower()]

@@ -16,8 +16,19 @@ from experiments.robot.policy import Query
 from prismatic.checkpoint.folder import open_checkpoint
 from prismatic.training.metrics import read_log
 from prismatic.util.errors import UsageError
-from prismatic.vla.platforms import ALOHA, BRIDGE, Platform
-from tests.helpers.rlds_layouts import ALOHA_STEPS, BRIDGE_STEPS, aloha_episode, bridge_episode, write_layout
+from prismatic.vla.datasets.rlds_schema import Numbers, Texts
+from prismatic.vla.datasets.specs import DATASETS
+from prismatic.vla.platforms import ALOHA, BRIDGE, NormalizationType, Platform
+from tests.helpers.lerobot_files import write_columns
+from tests.helpers.rlds_layouts import (
+    ALOHA_STEPS,
+    BRIDGE_STEPS,
+    IMAGE,
+    aloha_episode,
+    bridge_episode,
+    gray,
+    write_layout,
+)
 
 ALOHA_NAME = "aloha1_put_X_into_pot_300_demos"
 
@@ -100,6 +111,57 @@ def test_from_files_to_actions(
     heads = (policy._parts["action_head"], policy._parts.get("proprio_projector"))
     single = get_vla_action(settings, policy.vla, policy.processor, observation, queries[0].instruction, *heads)
     np.testing.assert_allclose(single, actions[0], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("format_", ["rlds", "lerobot"])
+def test_a_robot_of_ones_own_by_files(format_: str, finetune: Callable[..., Path], tmp_path: Path) -> None:
+    """Eight numbers, own names, cameras called anything, no states; the checkpoint needs neither file."""
+    rng = np.random.default_rng(0)
+    pictures = [gray(20 * number) for number in range(12)]
+    values = {
+        "arm": rng.uniform(-1, 1, (12, 9)).astype(np.float32),
+        "grip": rng.uniform(0, 1, (12, 1)).astype(np.float32),
+        "front": pictures,
+        "ceiling": pictures,
+    }
+    if format_ == "rlds":
+        steps = {"arm": Numbers((9,)), "grip": Numbers((1,)), "front": IMAGE, "ceiling": IMAGE, "say": Texts()}
+        write_layout(tmp_path / "data", "my_data", steps, {**values, "say": ["pick it up"] * 12})
+    else:
+        write_columns(tmp_path / "data" / "my_data", values, (12,))
+    robot, data = tmp_path / "my_arm.json", tmp_path / "my_data.yaml"
+    robot.write_text('{"chunk": 4, "action_dim": 8}')
+    data.write_text(
+        "my_data:\n  images: {front: front, ceiling: ceiling}\n  action: ['arm[1:8]', grip]\n  state: null\n"
+        "  language: say\n"
+    )
+    runs = finetune(
+        data_root_dir=tmp_path / "data",
+        dataset_name="my_data",
+        dataset_file=str(data),
+        platform=str(robot),
+        num_images_in_input=2,
+        use_proprio=False,
+        merge_lora_during_training=False,
+    )
+    for file in (robot, data):
+        file.unlink()
+    DATASETS.pop("my_data")
+    folder = runs / "run--2_chkpt"
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.platform == Platform("my_arm", 4, 8, 0, NormalizationType.BOUNDS_Q99)
+    settings = SimpleNamespace(
+        pretrained_checkpoint=str(folder),
+        num_images_in_input=2,
+        use_proprio=False,
+        use_l1_regression=True,
+        use_diffusion=False,
+        use_film=False,
+        center_crop=True,
+        device="cpu",
+    )
+    policy = OpenVLAPolicy.from_checkpoint(checkpoint, settings, "my_data")
+    assert policy.act([_query(checkpoint.platform)]).shape == (1, 4, 8)
 
 
 def test_a_dataset_of_another_platform_is_refused(finetune: Callable[..., Path], robots_root: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +21,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets import DatasetSpec, RLDSBatchTransform, RLDSDataset, register_dataset
-from prismatic.vla.datasets.oxe.assembly import Assembly, Columns
+from prismatic.vla.datasets.dataset_file import read_datasets
+from prismatic.vla.datasets.oxe.assembly import Assembly, Columns, Constant
 from prismatic.vla.datasets.oxe.operations import Operation
 from prismatic.vla.datasets.rlds_schema import Features, Images, Numbers, Schema, Texts
 from prismatic.vla.datasets.rlds_writer import RLDSWriter, encode_jpeg
@@ -188,6 +190,68 @@ def test_other_tensors_are_no_images(form: Numbers, tmp_path: Path) -> None:
     _write(tmp_path, "rlds", features, {"action": ACTION, "observation/front": np.zeros((STEPS, *form.shape))})
     with pytest.raises(UsageError, match=r"features.json: feature steps/observation/front is a Tensor .*: an Image"):
         _open(tmp_path, DatasetSpec(images={"primary": "observation/front"}, state=None))
+
+
+class TestDatasetFile:
+    def _read(self, folder: Path, entry: object, name: str = NAME, ending: str = "json") -> DatasetSpec:
+        file = folder / f"my_data.{ending}"
+        file.write_text(json.dumps({name: entry}))
+        return read_datasets(file)[name]
+
+    @pytest.mark.parametrize("ending", ["json", "yaml"])
+    def test_describes_what_python_does(self, ending: str, tmp_path: Path) -> None:
+        entry = {
+            "images": {"front": "observation/cam", "black": None},
+            "action": ["action/arm[:6]", {"columns": "action/grip[-1]", "operations": ["clip", "invert"]}],
+            "state": ["observation/pose[2:5]", 0],
+            "language": "text",
+            "action_mask": [True] * 6 + [False],
+            "drop_last": 1,
+        }
+        grip = Columns("action/grip")[-1:].then(Operation.CLIP, Operation.INVERT)
+        assert self._read(tmp_path, entry, ending=ending) == DatasetSpec(
+            images={"front": "observation/cam", "black": None},
+            language="text",
+            action_mask=(True,) * 6 + (False,),
+            assembly=Assembly(
+                (Columns("action/arm")[:6], grip), (Columns("observation/pose")[2:5], Constant(0.0)), drop_last=1
+            ),
+        )
+        plain = {"images": {"front": "observation/cam"}, "action": "act", "state": None}
+        assert self._read(tmp_path, plain) == DatasetSpec({"front": "observation/cam"}, action="act", state=None)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"image": {}}, "field: 'image' found; accepted: images, action, state, language"),
+            ({"images": {}}, "images: {} found; accepted: a camera's name and feature each"),
+            ({"images": {"a": 1}}, "images: {'a': 1} found"),
+            ({"action": "arm[1:2:3]"}, r"action: 'arm[1:2:3]' found; accepted: a feature,"),
+            ({"action": None}, "action: None found"),
+            (
+                {"state": [{"columns": "a", "operations": ["flip"]}]},
+                "state: operations: ['flip'] found",
+            ),
+            ({"action_mask": [1, 0]}, "action_mask: [1, 0] found; accepted: a list of true"),
+            ({"drop_first": -1}, "drop_first: -1 found"),
+            ({"language": 3}, "language: 3 found"),
+        ],
+    )
+    def test_mistakes_are_one_line(self, change: dict[str, object], message: str, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=re.escape(f"my_data.json: dataset 'my_data': {message}")):
+            self._read(tmp_path, {"images": {"front": "observation/cam"}, **change})
+
+    def test_names_and_files(self, tmp_path: Path) -> None:
+        entry = {"images": {"front": "observation/cam"}}
+        for name in ("bridge", "a,b", "a:2"):
+            with pytest.raises(UsageError, match=f"dataset '{name}'; accepted: the name of a folder"):
+                self._read(tmp_path, entry, name)
+        for content, message in (("- a", "expected a YAML mapping"), ("{", "not valid YAML")):
+            (tmp_path / "my_data.yaml").write_text(content)
+            with pytest.raises(UsageError, match=message):
+                read_datasets(tmp_path / "my_data.yaml")
+        with pytest.raises(UsageError, match=r"nowhere\.json: no such file"):
+            read_datasets(tmp_path / "nowhere.json")
 
 
 def _as_array_record(folder: Path) -> None:

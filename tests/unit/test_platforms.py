@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from prismatic.util.errors import UsageError
 from prismatic.vla import constants
 from prismatic.vla.platforms import ALOHA, BRIDGE, LIBERO, NormalizationType, get_platform
 
@@ -17,6 +20,24 @@ def test_numbers_are_upstreams() -> None:
 def test_names_and_dictionaries() -> None:
     assert get_platform("LIBERO") is LIBERO and get_platform(ALOHA) is ALOHA
     assert get_platform(BRIDGE.to_dict()) == BRIDGE
+
+
+def test_a_file_is_a_platform(tmp_path: Path) -> None:
+    file = tmp_path / "my_arm.json"
+    file.write_text('{"chunk": 10, "action_dim": 8, "proprio_dim": 8, "normalization": "bounds"}')
+    arm = get_platform(str(file))
+    assert (arm.name, arm.chunk, arm.action_dim, arm.proprio_dim) == ("my_arm", 10, 8, 8)
+    assert arm.normalization is NormalizationType.BOUNDS
+    stateless = tmp_path / "stateless.yaml"
+    stateless.write_text("name: rover\nchunk: 4\naction_dim: 2\n")
+    assert get_platform(str(stateless)).to_json() == {
+        "name": "rover", "chunk": 4, "action_dim": 2, "proprio_dim": 0, "normalization": "bounds_q99",
+    }  # fmt: skip
+    file.write_text('{"chunk": 10, "width": 8}')
+    with pytest.raises(UsageError, match=r"--platform: .*my_arm.json: found fields \['chunk', 'name', 'width'\]"):
+        get_platform(str(file))
+    with pytest.raises(UsageError, match=r"your_arm.json: no such file"):
+        get_platform(str(tmp_path / "your_arm.json"))
 
 
 def test_mistakes_are_named() -> None:

@@ -178,7 +178,7 @@ class TestCache:
         assert len(cache.read_bytes()) == len(whole)
 
     def test_a_read_only_folder_is_left_alone(
-        self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         folder = root / NAME / "1.0.0"
         before = sorted(folder.iterdir())
@@ -189,6 +189,10 @@ class TestCache:
             assert sorted(folder.iterdir()) == before
             assert (cache_folder(folder) / "frame_index-train.npz").is_file()
             assert cache_folder(folder).is_relative_to(tmp_path / "cache")
+            _open(root)
+            assert [record.message for record in caplog.records] == [
+                f"{folder} may not be written: its index and statistics are cached in {cache_folder(folder)}"
+            ]
         finally:
             folder.chmod(0o755)
 

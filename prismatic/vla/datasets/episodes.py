@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -120,4 +122,12 @@ def cache_folder(folder: Path) -> Path:
         return folder
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return base / "rocket-align" / "datasets" / f"{folder.parent.name}-{digest}"
+    cache = base / "rocket-align" / "datasets" / f"{folder.parent.name}-{digest}"
+    _say_once(f"{folder} may not be written: its index and statistics are cached in {cache}")
+    return cache
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        logging.getLogger(__name__).warning(message)
