@@ -99,7 +99,7 @@ class TrainConfig:
 
     @property
     def objective(self) -> str:
-        """How actions are trained: "l1", "diffusion" or "discrete" tokens."""
+        """Objective of the actions: "l1", "diffusion" or "discrete" tokens."""
         if self.use_l1_regression:
             return "l1"
         return "diffusion" if self.use_diffusion else "discrete"

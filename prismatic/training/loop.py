@@ -61,7 +61,7 @@ class StopRequest:
 
 @dataclass
 class TrainState:
-    """Where training is. `step` counts finished optimizer steps."""
+    """Progress of training. `step` counts finished optimizer steps."""
 
     step: int = 0
     stopped_early: bool = False
@@ -177,7 +177,7 @@ class Trainer:
         return self.validate is not None and self.state.step % self.config.val_freq == 0
 
     def _stop_agreed(self, stop: StopRequest) -> bool:
-        """Whether any process was asked to stop; several processes ask each other only at log lines."""
+        """Tell whether any process was asked to stop; several processes ask each other only at log lines."""
         if self.accelerator.num_processes == 1:
             return stop.requested
         if not self._logs_now():

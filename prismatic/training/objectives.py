@@ -1,4 +1,4 @@
-"""How actions are learned: L1 regression, diffusion or discrete tokens. Each objective turns one forward pass of the
+"""Objectives of the actions: L1 regression, diffusion or discrete tokens. Each objective turns one forward pass of the
 policy into a loss and metrics; none of them synchronizes with the host.
 
 Upstream behavior: `run_forward_pass` of OpenVLA-OFT's fine-tuning script. "Current" is the first action of a chunk,

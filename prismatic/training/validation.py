@@ -79,8 +79,8 @@ class Validator:
         """
         sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         deadline = time.monotonic() + self.config.val_time_limit
-        mine = self._batches[self.accelerator.process_index :: self.accelerator.num_processes]
-        for (number, dataset, frames), batch in zip(mine, self._load(mine)):
+        share = self._batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        for (number, dataset, frames), batch in zip(share, self._load(share)):
             values = self._measure(batch, number)
             sums[dataset]["num_samples"] += len(frames)
             for name, value in values.items():

@@ -25,7 +25,7 @@ INSTALL_HINT = 'pip install "rocket-vla[sim]"'
 
 
 def is_no_op(action: np.ndarray, previous: np.ndarray | None) -> bool:
-    """Whether an action neither moves the hand nor changes the gripper; the published `no_noops` data lack these.
+    """Tell whether an action neither moves the hand nor changes the gripper; the published `no_noops` data lack these.
 
     Upstream's rule: the first six entries have a norm below 1e-4 and the gripper's command is the previous action's.
     """
@@ -158,11 +158,11 @@ def read_demonstrations(path: Path) -> Iterator[tuple[str, Demonstration]]:
     """
     with open_demonstrations(path) as file:
         for name in demonstration_names(file):
-            found = Demonstration(**{attribute: read_array(file, name, attribute) for attribute in _DATASETS})
-            lengths = {_DATASETS[attribute]: len(getattr(found, attribute)) for attribute in _DATASETS}
-            if len(set(lengths.values())) != 1 or not len(found):
+            content = Demonstration(**{attribute: read_array(file, name, attribute) for attribute in _DATASETS})
+            lengths = {_DATASETS[attribute]: len(getattr(content, attribute)) for attribute in _DATASETS}
+            if len(set(lengths.values())) != 1 or not len(content):
                 raise UsageError(f"{path}: {name}: lengths {lengths}; accepted: equal ones, above 0")
-            yield name, found
+            yield name, content
 
 
 def write_demonstration(file: Any, name: str, demonstration: Demonstration) -> None:

@@ -143,10 +143,10 @@ def regenerate_task(config: RegenerateConfig, task_id: int) -> dict[str, Any]:
             kept = 0
             for name in demonstration_names(raw):
                 initial_state = read_array(raw, name, "states")[0]
-                found = replay(env, read_array(raw, name, "actions"), initial_state)
-                report[name] = {"success": found is not None, "initial_state": initial_state.tolist()}
-                if found is not None:
-                    write_demonstration(file, f"demo_{kept}", found)
+                demonstration = replay(env, read_array(raw, name, "actions"), initial_state)
+                report[name] = {"success": demonstration is not None, "initial_state": initial_state.tolist()}
+                if demonstration is not None:
+                    write_demonstration(file, f"demo_{kept}", demonstration)
                     kept += 1
             file["data"].attrs["num_demos"] = kept
             file["data"].attrs["env_args"] = json.dumps({"image_size": config.image_size, "render": config.render})

@@ -97,7 +97,7 @@ def _refuse_existing(config: EvalFlags, folder: Path) -> None:
 
 
 def _loader() -> ModuleType:
-    """What loads checkpoints. It brings torch and transformers, which --help, wrong flags and servers do without."""
+    """The loader of checkpoints. It brings torch and transformers, which --help, wrong flags and servers do without."""
     from experiments.robot import openvla_utils
 
     return openvla_utils

@@ -27,7 +27,7 @@ OPENCV_LIBRARIES = {"libGL.so.1": "libgl1", "libglib-2.0.so.0": "libglib2.0-0", 
 
 
 def loads(library: str) -> bool:
-    """Whether the dynamic linker finds and loads `library`."""
+    """Tell whether the dynamic linker finds and loads `library`."""
     try:
         ctypes.CDLL(library)
     except OSError:
@@ -36,7 +36,7 @@ def loads(library: str) -> bool:
 
 
 def egl_opens() -> bool:
-    """Whether libEGL lists a device (a GPU or Mesa's software renderer) on which a display can be initialized."""
+    """Tell whether libEGL lists a device (a GPU or Mesa's software renderer) on which a display can be initialized."""
     try:
         egl = ctypes.CDLL("libEGL.so.1")
     except OSError:
@@ -64,7 +64,7 @@ def egl_opens() -> bool:
 
 
 def renderer_present() -> bool:
-    """Whether MuJoCo can render without a screen, by EGL or by OSMesa."""
+    """Tell whether MuJoCo can render without a screen, by EGL or by OSMesa."""
     return egl_opens() or any(loads(name) for name in ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so"))
 
 

@@ -142,6 +142,6 @@ class OpenVLAConfig(PrismaticConfig):
 
 
 def _check_language_model(text_config: dict[str, object]) -> None:
-    found = text_config.get("model_type", "llama")
-    if found != "llama":
-        raise ValueError(f"text_config.model_type: found {found!r}; accepted: 'llama'")
+    model_type = text_config.get("model_type", "llama")
+    if model_type != "llama":
+        raise ValueError(f"text_config.model_type: found {model_type!r}; accepted: 'llama'")

@@ -232,7 +232,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether activations are computed anew in the backward pass; peft asks by this name, deprecated in 5.24."""
+        """True when activations are computed anew in the backward pass; peft asks by this name, deprecated in 5.24."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     def get_output_embeddings(self) -> nn.Module:
@@ -324,10 +324,12 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         """Patches, then the proprio token, then the diffusion time token: (B, P + 0..2, D)."""
         parts = [patches]
         if proprio is not None and proprio_projector is not None:
-            found, batch = tuple(proprio.shape), patches.shape[0]
-            width = getattr(proprio_projector, "proprio_dim", found[-1])
+            state_shape, batch = tuple(proprio.shape), patches.shape[0]
+            width = getattr(proprio_projector, "proprio_dim", state_shape[-1])
             if proprio.numel() != batch * width:
-                raise ValueError(f"proprio: found shape {found}; accepted: ({batch}, {width}), one state per sample")
+                raise ValueError(
+                    f"proprio: found shape {state_shape}; accepted: ({batch}, {width}), one state per sample"
+                )
             state = proprio.reshape(batch, width).to(_input_dtype(proprio_projector, patches.dtype))
             parts.append(proprio_projector(state).unsqueeze(1).to(patches.dtype))
         if time_embeddings is not None:

@@ -40,7 +40,7 @@ ImageLike = Image.Image | np.ndarray | torch.Tensor
 
 
 class _View(NamedTuple):
-    """How one vision model wants its image; equal views share one resize."""
+    """Image size and normalization of one vision model; equal views share one resize."""
 
     height: int
     width: int
@@ -89,8 +89,8 @@ class PrismaticImageProcessor(BaseImageProcessor):
         expected = 1 + bool(self.use_fused_vision_backbone)
         for name in ("input_sizes", "interpolations", "means", "stds"):
             if len(getattr(self, name)) != expected:
-                found = len(getattr(self, name))
-                raise ValueError(f"{name}: found {found} entries; accepted: {expected}, one per vision model")
+                entries = len(getattr(self, name))
+                raise ValueError(f"{name}: found {entries} entries; accepted: {expected}, one per vision model")
 
     def _view(self, index: int) -> _View:
         _, height, width = self.input_sizes[index]

@@ -38,7 +38,7 @@ class NumberFeature:
 
 @dataclass(frozen=True)
 class ImageFeature:
-    """How an image is stored: as an encoded file when `shape` is empty, else as its uint8 values.
+    """Storage of an image: as an encoded file when `shape` is empty, else as its uint8 values.
 
     Attributes:
         shape: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); -1 for a size that the number of values tells.
@@ -134,7 +134,7 @@ def _number_feature(file: Path, feature: Any, name: str) -> NumberFeature:
 
 
 def _image_feature(file: Path, feature: Any, name: str) -> ImageFeature:
-    """How the image is stored: TFDS's Image or encoded bytes, else a Tensor of uint8."""
+    """Storage of the image: TFDS's Image or encoded bytes, else a Tensor of uint8."""
     shape, dtype = tuple(getattr(feature, "shape", None) or ()), np.dtype(feature.np_dtype)
     if dtype.kind in "OSU" and math.prod(shape) == 1:
         return ImageFeature()
@@ -157,7 +157,7 @@ FormT = TypeVar("FormT", NumberFeature, ImageFeature)
 def _forms(
     steps: Any, describe: Callable[[Path, Any, str], FormT], file: Path, names: Iterable[str], needed: frozenset[str]
 ) -> tuple[dict[str, FormT], set[str]]:
-    """How each feature is stored, and which are left out since they are not needed and have another form."""
+    """Storage of each feature, and those left out since they are not needed and have another form."""
     forms, others = {}, set()
     for name in names:
         try:

@@ -154,7 +154,7 @@ def _statistics(
 
 
 def _num_views(batch_transform: object) -> int | None:
-    """How many views a batch transform looks at; None for all that the dataset has."""
+    """Number of views that a batch transform looks at; None for all that the dataset has."""
     if not getattr(batch_transform, "use_wrist_image", True):
         return 1
     return getattr(batch_transform, "num_images", None)

@@ -82,7 +82,7 @@ class DatasetSpec:
 
     @property
     def has_state(self) -> bool:
-        """Whether the robot has states, be they constants."""
+        """True when the robot has states, be they constants."""
         return self.state is not None if self.assembly is None else bool(self.assembly.proprio)
 
     @property

@@ -177,7 +177,7 @@ class Example:
         return [self.payload[span.start : span.end] for span in self.byte_spans(name)]
 
     def integer_spans(self, name: str, steps: int) -> list[Span]:
-        """Where the integers of each of `steps` equal parts of the feature's packed list lie in the payload."""
+        """Find the integers of each of `steps` equal parts of the feature's packed list in the payload."""
         content = self._list(name, 3)
         parts = [] if content is None else list(_fields(self.payload, content))
         if len(parts) != 1 or parts[0][1] != 2:

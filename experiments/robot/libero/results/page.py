@@ -56,7 +56,7 @@ class Run:
 
     @property
     def details(self) -> list[tuple[str, str]]:
-        """What else a card says."""
+        """Further lines of a card."""
         report = summary.summarize(self.episodes)
         suites = report["suites"]
         solved = [result.steps for result in self.episodes if result.status == "success"]
@@ -115,7 +115,7 @@ def build_page(folders: Sequence[Path], out: Path, title: str = "Evaluation in L
         suites=[_suite(runs, suite) for suite in suites],
         failures=failures[:MOST_VIDEOS],
         successes=successes[:MOST_VIDEOS],
-        left_out=sum(max(0, len(of_kind) - MOST_VIDEOS) for of_kind in (failures, successes)),
+        left_out=sum(max(0, len(clips) - MOST_VIDEOS) for clips in (failures, successes)),
         errors=[_entry(series, result) for series, result in ordered if result.status == "error"],
         episodes=[_entry(series, result) for series, result in ordered[:MOST_EPISODES]],
         num_episodes=len(everything),
@@ -140,15 +140,17 @@ def _entry(series: int, result: EpisodeResult) -> dict[str, Any]:
 def _comparisons(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Every pair of runs, or each against the first where there are many."""
     pairs = itertools.combinations(range(len(runs)), 2)
-    found: list[dict[str, Any]] = []
+    comparisons: list[dict[str, Any]] = []
     for a, b in pairs if len(runs) <= ALL_PAIRS_UP_TO else ((0, other) for other in range(1, len(runs))):
         try:
             content = summary.compare(runs[a].episodes, runs[b].episodes)
         except UsageError:
-            found.append({"a": a, "b": b, "content": None, "verdict": "no episode in common"})
+            comparisons.append({"a": a, "b": b, "content": None, "verdict": "no episode in common"})
             continue
-        found.append({"a": a, "b": b, "content": content, "verdict": _verdict(runs[a].name, runs[b].name, content)})
-    return found
+        comparisons.append(
+            {"a": a, "b": b, "content": content, "verdict": _verdict(runs[a].name, runs[b].name, content)}
+        )
+    return comparisons
 
 
 def _verdict(name_a: str, name_b: str, content: dict[str, Any]) -> str:
@@ -174,7 +176,7 @@ def _suite(runs: Sequence[Run], suite: str) -> dict[str, Any]:
                 if result.suite == suite:
                     by_task[run.series].setdefault(result.task_id, []).append(result)
         for task_id in sorted(tasks):
-            rates = [Rate.of(summary.rate(of_run.get(task_id, []))) for of_run in by_task]
+            rates = [Rate.of(summary.rate(run_episodes.get(task_id, []))) for run_episodes in by_task]
             rows.append({"labels": [task_id, tasks[task_id]], "rates": rates})
     total = _row(runs, ["", "all tasks"], lambda result: result.suite == suite)
     return {"name": suite, "rows": rows, "total": total, "num_tasks": len(tasks)}
@@ -199,7 +201,7 @@ def _kinds(runs: Sequence[Run]) -> dict[str, Any] | None:
 
 def _videos(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
     """Videos of all runs with what is known of their episodes, paths relative to the page."""
-    found = []
+    videos = []
     for run in runs:
         known = {result.key: result for result in run.episodes}
         for file in sorted((run.folder / "videos").glob("*.mp4")):
@@ -211,8 +213,8 @@ def _videos(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
             if result is None or result.status != match["status"]:
                 continue  # Of an episode that was repeated with another end, or of a run that was discarded.
             relative = os.path.relpath(file.resolve(), out.resolve().parent)
-            found.append({**_entry(run.series, result), "path": quote(Path(relative).as_posix())})
-    return found
+            videos.append({**_entry(run.series, result), "path": quote(Path(relative).as_posix())})
+    return videos
 
 
 def _configuration(runs: Sequence[Run]) -> list[SettingRow]:

@@ -1,4 +1,4 @@
-"""Which episodes a run was to have, and whether each of them is there exactly once.
+"""Episodes that a run was to have, and a check that each of them is there exactly once.
 
 Every process of a run writes the whole run's plan beside its results (`plan*.json`: suite -> task -> initial states),
 so that a process that never started is noticed too. A run that was extended (more tasks, more states) has the union.
@@ -48,7 +48,7 @@ def _read_plan(file: Path) -> set[Key]:
 
 @dataclass(frozen=True)
 class Completeness:
-    """How what is there compares with what was planned; each list is sorted.
+    """Comparison of the episodes there with those planned; each list is sorted.
 
     Attributes:
         planned: number of episodes that were to run.

@@ -151,12 +151,12 @@ def load_episodes(folder: Path) -> list[EpisodeResult]:
 
 
 def later_unless_error(earlier: EpisodeResult | None, later: EpisodeResult) -> EpisodeResult:
-    """Which of two lines of an episode counts: the later one, but a finished episode goes before an error."""
+    """Choose between two lines of an episode: the later one, but a finished episode goes before an error."""
     return later if earlier is None or earlier.status == "error" or later.status != "error" else earlier
 
 
 def differing_values(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """What tells two identities apart, a line an entry."""
+    """List what tells two identities apart, a line an entry."""
     return [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted(set(before) | set(now))
@@ -165,7 +165,7 @@ def differing_values(before: Mapping[str, object], now: Mapping[str, object]) ->
 
 
 def differing_conditions(first: Mapping[str, object], second: Mapping[str, object]) -> list[str]:
-    """What of two runs differs in how episodes of the same key were run; [] where a run has no record of it."""
+    """List differences of two runs in how episodes of the same key were run; [] where a run has no record of it."""
     conditions = []
     for identity in (first, second):
         known = {name: identity[name] for name in _CONDITIONS if name in identity and name in first and name in second}

@@ -40,7 +40,7 @@ class PairedTest:
 
 
 def paired_test(solved_a: Mapping[Episode, bool], solved_b: Mapping[Episode, bool]) -> PairedTest:
-    """Whether one side solves more of the episodes that both have, given as (suite, task, ...) -> solved.
+    """Test whether one side solves more of the episodes that both have, given as (suite, task, ...) -> solved.
 
     Only episodes that one side solved and the other did not tell the sides apart; under the null hypothesis they split
     evenly, so the p-value is that of a binomial test at 0.5.
@@ -155,7 +155,7 @@ def to_markdown(report: Report) -> str:
 
 
 def rate_cells(entry: Rate) -> tuple[str, str, str, str]:
-    """What :func:`rate` returns as the cells of a table, see `RATE_HEADER`."""
+    """Cells of a table for what :func:`rate` returns, see `RATE_HEADER`."""
     completed = entry["successes"] + entry["failures"]
     interval = percent_range(entry["interval_95"], 1) if completed else "-"
     return percent(entry["success_rate"]), interval, str(completed), str(entry["errors"])

@@ -35,7 +35,7 @@ Image = npt.NDArray[np.uint8]
 
 
 class Environment(Protocol):
-    """What an episode needs of a simulator."""
+    """The simulator, as an episode needs it."""
 
     @property
     def init_states(self) -> Array: ...
@@ -59,7 +59,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class WorkerReply:
-    """What a request came to: `value`, or the one-line `error` (`usage`: the user can mend it, so the run stops).
+    """Outcome of a request: `value`, or the one-line `error` (`usage`: the user can mend it, so the run stops).
 
     `seconds` says where its time went: creation, reset (settling included), physics, rendering.
     """

@@ -209,7 +209,7 @@ def _task_files(suite: Suite[SuiteFlags], plan: Plan) -> dict[str, str]:
 
 
 def _suite_identity(suite: Suite[SuiteFlags], config: EvalFlags) -> dict[str, object]:
-    """What the suite adds: LIBERO's own five, at their defaults, nothing."""
+    """Entries that the suite adds: LIBERO's own five, at their defaults, nothing."""
     own = suite.identity(config)
     if not own and suite.base == suite.name and config.instruction_source == "bddl":
         return {}
@@ -218,7 +218,7 @@ def _suite_identity(suite: Suite[SuiteFlags], config: EvalFlags) -> dict[str, ob
 
 
 def run_environment(config: EvalFlags) -> dict[str, object]:
-    """What is recorded but may differ between the parts of a run: where the checkpoint lay, versions, machine."""
+    """Recorded entries that may differ between the parts of a run: where the checkpoint lay, versions, machine."""
     return {"checkpoint": config.pretrained_checkpoint or config.policy, **package_versions()}
 
 

@@ -96,7 +96,7 @@ class EvalFlags(SuiteFlags, _CommonFlags):
 
 @dataclass(frozen=True)
 class Protocol:
-    """How an episode is run; part of what makes two runs comparable.
+    """Rules of an episode; part of what makes two runs comparable.
 
     `max_steps` policy steps at most after `settle_steps` steps of :data:`DUMMY_ACTION`; `open_loop_steps` actions of
     each chunk are executed; cameras of `image_size` pixels, drawn as `render` says; `env_seed` seeds the simulator.
@@ -114,7 +114,7 @@ class Protocol:
 
     @property
     def is_standard(self) -> bool:
-        """Whether everything but the step limit is as published LIBERO numbers have it."""
+        """True when everything but the step limit is as published LIBERO numbers have it."""
         return self == Protocol(max_steps=self.max_steps)
 
 
@@ -141,7 +141,7 @@ class Episode:
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """What identifies the episode within a run."""
+        """Key of the episode within a run."""
         return (self.suite, self.task_id, self.init_state)
 
     def query_seed(self, step: int) -> int:

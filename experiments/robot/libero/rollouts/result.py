@@ -1,4 +1,4 @@
-"""How an episode ended, the success rate of several, and what a person sees of both while episodes run."""
+"""Results of episodes, the success rate of several, and what a person sees of both while episodes run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """How one episode ended. `success` is None for an error; `steps` are policy steps; `wall_time` is in seconds.
+    """End of one episode. `success` is None for an error; `steps` are policy steps; `wall_time` is in seconds.
 
     `seconds` says where the time went: creation, reset, physics, rendering, policy (its whole batch), waiting.
     """

@@ -34,7 +34,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """How rollouts are organized; none of it changes what an episode is.
+    """Organization of rollouts; none of it changes what an episode is.
 
     Attributes:
         open_loop_steps: actions of a chunk that are executed.

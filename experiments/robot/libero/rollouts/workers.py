@@ -1,4 +1,4 @@
-"""Where episodes are stepped: in this process, or in spawned ones that may die without taking the run along."""
+"""Workers that step episodes: in this process, or in spawned ones that may die without taking the run along."""
 
 from __future__ import annotations
 
@@ -135,8 +135,8 @@ def ready(workers: Sequence[Worker], timeout: float | None) -> list[Worker]:
     by_connection = {worker.connection: worker for worker in workers if isinstance(worker, ProcessWorker)}
     if not by_connection:
         return local
-    found = multiprocessing.connection.wait(list(by_connection), 0 if local else timeout)
-    return local + [by_connection[connection] for connection in found]  # type: ignore[index]
+    connections = multiprocessing.connection.wait(list(by_connection), 0 if local else timeout)
+    return local + [by_connection[connection] for connection in connections]  # type: ignore[index]
 
 
 def available_cores() -> int:

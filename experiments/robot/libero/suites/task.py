@@ -30,7 +30,7 @@ States = npt.NDArray[np.float64]
 
 
 class Perturbation(Protocol):
-    """What differs from the base task besides its files."""
+    """Differences from the base task besides its files."""
 
     def build_scene(self, task: TaskSpec, **settings: object) -> MujocoEnv | None:
         """The task's robosuite environment from the suite's own code, or None where LIBERO's builds it."""
@@ -206,7 +206,7 @@ def _read_numpy(path: Path) -> object:
 
 
 def _read_torch(path: Path) -> object:
-    """What torch saved, with nothing but NumPy arrays allowed in it (torch >= 2.6 refuses LIBERO's by default)."""
+    """Read what torch saved, with nothing but NumPy arrays allowed in it (torch >= 2.6 refuses LIBERO's by default)."""
     import torch
 
     core = np._core if hasattr(np, "_core") else np.core

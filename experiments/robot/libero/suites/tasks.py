@@ -144,7 +144,7 @@ def _task_files(suite: str, task: _InstalledTask) -> TaskSpec:
 
 
 def _instruction(task: TaskSpec, source: str) -> str:
-    """What the policy is told; see the top of the module.
+    """The instruction that the policy is given; see the top of the module.
 
     Raises:
         UsageError: another source than "bddl", "base" (the same here) or "name", or a file that states none.

@@ -24,7 +24,7 @@ TIME_TOLERANCE = 1e-4  # seconds between a row's time stamp and a frame's, as Le
 
 
 def time_tolerance(seconds: np.ndarray) -> np.ndarray:
-    """How far the frame of a time stamp (float32) may be: LeRobot's tolerance, or the rounding of a long episode's."""
+    """Distance allowed to a time stamp's frame (float32): LeRobot's tolerance, or the rounding in a long episode."""
     return np.maximum(TIME_TOLERANCE, np.spacing(np.abs(seconds).astype(np.float32)))
 
 

@@ -58,7 +58,7 @@ class Metadata:
     episodes: tuple[EpisodePlace, ...]
 
     def width(self, feature: str) -> int:
-        """How many numbers a row holds of a feature."""
+        """Count the numbers that a row holds of a feature."""
         return math.prod(int(size) for size in self.features[feature]["shape"])
 
 

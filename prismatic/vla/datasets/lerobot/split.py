@@ -81,7 +81,7 @@ class LeRobotSplit:
 
     @property
     def has_videos(self) -> bool:
-        """Whether a used view is a video."""
+        """True when a used view is a video."""
         return any(self.metadata.features[self.columns.views[view]]["dtype"] == "video" for view in self.columns.used)
 
     def fingerprint(self) -> dict[str, object]:
