@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from prismatic.util.cli import run
 from prismatic.util.files import atomic_write, read_json
 from prismatic.util.flags import limited, names, numbers, split_names, split_numbers
-from rocket_align.recipes import RECIPES
+from rocket_align.config import RECIPES
 
 if TYPE_CHECKING:
     from benchmarks.full_size import Sizes

@@ -20,11 +20,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments.join import FinetuneConfig, build_alignment, plan_alignment, read_stored_targets
 from prismatic.checkpoint.layout import component_file, read_record
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
@@ -47,18 +47,6 @@ class BenchmarkConfig:
     rounds: int = limited(2, least=1)  # Timed runs of each kind
     work_dir: Path = Path("runs/feature_store_benchmark")  # Stores and runs go there
     out: Path = Path("benchmarks/results/feature_store.json")
-
-
-def load_script() -> ModuleType:
-    """vla-scripts/finetune.py as a module."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("finetune_script", ROOT / "vla-scripts" / "finetune.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_config(config: BenchmarkConfig) -> dict[str, Any]:
@@ -112,10 +100,9 @@ class Compared:
         from prismatic.training.objectives import make_objective
         from prismatic.training.run import TrainingRun
 
-        self.script = load_script()
         given = {name: value for name, value in run_config(config).items() if name != "vla_path"}
-        known = {field.name for field in fields(self.script.FinetuneConfig)}
-        self.flags = self.script.FinetuneConfig(
+        known = {field.name for field in fields(FinetuneConfig)}
+        self.flags = FinetuneConfig(
             **{name: value for name, value in given.items() if name in known and name != "data_root_dir"},
             data_root_dir=Path(given["data_root_dir"]),
             vla_path=str(config.checkpoint),
@@ -127,9 +114,9 @@ class Compared:
             run_root_dir=config.work_dir,
             trackers="none",
         )
-        self.align, width = self.script.plan_alignment(self.flags)
+        self.align, width = plan_alignment(self.flags)
         self.training = TrainingRun(self.flags, {})
-        self.alignment, self.online = self.script.build_alignment(self.training, self.align, width)
+        self.alignment, self.online = build_alignment(self.training, self.align, width)
         file = component_file(config.checkpoint, "align_projectors")
         if file is None:
             raise UsageError(
@@ -156,7 +143,7 @@ class Compared:
         readers, targets = {}, {}
         for kind, folder in stores.items():
             self.flags.feature_store = str(folder)
-            targets[kind] = self.script.read_stored_targets(self.training, self.align)
+            targets[kind] = read_stored_targets(self.training, self.align)
             readers[kind] = self.training.dataset.extras
         self.training.dataset.extras = lambda *frame: {
             f"{kind} {name}": value for kind, reader in readers.items() for name, value in reader(*frame).items()

@@ -20,7 +20,7 @@ from prismatic.training.objectives import L1Objective, Objective, PolicyParts
 from prismatic.vla.constants import IGNORE_INDEX, STOP_INDEX
 from prismatic.vla.platforms import LIBERO
 from rocket_align import AlignConfig, MultiLayerAlignment
-from rocket_align.recipes import RECIPES
+from rocket_align.config import RECIPES
 from rocket_align.teacher.preprocess import unnormalize_views
 from rocket_align.teacher.vggt.config import VGGTConfig
 

@@ -18,9 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rocket_align.alignment import MultiLayerAlignment
 from rocket_align.flags import AlignFlags
-from rocket_align.teacher.base import Teacher, TeacherFeatures
+from rocket_align.targets import TeacherTargets
 from rocket_align.teacher.files import replacing
-from rocket_align.teacher.preprocess import unnormalize_views
 from rocket_align.teacher.registry import describe_teacher, load_teacher
 
 COMPONENT = "align_projectors"
@@ -55,27 +54,17 @@ class RocketJoin:
     Args:
         alignment: the projectors, on the policy's device. Wrapped in DDP here when several processes train, and called
             through that wrapper, so that their gradients are averaged.
-        teacher: makes features of `alignment.config.teacher_layers`; None when there is no pair.
+        targets: makes features of `alignment.config.teacher_layers` of pixels; None when there is no pair.
         num_vision_tokens: tokens of all images in the policy's sequence.
-        mean, std: what the first three channels of each image were normalized with.
-        channels_per_view: channels of one image in `pixel_values`.
     """
 
     def __init__(
-        self,
-        alignment: MultiLayerAlignment,
-        teacher: Teacher | None,
-        *,
-        num_vision_tokens: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        channels_per_view: int,
+        self, alignment: MultiLayerAlignment, targets: TeacherTargets | None, *, num_vision_tokens: int
     ) -> None:
         self.alignment = alignment
         self.config = alignment.config
-        self.teacher = teacher
+        self.targets = targets
         self.num_vision_tokens = num_vision_tokens
-        self.mean, self.std, self.channels_per_view = mean, std, channels_per_view
         self.wrapped: nn.Module = alignment
         if self.config.num_pairs and torch.distributed.is_available() and torch.distributed.is_initialized():
             # No device_ids: inputs are where they should be. This also gives every rank the first one's weights.
@@ -95,7 +84,8 @@ class RocketJoin:
         """
         policy: Any = getattr(vla, "module", vla)
         device = next(policy.parameters()).device
-        images, backbone = processor.image_processor, policy.vision_backbone
+        backbone = policy.vision_backbone
+        targets = None
         try:
             if config.aligns:
                 info = describe_teacher(config.teacher, config.teacher_type)
@@ -107,31 +97,20 @@ class RocketJoin:
                     device=device,
                     dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
                 )
+                targets = TeacherTargets(teacher, processor.image_processor)
                 alignment = MultiLayerAlignment(align, policy.llm_dim, info.channels // 2).to(device)
                 if config.resume:
                     _restore(alignment, Path(config.vla_path), config.resume_step)
             else:
-                teacher, alignment = None, MultiLayerAlignment(config.align_config(0, 0), policy.llm_dim, 0)
+                alignment = MultiLayerAlignment(config.align_config(0, 0), policy.llm_dim, 0)
         except ValueError as error:
             _refuse(error)
-        return cls(
-            alignment,
-            teacher,
-            num_vision_tokens=backbone.get_num_patches() * backbone.get_num_images_in_input(),
-            mean=tuple(images.means[0]),
-            std=tuple(images.stds[0]),
-            channels_per_view=3 * len(images.means),
-        )
+        tokens = backbone.get_num_patches() * backbone.get_num_images_in_input()
+        return cls(alignment, targets, num_vision_tokens=tokens)
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters that the optimizer has to update."""
         return list(self.alignment.parameters())
-
-    def _features(self, pixels_BCHW: Tensor) -> TeacherFeatures | None:
-        if self.teacher is None:
-            return None
-        views = unnormalize_views(pixels_BCHW, self.mean, self.std, channels_per_view=self.channels_per_view)
-        return self.teacher(views)
 
     def add_loss(
         self, loss: Tensor, metrics: dict[str, float], hidden_states: tuple[Tensor, ...], pixel_values: Tensor
@@ -144,12 +123,12 @@ class RocketJoin:
             loss: the action loss.
             metrics: the script's.
             hidden_states: L + 1 tensors (B, S, D), embeddings first.
-            pixel_values: (B, V * channels_per_view, H, W), on any device.
+            pixel_values: (B, V * channels of a view, H, W), on any device.
         """
-        if not self.config.num_pairs:
+        if self.targets is None:
             return loss, metrics
         device = hidden_states[0].device
-        features = self._features(pixel_values.to(device))
+        features = self.targets(pixel_values.to(device))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             output = self.wrapped(
                 hidden_states, vision_start=1, num_vision_tokens=self.num_vision_tokens, teacher=features

@@ -10,6 +10,8 @@ Plain tensors in, a loss out: nothing here knows any particular policy. Names ar
     loss = action_loss + config.coeff * output.loss
 """
 
+# ruff: noqa: F401 - the names for type checkers are those of _HOME
+
 from __future__ import annotations
 
 import importlib
@@ -17,76 +19,57 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rocket_align import recipes
-    from rocket_align.alignment import AlignOutput, MultiLayerAlignment
+    from rocket_align.alignment import (
+        AlignmentProjector,
+        AlignOutput,
+        MultiLayerAlignment,
+        cosine_loss,
+        matryoshka_widths,
+    )
     from rocket_align.analysis.cka import cka_map, linear_cka
     from rocket_align.analysis.importance import layer_importance, residual_stream
     from rocket_align.analysis.matching import match_layers
     from rocket_align.analysis.selection import select_layers
     from rocket_align.config import AlignConfig
     from rocket_align.layers import resolve_layers
-    from rocket_align.loss import cosine_loss
     from rocket_align.pooling import pool_teacher
-    from rocket_align.projector import AlignmentProjector, matryoshka_widths
     from rocket_align.teacher.base import Teacher, TeacherFeatures
     from rocket_align.teacher.preprocess import preprocess_normed_images, unnormalize_views
     from rocket_align.teacher.vggt.config import VGGTConfig
     from rocket_align.teacher.vggt.teacher import VGGTTeacher
 
-__all__ = [
-    "AlignConfig",
-    "AlignOutput",
-    "AlignmentProjector",
-    "MultiLayerAlignment",
-    "Teacher",
-    "TeacherFeatures",
-    "VGGTConfig",
-    "VGGTTeacher",
-    "cka_map",
-    "cosine_loss",
-    "layer_importance",
-    "linear_cka",
-    "match_layers",
-    "matryoshka_widths",
-    "pool_teacher",
-    "preprocess_normed_images",
-    "recipes",
-    "residual_stream",
-    "resolve_layers",
-    "select_layers",
-    "unnormalize_views",
-]
-
 _HOME = {
     "AlignConfig": "config",
     "AlignOutput": "alignment",
-    "AlignmentProjector": "projector",
+    "AlignmentProjector": "alignment",
     "MultiLayerAlignment": "alignment",
     "Teacher": "teacher.base",
     "TeacherFeatures": "teacher.base",
     "VGGTConfig": "teacher.vggt.config",
     "VGGTTeacher": "teacher.vggt.teacher",
     "cka_map": "analysis.cka",
-    "cosine_loss": "loss",
+    "cosine_loss": "alignment",
     "layer_importance": "analysis.importance",
     "linear_cka": "analysis.cka",
     "match_layers": "analysis.matching",
-    "matryoshka_widths": "projector",
+    "matryoshka_widths": "alignment",
     "pool_teacher": "pooling",
     "preprocess_normed_images": "teacher.preprocess",
+    "recipes": "recipes",
     "residual_stream": "analysis.importance",
     "resolve_layers": "layers",
     "select_layers": "analysis.selection",
     "unnormalize_views": "teacher.preprocess",
 }
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "recipes":
-        return importlib.import_module(f"{__name__}.recipes")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    module = importlib.import_module(f"{__name__}.{_HOME[name]}")
+    return module if name == _HOME[name] else getattr(module, name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__

@@ -1,12 +1,16 @@
-"""Configuration of the alignment. Imports no torch."""
+"""Configuration of the alignment, and the five methods compared in the paper as configurations. Imports no torch.
+
+A recipe differs from `rocket` only where the method does. `num_student_layers` and `num_teacher_layers` are the models'
+depths (32 and 24 for OpenVLA-7B and VGGT-1B); layers are returned as plain indices.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from rocket_align.layers import parse_layers
+from rocket_align.layers import paper_pairs, parse_layers
 
 ProjectorKind = Literal["matryoshka", "shared", "independent"]
 PoolingMode = Literal["bilinear", "random"]
@@ -94,3 +98,42 @@ class AlignConfig:
     def num_pairs(self) -> int:
         """Number of aligned layer pairs."""
         return len(self.student_layers)
+
+
+def rocket(num_student_layers: int = 32, num_teacher_layers: int = 24) -> AlignConfig:
+    """One shared projector whose width grows with depth (the paper's method)."""
+    student, teacher = paper_pairs(num_student_layers, num_teacher_layers)
+    return AlignConfig(student_layers=student, teacher_layers=teacher)
+
+
+def shared(num_student_layers: int = 32, num_teacher_layers: int = 24) -> AlignConfig:
+    """One shared projector, full width for every pair."""
+    return replace(rocket(num_student_layers, num_teacher_layers), projector="shared")
+
+
+def naive(num_student_layers: int = 32, num_teacher_layers: int = 24) -> AlignConfig:
+    """One independent projector per pair."""
+    return replace(rocket(num_student_layers, num_teacher_layers), projector="independent")
+
+
+def spatial_forcing(num_student_layers: int = 32, num_teacher_layers: int = 24) -> AlignConfig:
+    """A single pair: the student's state at three quarters of its depth, the teacher's last block."""
+    return replace(
+        naive(num_student_layers, num_teacher_layers),
+        student_layers=(num_student_layers * 3 // 4,),
+        teacher_layers=(num_teacher_layers - 1,),
+    )
+
+
+def baseline(num_student_layers: int = 32, num_teacher_layers: int = 24) -> AlignConfig:
+    """No alignment."""
+    return replace(rocket(num_student_layers, num_teacher_layers), coeff=0.0, student_layers=(), teacher_layers=())
+
+
+RECIPES = {
+    "rocket": rocket,
+    "shared": shared,
+    "naive": naive,
+    "spatial_forcing": spatial_forcing,
+    "baseline": baseline,
+}

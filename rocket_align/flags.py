@@ -10,10 +10,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rocket_align.config import AlignConfig
-from rocket_align.layer_file import layers_for_models, read_layer_file
-from rocket_align.layers import LayerConvention, resolve_layers
-from rocket_align.recipes import RECIPES
+from rocket_align.config import RECIPES, AlignConfig
+from rocket_align.layers import LayerConvention, layers_for_models, read_layer_file, resolve_layers
 
 POOLING = ("bilinear", "random")
 TEACHER_TYPES = ("auto", "vggt", "depth_anything", "dinov2")

@@ -1,11 +1,39 @@
-"""One place that turns a user's layer list into indices, counting from the end as each convention does."""
+"""Which layers: lists as given, as indices, as the paper pairs them, chosen by position, and as a file.
+
+Imports no torch.
+
+Not obvious:
+- A selected block is aligned at its output. For the student that is hidden state block + 1, as the released selection
+  script prints it (its uniform 8 of 32 are 4, 8, ..., 32); for the teacher it is the block's own number (2, 5, ..., 23
+  of 24).
+- "e2m_last1" is the paper's recipe instead: the same early numbers on both sides (student states 2, 4, ..., 18, outputs
+  of blocks 1, 3, ...), then the student's last state but one and the teacher's last block, as released.
+
+A layer file is what a selection writes and fine-tuning reads, a JSON object:
+
+    {"format": "rocket_align_layers", "version": 1,
+     "student_layers": [1, 3, 6], "teacher_layers": [0, 2, 5],      one teacher layer per student layer
+     "convention": {"student": "states", "teacher": "python"},      names of `LayerConvention`
+     "student_depth": 6, "teacher_depth": 6,                        blocks of the models that it was made for
+     "made": {...}}                                                 how: strategy, scores, models, samples, seed
+
+Its student layers are hidden states (0 the embeddings, l the output of block l - 1), its teacher layers 0-based blocks.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rocket_align.analysis.selection import select_layers
 
 LayerConvention = Literal["released", "states", "python"]
+FORMAT = "rocket_align_layers"
+VERSION = 1
+_CONVENTIONS: dict[str, tuple[LayerConvention, ...]] = {"student": ("states", "released"), "teacher": ("python",)}
 
 
 def parse_layers(spec: str | Sequence[int]) -> tuple[int, ...]:
@@ -61,3 +89,133 @@ def resolve_layers(
     if ordered and list(resolved) != sorted(resolved):
         raise ValueError(f"layers: found {spec!r} (indices {resolved}); accepted: layers in ascending order")
     return resolved
+
+
+def paper_pairs(
+    num_student_layers: int = 32, num_teacher_layers: int = 24, count: int = 10
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Student and teacher layers of the multi-layer methods: 2, 4, ..., 18 and the one before the student's last state
+    / the teacher's last block; models too shallow for that get consecutive layers from 1, and as many pairs as fit."""
+    count = min(count, num_student_layers - 1, num_teacher_layers - 1)
+    shallow = min(num_student_layers, num_teacher_layers)
+    early = select_layers("e2m_last1", num_layers=shallow, count=count)[:-1]
+    return (*early, num_student_layers - 1), (*early, num_teacher_layers - 1)
+
+
+def student_states(blocks: Sequence[int]) -> tuple[int, ...]:
+    """Hidden states that are the outputs of these 0-based blocks."""
+    return tuple(block + 1 for block in blocks)
+
+
+def layers_by_position(
+    strategy: str, side: str, *, num_student_layers: int, num_teacher_layers: int, count: int
+) -> tuple[int, ...]:
+    """Layers of one `side`, "student" or "teacher", chosen by a strategy that needs no measurement.
+
+    Raises:
+        ValueError: more layers than the shallower model has, or what `select_layers` refuses.
+    """
+    shallow = min(num_student_layers, num_teacher_layers)
+    if not 1 <= count <= shallow:
+        raise ValueError(f"count: found {count}; accepted: 1 to {shallow} pairs")
+    if strategy == "e2m_last1":
+        pairs = paper_pairs(num_student_layers, num_teacher_layers, count)
+        if len(pairs[0]) < count:
+            raise ValueError(f"count: found {count}; accepted with e2m_last1: 1 to {len(pairs[0])}")
+        return pairs[0] if side == "student" else pairs[1]
+    depth = num_student_layers if side == "student" else num_teacher_layers
+    blocks = select_layers(strategy, num_layers=depth, count=count)
+    return student_states(blocks) if side == "student" else blocks
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """Aligned layers and the models they belong to.
+
+    Attributes:
+        student_layers: hidden states of the student, ascending.
+        teacher_layers: teacher blocks, one per student layer, in any order.
+        student_depth, teacher_depth: blocks of the models.
+        made: how the layers were chosen, for the reader.
+    """
+
+    student_layers: tuple[int, ...]
+    teacher_layers: tuple[int, ...]
+    student_depth: int
+    teacher_depth: int
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The file's text."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "student_layers": list(self.student_layers),
+            "teacher_layers": list(self.teacher_layers),
+            "convention": {"student": "states", "teacher": "python"},
+            "student_depth": self.student_depth,
+            "teacher_depth": self.teacher_depth,
+            "made": self.made,
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; accepted: a file written by select_layers.py") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
+        raise ValueError(f'{path}: no layer file; accepted: a JSON object with "format": "{FORMAT}", version {VERSION}')
+    return content
+
+
+def read_layer_file(path: str | Path) -> LayerFile:
+    """Read and check a layer file; negative layers are resolved by the conventions that it names.
+
+    Raises:
+        ValueError: one line that names the file, what was found and what is accepted.
+    """
+    file = Path(path)
+    content = _object(file)
+    conventions = content.get("convention")
+    layers: dict[str, tuple[int, ...]] = {}
+    for side, accepted in _CONVENTIONS.items():
+        depth, listed = content.get(f"{side}_depth"), content.get(f"{side}_layers")
+        convention = conventions.get(side) if isinstance(conventions, dict) else None
+        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+            raise ValueError(f"{file}: {side}_depth: found {depth!r}; accepted: the model's number of blocks")
+        if convention not in accepted:
+            raise ValueError(f"{file}: convention of {side}: found {convention!r}; accepted: {', '.join(accepted)}")
+        if not isinstance(listed, list) or not listed:
+            raise ValueError(f"{file}: {side}_layers: found {listed!r}; accepted: a list of layers")
+        try:
+            layers[side] = resolve_layers(listed, depth, convention=convention, ordered=side == "student")
+        except ValueError as error:
+            raise ValueError(f"{file}: {side}_{error}") from None
+    student, teacher = layers["student"], layers["teacher"]
+    if len(student) != len(teacher):
+        raise ValueError(f"{file}: found {len(student)} student and {len(teacher)} teacher layers; accepted: pairs")
+    made = content.get("made")
+    depths = int(content["student_depth"]), int(content["teacher_depth"])
+    return LayerFile(student, teacher, *depths, made=made if isinstance(made, dict) else {})
+
+
+def layers_for_models(
+    path: str | Path, num_student_layers: int, num_teacher_layers: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Student and teacher layers of a file, for models of these depths.
+
+    Raises:
+        ValueError: a file that cannot be read, or that was made for models of other depths.
+    """
+    file = read_layer_file(path)
+    made_for = (file.student_depth, file.teacher_depth)
+    if made_for != (num_student_layers, num_teacher_layers):
+        raise ValueError(
+            f"{path}: made for a student of {made_for[0]} and a teacher of {made_for[1]} blocks; "
+            f"accepted: {num_student_layers} and {num_teacher_layers}"
+        )
+    return file.student_layers, file.teacher_layers

@@ -21,14 +21,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import finetune
 
 from experiments.analysis.config import (
+    AnalysisConfig,
     CkaConfig,
     ConeConfig,
     DepthConfig,
@@ -49,6 +47,8 @@ COMMANDS: dict[str, type] = {
     "theorem": TheoremConfig,
     "reach": ReachConfig,
 }
+# The module of experiments.analysis with the function of the command's name, where that is not the module's too.
+MODULES = {"projectors": "cosines", "cone": "cosines", "theorem": "gradients"}
 
 
 def main(argv: Sequence[str]) -> NoReturn:
@@ -61,8 +61,10 @@ def main(argv: Sequence[str]) -> NoReturn:
         print(f"error: {unknown_name('command', command, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
 
-    def analyze(config: Any) -> int:
-        return importlib.import_module(f"experiments.analysis.{command}").main(config, finetune)
+    def analyze(config: AnalysisConfig) -> int:
+        # Imported when the flags are right: torch, transformers or the simulator.
+        module = importlib.import_module(f"experiments.analysis.{MODULES.get(command, command)}")
+        return getattr(module, command)(config)
 
     run(COMMANDS[command], analyze, argv[1:])
 

@@ -15,18 +15,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.feature_store import StoreConfig, build, verify
+from experiments.store_config import StoreConfig
 from prismatic.util.cli import run
 
 
 def main(config: StoreConfig) -> None:
     """Build the store, or check it."""
     config.validate_store()
-    if config.verify:
-        return verify(config)
-    from prismatic.training.precision import make_accelerator
+    from experiments import feature_store  # torch and transformers: not for --help, nor for a wrong flag
 
-    build(config, make_accelerator(config.mixed_precision))
+    if config.verify:
+        feature_store.verify(config)
+    else:
+        feature_store.build(config)
 
 
 if __name__ == "__main__":

@@ -16,18 +16,17 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import finetune
-
-from experiments.analysis import select
 from experiments.analysis.config import SelectConfig
 from prismatic.util.cli import run
 
 
 def main(config: SelectConfig) -> int:
     """Select and write; returns 0."""
-    return select.main(config, finetune)
+    config.validate_selection()
+    from experiments.analysis.select import select  # torch and transformers: not for --help, nor for a wrong flag
+
+    return select(config)
 
 
 if __name__ == "__main__":

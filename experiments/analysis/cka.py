@@ -2,56 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from experiments.analysis.config import CkaConfig
-from experiments.analysis.report import heatmap, new_figure, save_figure, write_json
-from experiments.analysis.subject import Join, Pass, Subject
+from experiments.analysis.loaded_checkpoint import ForwardPass, LoadedCheckpoint
+from experiments.analysis.report import Report, heatmap, new_figure, save_figure, write_json
+from rocket_align.analysis.cka import Estimator, StreamingCKA
 from rocket_align.analysis.matching import match_layers
-from rocket_align.analysis.streaming_cka import Estimator, StreamingCKA
 
 MATCHED = "#D55E00"
 
 
-def layer_features(subject: Subject, seen: Pass, rows: str) -> tuple[list[Tensor], list[Tensor]]:
+def layer_features(checkpoint: LoadedCheckpoint, forward: ForwardPass, rows: str) -> tuple[list[Tensor], list[Tensor]]:
     """Features (samples, channels) of all states of the student and all blocks of the teacher, row by row the same
     vision token (or sample): teacher patches are pooled to the student's tokens as the alignment pools them."""
-    assert subject.every_layer is not None
-    students = subject.student_states(seen).float()
-    teachers = subject.every_layer.targets(seen.teacher, seen.num_vision_tokens).float()
+    students = checkpoint.student_states(forward).float()
+    teachers = checkpoint.teacher_blocks(forward).float()
     if rows == "samples":
         return list(students.mean(dim=2)), list(teachers.mean(dim=2))
     return list(students.flatten(1, 2)), list(teachers.flatten(1, 2))
 
 
-def measure_cka(subject: Subject, rows: str, *, debiased: bool, estimator: Estimator) -> Tensor:
+def measure_cka(checkpoint: LoadedCheckpoint, rows: str, *, debiased: bool, estimator: Estimator) -> Tensor:
     """The map, (student states, teacher blocks), on the CPU."""
-    cka = StreamingCKA(debiased=debiased, estimator=estimator)
-    for seen in subject.passes():
+    streaming = StreamingCKA(debiased=debiased, estimator=estimator)
+    for forward in checkpoint.passes():
         with torch.no_grad():
-            cka.update(*layer_features(subject, seen, rows))
-    return cka.result().cpu()
+            streaming.update(*layer_features(checkpoint, forward, rows))
+    return streaming.result().cpu()
 
 
-def measure(config: CkaConfig, folder: str, join: Join) -> dict[str, Any]:
+def measure(config: CkaConfig, folder: str) -> Report:
     """One checkpoint's part of the report."""
-    subject = Subject(config, folder, join, teacher_layers="all")
-    values = measure_cka(subject, config.rows, debiased=config.debiased, estimator=config.estimator)  # type: ignore[arg-type]
+    checkpoint = LoadedCheckpoint(config, folder, teacher_layers="all")
+    values = measure_cka(checkpoint, config.rows, debiased=config.debiased, estimator=config.estimator)  # type: ignore[arg-type]
     pairs = match_layers(values)
     return {
-        **subject.describe(),
+        **checkpoint.describe(),
         "cka": values,
         "matching": [{"student": s, "teacher": t, "cka": values[s, t]} for s, t in pairs],
         "matched_mean": sum(values[s, t] for s, t in pairs) / len(pairs),
     }
 
 
-def main(config: CkaConfig, join: Join) -> int:
+def cka(config: CkaConfig) -> int:
     """Measure, write cka.json and cka.png."""
-    parts = [measure(config, folder, join) for folder in config.checkpoints]
+    parts = [measure(config, folder) for folder in config.checkpoints]
     settings = {"rows": config.rows, "debiased": config.debiased, "estimator": config.estimator}
     write_json(config.out_dir / "cka.json", {"analysis": "cka", **settings, "subjects": parts})
     draw(config, parts)
@@ -60,7 +57,7 @@ def main(config: CkaConfig, join: Join) -> int:
     return 0
 
 
-def draw(config: CkaConfig, parts: list[dict[str, Any]]) -> None:
+def draw(config: CkaConfig, parts: list[Report]) -> None:
     """Maps side by side on one scale, matched layers in boxes."""
     from matplotlib.patches import Rectangle
 

@@ -1,16 +1,27 @@
-"""Flags of the analysis commands and of the layer selection. Imports no torch."""
+"""Flags of the analysis commands and of the layer selection, and the flags of fine-tuning that follow from them.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from inspect import get_annotations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_type_hints
 
+from draccus.wrappers.docstring import get_attribute_docstring, get_preferred_help_text
+
+from experiments.join import FinetuneConfig
 from experiments.robot.policy import Device, DType, Render
-from prismatic.training.config import Precision, Views
+from prismatic.checkpoint.layout import is_checkpoint, read_record
+from prismatic.training.config import Precision
 from prismatic.util.errors import UsageError
 from prismatic.util.flags import check, limited, numbers, split_paths
+from rocket_align.teacher.registry import TeacherInfo, describe_teacher
 
+FlagsT = TypeVar("FlagsT")
 # Aliases, since draccus finds no help beside a field whose annotation has quotes.
 Rows = Literal["tokens", "samples"]
 Estimator = Literal["exact", "minibatch"]
@@ -20,33 +31,42 @@ BY_SIMILARITY = {"sim_top": "top", "sim_last": "bottom"}
 STRATEGIES = (*BY_POSITION, *BY_SIMILARITY, "cka")
 _STRATEGIES = ", ".join(STRATEGIES)
 _CHECKPOINTS = "a checkpoint folder, or several as a comma list"
+# Flags that say the same in two ways: one given to a command puts away what the run recorded in the other way.
+_ALTERNATIVES = (
+    (("vggt_path",), ("teacher_path",)),
+    (("align_layers_file",), ("vla_layers_align", "vggt_layers_align")),
+)
+
+
+def with_training_flags(*names: str) -> Callable[[type[FlagsT]], type[FlagsT]]:
+    """Class decorator, below `dataclass`: flags of fine-tuning with their type, limits and help, None unless given."""
+
+    def add(flags: type[FlagsT]) -> type[FlagsT]:
+        hints, training = get_type_hints(FinetuneConfig), FinetuneConfig.__dataclass_fields__
+        for name in names:
+            owner = next(base for base in FinetuneConfig.__mro__ if name in get_annotations(base))
+            help_text = get_preferred_help_text(get_attribute_docstring(owner, name))
+            limits = {key: value for key, value in training[name].metadata.items() if key != "needed"}
+            limits["custom_args"] = {"help": help_text}
+            flags.__annotations__[name] = hints[name] | None
+            setattr(flags, name, field(default=None, metadata=limits))
+        return flags
+
+    return add
 
 
 @dataclass
+@with_training_flags(
+    *("vggt_path", "teacher_path", "teacher_type", "data_root_dir", "dataset_name", "platform", "num_images_in_input"),
+    *("use_proprio", "use_l1_regression", "use_diffusion", "use_lora", "lora_rank", "recipe", "vla_layers_align"),
+    *("vggt_layers_align", "align_layers_file", "share_projector", "use_matryoshka"),
+)
 class SubjectFlags:
-    """What is measured: models, data, and how much of it. Flags left out are those of the checkpoint's own run."""
+    """Models and data that are measured, and how much. Flags left out are those of the checkpoint's own run."""
 
     # Checkpoint folders (...--STEP_chkpt) as a comma list, or a base model
     checkpoint: str = limited("", needed=_CHECKPOINTS)
     base_checkpoint: str = ""  # The base model, when it is not where the checkpoint's adapter says
-    vggt_path: str | None = None  # The 3D teacher: a folder, a weights file, or a hub id
-    teacher_path: str | None = None  # Another teacher, as in training
-    teacher_type: str | None = None  # Its type, as in training
-    data_root_dir: Path | None = None  # Folder that holds the RLDS datasets
-    dataset_name: str | None = None  # A dataset, a comma list of datasets, or a named mixture
-    platform: str | None = None  # Action and proprio sizes, as in training
-    num_images_in_input: Views | None = None  # Images per sample, as in training
-    use_proprio: bool | None = None  # Robot state as an input, as in training
-    use_l1_regression: bool | None = None  # L1 action head, as in training
-    use_diffusion: bool | None = None  # Diffusion action head, as in training
-    use_lora: bool | None = None  # LoRA adapters, as in training
-    lora_rank: int | None = limited(None, least=1)  # Their rank
-    recipe: str | None = None  # The alignment's recipe, as in training
-    vla_layers_align: str | None = None  # Student layers, as in training
-    vggt_layers_align: str | None = None  # Teacher blocks, as in training
-    align_layers_file: str | None = None  # Both from a file of select_layers.py
-    share_projector: bool | None = None  # One projector for all layer pairs, as in training
-    use_matryoshka: bool | None = None  # Nested widths, as in training
     image_aug: bool = False  # Augment the images as training does
     num_samples: int = limited(64, least=1)  # Samples measured (rounded up to whole batches)
     batch_size: int = limited(8, least=1)  # Samples per forward pass
@@ -176,3 +196,68 @@ class SelectConfig(SubjectFlags):
     rows: Rows = "tokens"  # cka: a row of the features is a vision token (tokens) or a sample's mean token (samples)
     estimator: Estimator = "exact"  # cka: exact | minibatch (little memory for wide models)
     out: Path = Path("align_layers.json")  # The file to write
+
+    def validate_selection(self) -> None:
+        """Raises UsageError for what cannot be selected, before anything is loaded."""
+        check(self)
+        if self.teacher_strategy and self.strategy == "cka":
+            raise UsageError(
+                "--teacher_strategy: given with --strategy cka, which matches both sides; accepted: without it"
+            )
+        if len(self.checkpoints) > 1:
+            raise UsageError(f"--checkpoint: {len(self.checkpoints)} folders found; accepted: one")
+
+    def strategy_of(self, side: str) -> str:
+        """The strategy of "student" or "teacher"."""
+        return (self.teacher_strategy or self.strategy) if side == "teacher" else self.strategy
+
+
+def training_config(flags: SubjectFlags, folder: str) -> FinetuneConfig:
+    """The flags of fine-tuning: those of the checkpoint's run, with the given ones over them.
+
+    Raises:
+        UsageError: the run's file is not readable.
+    """
+    path = Path(folder)
+    resume = path.is_dir() and is_checkpoint(path)
+    values = read_record(path) if resume else {}
+    given = flags.overrides()
+    for pair in _ALTERNATIVES:
+        for chosen, replaced in (pair, pair[::-1]):
+            if any(name in given for name in chosen):
+                values = {name: value for name, value in values.items() if name not in replaced}
+    values |= given
+    if values.get("vggt_path") or values.get("teacher_path"):
+        values["feature_store"] = ""  # The teacher itself sees what the student sees.
+    values |= {
+        "vla_path": folder, "resume": resume, "resume_step": None, "run_root_dir": Path("runs"),
+        "run_id_override": "analysis", "trackers": "none", "use_val_set": False, "val_fraction": 0.0,
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+    values["data_root_dir"] = Path(values.get("data_root_dir", FinetuneConfig.data_root_dir))
+    known = {field.name for field in fields(FinetuneConfig)}
+    return FinetuneConfig(**{name: value for name, value in values.items() if name in known})
+
+
+def teacher_source(config: FinetuneConfig) -> tuple[str, str]:
+    """Path and kind of the run's teacher.
+
+    Raises:
+        UsageError: none given.
+    """
+    path = config.teacher
+    if not path:
+        raise UsageError("--vggt_path: empty; accepted: the teacher's folder, weights file or hub id")
+    return path, config.teacher_type
+
+
+def describe_teacher_of(config: FinetuneConfig) -> TeacherInfo:
+    """Sizes of the run's teacher, from its config file alone.
+
+    Raises:
+        UsageError: no teacher is given, or there is none.
+    """
+    try:
+        return describe_teacher(*teacher_source(config))
+    except ValueError as error:
+        raise UsageError(f"--vggt_path: {error}") from error

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from experiments.analysis.config import DepthConfig
-from experiments.analysis.report import SEQUENTIAL, new_figure, save_figure, write_json
-from experiments.analysis.settings import Join
+from experiments.analysis.report import SEQUENTIAL, Report, new_figure, save_figure, subfigures, write_json
 from experiments.mini.make.teacher_data import TeacherDataConfig, parse_tasks
 from experiments.mini.make.teacher_data import main as render_frames
 from prismatic.training.precision import resolve_precision
@@ -73,12 +71,12 @@ class DepthStudy:
             raise UsageError("--vggt_path: empty; accepted: the teacher's folder, weights file or hub id")
         self.config = config
         try:
-            depth = describe_teacher(config.vggt_path).depth
+            blocks = describe_teacher(config.vggt_path).depth
             self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             half = resolve_precision(config.mixed_precision) == "bf16"
-            self.teacher: Any = load_teacher(
+            self.teacher = load_teacher(
                 config.vggt_path,
-                config.layers or tuple(range(depth)),
+                config.layers or tuple(range(blocks)),
                 dtype=torch.bfloat16 if half else torch.float32,
                 device=self.device,
             )
@@ -99,30 +97,30 @@ class DepthStudy:
         probes = [RidgeProbe(self.config.ridge) for _ in self.layers]
         control = RidgeProbe(1e-6)
         for images, depths in frames:
-            found = self.features(images)
-            targets = self.targets(depths, found.grid_hw)
-            for probe, features in zip(probes, found.layers, strict=True):
+            seen = self.features(images)
+            targets = self.targets(depths, seen.grid_hw)
+            for probe, features in zip(probes, seen.layers, strict=True):
                 probe.update(features.flatten(0, 2), targets.flatten(0, 2))
             control.update(_places(targets), targets.flatten(0, 2))
         return [probe.solve() for probe in probes], control.solve()
 
-    def score(self, frames: Frames, readouts: list[LinearReadout], control: LinearReadout) -> dict[str, Any]:
+    def score(self, frames: Frames, readouts: list[LinearReadout], control: LinearReadout) -> Report:
         """Errors of every layer and of the control on other frames, and the first few of these frames."""
         errors = [DepthErrors() for _ in (*readouts, control)]
-        drawn: list[dict[str, Any]] = []
+        drawn: list[Report] = []
         frames_seen = 0
         for images, depths in frames:
-            found = self.features(images)
-            targets = self.targets(depths, found.grid_hw)
+            seen = self.features(images)
+            targets = self.targets(depths, seen.grid_hw)
             predicted = [
                 readout(features.flatten(0, 2)).reshape(targets.shape)
-                for readout, features in zip(readouts, found.layers, strict=True)
+                for readout, features in zip(readouts, seen.layers, strict=True)
             ]
             predicted.append(control(_places(targets)).reshape(targets.shape))
             for error, values in zip(errors, predicted):
                 error.update(values.exp(), targets.exp())
             frames_seen += len(images)
-            maps = [depth_map(values.exp(), found.grid_hw, self.config.cells) for values in (*predicted, targets)]
+            maps = [depth_map(values.exp(), seen.grid_hw, self.config.cells) for values in (*predicted, targets)]
             drawn += [
                 {"image": image.numpy(), "maps": [values[row].cpu().numpy() for values in maps]}
                 for row, image in enumerate(images)
@@ -144,8 +142,8 @@ def _places(targets_BVPK: Tensor) -> Tensor:
     return torch.eye(views * patches, device=targets_BVPK.device).repeat(batch, 1)
 
 
-def main(config: DepthConfig, join: Join) -> int:
-    """Fit, score, write depth.json and depth.png. `join` is every analysis's; this one looks at no policy."""
+def depth(config: DepthConfig) -> int:
+    """Fit, score, write depth.json and depth.png."""
     tested = parse_tasks("--test_tasks", config.test_tasks)
     overlap = set(parse_tasks("--train_tasks", config.train_tasks)).intersection(tested)
     if overlap:
@@ -160,19 +158,19 @@ def main(config: DepthConfig, join: Join) -> int:
     write_json(config.out_dir / "depth.json", {"analysis": "depth", **settings, **scores})
     draw(config, scores, pictures)
     for name, errors in (*scores["layers"].items(), ("place alone", scores["control"])):
-        what = f"layer {name}" if name.isdigit() else name
-        print(f"{what}: AbsRel {errors['abs_rel']:.3f}, delta < 1.25 {errors['delta1']:.3f}")
+        label = f"layer {name}" if name.isdigit() else name
+        print(f"{label}: AbsRel {errors['abs_rel']:.3f}, delta < 1.25 {errors['delta1']:.3f}")
     return 0
 
 
-def draw(config: DepthConfig, scores: dict[str, Any], pictures: list[dict[str, Any]]) -> None:
+def draw(config: DepthConfig, scores: Report, pictures: list[Report]) -> None:
     """Above: pictures, depth read out of a few layers, and the true depth. Below: the errors by layer."""
     layers = list(scores["layers"])
     chosen = sorted({round(index) for index in np.linspace(0, len(layers) - 1, min(_DRAWN_LAYERS, len(layers)))})
     columns = len(chosen) + 2
     figure = new_figure(1.05 * columns + 0.7, 1.05 * len(pictures) + 2.5)
-    parts: Any = figure.subfigures(2, 1, height_ratios=[1.05 * len(pictures) + 0.3, 2.2])
-    grid = parts[0].subplots(len(pictures), columns, squeeze=False)
+    above, below = subfigures(figure, 2, 1, height_ratios=[1.05 * len(pictures) + 0.3, 2.2])
+    grid = above.subplots(len(pictures), columns, squeeze=False)
     for row, picture in zip(grid, pictures):
         truth = picture["maps"][-1][0]
         limits = {"vmin": float(truth.min()), "vmax": float(truth.max())}
@@ -180,7 +178,7 @@ def draw(config: DepthConfig, scores: dict[str, Any], pictures: list[dict[str, A
         for axes, index in zip(row[1:], chosen):
             axes.imshow(picture["maps"][index][0], cmap=SEQUENTIAL, **limits)
         image = row[-1].imshow(truth, cmap=SEQUENTIAL, **limits)
-        parts[0].colorbar(image, ax=list(row), label="depth (m)", pad=0.01)
+        above.colorbar(image, ax=list(row), label="depth (m)", pad=0.01)
     titles = ["image", *(f"layer {layers[index]}" for index in chosen), "simulator"]
     for axes, title in zip(grid[0], titles):
         axes.set_title(title)
@@ -188,7 +186,7 @@ def draw(config: DepthConfig, scores: dict[str, Any], pictures: list[dict[str, A
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     for axes, name, label in zip(
-        parts[1].subplots(1, 2), ("abs_rel", "delta1"), ("AbsRel (lower is better)", r"share within 25% ($\delta_1$)")
+        below.subplots(1, 2), ("abs_rel", "delta1"), ("AbsRel (lower is better)", r"share within 25% ($\delta_1$)")
     ):
         values = [errors[name] for errors in scores["layers"].values()]
         axes.plot([int(layer) for layer in layers], values, color="#0072B2", marker="o", markersize=4, label="probe")

@@ -1,19 +1,25 @@
-"""Cosines between gradients: pair with pair, and pair with action loss, per LLM block (Figures 1, 13, 14)."""
+"""Gradient coherence on checkpoints: cosines between gradients, pair with pair and pair with action loss, per LLM
+block (Figures 1, 13, 14), and both sides of the theorem's bound."""
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from experiments.analysis.config import GradientsConfig
-from experiments.analysis.report import heatmap, line_style, new_figure, save_figure, write_json
-from experiments.analysis.subject import Join, Subject
+from experiments.analysis.config import GradientsConfig, TheoremConfig
+from experiments.analysis.loaded_checkpoint import LoadedCheckpoint
+from experiments.analysis.report import Report, heatmap, line_style, new_figure, save_figure, subfigures, write_json
 from prismatic.util.errors import UsageError
-from rocket_align.analysis.gradients import GradientCosines, GradientReport
+from rocket_align.analysis.gradients import (
+    GradientCosines,
+    GradientReport,
+    TheoremCheck,
+    TheoremReport,
+    cosines_of_gram,
+)
 
 _BLOCK = re.compile(r"language_model\.(?:.*\.)?layers\.(\d+)\.")
 
@@ -26,36 +32,36 @@ def block_parameters(vla: nn.Module) -> dict[str, list[Tensor]]:
     """
     groups: dict[str, list[Tensor]] = {}
     for name, parameter in vla.named_parameters():
-        if parameter.requires_grad and (found := _BLOCK.search(name)):
-            groups.setdefault(found[1], []).append(parameter)
+        if parameter.requires_grad and (block := _BLOCK.search(name)):
+            groups.setdefault(block[1], []).append(parameter)
     if not groups:
         raise UsageError("--checkpoint: no trainable parameter in the language model; accepted: LoRA, or a full model")
     return groups
 
 
-def measure(config: GradientsConfig, folder: str, join: Join) -> dict[str, Any]:
+def measure_gradients(config: GradientsConfig, folder: str) -> Report:
     """One checkpoint's part of the report; the action loss is the last row and column of every matrix."""
-    subject = Subject(config, folder, join)
-    groups = block_parameters(subject.module.vla)
+    checkpoint = LoadedCheckpoint(config, folder)
+    groups = block_parameters(checkpoint.module.vla)
     if config.group not in ("all", *groups):
         raise UsageError(f"--block: {config.block} found; accepted: -1, or one of {', '.join(groups)}")
     cosines = GradientCosines(groups)
-    for seen in subject.passes(gradients=True):
-        with subject.autocast():
-            pairs = subject.alignment.pair_losses(
-                seen.hidden_states, seen.vision_start, seen.num_vision_tokens, seen.teacher
+    for forward in checkpoint.passes(gradients=True):
+        with checkpoint.autocast():
+            pairs = checkpoint.alignment.pair_losses(
+                forward.hidden_states, forward.vision_start, forward.num_vision_tokens, forward.teacher
             )
-        cosines.update([*pairs.unbind(), seen.action_loss])
+        cosines.update([*pairs.unbind(), forward.action_loss])
     reports = cosines.result()
     return {
-        **subject.describe(),
-        "losses": [f"pair {s}-{t}" for s, t in zip(subject.align.student_layers, subject.align.teacher_layers)]
+        **checkpoint.describe(),
+        "losses": [f"pair {s}-{t}" for s, t in zip(checkpoint.align.student_layers, checkpoint.align.teacher_layers)]
         + ["action"],
-        "groups": {name: describe(report) for name, report in reports.items()},
+        "groups": {name: describe_group(report) for name, report in reports.items()},
     }
 
 
-def describe(report: GradientReport) -> dict[str, Any]:
+def describe_group(report: GradientReport) -> Report:
     """One group of parameters in the report, with its averages."""
     cosine = report.cosine_KK.cpu()
     pairs = cosine[:-1, :-1]
@@ -84,11 +90,11 @@ def _summed_with_action(report: GradientReport) -> float:
     return float(gram[-1, :-1].sum() / length) if length > 0 else math.nan
 
 
-def main(config: GradientsConfig, join: Join) -> int:
+def gradients(config: GradientsConfig) -> int:
     """Measure, write gradients.json and gradients.png."""
-    parts = [measure(config, folder, join) for folder in config.checkpoints]
+    parts = [measure_gradients(config, folder) for folder in config.checkpoints]
     write_json(config.out_dir / "gradients.json", {"analysis": "gradients", "subjects": parts})
-    draw(config, parts)
+    draw_gradients(config, parts)
     where = "all blocks" if config.group == "all" else f"block {config.group}"
     for part in parts:
         group = part["groups"][config.group]
@@ -99,12 +105,11 @@ def main(config: GradientsConfig, join: Join) -> int:
     return 0
 
 
-def draw(config: GradientsConfig, parts: list[dict[str, Any]]) -> None:
+def draw_gradients(config: GradientsConfig, parts: list[Report]) -> None:
     """Above: the chosen block's matrix of every checkpoint. Below: averages over the blocks."""
     size = max(1.9, 0.32 * len(parts[0]["losses"]))
     figure = new_figure(max(5.6, (size + 0.5) * len(parts) + 0.8), size + 3.2)
-    parts_of_figure: Any = figure.subfigures(2, 1, height_ratios=[size + 0.8, 2.4])
-    above, below = parts_of_figure
+    above, below = subfigures(figure, 2, 1, height_ratios=[size + 0.8, 2.4])
     grid = above.subplots(1, len(parts), squeeze=False)[0]
     for axes, part in zip(grid, parts):
         labels = [name.removeprefix("pair ") for name in part["losses"]]
@@ -127,3 +132,96 @@ def draw(config: GradientsConfig, parts: list[dict[str, Any]]) -> None:
         if not number:
             axes.legend(frameon=False)
     save_figure(figure, config.out_dir / "gradients.png")
+
+
+def measure_theorem(config: TheoremConfig, folder: str) -> Report:
+    """One checkpoint's part of the report."""
+    checkpoint = LoadedCheckpoint(config, folder)
+    check = TheoremCheck(checkpoint.alignment, reference=config.reference)  # type: ignore[arg-type]
+    for forward in checkpoint.passes():
+        check.update(checkpoint.aligned_tokens(forward), checkpoint.aligned_targets(forward))
+    return {**checkpoint.describe(), **describe_bound(check.result())}
+
+
+def describe_bound(report: TheoremReport) -> Report:
+    """The measured terms, and their averages over pairs."""
+    others = ~torch.eye(len(report.inner_KK), dtype=torch.bool)
+    sizes = report.inner_KK.diagonal().sqrt()
+    scale = torch.outer(sizes, sizes)
+
+    def share(values: Tensor) -> float:
+        return float(values.cpu()[others].double().mean()) if others.any() else 1.0
+
+    return {
+        "tokens": report.tokens,
+        "c": report.c,
+        "eta": report.eta,
+        "inner": report.inner_KK,
+        "feature_inner": report.features_KK,
+        "delta": report.delta_KK,
+        "bound": report.bound_KK,
+        "holds": report.holds_KK,
+        "holds_for_every_pair": bool(report.holds_KK.all()),
+        "cosine": cosines_of_gram(report.inner_KK),
+        "feature_cosine": cosines_of_gram(report.features_KK),
+        "relative_bound": report.bound_KK / scale,
+        "mean_cosine": share(cosines_of_gram(report.inner_KK)),
+        "mean_feature_cosine": share(cosines_of_gram(report.features_KK)),
+        "mean_relative_delta": share(report.delta_KK.abs() / scale),
+        "bound_above_zero_share": share(report.bound_KK > 0),
+        "per_token": {
+            "c": report.token_c,
+            "eta": report.token_eta,
+            "holds_share": share(report.token_holds_KK),
+            "bound_above_zero_share": share(report.token_informative_KK),
+        },
+        "residual_increment": report.increment_K,
+    }
+
+
+def theorem(config: TheoremConfig) -> int:
+    """Measure, write theorem.json and theorem.png."""
+    parts = [measure_theorem(config, folder) for folder in config.checkpoints]
+    write_json(
+        config.out_dir / "theorem.json", {"analysis": "theorem", "reference": config.reference, "subjects": parts}
+    )
+    draw_theorem(config, parts)
+    for part in parts:
+        print(
+            f"{part['label']}: c {part['c']:.3g}, eta {part['eta']:.3f}, mean cos(v_a, v_b) {part['mean_cosine']:.3f}, "
+            f"mean |Delta| / |v_a||v_b| {part['mean_relative_delta']:.3f}; the bound holds for "
+            f"{'every pair' if part['holds_for_every_pair'] else 'NOT every pair'}, and is above zero for "
+            f"{part['bound_above_zero_share']:.0%} of them"
+        )
+    return 0
+
+
+def draw_theorem(config: TheoremConfig, parts: list[Report]) -> None:
+    """Per checkpoint the cosines of what arrives at the states; then measured inner product against bound."""
+    size = max(1.9, 0.3 * len(parts[0]["student_layers"]))
+    figure = new_figure((size + 0.4) * len(parts) + 3.7, size + 0.9)
+    left, right = subfigures(figure, 1, 2, width_ratios=[(size + 0.4) * len(parts) + 0.7, 3.0])
+    grid = left.subplots(1, len(parts), squeeze=False)[0]
+    for axes, part in zip(grid, parts):
+        labels = [f"{s}-{t}" for s, t in zip(part["student_layers"], part["teacher_layers"])]
+        image = heatmap(axes, part["cosine"].cpu(), limits=(-1, 1), rows=labels, columns=labels, diverging=True)
+        axes.tick_params(axis="x", rotation=60)
+        axes.set_title(part["label"])
+    left.colorbar(image, ax=list(grid), label=r"cos($v_a$, $v_b$)", pad=0.02)
+    axes = right.subplots()
+    lowest = 0.0
+    for number, part in enumerate(parts):
+        upper = torch.triu(torch.ones_like(part["inner"], dtype=torch.bool), diagonal=1).cpu()
+        bound = part["relative_bound"].cpu()[upper]
+        lowest = min(lowest, float(bound.min()))
+        axes.plot(bound, part["cosine"].cpu()[upper], ls="", **line_style(number), label=part["label"])
+    axes.plot([max(lowest, -1), 1], [max(lowest, -1), 1], color="0.5", lw=0.8, zorder=0)
+    if lowest < -5:
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xticks([tick for tick in (-100, -10, -1, 0, 1) if tick >= 2 * lowest])
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.axhline(0, color="0.8", lw=0.8, zorder=0)
+    axes.axvline(0, color="0.8", lw=0.8, zorder=0)
+    axes.set(xlabel=r"bound / $|v_a||v_b|$", ylabel=r"$\langle v_a, v_b\rangle$ / $|v_a||v_b|$")
+    axes.legend(frameon=False, loc="lower right")
+    save_figure(figure, config.out_dir / "theorem.png")

@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.analysis.config import ReachConfig
-from experiments.analysis.report import COLORS, new_figure, save_figure, write_json
-from experiments.analysis.settings import Join
+from experiments.analysis.report import COLORS, Report, new_figure, save_figure, write_json
 from experiments.mini.expert import read_goal
 from experiments.robot.libero.rollouts.episode import EpisodeRunner, make_libero_env
 from experiments.robot.libero.rollouts.plan import Plan, make_plan
@@ -95,7 +94,7 @@ def policy_flags(config: ReachConfig, folder: str) -> GenerateConfig:
     return GenerateConfig(pretrained_checkpoint=folder, **values)
 
 
-def measure(flags: GenerateConfig, plan: Plan, watch: Watch) -> dict[str, Any]:
+def measure(flags: GenerateConfig, plan: Plan, watch: Watch) -> Report:
     """One checkpoint's part of the report."""
     assert plan.checkpoint is not None
     set_seed_everywhere(flags.seed)
@@ -114,7 +113,7 @@ def measure(flags: GenerateConfig, plan: Plan, watch: Watch) -> dict[str, Any]:
     }
 
 
-def summarize(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+def summarize(rows: Sequence[Sequence[Any]]) -> Report:
     """Numbers of one policy from rows of :data:`COLUMNS`.
 
     Returns:
@@ -128,7 +127,7 @@ def summarize(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """
     closed = [row for row in rows if row[2] is not None]
     hands, objects = np.array([row[3:5] for row in closed]), np.array([row[5:7] for row in closed])
-    result: dict[str, Any] = {"never_closed": len(rows) - len(closed), "task_ignored": None}
+    result: Report = {"never_closed": len(rows) - len(closed), "task_ignored": None}
     if not closed:
         return {**result, "miss": None, "near_share": None}
     misses, tasks = np.linalg.norm(hands - objects, axis=1), np.array([row[0] for row in closed])
@@ -142,14 +141,14 @@ def summarize(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
     return result
 
 
-def main(config: ReachConfig, join: Join) -> int:
-    """Measure, write reach.json and reach.png. `join` is every analysis's; policies are loaded as for an evaluation."""
+def reach(config: ReachConfig) -> int:
+    """Measure, write reach.json and reach.png; policies are loaded as for an evaluation."""
     flags = [policy_flags(config, folder) for folder in config.checkpoints]
-    plans = [make_plan(one) for one in flags]  # Before the first of them runs: a wrong folder is named at once.
+    plans = [make_plan(policy) for policy in flags]  # Before the first of them runs: a wrong folder is named at once.
     tasks = dict.fromkeys(episode.task_id for episode in plans[0].episodes)
     watch = Watch(plans[0].protocol, config.task_suite_name, tasks)
     try:
-        parts = [measure(one, plan, watch) for one, plan in zip(flags, plans, strict=True)]
+        parts = [measure(policy, plan, watch) for policy, plan in zip(flags, plans, strict=True)]
     finally:
         watch.close()
     settings = {name: getattr(config, name) for name in ("task_suite_name", "num_trials_per_task", "render", "seed")}
@@ -167,7 +166,7 @@ def main(config: ReachConfig, join: Join) -> int:
     return 0
 
 
-def draw(config: ReachConfig, parts: list[dict[str, Any]]) -> None:
+def draw(config: ReachConfig, parts: list[Report]) -> None:
     """From above: the objects, and where each policy closed its hand; a color a task, a row a run of several steps."""
     steps = len({part["step"] for part in parts})
     columns = steps if steps > 1 else min(len(parts), 5)
@@ -186,7 +185,7 @@ def draw(config: ReachConfig, parts: list[dict[str, Any]]) -> None:
     save_figure(figure, config.out_dir / "reach.png")
 
 
-def _draw_part(axes: Axes, part: dict[str, Any]) -> None:
+def _draw_part(axes: Axes, part: Report) -> None:
     for number, (task, instruction) in enumerate(part["tasks"].items()):
         rows = [row for row in part["episodes"] if str(row[0]) == task]
         color = COLORS[number % len(COLORS)]

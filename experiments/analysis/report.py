@@ -1,4 +1,4 @@
-"""What an analysis leaves behind: a JSON file and a picture, each written whole or not at all."""
+"""The two files of an analysis: JSON and a picture, each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from prismatic.util.files import atomic_path, atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
+# A JSON object.
+Report = dict[str, Any]
 DPI = 300
 # Okabe and Ito's palette, told apart by people with any kind of color vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -23,22 +25,22 @@ _LARGEST_LABELED = 12
 _DARK, _BRIGHT = 0.2, 0.55
 
 
-def plain(value: Any) -> Any:
+def to_json_values(value: Any) -> Any:
     """Tensors and tuples as lists, numbers rounded to 6 significant digits, NaN as null."""
     if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {str(key): to_json_values(entry) for key, entry in value.items()}
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return to_json_values(value.tolist())
     if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
+        return [to_json_values(entry) for entry in value]
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content`, made `plain`."""
-    atomic_write(path, json.dumps(plain(content), indent=1) + "\n")
+def write_json(path: Path, content: Report) -> None:
+    """Write `content`, as plain JSON values."""
+    atomic_write(path, json.dumps(to_json_values(content), indent=1) + "\n")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -60,6 +62,11 @@ def new_figure(width: float, height: float) -> Figure:
         }
     )
     return plt.figure(figsize=(width, height), layout="constrained")
+
+
+def subfigures(figure: Figure, rows: int, columns: int, **ratios: Any) -> list[SubFigure]:
+    """Parts of a figure, row by row; `height_ratios` and `width_ratios` as in matplotlib."""
+    return figure.subfigures(rows, columns, squeeze=False, **ratios).ravel().tolist()
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -3,58 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
-from experiments.analysis.config import BY_POSITION, BY_SIMILARITY, SelectConfig
-from experiments.analysis.report import plain
-from experiments.analysis.settings import Join, describe_teacher_of, teacher_source, training_config
+import torch
+from torch import Tensor, nn
+
+from experiments.analysis.cka import measure_cka
+from experiments.analysis.config import (
+    BY_POSITION,
+    BY_SIMILARITY,
+    SelectConfig,
+    describe_teacher_of,
+    teacher_source,
+    training_config,
+)
+from experiments.analysis.loaded_checkpoint import LoadedCheckpoint
+from experiments.analysis.report import Report, to_json_values
+from prismatic.checkpoint.load import student_depth
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
-from prismatic.util.flags import check
-from rocket_align.analysis.pairs import layers_by_position, student_states
+from rocket_align.analysis.importance import layer_importance, residual_stream
+from rocket_align.analysis.matching import match_layers
 from rocket_align.analysis.selection import select_layers
-from rocket_align.layer_file import LayerFile, read_layer_file
+from rocket_align.layers import LayerFile, layers_by_position, read_layer_file, student_states
+from rocket_align.targets import TeacherTargets
+from rocket_align.teacher.registry import load_teacher
+from rocket_align.teacher.vggt.teacher import VGGTTeacher
+from rocket_align.teacher.vit import ViTTeacher
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from experiments.analysis.subject import Subject
-
-
-def check_flags(config: SelectConfig) -> None:
-    """Raises UsageError for what cannot be selected."""
-    check(config)
-    if config.teacher_strategy and config.strategy == "cka":
-        raise UsageError(
-            "--teacher_strategy: given with --strategy cka, which matches both sides; accepted: without it"
-        )
+Layers = dict[str, tuple[int, ...]]
 
 
-def main(config: SelectConfig, join: Join) -> int:
+def select(config: SelectConfig) -> int:
     """Select, write the file and print the layers."""
-    from prismatic.checkpoint.load import student_depth
-
-    check_flags(config)
-    if len(config.checkpoints) > 1:
-        raise UsageError(f"--checkpoint: {len(config.checkpoints)} folders found; accepted: one")
     (folder,) = config.checkpoints
-    flags = training_config(config, folder, join)
+    flags = training_config(config, folder)
     depths = {"student": student_depth(flags), "teacher": describe_teacher_of(flags).depth}
     _check_sizes(config, depths)
-    made: dict[str, Any] = {"strategy": config.strategy, "count": config.count, "student": folder}
+    made: Report = {"strategy": config.strategy, "count": config.count, "student": folder}
     made["teacher"] = teacher_source(flags)[0]
-    if config.strategy in BY_POSITION and (config.teacher_strategy or config.strategy) in BY_POSITION:
+    if all(config.strategy_of(side) in BY_POSITION for side in depths):
         layers = {side: _by_position(config, side, depths) for side in depths}
     else:
-        from experiments.analysis.subject import Subject
-
-        subject = Subject(config, folder, join, teacher_layers="all" if config.strategy == "cka" else "none")
-        made |= {"dataset": subject.config.dataset_name, "samples": subject.num_samples, "seed": config.seed}
-        layers, measured = (_by_cka if config.strategy == "cka" else _by_similarity)(config, subject, depths)
+        checkpoint = LoadedCheckpoint(config, folder, "all" if config.strategy == "cka" else "none")
+        made |= {"dataset": checkpoint.config.dataset_name, "samples": checkpoint.num_samples, "seed": config.seed}
+        by_score = _by_cka if config.strategy == "cka" else _by_similarity
+        layers, measured = by_score(config, checkpoint, depths)
         made |= measured
     if config.teacher_strategy:
         made["teacher_strategy"] = config.teacher_strategy
-    file = LayerFile(layers["student"], layers["teacher"], depths["student"], depths["teacher"], plain(made))
+    file = LayerFile(layers["student"], layers["teacher"], depths["student"], depths["teacher"], to_json_values(made))
     atomic_write(config.out, file.to_json())
     read_layer_file(config.out)
     for side in ("student", "teacher"):
@@ -69,18 +66,14 @@ def _check_sizes(config: SelectConfig, depths: dict[str, int]) -> None:
     if config.count > shallow:
         raise UsageError(f"--count: {config.count} found; accepted: 1 to {shallow} pairs")
     for side, depth in depths.items():
-        if _strategy_of(config, side) in BY_SIMILARITY and config.window > depth:
+        if config.strategy_of(side) in BY_SIMILARITY and config.window > depth:
             raise UsageError(f"--window: {config.window} found; accepted: 1 to {depth}, the blocks of the {side}")
-
-
-def _strategy_of(config: SelectConfig, side: str) -> str:
-    return (config.teacher_strategy or config.strategy) if side == "teacher" else config.strategy
 
 
 def _by_position(config: SelectConfig, side: str, depths: dict[str, int], strategy: str = "") -> tuple[int, ...]:
     try:
         return layers_by_position(
-            strategy or _strategy_of(config, side),
+            strategy or config.strategy_of(side),
             side,
             num_student_layers=depths["student"],
             num_teacher_layers=depths["teacher"],
@@ -90,19 +83,17 @@ def _by_position(config: SelectConfig, side: str, depths: dict[str, int], strate
         raise UsageError(f"--{error}") from error
 
 
-def _by_similarity(
-    config: SelectConfig, subject: Subject, depths: dict[str, int]
-) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+def _by_similarity(config: SelectConfig, checkpoint: LoadedCheckpoint, depths: dict[str, int]) -> tuple[Layers, Report]:
     """Blocks that change their stream most or least, on each side that asks for it."""
-    layers: dict[str, tuple[int, ...]] = {}
+    layers: Layers = {}
     scores: dict[str, list[float]] = {}
     for side in depths:
-        strategy = _strategy_of(config, side)
+        strategy = config.strategy_of(side)
         if strategy in BY_POSITION:
             layers[side] = _by_position(config, side, depths)
             continue
         measure = student_importance if side == "student" else teacher_importance
-        scores[side] = measure(subject, config.window)
+        scores[side] = measure(checkpoint, config.window)
         blocks = select_layers(
             BY_SIMILARITY[strategy],
             num_layers=depths[side],
@@ -114,20 +105,15 @@ def _by_similarity(
     return layers, {"window": config.window, "scores": scores}
 
 
-def _by_cka(
-    config: SelectConfig, subject: Subject, depths: dict[str, int]
-) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+def _by_cka(config: SelectConfig, checkpoint: LoadedCheckpoint, depths: dict[str, int]) -> tuple[Layers, Report]:
     """The one-to-one matching of highest total CKA among the candidates."""
-    from experiments.analysis.cka import measure_cka
-    from rocket_align.analysis.matching import match_layers
-
     candidates = {"student": range(1, depths["student"] + 1), "teacher": range(depths["teacher"])}
     rows, columns = (tuple(candidates[side]) for side in ("student", "teacher"))
     if config.candidates != "all":
         rows, columns = (_by_position(config, side, depths, config.candidates) for side in ("student", "teacher"))
     if config.count > min(len(rows), len(columns)):
         raise UsageError(f"--count: {config.count} found; accepted: 1 to {min(len(rows), len(columns))}")
-    values = measure_cka(subject, config.rows, debiased=True, estimator=config.estimator)  # type: ignore[arg-type]
+    values = measure_cka(checkpoint, config.rows, debiased=True, estimator=config.estimator)  # type: ignore[arg-type]
     pairs = match_layers(values[list(rows)][:, list(columns)], config.count)
     layers = {"student": tuple(rows[row] for row, _ in pairs), "teacher": tuple(columns[column] for _, column in pairs)}
     matched = [float(values[state, block]) for state, block in zip(layers["student"], layers["teacher"])]
@@ -135,19 +121,15 @@ def _by_cka(
     return layers, {"candidates": config.candidates, "rows": config.rows, "debiased": True, "scores": scores}
 
 
-def student_importance(subject: Subject, window: int) -> list[float]:
+def student_importance(checkpoint: LoadedCheckpoint, window: int) -> list[float]:
     """Mean cosine between the input of each window of LLM blocks and its output, over all tokens but padding."""
-    import torch
-
-    from rocket_align.analysis.importance import layer_importance, residual_stream
-
     masks: list[Tensor] = []
-    with residual_stream(subject.module.vla.language_model.model.layers) as states:
+    with residual_stream(checkpoint.module.vla.language_model.model.layers) as states:
 
         def streams() -> Iterator[list[Tensor]]:
-            for seen in subject.passes():
+            for forward in checkpoint.passes():
                 # The images (and proprio) stand behind the first token of the text.
-                text = seen.attention_mask.bool()
+                text = forward.attention_mask.bool()
                 extra = states[0].shape[1] - text.shape[1]
                 inserted = torch.ones(len(text), extra, dtype=torch.bool, device=text.device)
                 masks[:] = [torch.cat((text[:, :1], inserted, text[:, 1:]), dim=1)]
@@ -156,43 +138,34 @@ def student_importance(subject: Subject, window: int) -> list[float]:
         return layer_importance(streams(), (window,), mask=_latest(masks))[window].tolist()
 
 
-def _latest(values: list[Any]) -> Iterator[Any]:
+def _latest(values: list[Tensor]) -> Iterator[Tensor]:
     while True:
         yield values[-1]
 
 
-def teacher_importance(subject: Subject, window: int) -> list[float]:
+def teacher_importance(checkpoint: LoadedCheckpoint, window: int) -> list[float]:
     """The same for the layers of the teacher (VGGT: a frame and a global block), over all tokens of all views."""
-    import torch
-
-    from rocket_align.analysis.importance import layer_importance, residual_stream
-    from rocket_align.teacher.preprocess import unnormalize_views
-    from rocket_align.teacher.registry import load_teacher
-
-    path, kind = teacher_source(subject.config)
+    path, kind = teacher_source(checkpoint.config)
     try:
-        teacher: Any = load_teacher(path, (-1,), kind, device=subject.device, dtype=subject.training.compute_dtype)
+        teacher = load_teacher(path, (-1,), kind, device=checkpoint.device, dtype=checkpoint.training.compute_dtype)
     except ValueError as error:
         raise UsageError(f"--vggt_path: {error}") from error
-    images = subject.training.processor.image_processor
-    mean, std, channels = images.means[0], images.stds[0], 3 * len(images.means)
+    targets = TeacherTargets(teacher, checkpoint.training.processor.image_processor)
     blocks, last = _teacher_blocks(teacher)
     with residual_stream(blocks, last) as states, torch.no_grad():
 
         def streams() -> Iterator[list[Tensor]]:
-            for batch in subject.batches():
-                teacher(unnormalize_views(batch["pixel_values"], mean, std, channels_per_view=channels))
+            for batch in checkpoint.batches():
+                targets(batch["pixel_values"])
                 yield list(states)
 
         return layer_importance(streams(), (window,))[window].tolist()
 
 
-def _teacher_blocks(teacher: Any) -> tuple[Any, nn.Module | None]:
+def _teacher_blocks(teacher: VGGTTeacher | ViTTeacher) -> tuple[nn.ModuleList, nn.Module | None]:
     """The blocks that begin the teacher's layers, and the module that ends the last one."""
-    from torch import nn
-
-    if hasattr(teacher, "aggregator"):
+    if isinstance(teacher, VGGTTeacher):
         return teacher.aggregator.frame_blocks, teacher.aggregator.global_blocks[-1]
     depth = max(teacher.layers) + 1
-    found = [module for module in teacher.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
-    return found[0], None
+    lists = (module for module in teacher.modules() if isinstance(module, nn.ModuleList))
+    return next(blocks for blocks in lists if len(blocks) == depth), None

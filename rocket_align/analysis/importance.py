@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def residual_stream(blocks: Sequence[nn.Module], last: nn.Module | None = None) -> Iterator[list[Tensor]]:
+def residual_stream(
+    blocks: Sequence[nn.Module] | nn.ModuleList, last: nn.Module | None = None
+) -> Iterator[list[Tensor]]:
     """Record the residual stream of every forward pass inside the context.
 
     The list is emptied when the first block starts, and then holds the inputs of all blocks and the output of the last:

@@ -76,7 +76,7 @@ def describe_teacher(path: str | Path, kind: str = "auto") -> TeacherInfo:
     """
     kind = detect_kind(path, kind)
     if kind == "vggt":
-        from rocket_align.teacher.vggt.checkpoint import find_weights
+        from rocket_align.teacher.vggt.config import find_weights
 
         sizes = find_weights(path)[1]
         return TeacherInfo(kind, sizes.depth, 2 * sizes.embed_dim)
@@ -117,7 +117,7 @@ def teacher_hash(path: str | Path) -> str:
     """
     place = local_copy(path)
     if detect_kind(path) == "vggt":
-        from rocket_align.teacher.vggt.checkpoint import find_weights
+        from rocket_align.teacher.vggt.config import find_weights
 
         weights = [find_weights(path)[0]]
     else:

@@ -1,24 +1,17 @@
-"""What the training tests share: a random mini student and teacher on disk, a tiny dataset, the script as a module."""
+"""Fixtures of the training tests: a random mini student and teacher on disk, a tiny dataset, the script's main."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from tests.helpers.script_loader import load_finetune_script
-
-
-@pytest.fixture(scope="session")
-def finetune_script() -> ModuleType:
-    """vla-scripts/finetune.py."""
-    return load_finetune_script()
+import finetune as script
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +55,7 @@ def rlds_root(golden_dir: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def finetune(finetune_script: ModuleType, student_folder: Path, rlds_root: Path, tmp_path: Path) -> Callable[..., Path]:
+def finetune(student_folder: Path, rlds_root: Path, tmp_path: Path) -> Callable[..., Path]:
     """Run the script's own main with the given flags; returns the folder of the runs."""
 
     def run(**flags: Any) -> Path:
@@ -83,8 +76,8 @@ def finetune(finetune_script: ModuleType, student_folder: Path, rlds_root: Path,
             "trackers": "none",
         }
         AcceleratorState._reset_state(reset_partial_state=True)  # One process runs the script many times here.
-        config = finetune_script.FinetuneConfig(**{**defaults, **flags})
-        assert finetune_script.main(config) == 0
+        config = script.FinetuneConfig(**{**defaults, **flags})
+        assert script.main(config) == 0
         return Path(config.run_root_dir)
 
     return run

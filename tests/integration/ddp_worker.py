@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from helpers.script_loader import load_finetune_script
 
+from experiments.join import FinetuneConfig, build_alignment, plan_alignment
 from prismatic.training.module import TrainableVLA
 from prismatic.training.objectives import L1Objective
 from prismatic.training.run import TrainingRun
@@ -22,8 +22,7 @@ def _norms(module: torch.nn.Module) -> dict[str, float]:
 
 def main(student: str, teacher: str, data: str, out: str) -> None:
     """Build the run exactly as the script does, take one backward pass without and one with synchronization."""
-    script = load_finetune_script()
-    config = script.FinetuneConfig(
+    config = FinetuneConfig(
         vla_path=student,
         vggt_path=teacher,
         data_root_dir=Path(data),
@@ -36,9 +35,9 @@ def main(student: str, teacher: str, data: str, out: str) -> None:
         mixed_precision="no",
         trackers="none",
     )
-    align, teacher_dim = script.plan_alignment(config)
+    align, teacher_dim = plan_alignment(config)
     run = TrainingRun(config, asdict(config))
-    alignment, targets = script.build_alignment(run, align, teacher_dim)
+    alignment, targets = build_alignment(run, align, teacher_dim)
     module = TrainableVLA(run.parts, L1Objective(run.platform), alignment, auxiliary_coeff=align.coeff)
     # LoRA starts with B = 0, for which A has no gradient.
     for name, parameter in module.named_parameters():

@@ -7,7 +7,6 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,10 @@ import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from tests.helpers.script_loader import load_script
+import analyze
+import finetune
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def analyze() -> ModuleType:
-    """vla-scripts/analyze.py."""
-    return load_script("analyze")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +32,6 @@ def data(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoints(
-    finetune_script: ModuleType,
     student_folder: Path,
     teacher_folder: Path,
     data: Path,
@@ -48,7 +41,7 @@ def checkpoints(
     runs = tmp_path_factory.mktemp("runs")
     for recipe in ("rocket", "naive", "baseline"):
         AcceleratorState._reset_state(reset_partial_state=True)
-        config = finetune_script.FinetuneConfig(
+        config = finetune.FinetuneConfig(
             vla_path=str(student_folder),
             vggt_path="" if recipe == "baseline" else str(teacher_folder),
             recipe=recipe,
@@ -65,12 +58,12 @@ def checkpoints(
             trackers="none",
             merge_lora_during_training=False,
         )
-        assert finetune_script.main(config) == 0
+        assert finetune.main(config) == 0
     return {recipe: runs / f"{recipe}--1_chkpt" for recipe in ("rocket", "naive", "baseline")}
 
 
 @pytest.fixture
-def run(analyze: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
     """Run a command in this process; returns the JSON it wrote, after a look at its picture."""
 
     def call(command: str, *flags: object) -> dict[str, Any]:
@@ -168,9 +161,7 @@ def test_depth_of_real_frames(run: Any, tmp_path: Path) -> None:
     assert best < 0.35
 
 
-def test_depth_does_not_take_frames_of_others_for_its_own(
-    analyze: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_depth_does_not_take_frames_of_others_for_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frames, teacher = tmp_path / "frames", ROOT / "experiments" / "mini" / "weights" / "teacher"
     frames.mkdir()
     for task in (0, 1):
@@ -196,9 +187,7 @@ def test_depth_does_not_take_frames_of_others_for_its_own(
         (["gradients", "--checkpoint", "nowhere"], "--data_root_dir"),
     ],
 )
-def test_wrong_flags_are_refused_in_one_line(
-    analyze: ModuleType, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_flags_are_refused_in_one_line(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         analyze.main(flags)
     error = capsys.readouterr().err.strip()
@@ -208,7 +197,7 @@ def test_wrong_flags_are_refused_in_one_line(
 
 
 def test_an_analysis_of_the_alignment_needs_one(
-    analyze: ModuleType, checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in ("gradients", "projectors", "theorem"):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -219,7 +208,6 @@ def test_an_analysis_of_the_alignment_needs_one(
 
 
 def test_a_moved_base_model_is_named_and_can_be_given(
-    analyze: ModuleType,
     run: Any,
     checkpoints: dict[str, Path],
     student_folder: Path,

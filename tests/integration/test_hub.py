@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+import push_to_hub as script
 from prismatic.util.errors import UsageError
 from tests.helpers.fake_hub import serve_hub
-from tests.helpers.script_loader import load_script
 
 JOINT = "moojink/openvla-7b-oft-finetuned-libero-spatial-object-goal-10"
 SUITES = [f"libero_{name}_no_noops" for name in ("10", "goal", "object", "spatial")]
@@ -144,7 +144,6 @@ def test_a_published_checkpoint(released: Path, repo_root: Path, tmp_path: Path)
 
 def test_a_dry_run_writes_the_same_files(released: Path, tmp_path: Path) -> None:
     checkpoint = make_run(released, tmp_path)
-    script = load_script("push_to_hub")
     config = script.PushConfig(str(checkpoint), "me/my-policy", "mit", dry_run=str(tmp_path / "out"))
     assert script.main(config) == 0
     assert not (tmp_path / "out" / "training_state").exists()
@@ -168,7 +167,6 @@ def test_an_alignment_without_vggt_path_is_not_called_a_baseline(
     checkpoint = make_run(released, tmp_path)
     flags = {"vla_path": "openvla/openvla-7b", "recipe": None, "align_layers_file": "/home/somebody/l.json", **given}
     (checkpoint / "run_config.json").write_text(json.dumps(flags))
-    script = load_script("push_to_hub")
     assert script.main(script.PushConfig(str(checkpoint), "me/x", "mit", dry_run=str(tmp_path / "out"))) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{words} (recipe `rocket`)" in card
@@ -176,7 +174,6 @@ def test_an_alignment_without_vggt_path_is_not_called_a_baseline(
 
 
 def test_what_cannot_be_published_is_refused(released: Path, golden_dir: Path, tmp_path: Path) -> None:
-    script = load_script("push_to_hub")
     checkpoint = make_run(released, tmp_path)
 
     def refused(message: str, **flags: Any) -> None:

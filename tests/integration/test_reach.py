@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.helpers.script_loader import load_script
+import analyze
 
 pytest.importorskip("libero", reason="LIBERO is not installed")
 
@@ -101,7 +101,7 @@ def test_the_command_on_the_shipped_student(tmp_path: Path, capsys: pytest.Captu
         "out_dir": tmp_path,
     }
     with pytest.raises(SystemExit) as end:
-        load_script("analyze").main(["reach", *(str(word) for name in flags for word in (f"--{name}", flags[name]))])
+        analyze.main(["reach", *(str(word) for name in flags for word in (f"--{name}", flags[name]))])
     assert end.value.code == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "reach.json").read_text())
     (subject,) = report["subjects"]

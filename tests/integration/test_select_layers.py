@@ -5,27 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
 
+import select_layers as script
 from prismatic.training.metrics import read_log
 from prismatic.util.cli import run as run_command
 from prismatic.util.errors import UsageError
-from tests.helpers.script_loader import load_script
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """vla-scripts/select_layers.py."""
-    return load_script("select_layers")
 
 
 @pytest.fixture
 def select(
-    script: ModuleType, student_folder: Path, teacher_folder: Path, rlds_root: Path, tmp_path: Path
+    student_folder: Path, teacher_folder: Path, rlds_root: Path, tmp_path: Path
 ) -> Callable[..., dict[str, Any]]:
     """Run the command in this process; returns what it wrote."""
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+import build_feature_store as script
 from prismatic.training.metrics import read_log
 from prismatic.util.errors import UsageError
-from tests.helpers.script_loader import load_script
 from tests.helpers.teacher_models import VIT_TEACHERS, save_vit
 
 LIGHT: dict[str, Any] = {"merge_lora_during_training": False}
@@ -24,7 +24,6 @@ def align_losses(runs: Path) -> list[float]:
 @pytest.fixture
 def build_store(student_folder: Path, teacher_folder: Path, rlds_root: Path, tmp_path: Path) -> Callable[..., Path]:
     """Run the building script's own main; returns the store's folder."""
-    script = load_script("build_feature_store")
 
     def run(**flags: Any) -> Path:
         given: dict[str, Any] = {

@@ -11,11 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rocket_align.alignment import MultiLayerAlignment
+from rocket_align.alignment import AlignmentProjector, MultiLayerAlignment, cosine_loss, matryoshka_widths
 from rocket_align.config import AlignConfig
-from rocket_align.loss import cosine_loss
 from rocket_align.pooling import pool_teacher, student_grid
-from rocket_align.projector import AlignmentProjector, matryoshka_widths
 from rocket_align.teacher.base import TeacherFeatures
 from rocket_align.teacher.preprocess import unnormalize_views
 from rocket_align.teacher.vggt.config import VGGTConfig
@@ -190,7 +188,7 @@ def test_alignment_loss(golden_dir: Path, teacher: TeacherFeatures, case: str) -
 
 
 def test_shifted_vision_tokens(golden_dir: Path) -> None:
-    from rocket_align.student import vision_tokens
+    from rocket_align.alignment import vision_tokens
 
     recorded = load_file(golden_dir / "align_inputs_features.safetensors")
     tokens = vision_tokens(hidden_states(golden_dir), (1, 2, 3), 1, 32, shift=True)

@@ -11,12 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rocket_align.analysis.cka import linear_cka
+from rocket_align.analysis.cka import StreamingCKA, linear_cka
 from rocket_align.analysis.importance import layer_importance, residual_stream
 from rocket_align.analysis.matching import match_layers
-from rocket_align.analysis.pairs import layers_by_position, student_states
 from rocket_align.analysis.selection import select_layers
-from rocket_align.analysis.streaming_cka import StreamingCKA
+from rocket_align.layers import layers_by_position, student_states
 
 
 @pytest.fixture(scope="module")

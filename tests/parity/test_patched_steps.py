@@ -11,6 +11,7 @@ import ast
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from prismatic.training.module import TrainableVLA
 from prismatic.training.objectives import PolicyParts
 from prismatic.training.schedule import make_optimizer
 from rocket_align import AlignConfig, MultiLayerAlignment, VGGTTeacher
+from rocket_align.targets import TeacherTargets
 from rocket_align.teacher.preprocess import IMAGENET_MEAN, IMAGENET_STD, unnormalize_views
 from rocket_align.teacher.vggt import VGGTConfig
 
@@ -111,9 +113,8 @@ def losses_of_the_patched_script(
 ) -> list[tuple[float, ...]]:
     run_forward_pass = injected_forward_pass()
     vla, head = student(golden_dir)
-    rocket = RocketJoin(
-        alignment, teacher, num_vision_tokens=32, mean=IMAGENET_MEAN, std=IMAGENET_STD, channels_per_view=6
-    )
+    images = SimpleNamespace(means=[IMAGENET_MEAN, (0.5,) * 3], stds=[IMAGENET_STD, (0.5,) * 3])
+    rocket = RocketJoin(alignment, TeacherTargets(teacher, images), num_vision_tokens=32)
     trainable_params = [parameter for parameter in vla.parameters() if parameter.requires_grad]
     trainable_params += [*head.parameters(), *rocket.parameters()]
     optimizer = torch.optim.AdamW(trainable_params, lr=LEARNING_RATE)

@@ -16,8 +16,7 @@ from torch import nn
 from patches.rocket_join import RocketJoin, check_flags
 from rocket_align.flags import AlignFlags
 from rocket_align.teacher.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from rocket_align.teacher.vggt.checkpoint import save_folder
-from rocket_align.teacher.vggt.config import VGGTConfig
+from rocket_align.teacher.vggt.config import VGGTConfig, save_folder
 
 RELEASED_SINGLE = {"vla_layers_align": "3", "vggt_layers_align": "-1", "use_matryoshka": True}
 CASES: dict[str, dict[str, Any]] = {

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from rocket_align.pooling import pool_teacher
 from rocket_align.teacher.base import TeacherFeatures
 from rocket_align.teacher.preprocess import preprocess_normed_images, unnormalize_views
-from rocket_align.teacher.vggt.checkpoint import save_folder
-from rocket_align.teacher.vggt.config import VGGTConfig
+from rocket_align.teacher.vggt.config import VGGTConfig, save_folder
 from rocket_align.teacher.vggt.teacher import VGGTTeacher
 
 

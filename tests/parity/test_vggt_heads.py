@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rocket_align.teacher.vggt.checkpoint import save_folder
-from rocket_align.teacher.vggt.config import VGGTConfig
+from rocket_align.teacher.vggt.config import VGGTConfig, save_folder
 from rocket_align.teacher.vggt.geometry import Geometry, VGGTGeometry
 
 HEADS = ("camera_head.", "depth_head.", "point_head.")

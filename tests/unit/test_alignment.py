@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rocket_align.alignment import MultiLayerAlignment
+from rocket_align.alignment import MultiLayerAlignment, cosine_loss
 from rocket_align.config import AlignConfig
-from rocket_align.loss import cosine_loss
 from rocket_align.pooling import pool_teacher
 from rocket_align.teacher.base import TeacherFeatures
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.analysis.gradients import describe
+from experiments.analysis.gradients import describe_group
 from experiments.analysis.report import heatmap, new_figure
 from rocket_align.analysis.cka import cka_map, linear_cka
 from rocket_align.analysis.gradients import GradientReport
@@ -154,7 +154,7 @@ class _OnGPU(torch.Tensor):
 
 def test_gradient_cosines_of_a_gpu_can_be_drawn() -> None:
     cosine, norm = torch.eye(3).as_subclass(_OnGPU), torch.ones(3).as_subclass(_OnGPU)
-    described = describe(GradientReport(cosine, cosine, cosine, norm))
+    described = describe_group(GradientReport(cosine, cosine, cosine, norm))
     labels = ["1-1", "2-2", "action"]
     axes = new_figure(2, 2).subplots()
     heatmap(axes, described["cosine"], limits=(-1, 1), rows=labels, columns=labels, diverging=True)

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from experiments.analysis.config import SelectConfig, SubjectFlags
+from experiments.analysis.config import SelectConfig, SubjectFlags, training_config
 from experiments.analysis.select import _check_sizes
-from experiments.analysis.settings import training_config
+from experiments.join import FinetuneConfig, build_alignment
 from prismatic.util.errors import UsageError
-from tests.helpers.script_loader import load_script
 
 
 @pytest.fixture
@@ -49,7 +48,7 @@ def run_folder(tmp_path: Path) -> Path:
 def test_a_given_flag_replaces_what_was_recorded_in_its_place(
     run_folder: Path, given: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    config = training_config(SubjectFlags(**given), str(run_folder), load_script("finetune"))
+    config = training_config(SubjectFlags(**given), str(run_folder))
     assert {name: getattr(config, name) for name in expected} == expected
     assert (config.shuffle_buffer_size, config.use_val_set, config.val_fraction) == (7, False, 0.0)
 
@@ -68,10 +67,9 @@ def test_more_blocks_than_the_models_have_are_refused_before_anything_is_loaded(
 def test_a_damaged_teacher_is_refused_by_its_flag(repo_root: Path, tmp_path: Path, flag: str) -> None:
     shutil.copy(repo_root / "experiments/mini/weights/teacher/config.json", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"cut off")
-    script = load_script("finetune")
-    config = script.FinetuneConfig(**{flag: str(tmp_path)})
+    config = FinetuneConfig(**{flag: str(tmp_path)})
     training: Any = SimpleNamespace(
         config=config, vla=SimpleNamespace(llm_dim=8), device="cpu", compute_dtype=None, processor=None
     )
     with pytest.raises(UsageError, match=f"^--{flag}: .*not readable as VGGT weights"):
-        script.build_alignment(training, config.align_config(6, 6), 4)
+        build_alignment(training, config.align_config(6, 6), 4)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from experiments.join import FinetuneConfig
 from experiments.reproduce import demo
 from experiments.reproduce.stages import arm_jobs, collect_job, train_job
 from experiments.reproduce.studies import ROCKET
 from experiments.robot.libero.run_libero_eval import GenerateConfig
 from prismatic.util import cli
 from prismatic.util.errors import UsageError
-from tests.helpers.script_loader import load_finetune_script
 
 
 def _config(out: Path) -> demo.DemoConfig:
@@ -58,7 +58,7 @@ def test_every_command_parses(tmp_path: Path) -> None:
     collect = cli.parse(CollectConfig, collect_job(paths).arguments[2:])
     assert (collect.tasks, collect.episodes, collect.out) == ("7,9", 25, tmp_path / "data")
     train, evaluate = arm_jobs(paths, demo.DEMO, ROCKET, 1)
-    config = cli.parse(load_finetune_script().FinetuneConfig, train.arguments[1:])
+    config = cli.parse(FinetuneConfig, train.arguments[1:])
     assert (config.max_steps, config.seed, config.batch_size) == (20, 1, 32)
     for job in (evaluate, demo.untouched_job(paths)):
         assert cli.parse(GenerateConfig, job.arguments[1:]).num_trials_per_task == 4

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from rocket_align.analysis.pairs import layers_by_position
+from rocket_align.config import paper_pairs
 from rocket_align.flags import AlignFlags
-from rocket_align.layer_file import LayerFile, layers_for_models, read_layer_file
-from rocket_align.recipes import paper_pairs
+from rocket_align.layers import LayerFile, layers_by_position, layers_for_models, read_layer_file
 
 
 def write(path: Path, **changes: Any) -> Path:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.mini.make.teacher_model import READOUT_NAME, TeacherModel
-from rocket_align.teacher.vggt.checkpoint import AGGREGATOR_PREFIX, find_weights, load_strictly, read_weights
+from rocket_align.teacher.vggt.config import AGGREGATOR_PREFIX, find_weights, load_strictly, read_weights
 from rocket_align.teacher.vggt.teacher import VGGTTeacher
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "mini" / "weights" / "teacher"

@@ -24,6 +24,7 @@ from experiments.analysis.config import (
     SelectConfig,
     TheoremConfig,
 )
+from experiments.join import FinetuneConfig
 from experiments.reproduce import __main__ as command
 from experiments.reproduce import records, report, sections
 from experiments.reproduce import studies as arms
@@ -34,8 +35,8 @@ from experiments.reproduce.stages import StudyPaths, analysis_job, arm_jobs, pre
 from experiments.reproduce.studies import STUDIES
 from experiments.robot.libero.results.summary import paired_test
 from experiments.robot.libero.run_libero_eval import GenerateConfig
+from experiments.store_config import StoreConfig
 from prismatic.util.errors import UsageError
-from tests.helpers.script_loader import load_finetune_script, load_script
 
 SCRIPTS = ROOT / "experiments" / "reproduce"
 
@@ -105,10 +106,10 @@ def test_wrong_flags_are_refused(flags: list[str], message: str, capsys: pytest.
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=list(PROFILES))
 def test_commands_use_flags_that_the_scripts_have(profile: Any, tmp_path: Path) -> None:
     """Fine-tuning and evaluation flags exist, and every arm's alignment can be formed for the profile's depths."""
-    finetune = {field.name for field in dataclasses.fields(load_finetune_script().FinetuneConfig)}
+    finetune = {field.name for field in dataclasses.fields(FinetuneConfig)}
     evaluate = {field.name for field in dataclasses.fields(GenerateConfig)}
     select = {field.name for field in dataclasses.fields(SelectConfig)}
-    store = {field.name for field in dataclasses.fields(load_script("build_feature_store").StoreConfig)}
+    store = {field.name for field in dataclasses.fields(StoreConfig)}
     known = {
         "vla-scripts/finetune.py": finetune,
         "experiments/robot/libero/run_libero_eval.py": evaluate,
@@ -151,7 +152,7 @@ def test_arms_mean_what_they_say() -> None:
 
 
 def test_the_mini_profile_fits_the_shipped_models() -> None:
-    from rocket_align.teacher.vggt.checkpoint import find_weights
+    from rocket_align.teacher.vggt.config import find_weights
 
     student = json.loads((ROOT / MINI.vla_path / "config.json").read_text())
     teacher = find_weights(str(ROOT / MINI.teacher_path))[1]

@@ -11,14 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rocket_align.alignment import MultiLayerAlignment
-from rocket_align.analysis.cka import cka_map, linear_cka
-from rocket_align.analysis.cone import TokenCone
+from rocket_align.analysis.cka import StreamingCKA, cka_map, linear_cka
+from rocket_align.analysis.cosines import OutputSimilarity, TokenCone, parameter_similarity
 from rocket_align.analysis.depth_probe import DepthErrors, RidgeProbe, depth_map, patch_depths
-from rocket_align.analysis.gradients import GradientCosines
+from rocket_align.analysis.gradients import GradientCosines, TheoremCheck
 from rocket_align.analysis.matching import match_layers
-from rocket_align.analysis.projectors import OutputSimilarity, parameter_similarity
-from rocket_align.analysis.streaming_cka import StreamingCKA
-from rocket_align.analysis.theorem import TheoremCheck
 from rocket_align.config import AlignConfig
 
 SHARED = AlignConfig(student_layers=(1, 2, 3), teacher_layers=(0, 1, 2), projector="shared")

@@ -19,8 +19,7 @@ from rocket_align.teacher.registry import (
     teacher_hash,
 )
 from rocket_align.teacher.vggt.aggregator import VGGTAggregator
-from rocket_align.teacher.vggt.checkpoint import save_folder
-from rocket_align.teacher.vggt.config import VGGTConfig
+from rocket_align.teacher.vggt.config import VGGTConfig, save_folder
 from tests.helpers.teacher_models import DEPTH, VIT_TEACHERS, WIDTH, save_vit
 
 CONFIG = VGGTConfig(image_size=28, embed_dim=16, depth=3, num_heads=2, vit_depth=1, vit_num_heads=2)

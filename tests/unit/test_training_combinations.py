@@ -25,8 +25,8 @@ from prismatic.training.precision import base_weights_dtype
 from prismatic.util.errors import UsageError
 from prismatic.vla.platforms import BRIDGE, LIBERO, NormalizationType, Platform
 from rocket_align import MultiLayerAlignment, VGGTConfig, VGGTTeacher
+from rocket_align.config import RECIPES
 from rocket_align.pooling import sine_position_embedding
-from rocket_align.recipes import RECIPES
 from rocket_align.teacher.base import TeacherFeatures
 from rocket_align.teacher.preprocess import unnormalize_views
 from tests.helpers.student_helpers import tiny_config, tiny_student

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rocket_align.teacher.vggt.checkpoint import find_weights
-from rocket_align.teacher.vggt.config import VGGTConfig
+from rocket_align.teacher.vggt.config import VGGTConfig, find_weights
 
 
 def test_a_released_configuration_is_understood(tmp_path: Path) -> None:

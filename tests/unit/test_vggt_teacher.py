@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rocket_align.teacher.vggt.aggregator import VGGTAggregator
-from rocket_align.teacher.vggt.checkpoint import save_folder
-from rocket_align.teacher.vggt.config import VGGTConfig
+from rocket_align.teacher.vggt.config import VGGTConfig, save_folder
 from rocket_align.teacher.vggt.geometry import VGGTGeometry
 from rocket_align.teacher.vggt.teacher import VGGTTeacher
 

@@ -31,7 +31,7 @@ from experiments.mini.make.teacher_frames import (
 from experiments.mini.make.teacher_model import READOUT_NAME, TeacherModel, readout_loss, scores, summarize
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write
-from rocket_align.teacher.vggt.checkpoint import AGGREGATOR_PREFIX, save_folder
+from rocket_align.teacher.vggt.config import AGGREGATOR_PREFIX, save_folder
 
 CHECKPOINT = "checkpoint.pt"
 _SCALE_FRAMES = 1024

@@ -45,7 +45,7 @@ def begin_store(root: Path, layout: StoreLayout) -> None:
 
 
 def fit_basis(root: Path, layout: StoreLayout, teacher: Teacher, batches: Iterable[Tensor]) -> Basis:
-    """The store's basis: the one that is there, or one fitted to the features of `batches` of images."""
+    """The store's basis: the one that is there, or one fitted to `batches` of what the teacher takes."""
     if not (root / BASIS_NAME).is_file():
         fit = BasisFit()
         for images in batches:
@@ -110,7 +110,7 @@ class DatasetBuild:
         """Compute and write a shard; yields the number of frames after every batch.
 
         Args:
-            batches: images of `frames_of(shard)`, in order.
+            batches: `frames_of(shard)` in order, as the teacher takes them.
         """
         layout, dtype = self.layout, getattr(torch, self.layout.dtype)
         parts: list[Codes] = []

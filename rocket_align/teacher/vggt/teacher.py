@@ -12,8 +12,7 @@ from rocket_align.layers import resolve_layers
 from rocket_align.teacher.base import TeacherFeatures
 from rocket_align.teacher.preprocess import fit_images
 from rocket_align.teacher.vggt.aggregator import VGGTAggregator
-from rocket_align.teacher.vggt.checkpoint import find_weights, load_strictly, read_weights
-from rocket_align.teacher.vggt.config import VGGTConfig
+from rocket_align.teacher.vggt.config import VGGTConfig, find_weights, load_strictly, read_weights
 
 
 class VGGTTeacher(nn.Module):

@@ -1,11 +1,11 @@
-"""A checkpoint under study: built as training builds it, looked at instead of trained."""
+"""A checkpoint as analyses look at it: built as training builds it, with forward passes instead of steps."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from experiments.analysis.config import SubjectFlags
-from experiments.analysis.settings import Join, describe_teacher_of, training_config
+from experiments.analysis.config import SubjectFlags, describe_teacher_of, training_config
+from experiments.analysis.report import Report
+from experiments.join import Targets, build_alignment, plan_alignment
 from prismatic.checkpoint.layout import component_file, split_checkpoint_name
 from prismatic.checkpoint.load import load_component, student_depth
 from prismatic.training.module import TrainableVLA
@@ -22,14 +23,15 @@ from prismatic.training.objectives import make_objective
 from prismatic.training.run import TrainingRun
 from prismatic.util.errors import UsageError
 from prismatic.util.flags import check
-from rocket_align.alignment import AlignOutput, MultiLayerAlignment
-from rocket_align.student import vision_tokens
+from rocket_align.alignment import AlignOutput, MultiLayerAlignment, vision_tokens
+from rocket_align.teacher.base import AlignmentTargets, TeacherFeatures
 
 TeacherLayers = Literal["none", "aligned", "all"]
+Features = TeacherFeatures | AlignmentTargets | None
 
 
 @dataclass
-class Pass:
+class ForwardPass:
     """One forward pass: hidden states (B, S, D), where the vision tokens are, the teacher's features, the action loss.
 
     With gradients, hidden states and loss belong to one graph.
@@ -38,7 +40,7 @@ class Pass:
     hidden_states: tuple[Tensor, ...]
     vision_start: int
     num_vision_tokens: int
-    teacher: Any
+    teacher: Features
     action_loss: Tensor
     attention_mask: Tensor
 
@@ -48,44 +50,43 @@ class _Recorder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: tuple[tuple[Tensor, ...], int, int, Any] | None = None
+        self.shown: tuple[tuple[Tensor, ...], int, int, Features] | None = None
 
     def forward(
-        self, hidden_states: tuple[Tensor, ...], vision_start: int, num_vision_tokens: int, teacher: Any
+        self, hidden_states: tuple[Tensor, ...], vision_start: int, num_vision_tokens: int, teacher: Features
     ) -> AlignOutput:
-        self.seen = (hidden_states, vision_start, num_vision_tokens, teacher)
+        self.shown = (hidden_states, vision_start, num_vision_tokens, teacher)
         zero = hidden_states[0].new_zeros((), dtype=torch.float32)
         return AlignOutput(zero, zero.new_zeros(0))
 
 
-class Subject:
+class LoadedCheckpoint:
     """Policy, alignment and data of one checkpoint.
 
     Args:
         flags: of the command.
         folder: a checkpoint folder, or a base model, which gets new adapters and projectors.
-        join: the fine-tuning script.
         teacher_layers: whose features each pass carries: of no layer, of the aligned ones, or of all.
 
     Raises:
         UsageError: a wrong flag, or a teacher that is needed and not given.
     """
 
-    def __init__(self, flags: SubjectFlags, folder: str, join: Join, teacher_layers: TeacherLayers = "aligned") -> None:
+    def __init__(self, flags: SubjectFlags, folder: str, teacher_layers: TeacherLayers = "aligned") -> None:
         check(flags)
         self.flags = flags
         self.name = Path(folder).name
-        self.config = training_config(flags, folder, join)
+        self.config = training_config(flags, folder)
         self.config.validate()
-        self.align, teacher_dim = join.plan_alignment(self.config)
+        self.align, teacher_dim = plan_alignment(self.config)
         if teacher_layers == "aligned" and not self.align.num_pairs:
             raise UsageError(
                 f"{folder}: no alignment (recipe {self.config.recipe_name}); accepted: one, with --vggt_path"
             )
         self.training = TrainingRun(self.config, {})
         self.device = self.training.device
-        self._targets: Any = lambda batch: None
-        self.alignment: MultiLayerAlignment = self._build_alignment(join, teacher_dim, teacher_layers)
+        self._targets: Targets = lambda batch: None
+        self.alignment: MultiLayerAlignment = self._build_alignment(teacher_dim, teacher_layers)
         objective = make_objective(self.config, self.training.platform, self.training.processor.tokenizer)
         self._recorder = _Recorder()
         module = TrainableVLA(
@@ -93,16 +94,16 @@ class Subject:
         )
         self.module = module.to(self.device).eval()
 
-    def _build_alignment(self, join: Join, teacher_dim: int, teacher_layers: TeacherLayers) -> MultiLayerAlignment:
+    def _build_alignment(self, teacher_dim: int, teacher_layers: TeacherLayers) -> MultiLayerAlignment:
         if teacher_layers == "aligned":
-            alignment, self._targets = join.build_alignment(self.training, self.align, teacher_dim)
+            alignment, self._targets = build_alignment(self.training, self.align, teacher_dim)
         else:
             alignment = MultiLayerAlignment(self.align, self.training.vla.llm_dim, teacher_dim)
-        self.every_layer: MultiLayerAlignment | None = None
+        self.full_alignment: MultiLayerAlignment | None = None
         if teacher_layers == "all":
             sizes = describe_teacher_of(self.config)
             layers = tuple(range(sizes.depth))
-            every = replace(
+            full = replace(
                 self.align,
                 student_layers=layers,
                 teacher_layers=layers,
@@ -110,7 +111,7 @@ class Subject:
                 width_ratios=None,
                 released_independent_width=False,
             )
-            self.every_layer, self._targets = join.build_alignment(self.training, every, sizes.channels // 2)
+            self.full_alignment, self._targets = build_alignment(self.training, full, sizes.channels // 2)
         checkpoint = self.training.start.checkpoint
         file = component_file(checkpoint, "align_projectors") if checkpoint is not None else None
         if file is not None and self.align.num_pairs:
@@ -143,28 +144,41 @@ class Subject:
         """The batches of `passes`: the same at every call."""
         return itertools.islice(self.training.batches(), self.num_samples // self.flags.batch_size)
 
-    def passes(self, *, gradients: bool = False) -> Iterator[Pass]:
+    def passes(self, *, gradients: bool = False) -> Iterator[ForwardPass]:
         """Forward passes over `num_samples` samples."""
         accelerator = self.training.accelerator
         for batch in self.batches():
             with nullcontext() if gradients else torch.no_grad(), accelerator.autocast():
                 output = self.module(batch, self._targets(batch))
-            assert self._recorder.seen is not None
-            yield Pass(*self._recorder.seen, output.loss, batch["attention_mask"])
+            assert self._recorder.shown is not None
+            yield ForwardPass(*self._recorder.shown, output.loss, batch["attention_mask"])
 
-    def autocast(self) -> Any:
+    def autocast(self) -> AbstractContextManager[None]:
         """The precision of training, for what is computed from a pass."""
         return self.training.accelerator.autocast()
 
-    def student_states(self, seen: Pass) -> Tensor:
+    def student_states(self, forward: ForwardPass) -> Tensor:
         """Vision tokens (L + 1, B, N, D) of all hidden states, cut out as the alignment does."""
-        layers = range(len(seen.hidden_states))
+        layers = range(len(forward.hidden_states))
         return vision_tokens(
-            seen.hidden_states, layers, seen.vision_start, seen.num_vision_tokens, shift=self.align.shift
+            forward.hidden_states, layers, forward.vision_start, forward.num_vision_tokens, shift=self.align.shift
         )
 
-    def describe(self) -> dict[str, Any]:
-        """What a report says of the subject."""
+    def teacher_blocks(self, forward: ForwardPass) -> Tensor:
+        """Features (blocks, B, N, C) of all blocks of the teacher, pooled to the student's tokens; needs "all"."""
+        assert self.full_alignment is not None
+        return self.full_alignment.targets(forward.teacher, forward.num_vision_tokens)
+
+    def aligned_tokens(self, forward: ForwardPass) -> Tensor:
+        """Student tokens (K, B, N, D) of the aligned pairs."""
+        return self.alignment.student_tokens(forward.hidden_states, forward.vision_start, forward.num_vision_tokens)
+
+    def aligned_targets(self, forward: ForwardPass) -> Tensor:
+        """Teacher features (K, B, N, C) of the aligned pairs, pooled; needs "aligned"."""
+        return self.alignment.targets(forward.teacher, forward.num_vision_tokens)
+
+    def describe(self) -> Report:
+        """Names and numbers that identify the checkpoint in a report."""
         return {
             "checkpoint": self.name,
             "label": self.label,

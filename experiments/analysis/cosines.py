@@ -1,0 +1,140 @@
+"""Cosines on checkpoints: between tokens of every layer and behind the projectors (the cone effect, Figure 4), and
+between the pairs' projectors, their weights and outputs (Figure 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from experiments.analysis.config import ConeConfig, ProjectorsConfig
+from experiments.analysis.loaded_checkpoint import LoadedCheckpoint
+from experiments.analysis.report import Report, heatmap, line_style, new_figure, save_figure, write_json
+from prismatic.util.errors import UsageError
+from rocket_align.analysis.cosines import OutputSimilarity, TokenCone, parameter_similarity
+
+KINDS = {
+    "fc1": "weights, 1st layer",
+    "fc2": "weights, 2nd layer",
+    "same_input": "outputs, same input",
+    "own_input": "outputs, own input",
+}
+
+
+class _Cones:
+    """One `TokenCone` per layer."""
+
+    def __init__(self) -> None:
+        self._cones: list[TokenCone] = []
+
+    def update(self, layers: Sequence[Tensor]) -> None:
+        if not self._cones:
+            self._cones = [TokenCone() for _ in layers]
+        for cone, tokens_BND in zip(self._cones, layers, strict=True):
+            cone.update(tokens_BND)
+
+    def result(self) -> dict[str, list[float]]:
+        return {
+            "within_samples": [cone.within_samples() for cone in self._cones],
+            "overall": [cone.overall() for cone in self._cones],
+        }
+
+
+def measure_cone(config: ConeConfig, folder: str) -> Report:
+    """One checkpoint's part of the report: student states, teacher blocks pooled to the student's tokens, and the
+    aligned tokens behind each pair's projector."""
+    checkpoint = LoadedCheckpoint(config, folder, teacher_layers="all")
+    cones = {name: _Cones() for name in ("student", "teacher", "projected")}
+    for forward in checkpoint.passes():
+        with torch.no_grad(), checkpoint.autocast():
+            cones["student"].update(list(checkpoint.student_states(forward)))
+            cones["teacher"].update(list(checkpoint.teacher_blocks(forward)))
+            if checkpoint.align.num_pairs:
+                tokens = checkpoint.aligned_tokens(forward)
+                cones["projected"].update(list(checkpoint.alignment.project(tokens)[0]))
+    return {**checkpoint.describe(), **{name: cone.result() for name, cone in cones.items()}}
+
+
+def cone(config: ConeConfig) -> int:
+    """Measure, write cone.json and cone.png."""
+    parts = [measure_cone(config, folder) for folder in config.checkpoints]
+    write_json(config.out_dir / "cone.json", {"analysis": "cone", "subjects": parts})
+    draw_cone(config, parts)
+    for part in parts:
+        means = {name: part[name]["within_samples"] for name in ("student", "teacher", "projected")}
+        said = ", ".join(f"{name} {sum(values) / len(values):.3f}" for name, values in means.items() if values)
+        print(f"{part['label']}: mean cosine between tokens of a sample, over layers: {said}")
+    return 0
+
+
+def draw_cone(config: ConeConfig, parts: list[Report]) -> None:
+    """Student and teacher by depth; the projected tokens at their student layer."""
+    figure = new_figure(6.6, 2.7)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for number, part in enumerate(parts):
+        style = line_style(number)
+        left.plot(part["student"]["within_samples"], **style, label=part["label"])
+        projected = part["projected"]["within_samples"]
+        if not projected:
+            continue
+        kind = {"independent": "independent projectors"}.get(part["projector"], "shared projector")
+        right.plot(part["student_layers"], projected, **style, label=f"{part['label']}\n({kind})")
+    targets = parts[0]["teacher"]["within_samples"]
+    left.plot(targets, color="0.5", ls="--", marker="x", markersize=4, label="teacher, block of this number")
+    if aligned := next((part for part in parts if part["student_layers"]), None):
+        pair_targets = [targets[layer] for layer in aligned["teacher_layers"]]
+        style = {"color": "0.5", "ls": "--", "marker": "x", "markersize": 4}
+        right.plot(aligned["student_layers"], pair_targets, **style, label="its target")
+    left.set(xlabel="student state / teacher block", ylabel="mean cosine between\ntokens of a sample", title="layers")
+    right.set(xlabel="student state of the pair", title="behind the projectors")
+    for axes in (left, right) if right.lines else (left,):
+        axes.legend(frameon=False)
+        axes.locator_params(axis="x", integer=True)
+    save_figure(figure, config.out_dir / "cone.png")
+
+
+def measure_projectors(config: ProjectorsConfig, folder: str) -> Report:
+    """One checkpoint's part of the report."""
+    checkpoint = LoadedCheckpoint(config, folder, teacher_layers="none")
+    if not checkpoint.align.num_pairs:
+        raise UsageError(
+            f"{folder}: no alignment (recipe {checkpoint.config.recipe_name}); accepted: one with projectors"
+        )
+    outputs = OutputSimilarity(checkpoint.alignment)
+    for forward in checkpoint.passes():
+        with torch.no_grad(), checkpoint.autocast():
+            outputs.update(checkpoint.aligned_tokens(forward))
+    similarity = {**parameter_similarity(checkpoint.alignment), **outputs.result()}
+    others = ~torch.eye(checkpoint.align.num_pairs, dtype=torch.bool)
+    means = {name: float(values.cpu()[others].mean()) if others.any() else 1.0 for name, values in similarity.items()}
+    return {**checkpoint.describe(), "similarity": similarity, "mean_between_pairs": means}
+
+
+def projectors(config: ProjectorsConfig) -> int:
+    """Measure, write projectors.json and projectors.png."""
+    parts = [measure_projectors(config, folder) for folder in config.checkpoints]
+    write_json(config.out_dir / "projectors.json", {"analysis": "projectors", "subjects": parts})
+    draw_projectors(config, parts)
+    for part in parts:
+        means = ", ".join(f"{KINDS[name]} {value:.3f}" for name, value in part["mean_between_pairs"].items())
+        print(f"{part['label']}: mean cosine between projectors: {means}")
+    return 0
+
+
+def draw_projectors(config: ProjectorsConfig, parts: list[Report]) -> None:
+    """A row per checkpoint, a column per kind of similarity."""
+    size = max(1.5, 0.26 * len(parts[0]["student_layers"]))
+    figure = new_figure(4 * (size + 0.25) + 0.9, len(parts) * (size + 0.35) + 0.4)
+    grid = figure.subplots(len(parts), len(KINDS), squeeze=False)
+    for number, (row, part) in enumerate(zip(grid, parts)):
+        labels = [f"{s}-{t}" for s, t in zip(part["student_layers"], part["teacher_layers"])]
+        for axes, (name, title) in zip(row, KINDS.items()):
+            values = part["similarity"][name].cpu()
+            image = heatmap(axes, values, limits=(-1, 1), rows=labels, columns=labels, diverging=True)
+            axes.tick_params(axis="x", rotation=60)
+            if not number:
+                axes.set_title(title)
+        row[0].set_ylabel(part["label"])
+    figure.colorbar(image, ax=grid.ravel().tolist(), label="cosine between projectors", pad=0.01)
+    save_figure(figure, config.out_dir / "projectors.png")

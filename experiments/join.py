@@ -1,0 +1,126 @@
+"""The join of policy and alignment: all that ROCKET adds to fine-tuning OpenVLA-OFT.
+
+The only place where `prismatic` (the policy and its training) and `rocket_align` (the method) meet: `build_alignment`
+makes what `TrainingRun.fit` takes, a loss on hidden states and the function that makes its targets from a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from prismatic.checkpoint.layout import RUN_CONFIG, read_record
+from prismatic.training.config import TrainConfig
+from prismatic.util.errors import UsageError
+from rocket_align.flags import AlignFlags
+from rocket_align.teacher.registry import describe_teacher, load_teacher, teacher_hash
+from rocket_align.teacher.store.layout import read_layout
+
+if TYPE_CHECKING:
+    from prismatic.training.run import TrainingRun
+    from rocket_align import AlignConfig, MultiLayerAlignment, TeacherFeatures
+    from rocket_align.teacher.base import AlignmentTargets
+
+# Makes an alignment's targets of a batch on the device.
+Targets: TypeAlias = "Callable[[Any], TeacherFeatures | AlignmentTargets | None]"
+
+
+@dataclass
+class FinetuneConfig(AlignFlags, TrainConfig):
+    """OpenVLA-OFT's flags and ROCKET's."""
+
+
+def plan_alignment(config: FinetuneConfig) -> tuple[AlignConfig, int]:
+    """The alignment's configuration and half the teacher's channels, from the models' config files alone.
+
+    Raises:
+        UsageError: a wrong flag, or layers the models do not have.
+    """
+    from prismatic.checkpoint.load import student_depth  # torch: not for --help, nor before a wrong flag is told
+
+    try:
+        config.validate_alignment()
+        if not config.aligns:
+            return config.align_config(0, 0), 0
+        if config.feature_store and config.use_val_set:
+            raise UsageError("--use_val_set: True found; accepted with --feature_store (training frames): False")
+        stored = read_layout(Path(config.feature_store)) if config.feature_store else None
+        teacher = stored.teacher if stored else describe_teacher(config.teacher, config.teacher_type)
+        align = config.align_config(student_depth(config), teacher.depth)
+        if stored:
+            stored.check_layers(align.teacher_layers, f"--feature_store: {config.feature_store}")
+        return align, teacher.channels // 2
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def check_resumed_alignment(config: FinetuneConfig, align: AlignConfig) -> None:
+    """In a resume, refuse another alignment than the checkpoint's; its coefficient may change.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    if not config.resume:
+        return
+    record = Path(config.vla_path) / RUN_CONFIG
+    before = read_record(record.parent).get("alignment") or {}
+    for name, now in asdict(align).items():
+        # JSON has lists for tuples.
+        now = list(now) if isinstance(now, tuple) else now
+        if name != "coeff" and before.get(name, now) != now:
+            raise UsageError(
+                f"--resume: the alignment's {name} is {now}, but {before[name]} in {record}; accepted: that"
+            )
+
+
+def build_alignment(training: TrainingRun, align: AlignConfig, teacher_dim: int) -> tuple[MultiLayerAlignment, Targets]:
+    """The alignment loss, and the function that makes its targets from a batch.
+
+    Raises:
+        UsageError: the teacher's weights, or its stored features, cannot be used.
+    """
+    from rocket_align.alignment import MultiLayerAlignment  # torch: as above
+    from rocket_align.targets import TeacherTargets
+
+    flags = cast(FinetuneConfig, training.config)
+    alignment = MultiLayerAlignment(align, training.vla.llm_dim, teacher_dim)
+    if not align.num_pairs:
+        return alignment, lambda batch: None
+    if flags.feature_store:
+        return alignment, read_stored_targets(training, align)
+    device, dtype = training.device, training.compute_dtype
+    try:
+        teacher = load_teacher(flags.teacher, align.teacher_layers, flags.teacher_type, device=device, dtype=dtype)
+    except ValueError as error:
+        raise UsageError(f"--{'teacher_path' if flags.teacher_path else 'vggt_path'}: {error}") from error
+    targets = TeacherTargets(teacher, training.processor.image_processor)
+    return alignment, lambda batch: targets(batch["pixel_values"])
+
+
+def read_stored_targets(training: TrainingRun, align: AlignConfig) -> Targets:
+    """Let the loader read the feature store; returns the function that makes targets from what it read.
+
+    Raises:
+        UsageError: the store was made of other data, views or layers, or is damaged.
+    """
+    from rocket_align.teacher.store.reader import FeatureStore  # torch: as above
+
+    flags = cast(FinetuneConfig, training.config)
+    data, backbone = training.dataset, training.vla.vision_backbone
+    try:
+        store = FeatureStore(
+            flags.feature_store,
+            data.fingerprints(),
+            align.teacher_layers,
+            teacher_hash=teacher_hash(flags.teacher) if flags.teacher else None,
+            views=data.views,
+            view_pixels=data.image_transform.size[0],
+        )
+        teacher = store.teacher(backbone.get_num_patches(), position_embedding=align.teacher_pe)
+    except ValueError as error:
+        raise UsageError(f"--feature_store: {error}") from error
+    data.extras = store
+    teacher.to(training.device)
+    return lambda batch: teacher(**batch["extras"])
