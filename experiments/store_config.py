@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from experiments.join import FinetuneConfig
 from prismatic.util.errors import UsageError
+from prismatic.util.files import refuse_long_name
 from prismatic.util.flags import check, limited
 from rocket_align.teacher.store.layout import StoreDType
 
@@ -30,6 +31,7 @@ class StoreConfig(FinetuneConfig):
         """
         if not self.feature_store:
             raise UsageError("--feature_store: empty; accepted: the folder to write")
+        refuse_long_name("--feature_store", self.feature_store)
         check(self)
         try:
             self.validate_alignment()

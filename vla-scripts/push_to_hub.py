@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
+from prismatic.util.files import refuse_long_name
 from prismatic.util.flags import check, limited, names, split_names, split_paths
 from prismatic.util.hub import HUB_ID
 
@@ -89,6 +90,7 @@ def _check(config: PushConfig) -> None:
         for name in ids:
             if not HUB_ID.fullmatch(name):
                 raise UsageError(f"--{flag}: {name!r} found; accepted: a hub id (owner/name)")
+    refuse_long_name("--dry_run", config.dry_run)
     if config.dry_run and Path(config.dry_run).expanduser().exists():
         raise UsageError(f"--dry_run: {config.dry_run} exists; accepted: the name of a new folder")
 

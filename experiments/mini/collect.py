@@ -26,7 +26,7 @@ from typing import Any
 from experiments.robot.policy import Render
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_write
+from prismatic.util.files import atomic_write, refuse_long_name
 from prismatic.util.flags import check, choose_numbers, limited, numbers
 
 # Part of what identifies a collection: raise it when the expert, the noise or the rendering changes.
@@ -202,6 +202,7 @@ def collect(config: CollectConfig) -> Path:
     """
     from prismatic.vla.datasets.rlds_writer import RLDSWriter
 
+    refuse_long_name("--name", config.folder)
     existing = _existing(config)
     tasks = _check_tasks(config)
     writer = RLDSWriter(config.out, config.name, image_size=config.image_size)

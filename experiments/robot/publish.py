@@ -26,7 +26,7 @@ from prismatic.checkpoint.layout import (
     weight_files,
 )
 from prismatic.util.errors import UsageError
-from prismatic.util.files import read_json
+from prismatic.util.files import read_json, temporary_prefix
 from prismatic.util.hub import HUB_ID
 from rocket_align.flags import recipe_of
 
@@ -83,7 +83,7 @@ def changed_texts(folder: Path, base_model: str) -> dict[str, str]:
 def write_copy(folder: Path, files: Sequence[PurePosixPath], texts: Mapping[str, str], target: Path) -> None:
     """Write the files and texts into the new folder `target`, which appears when it is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=temporary_prefix(target)))
     try:
         for name in files:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)

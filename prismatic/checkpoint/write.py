@@ -29,7 +29,7 @@ from prismatic.checkpoint.layout import (
     component_name,
 )
 from prismatic.models.lora import merge_lora_state_dict, state_dict_without_film
-from prismatic.util.files import atomic_path, atomic_write
+from prismatic.util.files import atomic_path, atomic_write, temporary_prefix
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -106,7 +106,7 @@ class CheckpointWriter:
     def save(self, step: int, training_state: Mapping[str, object]) -> Path:
         """Write the checkpoint of `step` and return its folder. Call on the main process only."""
         target = checkpoint_folder(self.run_dir, step, latest_only=self.latest_only)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f"{temporary_prefix(target)}{os.getpid()}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # Of a killed process that had this one's number.
         temporary.mkdir(parents=True)
         try:
@@ -140,7 +140,7 @@ def _move_into_place(temporary: Path, target: Path) -> None:
     if not target.exists():
         temporary.replace(target)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    aside = Path(tempfile.mkdtemp(prefix=temporary_prefix(target), suffix=".old", dir=target.parent))
     target.replace(aside)
     try:
         temporary.replace(target)

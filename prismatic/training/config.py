@@ -11,8 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from prismatic.checkpoint.layout import LOG_FILE, is_checkpoint, split_checkpoint_name
+from prismatic.checkpoint.layout import (
+    LOG_FILE,
+    is_checkpoint,
+    last_checkpoint,
+    split_checkpoint_name,
+)
 from prismatic.util.errors import UsageError
+from prismatic.util.files import fitting_name, longest_name
 from prismatic.util.flags import check, limited, names, numbers, split_names, split_numbers
 from prismatic.util.hub import HUB_ID
 from prismatic.vla.datasets.dataset_file import read_datasets
@@ -137,8 +143,12 @@ class TrainConfig:
         if not Path(self.data_root_dir).is_dir():
             raise UsageError(f"--data_root_dir: no such folder: {self.data_root_dir}")
         run_dir = Path(self.run_root_dir) / self.run_id()
-        if not self.resume and (run_dir / LOG_FILE).is_file():
-            raise UsageError(f"--run_id_override: {run_dir} holds a run; accepted: another name, or --resume True")
+        name, most = run_dir.name, self._longest_run_id()
+        if len(name.encode()) > most:
+            said = f"a name of {len(name.encode())} bytes found for the run; accepted: at most {most}"
+            raise UsageError(f"--run_id_override: {said}, since checkpoints are named NAME--{self.max_steps}_chkpt")
+        if not self.resume:
+            self._refuse_existing(run_dir)
         local = Path(self.vla_path)
         if self.resume and not is_checkpoint(local):
             raise UsageError(f"--resume: {local} is no checkpoint folder (a ...--STEP_chkpt with training_state/)")
@@ -155,9 +165,24 @@ class TrainConfig:
         if not os.access(self.run_root_dir, os.W_OK):
             raise UsageError(f"--run_root_dir: {self.run_root_dir} is not writable; accepted: a folder that is")
 
+    def _refuse_existing(self, run_dir: Path) -> None:
+        """An empty log is no run: it is left when training stops before its first line."""
+        log = run_dir / LOG_FILE
+        if not log.is_file() or not log.stat().st_size:
+            return
+        checkpoint = run_dir if is_checkpoint(run_dir) else last_checkpoint(run_dir)
+        other = f"--resume True --vla_path {checkpoint}" if checkpoint else f"this one after rm -r {run_dir}"
+        raise UsageError(f"--run_id_override: {run_dir} holds a run; accepted: another name, or {other}")
+
+    def _longest_run_id(self) -> int:
+        """Bytes of the longest name that leaves room for those of the checkpoints."""
+        suffix = "" if self.save_latest_checkpoint_only else f"--{self.max_steps}_chkpt"
+        return longest_name(self.run_root_dir) - len(suffix)
+
     def run_id(self) -> str:
         """The run's name: upstream's pattern of model, data and hyperparameters, or `run_id_override`.
 
+        Each stage of training repeats the name of the one before, so a default name is shortened where it must be.
         A resumed run keeps the name it began with, which that of its checkpoint folder begins with.
         """
         if self.run_id_override:
@@ -171,4 +196,5 @@ class TrainConfig:
             name += f"+lora-r{self.lora_rank}+dropout-{self.lora_dropout}"
         if self.image_aug:
             name += "--image_aug"
-        return f"{name}--{self.run_id_note}" if self.run_id_note else name
+        name = f"{name}--{self.run_id_note}" if self.run_id_note else name
+        return fitting_name(name, self._longest_run_id())

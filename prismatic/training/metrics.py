@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from prismatic.checkpoint.layout import LOG_FILE
+from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
 
 
@@ -45,12 +48,17 @@ class MetricLog:
         folder: the run's folder.
         accelerator: only its main process writes.
         last_step: lines of later steps, left by a run that went on after its last checkpoint, are removed.
+
+    Raises:
+        UsageError: another process is writing there.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, last_step: int = 0) -> None:
         self._accelerator = accelerator
         self._path = folder / LOG_FILE
+        self._lock: int | None = None
         if accelerator.is_main_process:
+            self._lock = _lock(folder)
             kept = [row for row in read_log(self._path) if row["step"] <= last_step] if last_step else []
             atomic_write(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -60,6 +68,26 @@ class MetricLog:
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         self._accelerator.log(values, step=step)
+
+    def close(self) -> None:
+        """Let another process train in the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _lock(folder: Path) -> int:
+    """Descriptor of the folder, which is locked while it is open."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UsageError(f"--run_id_override: {folder} is being written; accepted: another name") from None
+    except OSError:
+        pass  # A file system without locks.
+    return descriptor
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

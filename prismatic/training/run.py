@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,17 +190,24 @@ class TrainingRun:
 
         if accelerator.log_with:
             accelerator.init_trackers(config.wandb_project, init_kwargs=self._tracker_options())
-        log = MetricLog(self.run_dir, accelerator, last_step=self.start.step)
-        trainer = Trainer(
-            config, accelerator, wrapped, optimizer=optimizer, scheduler=scheduler, targets=targets, save=save, log=log
-        )
-        if config.use_val_set:
-            trainer.validate = Validator(
-                config, accelerator, module, self._dataset(train=False), collate=self._collator(), targets=targets
+        with contextlib.closing(MetricLog(self.run_dir, accelerator, last_step=self.start.step)) as log:
+            trainer = Trainer(
+                config,
+                accelerator,
+                wrapped,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                targets=targets,
+                save=save,
+                log=log,
             )
-        if random_state is not None:
-            restore_random_state(random_state)
-        state = trainer.fit(iter(loader), self.start.step)
+            if config.use_val_set:
+                trainer.validate = Validator(
+                    config, accelerator, module, self._dataset(train=False), collate=self._collator(), targets=targets
+                )
+            if random_state is not None:
+                restore_random_state(random_state)
+            state = trainer.fit(iter(loader), self.start.step)
         accelerator.end_training()
         return state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -21,6 +22,37 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def longest_name(folder: str | Path) -> int:
+    """Bytes that the name of a file in `folder`, which need not exist yet, may have."""
+    path = Path(folder).expanduser().absolute()
+    while not path.exists():
+        path = path.parent
+    return os.pathconf(path, "PC_NAME_MAX")
+
+
+def refuse_long_name(flag: str, path: str | Path) -> None:
+    """Raise UsageError, naming `flag`, if the file system takes no name as long as that of `path`."""
+    path = Path(path)
+    size, most = len(path.name.encode()), longest_name(path.parent)
+    if size > most:
+        raise UsageError(f"{flag}: a name of {size} bytes found, {path.name[:40]}...; accepted: at most {most}")
+
+
+def fitting_name(name: str, most: int) -> str:
+    """`name`, or when it has more than `most` bytes its beginning, a hash of all of it, and its end."""
+    whole = name.encode()
+    if len(whole) <= most:
+        return name
+    digest = f"..{hashlib.sha256(whole).hexdigest()[:8]}.."
+    kept = (most - len(digest)) // 2
+    return whole[:kept].decode(errors="ignore") + digest + whole[-kept:].decode(errors="ignore")
+
+
+def temporary_prefix(target: Path) -> str:
+    """How the temporary name beside `target` begins; short, since a name near the longest must be writable too."""
+    return f".{fitting_name(target.stem, 60)}."
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed to `path`, else removed.
@@ -29,7 +61,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=temporary_prefix(target), suffix=target.suffix[-60:])
     os.close(handle)
     temporary = Path(name)
     try:

@@ -213,6 +213,11 @@ def test_another_teacher_or_layers_do_not_go_into_the_same_folder(tmp_path: Path
             begin_store(tmp_path, replace(LAYOUT, **change))  # type: ignore[arg-type]
 
 
+def test_a_build_that_stopped_before_its_first_record_is_in_nobodys_way(tmp_path: Path, teacher: VGGTTeacher) -> None:
+    begin_store(tmp_path, replace(LAYOUT, layers=(0, 1)))
+    assert open_store(build(tmp_path, teacher))("some_data", int(FRAMES[0]), [(0.0, 0.0, 1.0, 1.0)] * 2)
+
+
 def test_an_opened_store_can_be_sent_to_a_worker(tmp_path: Path, teacher: VGGTTeacher) -> None:
     store = open_store(build(tmp_path, teacher))
     crops = [(0.0, 0.0, 1.0, 1.0)] * 2

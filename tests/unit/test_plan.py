@@ -199,5 +199,12 @@ def test_what_changes_the_numbers_changes_the_identity(
     assert default_run_name(config(), identity(config())) != default_run_name(config(), identity(config(**change)))
 
 
+def test_a_default_name_fits_whatever_the_checkpoints_name(tmp_path: Path) -> None:
+    flags = GenerateConfig(pretrained_checkpoint="c" * 255, local_log_dir=str(tmp_path), run_id_note="try")
+    name = default_run_name(flags, {"policy": {}})
+    (tmp_path / name).mkdir()
+    assert name.startswith("EVAL-libero_spatial-openvla-ccc") and name.endswith("--try")
+
+
 def test_versions_are_recorded() -> None:
     assert run_environment(GenerateConfig(pretrained_checkpoint="x"))["torch"] is not None

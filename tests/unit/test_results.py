@@ -42,6 +42,14 @@ def test_another_configuration_is_refused_and_the_difference_named(tmp_path: Pat
     assert (tmp_path / "episodes.jsonl").read_bytes() == before
 
 
+def test_a_run_that_stopped_before_its_first_episode_is_in_nobodys_way(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, IDENTITY, {}) as run:
+        run.plan([])
+    write(tmp_path, [result(0)], {**IDENTITY, "seed": 8})
+    assert json.loads((tmp_path / "config.json").read_text())["identity"]["seed"] == 8
+    assert load_episodes(tmp_path) == [result(0)]
+
+
 def test_overwrite_discards_the_old_configuration(tmp_path: Path) -> None:
     write(tmp_path, [result(0), result(1)])
     (tmp_path / "episodes.rank1-of-2.jsonl").write_bytes((tmp_path / "episodes.jsonl").read_bytes())
@@ -51,7 +59,7 @@ def test_overwrite_discards_the_old_configuration(tmp_path: Path) -> None:
 
 
 def test_episodes_without_configuration_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "episodes.jsonl").write_text("")
+    (tmp_path / "episodes.jsonl").write_text("{}\n")
     with pytest.raises(UsageError, match=r"no config\.json"):
         RunFolder(tmp_path, IDENTITY, {})
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 
 from experiments.reproduce.jobs import start_or_resume
 from prismatic.checkpoint.layout import last_checkpoint
 from prismatic.training.config import TrainConfig
+from prismatic.training.metrics import MetricLog
 from prismatic.util.errors import UsageError
 
 
@@ -46,12 +49,49 @@ def test_a_hub_id_is_not_looked_for_on_disk(tmp_path: Path) -> None:
     _config(tmp_path, vla_path="openvla/openvla-7b").validate()
 
 
-def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_run_is_not_overwritten_and_the_remedies_work(tmp_path: Path) -> None:
     log = tmp_path / "runs" / "mine" / "metrics.jsonl"
     log.parent.mkdir(parents=True)
-    log.write_text("{}\n")
-    with pytest.raises(UsageError, match=r"mine holds a run; accepted: another name, or --resume True"):
+    log.touch()
+    _config(tmp_path, run_id_override="mine").validate()  # It stopped before its first step.
+    log.write_text('{"step": 1}\n')
+    with pytest.raises(UsageError, match=r"mine holds a run; accepted: another name, or this one after rm -r .*mine$"):
         _config(tmp_path, run_id_override="mine").validate()
+    checkpoint = tmp_path / "runs" / "mine--5_chkpt"
+    (checkpoint / "training_state").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"another name, or --resume True --vla_path .*mine--5_chkpt$"):
+        _config(tmp_path, run_id_override="mine").validate()
+    _config(tmp_path, run_id_override="mine", resume=True, vla_path=str(checkpoint)).validate()
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    first = MetricLog(tmp_path, Accelerator())
+    with pytest.raises(UsageError, match=r"--run_id_override: .* is being written; accepted: another name"):
+        MetricLog(tmp_path, Accelerator())
+    first.write(1, {})
+
+
+def test_a_default_name_fits_however_many_stages_it_repeats(tmp_path: Path) -> None:
+    folder, most = "base", os.pathconf(tmp_path, "PC_NAME_MAX")
+    for stage in range(6):
+        config = _config(
+            tmp_path, vla_path=folder, dataset_name=f"libero_{stage}_no_noops", run_id_note=f"stage{stage}"
+        )
+        folder = f"{config.run_id()}--{config.max_steps}_chkpt"
+        assert len(folder) <= most
+        (tmp_path / f".{folder[1:]}").touch()
+        assert config.run_id().startswith("base+libero_0") and config.run_id().endswith(f"--image_aug--stage{stage}")
+    other = _config(tmp_path, vla_path=f"{folder}x", dataset_name="libero_5_no_noops", run_id_note="stage5")
+    assert other.run_id() != config.run_id()
+
+
+@pytest.mark.parametrize("name", ["n" * 250, "\u00e9" * 125])
+def test_a_name_that_leaves_no_room_for_checkpoints_is_refused_before_training(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--run_id_override: a name of 250 bytes .*: at most 241, since check"):
+        _config(tmp_path, run_id_override=name).validate()
+    with pytest.raises(UsageError, match=r"--run_id_override: a name of 250 bytes"):
+        _config(tmp_path, run_id_override=name, max_steps=1).validate()
+    _config(tmp_path, run_id_override="n" * 241).validate()
 
 
 def test_the_run_name_follows_upstreams_pattern() -> None:

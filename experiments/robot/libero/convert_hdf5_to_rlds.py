@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
+from prismatic.util.files import refuse_long_name
 
 if TYPE_CHECKING:
     from experiments.robot.libero.demonstrations import Demonstration
@@ -69,13 +70,14 @@ def convert(config: ConvertConfig) -> Path:
 
     files = demonstration_files(config.hdf5_dir, "--hdf5_dir")
     target = config.out / config.dataset_name
+    refuse_long_name("--dataset_name", target)
     if target.exists():
         raise UsageError(f"--dataset_name: {target} exists; accepted: another name or --out, or remove it")
     config.out.mkdir(parents=True, exist_ok=True)
     size = 0
     payloads: list[Path] = []
     # Finished episodes wait on disk: a suite at 256 pixels is some 3 GB.
-    with tempfile.TemporaryDirectory(dir=config.out, prefix=f".{config.dataset_name}-") as staging:
+    with tempfile.TemporaryDirectory(dir=config.out, prefix=".converting-") as staging:
         for file in files:
             for name, demonstration in read_demonstrations(file):
                 shapes = {images.shape[1:] for images in (demonstration.images, demonstration.wrist_images)}

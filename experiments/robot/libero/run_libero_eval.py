@@ -39,6 +39,7 @@ from experiments.robot.robot_utils import set_seed_everywhere
 from experiments.robot.wrappers import FixedShape, TimeLimited, use_deterministic_kernels
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
+from prismatic.util.files import refuse_long_name
 
 EXIT_MISSING, EXIT_ERRORS = 1, 3
 
@@ -68,6 +69,7 @@ def eval_libero(config: EvalFlags, policy: Policy | None = None, make_env: MakeE
         use_deterministic_kernels()
         identity["fixed_batch"] = max(config.max_batch, 1)
     folder = Path(config.local_log_dir).expanduser() / (config.run_name or default_run_name(config, identity))
+    refuse_long_name("--run_name" if config.run_name else "--run_id_note", folder)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     # Neighbors stay together: they are of one task, and every task costs a process an environment.
     own = plan.episodes[len(plan.episodes) * rank // world : len(plan.episodes) * (rank + 1) // world]

@@ -38,9 +38,11 @@ def begin_store(root: Path, layout: StoreLayout) -> None:
     """
     if (root / INDEX_NAME).is_file():
         found = read_layout(root).differences(layout)
-        if found:
+        if not found:
+            return
+        if any(root.glob("*/*")):
             raise StoreError(f"{root}: holds another store ({found}); accepted: an empty folder, or the same settings")
-        return
+        (root / BASIS_NAME).unlink(missing_ok=True)  # Of a build that stopped before its first record.
     write_index(root / INDEX_NAME, {"layout": layout.__dict__})
 
 

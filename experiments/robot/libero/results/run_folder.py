@@ -65,7 +65,7 @@ class RunFolder:
             self._refuse_other_identity()
         folder.mkdir(parents=True, exist_ok=True)
         self._stream = _open_locked(folder / f"episodes{shard}.jsonl")
-        if overwrite:
+        if self._overwritten:
             self._discard(shard)
         record = {"identity": self._identity, "environment": self._environment}
         atomic_write(folder / "config.json", json.dumps(record, indent=2) + "\n")
@@ -81,14 +81,17 @@ class RunFolder:
 
     def _refuse_other_identity(self) -> None:
         file = self.folder / "config.json"
+        empty = not any(lines.stat().st_size for lines in self.folder.glob("episodes*.jsonl"))
         if not file.is_file():
-            if any(self.folder.glob("episodes*.jsonl")):
+            if not empty:
                 raise UsageError(f"--run_name: {self.folder} holds episodes but no config.json; use another --run_name")
             return
         before = read_json(file).get("identity", {})
         unknown = [key for key in _UNKNOWN_BEFORE if key not in before]
         differing = differing_values(before, {key: self._identity[key] for key in self._identity if key not in unknown})
-        if differing:
+        if differing and empty:  # Of a run that stopped before its first episode.
+            self._overwritten = True
+        elif differing:
             raise UsageError(
                 f"--run_name: {self.folder} holds results of another configuration ({'; '.join(differing[:4])}); "
                 "use another --run_name, or --overwrite true to discard them"

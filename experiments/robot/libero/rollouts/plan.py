@@ -42,6 +42,7 @@ from experiments.robot.libero.suites.tasks import (
 from prismatic.checkpoint.folder import Checkpoint, check_policy_flags, open_checkpoint
 from prismatic.checkpoint.layout import ACTING_FLAGS
 from prismatic.util.errors import UsageError
+from prismatic.util.files import fitting_name, longest_name
 from prismatic.util.flags import check, choose_numbers
 from prismatic.util.versions import package_version, package_versions
 
@@ -234,7 +235,9 @@ def default_run_name(config: EvalFlags, identity: Mapping[str, object]) -> str:
     named_by = {key: value for key, value in identity.items() if key != "task_files" or not own_files}
     digest = hashlib.sha256(json.dumps(named_by, sort_keys=True).encode()).hexdigest()[:8]
     note = f"--{config.run_id_note}" if config.run_id_note else ""
-    return f"EVAL-{config.task_suite_name}-{config.model_family}-{checkpoint}-{digest}{note}"
+    start, end = f"EVAL-{config.task_suite_name}-{config.model_family}-", f"-{digest}{note}"
+    room = longest_name(config.local_log_dir) - len((start + end).encode())
+    return start + fitting_name(checkpoint, max(room, 40)) + end
 
 
 @functools.lru_cache(maxsize=1)
