@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rocket_align.layer_file import read_layer_file
 
 from experiments.robot.libero.results.__main__ import main as results_main
 from experiments.robot.libero.run_libero_eval import GenerateConfig, eval_libero
@@ -20,6 +19,7 @@ from experiments.robot.policy import PolicyFlags, Query
 from prismatic.checkpoint.folder import open_checkpoint
 from prismatic.checkpoint.merge import merge_checkpoint
 from prismatic.training.metrics import read_log
+from rocket_align.layers import read_layer_file
 from tests.helpers.eval_helpers import LineEnvs
 
 # The adapter run is aligned to the stored features of the same archive.
