@@ -91,12 +91,8 @@ def _unnorm_key(config: ExternalFlags, metadata: Mapping[str, object]) -> str:
     keys = metadata.get("unnorm_keys")
     if not isinstance(keys, list):
         return str(config.unnorm_key)
-    try:
-        return unnorm_key_for(dict.fromkeys(keys), config.unnorm_key, config.task_suite_name)
-    except UsageError:
-        if config.unnorm_key or not metadata.get("unnorm_key"):
-            raise
-        return ""
+    default = str(metadata.get("unnorm_key") or "")
+    return unnorm_key_for(dict.fromkeys(keys), config.unnorm_key, config.task_suite_name, default)
 
 
 def _check_sizes(config: ExternalFlags, metadata: Mapping[str, object]) -> None:

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from experiments.robot.libero.suites.tasks import unnorm_key_for
 from experiments.robot.policy import Array, PolicyFlags, Query
 from prismatic.checkpoint.folder import Checkpoint, open_checkpoint, resolve_unnorm_key
 from prismatic.checkpoint.load import load_component, load_policy, load_policy_model, load_processor, make_head
@@ -221,7 +222,9 @@ class OpenVLAPolicy:
         """
         if isinstance(checkpoint, str):
             checkpoint = open_checkpoint(checkpoint, getattr(cfg, "base_checkpoint", "") or None)
-        unnorm_key = resolve_unnorm_key(checkpoint.statistics, unnorm_key, getattr(cfg, "task_suite_name", ""))
+        suite = getattr(cfg, "task_suite_name", "")
+        find_key = unnorm_key_for if suite else resolve_unnorm_key
+        unnorm_key = find_key(checkpoint.statistics, unnorm_key, suite)
         parts = load_policy(checkpoint, cfg, *_placement(cfg), quantization(cfg))
         if parts.action_head is not None:
             _set_diffusion_steps(parts.action_head, cfg)

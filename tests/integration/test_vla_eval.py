@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from experiments.robot.policy import Query
 from experiments.robot.robot_utils import invert_gripper_action, normalize_gripper_action
 from experiments.robot.serving.observation import PolicySpec
 from experiments.robot.serving.server import PolicyServer, ServerSettings
+from experiments.robot.serving.vla_eval import VlaEvalSession
+from experiments.robot.serving.wire import from_msgpack, to_msgpack
 from prismatic.vla.platforms import LIBERO
 
 KEYS = ("libero_goal", "libero_object_no_noops")
@@ -50,6 +53,59 @@ def policy() -> Seeded:
 def server(policy: Seeded) -> Iterator[PolicyServer]:
     with PolicyServer(policy, SPEC, ServerSettings(port=0)) as running:
         yield running
+
+
+@pytest.mark.parametrize("path", ["/", "/vla-eval"])
+def test_clients_that_ping_by_themselves_get_answers_that_take_long(path: str, policy: Seeded) -> None:
+    """Since websockets 15 every client does, and gives a connection up whose other end is silent."""
+    from websockets.sync.client import connect
+
+    class Slow(Seeded):
+        def act(self, queries: Sequence[Query], unnorm_key: str | None = None) -> np.ndarray:
+            time.sleep(2)
+            return super().act(queries, unnorm_key)
+
+    black, state = np.zeros((64, 64, 3), np.uint8), np.zeros(8)
+    seen: dict[str, Any] = {"image": black, "wrist_image": black, "state": state, "prompt": "go"}
+    if path == "/vla-eval":
+        views = {"agentview": black, "wrist": black}
+        seen = {"type": "observation", "payload": {"images": views, "states": state, "task_description": "go"}}
+    with PolicyServer(Slow(), SPEC, ServerSettings(port=0)) as server:
+        address = f"ws://127.0.0.1:{server.port}{path}"
+        with connect(address, ping_interval=0.2, ping_timeout=0.5, compression=None) as connection:
+            if path == "/":
+                connection.recv()
+            connection.send(to_msgpack(seen))
+            answer: Any = from_msgpack(connection.recv(timeout=20))
+            assert np.shape(answer.get("payload", answer)["actions"])[-1] == 7
+
+
+@pytest.mark.parametrize(
+    ("suite", "key"),
+    [
+        ("libero_object", "libero_object_no_noops"),
+        ("libero_object_swap", "libero_object_no_noops"),  # LIBERO-PRO's
+        ("libero_plus_object", "libero_object_no_noops"),
+        ("libero_goal_with_mug", "libero_goal"),
+        ("kitchen", "libero_goal"),  # None of LIBERO's: the server's default.
+        ("libero_spatial", "no statistics of 'libero_spatial'"),
+        ("libero_10_lan", "no statistics of 'libero_10'"),
+        ("libero_plus", "the parts of libero_plus differ"),
+    ],
+)
+def test_the_suite_decides_the_statistics_as_in_the_evaluation(suite: str, key: str) -> None:
+    async def infer(payload: dict[str, object]) -> np.ndarray:
+        assert payload["unnorm_key"] == key
+        return np.zeros((8, 7))
+
+    session = VlaEvalSession(SPEC, infer)
+    start = {"type": "episode_start", "payload": {"task": {"suite": suite, "task_id": 0}}}
+    assert asyncio.run(session.answer(to_msgpack(start))) is None
+    black = np.zeros((4, 4, 3), np.uint8)
+    seen = {"images": {"a": black, "b": black}, "states": np.zeros(8), "task_description": "go"}
+    reply: Any = from_msgpack(asyncio.run(session.answer(to_msgpack({"type": "observation", "payload": seen}))) or b"")
+    assert reply["type"] == ("error" if " " in key else "action")
+    assert " " not in key or key in reply["payload"]["error"]
 
 
 def in_simulator(chunk_TA: np.ndarray) -> np.ndarray:

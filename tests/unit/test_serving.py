@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import socket
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -168,6 +169,11 @@ def test_openpis_names() -> None:
     assert request.query.instruction == "open the drawer" and (request.query.wrist_image == 1).all()
 
 
+def test_statistics_are_named_as_for_an_evaluation() -> None:
+    spec = PolicySpec("policy", LIBERO, 2, (12, 16), use_proprio=True, unnorm_keys=("libero_goal_no_noops",))
+    assert parse_request({**PAYLOAD, "unnorm_key": "libero_goal"}, spec).unnorm_key == "libero_goal_no_noops"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -194,6 +200,49 @@ def test_wrong_fields_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message) as refused:
         parse_request({**PAYLOAD, **changes}, SPEC)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", [np.array("open it"), np.str_("open it"), np.array(b"open it"), b"open it", "open it"])
+def test_text_is_text_in_whatever_form_a_client_sends_it(text: Any) -> None:
+    payload = {**PAYLOAD, "instruction": text, "unnorm_key": np.array("b")}
+    received = [from_msgpack(to_msgpack(payload), lenient=True)]
+    if not isinstance(text, bytes):
+        received.append(from_json(to_json(payload), lenient=True))
+    for content in received:
+        request = parse_request(content, SPEC)
+        assert type(request.query.instruction) is str and request.query.instruction == "open it"
+        assert request.unnorm_key == "b"
+
+
+def test_a_field_that_nobody_reads_refuses_no_request() -> None:
+    names = np.array(["joint_1", "joint_2"])
+    odd: dict[str, Any] = {
+        "joint_names": {b"__ndarray__": True, b"data": names.tobytes(), b"dtype": names.dtype.str, b"shape": [2]},
+        "time": {b"__ndarray__": True, b"data": b"", b"dtype": "<M8[ns]", b"shape": [0]},
+        "cut": {b"__ndarray__": True, b"data": b"12", b"dtype": "<f4", b"shape": [2]},
+        "thumbnail": {"__image__": True, "format": "png", "data": b"no picture"},
+        "wrist_force": np.zeros(6),
+        "counts": {1: 2},
+        "note": "\udcff",
+    }
+    message = msgpack.packb({**odd, **PAYLOAD}, default=_numpy_hook, unicode_errors="surrogateescape")
+    content: Any = from_msgpack(message, lenient=True)
+    request = parse_request(content, SPEC)
+    assert (request.query.wrist_image == 1).all()
+    for field in ("time", "cut", "thumbnail"):
+        with pytest.raises(RequestError, match=r"instruction: found a"):
+            parse_request({**content, "instruction": content[field]}, SPEC)
+    with pytest.raises(WireError):
+        from_msgpack(message)
+    text = '{"full_image": 1, "x": {"__numpy__": "AAAA", "dtype": "|O", "shape": [1]}}'
+    with pytest.raises(RequestError, match="full_image: found int"):
+        parse_request({**PAYLOAD, **from_json(text, lenient=True)}, SPEC)  # type: ignore[dict-item]
+    with pytest.raises(RequestError, match="text: found bytes that are no UTF-8"):
+        parse_request({**PAYLOAD, "instruction": content["note"]}, SPEC)
+
+
+def _numpy_hook(value: Any) -> Any:
+    return msgpack.unpackb(to_msgpack(value))
 
 
 def test_missing_views_and_payloads_that_are_none() -> None:
@@ -243,6 +292,14 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"authorization": "Basic " + base64.b64encode(b"secret:").decode()}, "secret", 401),
         ({"authorization": "Basic " + base64.b64encode(b"\xff:\xff").decode()}, "secret", 401),
         ({"origin": "https://example.org"}, None, 403),
+        ({"origin": "http://127.0.0.1:8777", "host": "127.0.0.1:8777"}, None, None),
+        ({"origin": "https://[::1]", "host": "[::1]:443"}, None, None),
+        ({"origin": f"http://{socket.gethostname()}:8777", "host": f"{socket.gethostname()}:8777"}, None, None),
+        ({"origin": "http://127.0.0.1:9999", "host": "127.0.0.1:8777"}, None, 403),
+        ({"origin": "null", "host": "127.0.0.1:8777"}, None, 403),
+        ({"origin": "http://127.0.0.1:port", "host": "127.0.0.1:8777"}, None, 403),
+        ({"origin": "http://evil.example:8777", "host": "evil.example:8777"}, None, 403),  # DNS rebinding
+        ({"origin": "http://evil.example:8777", "host": "evil.example:8777"}, "secret", 401),
     ],
 )
 def test_access(headers: dict[str, str], token: str | None, status: int | None) -> None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
+import functools
 import hmac
+import ipaddress
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from prismatic.util.errors import UsageError
 
@@ -39,11 +44,15 @@ def read_token(token_file: str) -> str | None:
 def refusal(headers: Mapping[str, str], token: str | None) -> tuple[int, str] | None:
     """(HTTP status, reason) when a request with these headers may not be served, else None.
 
-    Browsers send `Origin`; robots do not. Refusing it keeps web pages that the user has open away from a server on
-    this machine.
+    Browsers always send `Origin`, other clients may; then it is the server's own address. Refusing others keeps web
+    pages that the user has open away from a server on this machine.
     """
-    if "origin" in headers:
-        return 403, "requests of web pages (header Origin) are not served"
+    origin = headers.get("origin")
+    if origin is not None and not _is_own(origin, headers.get("host", ""), token):
+        return (
+            403,
+            f"header Origin: found {origin[:80]!r}, a page of another host; accepted: the server's own address",
+        )
     if token is None:
         return None
     scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -52,6 +61,32 @@ def refusal(headers: Mapping[str, str], token: str | None) -> tuple[int, str] | 
     if scheme.lower() not in _SCHEMES or not hmac.compare_digest(given.strip().encode(), token.encode()):
         return 401, "a token is needed: header 'Authorization: Bearer TOKEN'"
     return None
+
+
+def _is_own(origin: str, host: str, token: str | None) -> bool:
+    """Whether an `Origin` is the address that the request went to (header Host).
+
+    A page whose name was made to point here (DNS rebinding) sends the same name in both. Without a token that it does
+    not know, only numbers and this machine's names are therefore taken for its address.
+    """
+    try:
+        page, own = urlsplit(origin), urlsplit(f"//{host}")
+        usual = 443 if page.scheme == "https" else 80
+        same = page.hostname == own.hostname and (page.port or usual) == (own.port or usual)
+    except ValueError:
+        return False
+    if page.scheme not in ("http", "https") or not page.hostname or not same:
+        return False
+    if token is not None or page.hostname in ("localhost", *_own_names()):
+        return True
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(page.hostname))
+    return False
+
+
+@functools.cache
+def _own_names() -> tuple[str, ...]:
+    return socket.gethostname().lower(), socket.getfqdn().lower()
 
 
 def _password(credentials: str) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.robot.policy import Array, Query
-from experiments.robot.serving.wire import from_json, from_msgpack, to_json, to_msgpack
+from experiments.robot.serving.wire import Unreadable, from_json, from_msgpack, to_json, to_msgpack
 
 if TYPE_CHECKING:
     from websockets.sync.client import ClientConnection
@@ -85,7 +85,7 @@ class PolicyClient:
         payload = dict(observation)
         if self.unnorm_key:
             payload.setdefault("unnorm_key", self.unnorm_key)
-        return chunk_of(from_json(self._exchange("POST", "/act", to_json(payload).encode())))
+        return chunk_of(from_json(self._exchange("POST", "/act", to_json(payload).encode()), lenient=True))
 
     def act(self, queries: Sequence[Query]) -> Array:
         """Chunks (B, T, A) for B queries, sent at the same time so that the server can batch them."""
@@ -141,6 +141,8 @@ def chunk_of(answer: object) -> Array:
     if isinstance(answer, str):
         raise ServerError(0, f"answered {answer[:200]!r} instead of actions")
     given = answer.get("actions", answer.get("action")) if isinstance(answer, Mapping) else answer
+    if isinstance(given, Unreadable):
+        raise ServerError(0, f"answered {given.reason}")
     try:
         chunk_TA = np.asarray([] if given is None else given, dtype=np.float64)
     except (TypeError, ValueError):
@@ -194,7 +196,7 @@ class WebSocketPolicyClient:
         answer = self._exchange(to_msgpack(payload))
         if isinstance(answer, str):
             raise ServerError(0, answer.strip().splitlines()[-1][:300] if answer.strip() else "failed")
-        return chunk_of(from_msgpack(answer))
+        return chunk_of(from_msgpack(answer, lenient=True))
 
     def metadata(self) -> dict[str, Any]:
         """The server's first message: what the served policy takes and gives; of openpi's servers mostly {}."""
@@ -224,7 +226,7 @@ class WebSocketPolicyClient:
             raise ServerError(error.response.status_code, body[:200] or "connection refused") from None
         except WebSocketException as error:
             raise ConnectionError(f"no WebSocket server of openpi's protocol at {self.url} ({error})") from None
-        metadata = from_msgpack(first) if isinstance(first, bytes) else None
+        metadata = from_msgpack(first, lenient=True) if isinstance(first, bytes) else None
         return connection, metadata if isinstance(metadata, dict) else {}
 
     def _exchange(self, message: bytes) -> str | bytes:

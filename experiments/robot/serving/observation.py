@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from experiments.robot.policy import Array, Query
+from experiments.robot.serving.wire import Unreadable
+from prismatic.checkpoint.folder import resolve_unnorm_key
+from prismatic.util.errors import UsageError
 from prismatic.vla.platforms import Platform
 
 MAX_SIDE = 4096  # pixels of an image
@@ -80,9 +83,11 @@ def parse_request(payload: object, spec: PolicySpec) -> Request:
         RequestError: a field is missing or wrong.
     """
     if not isinstance(payload, Mapping):
-        raise RequestError(f"payload: found {type(payload).__name__}; accepted: an object with full_image, instruction")
-    names = ["full_image", *(name for name in payload if isinstance(name, str) and "wrist" in name)]
-    names = [name for name in names if name in payload][: spec.num_images]
+        raise RequestError(f"payload: found {_kind(payload)}; accepted: an object with full_image, instruction")
+    wrists = [name for name in payload if isinstance(name, str) and "wrist" in name]
+    # Only so many are read: other things of the wrist (a force, a matrix) come after pictures.
+    wrists.sort(key=lambda name: getattr(payload[name], "ndim", 0) != 3)
+    names = [name for name in ("full_image", *wrists) if name in payload][: spec.num_images]
     if len(names) < spec.num_images or "full_image" not in names:
         raise RequestError(
             f"full_image and {spec.num_images - 1} wrist images are needed; "
@@ -114,7 +119,7 @@ def from_openpi(payload: object) -> object:
 
 def _image(name: str, value: object) -> Array:
     if not isinstance(value, np.ndarray):
-        raise RequestError(f"{name}: found {type(value).__name__}; accepted: a uint8 array (height, width, 3)")
+        raise RequestError(f"{name}: found {_kind(value)}; accepted: a uint8 array (height, width, 3)")
     sides = value.shape[:2]
     if (
         value.dtype != np.uint8
@@ -136,7 +141,7 @@ def _state(value: object, spec: PolicySpec) -> Array:
         state = np.asarray([] if value is None else value, dtype=np.float64)
         received = "nothing" if value is None else f"shape {state.shape}"
     except (TypeError, ValueError):
-        state, received = np.empty(0), f"{type(value).__name__} that is no array of numbers"
+        state, received = np.empty(0), f"{_kind(value)} that is no array of numbers"
     if state.shape != (size,) or not np.isfinite(state).all():
         received = "values that are not finite" if state.shape == (size,) else received
         raise RequestError(f"state: found {received}; accepted: {size} finite numbers, not normalized")
@@ -144,10 +149,28 @@ def _state(value: object, spec: PolicySpec) -> Array:
 
 
 def _instruction(value: object) -> str:
+    value = _text(value)
     if not isinstance(value, str) or not value.strip() or len(value) > MAX_INSTRUCTION:
-        received = f"{len(value)} characters" if isinstance(value, str) else type(value).__name__
+        received = f"{len(value)} characters" if isinstance(value, str) else _kind(value)
         raise RequestError(f"instruction: found {received}; accepted: a text of 1 to {MAX_INSTRUCTION} characters")
     return value
+
+
+def _text(value: object) -> object:
+    """`value` as a plain string where it is text, be it UTF-8 bytes or an array without dimensions."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bytes | str):
+        data = value if isinstance(value, bytes) else value.encode(errors="surrogateescape")
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            raise RequestError("text: found bytes that are no UTF-8") from None
+    return value
+
+
+def _kind(value: object) -> str:
+    return value.reason if isinstance(value, Unreadable) else type(value).__name__
 
 
 def _flag(name: str, value: object) -> bool:
@@ -166,10 +189,12 @@ def _seed(value: object) -> int:
 
 def _unnorm_key(value: object, spec: PolicySpec) -> str:
     accepted = ", ".join(spec.unnorm_keys)
+    value = _text(value)
     if value is None or (isinstance(value, str) and not value):
         if not spec.unnorm_key:
             raise RequestError(f"unnorm_key: not given, and the server has no default; accepted: {accepted}")
         return spec.unnorm_key
-    if not isinstance(value, str) or value not in spec.unnorm_keys:
-        raise RequestError(f"unnorm_key: found {str(value)[:60]!r}; accepted: {accepted}")
-    return value
+    try:
+        return resolve_unnorm_key(dict.fromkeys(spec.unnorm_keys), str(value), "")
+    except UsageError:
+        raise RequestError(f"unnorm_key: found {str(value)[:60]!r}; accepted: {accepted}") from None

@@ -179,11 +179,11 @@ async def _infer(batcher: Batcher, spec: PolicySpec, payload: object) -> Array:
 
 def _decode_payload(body: bytes) -> tuple[object, bool]:
     """(payload, whether it came as upstream's doubly encoded form)."""
-    payload = from_json(body)
+    payload = from_json(body, lenient=True)
     if isinstance(payload, dict) and "encoded" in payload:
         if not isinstance(payload["encoded"], str):
             raise RequestError(f"encoded: found {type(payload['encoded']).__name__}; accepted: JSON text as a string")
-        return from_json(payload["encoded"]), True
+        return from_json(payload["encoded"], lenient=True), True
     return payload, False
 
 
@@ -206,7 +206,7 @@ async def _answer_message(websocket: WebSocket, batcher: Batcher, spec: PolicySp
     try:
         if message.get("bytes") is None:
             raise RequestError("message: found text; accepted: msgpack bytes")
-        actions_TA = await _infer(batcher, spec, from_openpi(from_msgpack(message["bytes"])))
+        actions_TA = await _infer(batcher, spec, from_openpi(from_msgpack(message["bytes"], lenient=True)))
     except (WireError, RequestError, Overloaded, PolicyFailed) as error:
         await websocket.send_text(str(error))
         return

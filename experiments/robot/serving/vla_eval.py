@@ -10,7 +10,8 @@ vla-eval (https://github.com/allenai/vla-evaluation-harness) speaks msgpack mess
 Not obvious:
 - It asks at every step. A chunk is computed at the first and answered action by action; an episode's start drops it.
 - It closes the gripper at +1: actions are answered as the simulator takes them.
-- It does not name statistics: those of the task's suite are used when the checkpoint has them, else the default.
+- It does not name statistics: the task's suite decides, by the rule of the evaluation command; suites that are none of
+  LIBERO's take the server's default.
 - Its images come from the camera, whatever their size: never taken as prepared.
 """
 
@@ -23,10 +24,12 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import numpy as np
 
+from experiments.robot.libero.suites.tasks import unnorm_key_for
 from experiments.robot.policy import Array
 from experiments.robot.robot_utils import invert_gripper_action, normalize_gripper_action
 from experiments.robot.serving.observation import PolicySpec, RequestError
 from experiments.robot.serving.wire import WireError, from_msgpack, to_vla_eval
+from prismatic.util.errors import UsageError
 from prismatic.vla.platforms import LIBERO
 
 PROTOCOL_VERSION = 1
@@ -67,7 +70,7 @@ class VlaEvalSession:
 
     def _open(self, data: bytes | None) -> tuple[str, Mapping[str, object]]:
         self._seq = 0
-        message = from_msgpack(data) if data is not None else None
+        message = from_msgpack(data, lenient=True) if data is not None else None
         if not isinstance(message, Mapping) or not isinstance(message.get("payload"), Mapping):
             raise RequestError("message: found no {type, payload, seq, timestamp}; accepted: vla-eval's messages")
         seq = message.get("seq")
@@ -97,16 +100,21 @@ class VlaEvalSession:
             raise RequestError("images: found none; accepted: {name: picture}, the third-person camera first")
         views = ["full_image", "wrist_image", *(f"wrist_image_{number}" for number in range(2, len(images)))]
         suite = self._task.get("suite")
-        keys = [key for key in (suite, f"{suite}_no_noops") if key in self._spec.unnorm_keys]
         place = ":".join(str(self._task.get(name)) for name in ("suite", "task_id", "episode_idx"))
         return {
             **dict(zip(views, images.values())),
             "state": observation.get("states", observation.get("state")),
             "instruction": observation.get("task_description"),
-            "unnorm_key": keys[0] if keys else "",
+            "unnorm_key": self._unnorm_key(suite) if isinstance(suite, str) else "",
             "seed": zlib.crc32(f"{place}:{self._step}".encode()),
             "prepared": False,
         }
+
+    def _unnorm_key(self, suite: str) -> str:
+        try:
+            return unnorm_key_for(dict.fromkeys(self._spec.unnorm_keys), "", suite, self._spec.unnorm_key)
+        except UsageError as error:
+            raise RequestError(f"task suite {suite!r}: {error}; or of the server, another --unnorm_key") from error
 
     def _message(self, kind: str, payload: Mapping[str, object]) -> bytes:
         return to_vla_eval({"type": kind, "payload": payload, "seq": self._seq, "timestamp": time.time()})

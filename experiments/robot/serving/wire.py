@@ -4,8 +4,8 @@
     msgpack, openpi  {b"__ndarray__": True, b"data": bytes, b"dtype": "<f4", b"shape": [2, 3]}; scalars b"__npgeneric__"
     msgpack, vla-eval   the same with text keys, and {"__image__": True, "format": "png", "data": bytes} for pictures
 
-Decoding is for data from strangers: only plain numbers, sizes that match, one line about what is wrong. Needs NumPy
-and, for msgpack alone, the msgpack package (for vla-eval's pictures Pillow), so that a robot's computer can use it.
+Decoding is for data from strangers: only numbers and single texts, sizes that match, one line about what is wrong.
+Needs NumPy and, for msgpack alone, the msgpack package (for vla-eval's pictures Pillow): a robot's computer can use it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import binascii
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
 MAX_PICTURE_SIDE = 4096  # pixels
-_KINDS = "biuf"  # bool, integers, floats: no objects, records, dates or strings
+_KINDS = "biuf"  # bool, integers, floats: no objects, records or dates
+_TEXT = "US"  # without dimensions, as numpy.array("open the drawer") is
 
 
+T = TypeVar("T")
 NumPyT = TypeVar("NumPyT", bound=np.ndarray | np.generic)
 
 
@@ -31,19 +34,28 @@ class WireError(ValueError):
     """A message that cannot be decoded."""
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """What stands for an array or picture that could not be decoded, in a message that was read leniently."""
+
+    reason: str
+
+
 def to_json(value: object) -> str:
     """JSON text of a value that may hold arrays and NumPy scalars."""
     return json.dumps(value, default=_array_to_json, separators=(",", ":"), allow_nan=False)
 
 
-def from_json(text: str | bytes) -> object:
+def from_json(text: str | bytes, *, lenient: bool = False) -> object:
     """The value in a JSON text, arrays restored (read-only).
+
+    `lenient` puts :class:`Unreadable` in the place of an array that is none: only who reads that field minds.
 
     Raises:
         WireError: not JSON, or an array that is no array.
     """
     try:
-        return json.loads(text, object_hook=_array_from_json)
+        return json.loads(text, object_hook=_leniently(_array_from_json) if lenient else _array_from_json)
     except WireError:
         raise
     except RecursionError:
@@ -66,8 +78,8 @@ def to_vla_eval(value: object) -> bytes:
     return msgpack.packb(value, default=_array_to_vla_eval)
 
 
-def from_msgpack(data: bytes) -> object:
-    """The value in msgpack bytes of openpi or vla-eval, arrays and pictures restored (read-only).
+def from_msgpack(data: bytes, *, lenient: bool = False) -> object:
+    """The value in msgpack bytes of openpi or vla-eval, arrays and pictures restored (read-only); as :func:`from_json`.
 
     Raises:
         WireError: not msgpack, or an array that is no array.
@@ -75,11 +87,22 @@ def from_msgpack(data: bytes) -> object:
     import msgpack
 
     try:
-        return msgpack.unpackb(data, object_hook=_array_from_msgpack)
+        hook = _leniently(_array_from_msgpack) if lenient else _array_from_msgpack
+        return msgpack.unpackb(data, object_hook=hook, strict_map_key=False, unicode_errors="surrogateescape")
     except WireError:
         raise
-    except (msgpack.UnpackException, ValueError, RecursionError) as error:
+    except (msgpack.UnpackException, ValueError, TypeError, RecursionError) as error:
         raise WireError(f"not readable as msgpack: {error or type(error).__name__}") from None
+
+
+def _leniently(hook: Callable[[dict[T, object]], object]) -> Callable[[dict[T, object]], object]:
+    def decode(value: dict[T, object]) -> object:
+        try:
+            return hook(value)
+        except WireError as error:
+            return Unreadable(str(error))
+
+    return decode
 
 
 def _array_to_json(value: object) -> object:
@@ -108,13 +131,13 @@ def _array_to_msgpack(value: object) -> object:
     raise TypeError(f"{type(value).__name__} cannot be sent; accepted: msgpack values, arrays and NumPy scalars")
 
 
-def _array_from_msgpack(value: Mapping[object, object]) -> object:
+def _array_from_msgpack(value: dict[object, object]) -> object:
     if b"__ndarray__" in value:
         return _decode(value.get(b"data"), value.get(b"dtype"), value.get(b"shape"))
     if b"__npgeneric__" in value:
         number = value.get(b"data")
-        if not isinstance(number, bool | int | float):
-            raise WireError("a NumPy scalar's data is no number")
+        if not isinstance(number, bool | int | float | str):
+            raise WireError("a NumPy scalar's data is neither number nor text")
         try:
             return _dtype(value.get(b"dtype")).type(number)
         except (OverflowError, ValueError):
@@ -155,8 +178,8 @@ def _decode_picture(value: Mapping[object, object]) -> np.ndarray | np.generic:
 
 
 def _checked(value: NumPyT) -> NumPyT:
-    if value.dtype.kind not in _KINDS:
-        raise TypeError(f"arrays of {value.dtype} cannot be sent; accepted: bool, integers, floats")
+    if value.dtype.kind not in _KINDS and (value.ndim or value.dtype.kind not in _TEXT):
+        raise TypeError(f"arrays of {value.dtype} cannot be sent; accepted: bool, integers, floats, a single text")
     return value
 
 
@@ -165,7 +188,7 @@ def _dtype(name: object) -> np.dtype[np.generic]:
         dtype = np.dtype(name) if isinstance(name, str) else None
     except (TypeError, ValueError, SyntaxError):
         dtype = None
-    if dtype is None or dtype.kind not in _KINDS or dtype.subdtype is not None:
+    if dtype is None or dtype.kind not in _KINDS + _TEXT or dtype.subdtype is not None:
         raise WireError(f"an array's dtype is {str(name)[:40]!r}; accepted: bool, integers, floats such as '<f4'")
     return dtype
 
@@ -174,9 +197,14 @@ def _decode(data: object, name: object, shape: object) -> np.ndarray | np.generi
     """The array, or for the empty shape the NumPy scalar."""
     dtype = _dtype(name)
     sizes = list(shape) if isinstance(shape, list | tuple) else [-1]
+    if dtype.kind in _TEXT and sizes:
+        raise WireError(f"an array of texts ({dtype.str}, shape {sizes}); accepted: numbers, or a single text")
     if len(sizes) > 8 or not all(type(size) is int and size >= 0 for size in sizes):
         raise WireError(f"an array's shape is {str(shape)[:60]}; accepted: a list of sizes")
     if not isinstance(data, bytes) or len(data) != math.prod(sizes) * dtype.itemsize:
         received = len(data) if isinstance(data, bytes) else type(data).__name__
         raise WireError(f"an array of shape {sizes} and dtype {dtype.str} has {received} bytes of data")
-    return np.frombuffer(data, dtype).reshape(sizes)[()]
+    try:
+        return np.frombuffer(data, dtype).reshape(sizes)[()]
+    except ValueError as error:
+        raise WireError(f"an array of dtype {dtype.str} is no text ({error})") from None

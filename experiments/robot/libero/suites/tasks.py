@@ -259,18 +259,26 @@ def suite_files(suite: str) -> dict[str, str]:
     return files_identity(_task_files(suite, task) for task in _suite_tasks(suite))
 
 
-def unnorm_key_for(statistics: Mapping[str, object], requested: str, suite: str) -> str:
+def unnorm_key_for(statistics: Mapping[str, object], requested: str, suite: str, default: str = "") -> str:
     """The dataset whose statistics un-normalize actions in `suite`; a perturbed suite takes its base suite's.
+
+    Args:
+        default: a server's, for suites without statistics; not another suite's, unless there are no others.
 
     Raises:
         UsageError: there is none, or `suite` joins parts that need different ones.
     """
     record = find_suite(suite)
-    known = suite in statistics or f"{suite}_no_noops" in statistics
-    if requested or known or not record.parts:
-        return resolve_unnorm_key(statistics, requested, suite if known else record.base or suite)
-    if len(statistics) == 1:
+    of_libero = bool(record.base or record.parts)
+    own = suite if {suite, f"{suite}_no_noops"} & statistics.keys() else record.base or suite
+    if requested or {own, f"{own}_no_noops"} & statistics.keys():
+        return resolve_unnorm_key(statistics, requested, own)
+    if len(statistics) == 1 and (default or record.parts):
         return next(iter(statistics))
+    if default and not (of_libero and default.removesuffix("_no_noops") in SUITES):
+        return default
+    if not record.parts:
+        return resolve_unnorm_key(statistics, "", own)
     raise UsageError(
         f"--unnorm_key: the parts of {suite} differ in it, and the checkpoint has {', '.join(sorted(statistics))}; "
         f"accepted: one of these, or one run for each --task_suite_name {', '.join(record.parts)} (`results report` "
