@@ -125,6 +125,7 @@ def draw_demo(records: Sequence[Record], outcomes: Sequence[Outcome], videos: Pa
         success = figure.add_subplot(grid[0, 2])
         _draw_rates(success, outcomes)
         success.set(title="success on unseen initial states", xlabel="95% interval; ticks: seeds")
+        success.margins(y=0.2)
         success.set_yticks(range(len(outcomes)), [result.label.replace(" ", "\n", 1) for result in outcomes])
         _draw_frames(figure.add_subplot(grid[1, :]), videos)
         return figure
@@ -219,8 +220,8 @@ def draw_training(records: Sequence[Record]) -> Figure:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
-    _draw_metric(axes[0, 0], records, "action_loss", "action loss (L1, normalized)")
-    _draw_metric(axes[0, 1], records, "align_loss", "alignment loss (1 - cosine)")
+    _draw_metric(axes[0, 0], records, "action_loss", "action loss (L1, normalized); mean and range of seeds")
+    _draw_metric(axes[0, 1], records, "align_loss", "alignment loss (1 - cosine); mean and range of seeds")
     _draw_pairs(axes[1, 0], records)
     _draw_widths(axes[1, 1], records)
     return figure
@@ -244,7 +245,7 @@ def _draw_metric(axes: Axes, records: Sequence[Record], name: str, title: str) -
         label = next(record["label"] for record in records if record["arm"] == arm.name)
         axes.plot(steps, values.mean(0), color=COLORS[arm.name], linewidth=1.5, label=label)
         axes.fill_between(steps, values.min(0), values.max(0), color=COLORS[arm.name], alpha=0.15, linewidth=0)
-    axes.set(title=f"{title}; mean and range of seeds", xlabel="step", ylim=(0, None))
+    axes.set(title=title, xlabel="step", ylim=(0, None))
     if axes.lines:
         axes.legend(frameon=False, fontsize=8)
 

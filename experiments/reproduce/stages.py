@@ -71,7 +71,14 @@ class StudyPaths:
         """Arguments of the interpreter that run a script on all processes."""
         launcher: tuple[str, ...] = ()
         if self.processes > 1:
-            launcher = ("-m", "accelerate.commands.launch", "--num_processes", str(self.processes))
+            # All values that the launcher would otherwise warn that it had to choose.
+            launch = {
+                "num_machines": 1,
+                "mixed_precision": "no",
+                "dynamo_backend": "no",
+                "num_processes": self.processes,
+            }
+            launcher = ("-m", "accelerate.commands.launch", *as_arguments(launch))
         return (*launcher, script, *as_arguments(flags))
 
 
