@@ -126,7 +126,7 @@ def build(config: StoreConfig) -> None:
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     try:
         depth = describe_teacher(config.teacher, config.teacher_type).depth
-        layers = sorted(config.align_config(student_depth(config), depth).teacher_layers)
+        layers = sorted(set(config.align_config(student_depth(config), depth).teacher_layers))
         teacher = load_teacher(config.teacher, layers, config.teacher_type, dtype=dtype, device=accelerator.device)
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -27,7 +27,8 @@ class AlignConfig:
         coeff: weight of the alignment loss in the total loss (lambda in the paper).
         student_layers: hidden states of the student, ascending; 0 is the embeddings; negative ones follow the
             "released" convention of `resolve_layers`. Empty: no alignment. A comma string is accepted too.
-        teacher_layers: teacher blocks, one per student layer, 0-based, negative ones from the end.
+        teacher_layers: teacher blocks, one per student layer, 0-based, negative ones from the end; in any order, also
+            repeated.
         projector: "matryoshka": one projector, pair i uses a prefix of its hidden units; "shared": one projector, full
             width; "independent": one projector per pair.
         width_ratios: fraction of hidden units per pair ("matryoshka" only); None: 0.2 to 1.0 in equal steps.
@@ -59,10 +60,9 @@ class AlignConfig:
 
     def __post_init__(self) -> None:
         for name in ("student_layers", "teacher_layers"):
-            layers = parse_layers(getattr(self, name))
-            object.__setattr__(self, name, layers)
-            if len(set(layers)) < len(layers):
-                raise ValueError(f"{name}: found a layer twice in {layers}; accepted: each layer once")
+            object.__setattr__(self, name, parse_layers(getattr(self, name)))
+        if len(set(self.student_layers)) < self.num_pairs:
+            raise ValueError(f"student_layers: found a layer twice in {self.student_layers}; accepted: each layer once")
         if len(self.student_layers) != len(self.teacher_layers):
             raise ValueError(
                 f"teacher_layers: found {len(self.teacher_layers)} layers; "

@@ -33,7 +33,7 @@ class AlignFlags:
     # rocket | shared | naive | spatial_forcing | baseline; rocket when there is a teacher
     recipe: str | None = field(default=None, metadata={"choices": tuple(RECIPES)})
     vla_layers_align: str | None = None  # Student layers, comma list; -1 is the last state but one, as released
-    vggt_layers_align: str | None = None  # Teacher blocks as a comma list; -1 is the last block
+    vggt_layers_align: str | None = None  # Teacher blocks as a comma list, in any order; -1 is the last block
     align_layers_file: str = ""  # Both lists from a file that select_layers.py wrote
     # Distance between student and teacher features: cosine
     align_loss_type: str = field(default="cosine", metadata={"choices": ("cosine",)})

@@ -55,40 +55,45 @@ def parse_layers(spec: str | Sequence[int]) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def resolve_layers(
-    spec: str | Sequence[int], num_layers: int, *, convention: LayerConvention, ordered: bool = True
-) -> tuple[int, ...]:
+def resolve_layers(spec: str | Sequence[int], num_layers: int, *, convention: LayerConvention) -> tuple[int, ...]:
     """Non-negative layer indices for a model of `num_layers` blocks.
+
+    Student layers ascend, each once. Teacher layers ("python") come in any order and may repeat: a matching is in the
+    order of the student's layers, and one block may teach several of them.
 
     Args:
         spec: integers or a comma string; negative numbers count from the end.
         num_layers: number of transformer blocks.
-        convention: what the numbers mean.
-            "released": hidden states 0 (embeddings) to num_layers of the student; -1 is state num_layers - 1, as in the
-            released training code, hence not the last state.
+        convention: the meaning of the numbers.
+            "released": hidden states 0 (embeddings) to num_layers of the student, as the released training code indexes
+            them: it replaces -1 alone, by num_layers - 1; -2 is the last state but one, which is the same state, -3 the
+            one before.
             "states": the same states; -1 is the last, num_layers, as the released analyses use it.
             "python": blocks 0 to num_layers - 1 of the teacher; -1 is the last.
-        ordered: refuse layers that do not ascend. A teacher matched one-to-one to a student may need another order.
 
     Raises:
-        ValueError: not integers, out of range, twice the same layer, or not ascending; the message names `spec`.
+        ValueError: not integers, out of range, or student layers that do not ascend; the message names `spec`.
     """
     if convention not in get_args(LayerConvention):
         raise ValueError(f"convention: found {convention!r}; accepted: {', '.join(get_args(LayerConvention))}")
     layers = parse_layers(spec)
-    largest = num_layers - 1 if convention == "python" else num_layers
-    from_end = num_layers + 1 if convention == "states" else num_layers
-    resolved = tuple(layer if layer >= 0 else from_end + layer for layer in layers)
-    for layer, index in zip(layers, resolved):
-        if not 0 <= index <= largest:
+    indices = num_layers if convention == "python" else num_layers + 1
+    resolved = []
+    for layer in layers:
+        if not -indices <= layer < indices:
             raise ValueError(
-                f"layers: found {layer} in {spec!r}; accepted: {-from_end} to {largest} for {num_layers} blocks"
+                f"layers: found {layer} in {spec!r}; accepted: {-indices} to {indices - 1} for {num_layers} blocks"
             )
-    if len(set(resolved)) < len(resolved):
-        raise ValueError(f"layers: found a layer twice in {spec!r} (indices {resolved}); accepted: each layer once")
-    if ordered and list(resolved) != sorted(resolved):
-        raise ValueError(f"layers: found {spec!r} (indices {resolved}); accepted: layers in ascending order")
-    return resolved
+        last = num_layers if convention == "released" and layer == -1 else indices
+        resolved.append(layer if layer >= 0 else last + layer)
+    if convention != "python":
+        if len(set(resolved)) < len(resolved):
+            raise ValueError(
+                f"layers: found a layer twice in {spec!r} (indices {tuple(resolved)}); accepted: each layer once"
+            )
+        if resolved != sorted(resolved):
+            raise ValueError(f"layers: found {spec!r} (indices {tuple(resolved)}); accepted: layers in ascending order")
+    return tuple(resolved)
 
 
 def paper_pairs(
@@ -134,7 +139,7 @@ class LayerFile:
 
     Attributes:
         student_layers: hidden states of the student, ascending.
-        teacher_layers: teacher blocks, one per student layer, in any order.
+        teacher_layers: teacher blocks, one per student layer, in any order, also repeated.
         student_depth, teacher_depth: blocks of the models.
         made: how the layers were chosen, for the reader.
     """
@@ -192,7 +197,7 @@ def read_layer_file(path: str | Path) -> LayerFile:
         if not isinstance(listed, list) or not listed:
             raise ValueError(f"{file}: {side}_layers: found {listed!r}; accepted: a list of layers")
         try:
-            layers[side] = resolve_layers(listed, depth, convention=convention, ordered=side == "student")
+            layers[side] = resolve_layers(listed, depth, convention=convention)
         except ValueError as error:
             raise ValueError(f"{file}: {side}_{error}") from None
     student, teacher = layers["student"], layers["teacher"]

@@ -15,6 +15,7 @@ from experiments.mini.make.teacher_data import main as render_frames
 from prismatic.training.precision import resolve_precision
 from prismatic.util.errors import UsageError
 from rocket_align.analysis.depth_probe import DepthErrors, LinearReadout, RidgeProbe, depth_map, patch_depths
+from rocket_align.layers import resolve_layers
 from rocket_align.teacher.base import TeacherFeatures
 from rocket_align.teacher.registry import describe_teacher, load_teacher
 
@@ -74,9 +75,10 @@ class DepthStudy:
             blocks = describe_teacher(config.vggt_path).depth
             self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             half = resolve_precision(config.mixed_precision) == "bf16"
+            layers = resolve_layers(config.layers or tuple(range(blocks)), blocks, convention="python")
             self.teacher = load_teacher(
                 config.vggt_path,
-                config.layers or tuple(range(blocks)),
+                sorted(set(layers)),
                 dtype=torch.bfloat16 if half else torch.float32,
                 device=self.device,
             )

@@ -181,7 +181,8 @@ class ViTTeacher(nn.Module):
         Blocks after the last layer and Depth Anything's neck and head are neither read nor built.
 
         Args:
-            layers: 0-based blocks, negative ones from the end; integers or a comma string; any order.
+            layers: 0-based blocks, negative ones from the end; integers or a comma string; any order, also
+                repeated.
             image_size: width in pixels a view is resized to; by default that of the model's preprocessor (224 for
                 DINOv2, 518 for Depth Anything), rounded down to a multiple of the patch.
 
@@ -190,7 +191,7 @@ class ViTTeacher(nn.Module):
         """
         folder = local_copy(path)
         full = read_backbone_config(folder)
-        chosen = resolve_layers(layers, full.num_hidden_layers, convention="python", ordered=False)
+        chosen = resolve_layers(layers, full.num_hidden_layers, convention="python")
         if not chosen:
             raise ValueError("layers: found none; accepted: at least one teacher layer")
         # Which stages a backbone hands out refers to its full depth.

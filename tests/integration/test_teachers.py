@@ -61,6 +61,17 @@ def test_the_store_gives_the_online_loss_without_augmentation(
     assert stored == pytest.approx(online, abs=2e-3)
 
 
+def test_teacher_layers_in_any_order_and_repeated_train_online_and_stored(
+    finetune: Callable[..., Path], build_store: Callable[..., Path], teacher_folder: Path, tmp_path: Path
+) -> None:
+    layers = {"vla_layers_align": "1,2,3", "vggt_layers_align": "3,1,3"}
+    plain = {"image_aug": False, **layers, **LIGHT}
+    store = build_store(store_dtype="float16", grid_scale=9.0, **layers)
+    online = align_losses(finetune(vggt_path=str(teacher_folder), run_root_dir=tmp_path / "online", **plain))
+    stored = align_losses(finetune(feature_store=str(store), run_root_dir=tmp_path / "stored", **plain))
+    assert stored == pytest.approx(online, abs=2e-3)
+
+
 def test_the_store_works_with_augmentation_and_refuses_other_teachers(
     finetune: Callable[..., Path], build_store: Callable[..., Path], teacher_folder: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from patches.rocket_join import RocketJoin, check_flags
+from rocket_align.alignment import cosine_loss
 from rocket_align.flags import AlignFlags
 from rocket_align.teacher.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from rocket_align.teacher.vggt.config import VGGTConfig, save_folder
@@ -107,6 +108,22 @@ def test_losses_and_gradients(golden_dir: Path, teacher_path: Path, tmp_path: Pa
     assert action_loss.grad is not None and action_loss.grad.item() == 1
     for name, parameter in join.alignment.named_parameters():
         torch.testing.assert_close(parameter.grad, recorded[f"grad.align_projectors.{name}"], atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("layers", ["3,1,2", "2,2,2"])
+def test_teacher_layers_in_any_order_and_repeated(golden_dir: Path, teacher_path: Path, layers: str) -> None:
+    """Each pair's loss is that of its projector on its own teacher layer, as recorded."""
+    config = ScriptConfig(vggt_path=str(teacher_path), vla_layers_align="1,2,3", vggt_layers_align=layers)
+    join = RocketJoin.build(config, Policy(), PROCESSOR)
+    features = load_file(golden_dir / "align_inputs_features.safetensors")
+    states = tuple(features[f"lora.hidden_states.{layer}"] for layer in range(5))
+    pixels = load_file(golden_dir / "forward_l1_discrete.safetensors")["pixel_values"]
+    _, metrics = join.add_loss(torch.zeros(()), {}, states, pixels)
+    tokens = join.alignment.student_tokens(states, 1, 32)
+    for pair, layer in enumerate(map(int, layers.split(","))):
+        pooled = features[f"pair{layer - 1}.pooled_pe1"]  # Pair i was recorded with layer i + 1.
+        expected = cosine_loss(join.alignment.project_pair(tokens[pair], pair), pooled)
+        assert metrics[f"align_loss_pair_{pair}"] == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_without_alignment_nothing_changes(tmp_path: Path) -> None:

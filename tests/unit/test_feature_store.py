@@ -92,6 +92,19 @@ def test_what_is_read_is_what_was_seen(tmp_path: Path, teacher: VGGTTeacher, dty
     assert layout.frame_bytes * len(FRAMES) <= sizes < layout.frame_bytes * len(FRAMES) + 3 * 700
 
 
+def test_layers_are_read_in_any_order_and_repeated(tmp_path: Path, teacher: VGGTTeacher) -> None:
+    root = build(tmp_path, teacher)
+    crops = [(0.0, 0.0, 1.0, 1.0)] * 2
+    plain = open_store(root)("some_data", 9, crops)
+    store = open_store(root, layers=(2, 0, 2))
+    mixed = store("some_data", 9, crops)
+    for name in ("values_BKVPR", "scales_BKVP"):
+        assert torch.equal(mixed[name], plain[name][[2, 0, 2]])
+    targets = store.teacher(9, position_embedding=True)(**{name: value[None] for name, value in mixed.items()})
+    assert torch.equal(targets.pooled_KBNC[0], targets.pooled_KBNC[2])
+    assert not torch.equal(targets.pooled_KBNC[0], targets.pooled_KBNC[1])
+
+
 def test_stored_features_make_targets_near_the_teacher_s(tmp_path: Path, teacher: VGGTTeacher) -> None:
     store = open_store(build(tmp_path, teacher, replace(LAYOUT, components=32)))
     stored = store.teacher(9, position_embedding=False)

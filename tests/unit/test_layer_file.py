@@ -72,6 +72,21 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, text: str | No
         read_layer_file(file)
 
 
+def test_teacher_layers_of_a_file_and_of_flags_keep_their_order_and_repeats(tmp_path: Path) -> None:
+    file = str(write(tmp_path / "layers.json", student_layers=[1, 2, 3], teacher_layers=[-1, 2, -1]))
+    layers = {"vla_layers_align": "1,2,3", "vggt_layers_align": "[5, 2, -1]"}
+    for given in ({"align_layers_file": file}, layers):
+        flags = AlignFlags(vggt_path=str(tmp_path), **given)
+        flags.validate_alignment()
+        assert flags.align_config(6, 6).teacher_layers == (5, 2, 5)
+
+
+@pytest.mark.parametrize(("layer", "state"), [("-1", 5), ("-2", 5), ("-3", 4)])
+def test_a_single_negative_student_layer_of_the_flags_is_the_release_s(tmp_path: Path, layer: str, state: int) -> None:
+    flags = AlignFlags(vggt_path=str(tmp_path), vla_layers_align=layer, vggt_layers_align="-1")
+    assert flags.align_config(6, 6).student_layers == (state,)
+
+
 def test_training_takes_the_file_and_nothing_beside_it(tmp_path: Path) -> None:
     file = str(write(tmp_path / "layers.json"))
     flags = AlignFlags(vggt_path=str(tmp_path), align_layers_file=file)

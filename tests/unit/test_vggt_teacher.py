@@ -91,7 +91,7 @@ def test_images_are_clamped_and_resized(folder: Path) -> None:
     assert teacher(torch.rand(1, 1, 3, 20, 40)).image_hw == (14, 28)
 
 
-@pytest.mark.parametrize("layers", [[3], [-4], "", "0,0"])
+@pytest.mark.parametrize("layers", [[3], [-4], ""])
 def test_refused_layers(folder: Path, layers: str | list[int]) -> None:
     with pytest.raises(ValueError, match="layers"):
         VGGTTeacher.from_pretrained(folder, layers=layers)

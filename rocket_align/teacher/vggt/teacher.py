@@ -20,7 +20,8 @@ class VGGTTeacher(nn.Module):
 
     Args:
         config: sizes of the full model.
-        layers: 0-based aggregator layers, negative ones from the end; integers or a comma string; any order.
+        layers: 0-based aggregator layers, negative ones from the end; integers or a comma string; any order,
+            also repeated.
 
     Raises:
         ValueError: no layer, or layers the model does not have.
@@ -29,7 +30,7 @@ class VGGTTeacher(nn.Module):
     def __init__(self, config: VGGTConfig, layers: str | Sequence[int]) -> None:
         super().__init__()
         self.config = config
-        self.layers = resolve_layers(layers, config.depth, convention="python", ordered=False)
+        self.layers = resolve_layers(layers, config.depth, convention="python")
         if not self.layers:
             raise ValueError("layers: found none; accepted: at least one teacher layer")
         self.aggregator = VGGTAggregator(config, num_layers=max(self.layers) + 1)
