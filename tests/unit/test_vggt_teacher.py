@@ -65,6 +65,14 @@ def test_later_layers_need_no_weights(folder: Path) -> None:
         VGGTTeacher.from_pretrained(folder, layers=[-1])
 
 
+@pytest.mark.parametrize("layers", ["2,0,1", "1,1,1", [-1, 0, -1]])
+def test_layers_come_in_the_order_asked_for_and_repeat(folder: Path, layers: str | list[int]) -> None:
+    every = VGGTTeacher.from_pretrained(folder, layers="0,1,2")(images()).layers
+    teacher = VGGTTeacher.from_pretrained(folder, layers=layers)
+    for feature, layer in zip(teacher(images()).layers, teacher.layers, strict=True):
+        torch.testing.assert_close(feature, every[layer])
+
+
 def test_is_frozen_whatever_is_around_it(folder: Path) -> None:
     teacher = VGGTTeacher.from_pretrained(folder, layers=[0])
     torch.nn.ModuleList([teacher]).train()

@@ -56,6 +56,16 @@ def test_features_are_transformers_hidden_states(folder: Path) -> None:
         torch.testing.assert_close(feature.flatten(0, 1), expected[layer], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layers", ["2,0,1", "1,1,1", [-1, 0, -1]])
+def test_layers_come_in_the_order_asked_for_and_repeat(folder: Path, layers: str | list[int]) -> None:
+    pixels = torch.rand(1, 2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    depth = ViTTeacher.from_pretrained(folder, layers="-1").layers[0] + 1
+    every = ViTTeacher.from_pretrained(folder, layers=tuple(range(depth)))(pixels).layers
+    teacher = ViTTeacher.from_pretrained(folder, layers=layers)
+    for feature, layer in zip(teacher(pixels).layers, teacher.layers, strict=True):
+        torch.testing.assert_close(feature, every[layer])
+
+
 def test_blocks_after_the_last_layer_are_neither_read_nor_built(folder: Path, tmp_path: Path) -> None:
     whole = ViTTeacher.from_pretrained(folder, layers=[1, 3])
     weights = load_file(folder / "model.safetensors")
