@@ -95,3 +95,11 @@ def test_no_renderer_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
     with pytest.raises(UsageError, match="apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri"):
         rendering.choose_renderer()
+
+
+def test_a_mujoco_that_robosuite_cannot_use_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rendering, "package_version", lambda name: "4.0.0")
+    with pytest.raises(UsageError, match=r"^mujoco 4.0.0 found; accepted: 3.3.7 \(pip uninstall -y mujoco mujoco-core"):
+        rendering.choose_renderer()

@@ -24,11 +24,14 @@ import numpy as np
 
 from experiments.robot.policy import Render
 from prismatic.util.errors import UsageError
+from prismatic.util.versions import package_version
 
 if TYPE_CHECKING:
     from mujoco import MjData, MjModel
 
 RENDER_MODES = get_args(Render)
+# An upgrade to 4 in place leaves parts of it behind, which then fail to import.
+ACCEPTED_MUJOCO = "3.3.7 (pip uninstall -y mujoco mujoco-core mujoco-studio, then pip install mujoco==3.3.7)"
 APT_HINT = "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri (or libosmesa6 for MUJOCO_GL=osmesa)"
 _MAX_GEOMS = 1000
 _COLLISION_GROUP, _VISUAL_GROUP, _OUT_OF_VIEW_GROUP = 0, 1, 5
@@ -51,8 +54,11 @@ def choose_renderer() -> str:
     """Set MUJOCO_GL before MuJoCo is imported, unless it is set: EGL if its library is there, else OSMesa.
 
     Raises:
-        UsageError: no off-screen OpenGL library is installed.
+        UsageError: no off-screen OpenGL library is installed, or a MuJoCo that robosuite 1.4 cannot use.
     """
+    version = package_version("mujoco") or ""
+    if version and int(version.split(".")[0]) >= 4:
+        raise UsageError(f"mujoco {version} found; accepted: {ACCEPTED_MUJOCO}")
     _load_triton_first()
     chosen = os.environ.get("MUJOCO_GL", "").lower().strip()
     if chosen in ("egl", "osmesa", "glfw", "cgl", "wgl"):
