@@ -28,6 +28,7 @@ from prismatic.checkpoint.layout import (
     checkpoint_folder,
     component_name,
 )
+from prismatic.checkpoint.newest import write_checksums
 from prismatic.models.lora import merge_lora_state_dict, state_dict_without_film
 from prismatic.util.files import atomic_path, atomic_write, temporary_prefix
 
@@ -113,6 +114,7 @@ class CheckpointWriter:
             self._write(temporary, "latest" if self.latest_only else str(step))
             with atomic_path(temporary / STATE_FILE) as file:
                 torch.save({"step": step, **training_state}, file)
+            write_checksums(temporary)
             _move_into_place(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -11,12 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from prismatic.checkpoint.layout import (
-    LOG_FILE,
-    is_checkpoint,
-    last_checkpoint,
-    split_checkpoint_name,
-)
+from prismatic.checkpoint.layout import LOG_FILE, is_checkpoint, last_checkpoint, split_checkpoint_name
+from prismatic.checkpoint.newest import damage, is_run, newest_checkpoint
 from prismatic.util.errors import UsageError
 from prismatic.util.files import fitting_name, longest_name
 from prismatic.util.flags import check, limited, names, numbers, split_names, split_numbers
@@ -77,7 +73,8 @@ class TrainConfig:
     save_freq: int = limited(10_000, least=1)  # Steps between checkpoints (one is always written at the end)
     save_specific_steps: str = numbers("")  # Further steps to save at, as a comma list
     save_latest_checkpoint_only: bool = False  # Keep one checkpoint, overwritten, in the run's folder
-    resume: bool = False  # Go on from the checkpoint folder --vla_path
+    # Go on: from the checkpoint or run folder --vla_path, else from this run's newest checkpoint, else begin
+    resume: bool = False
     resume_step: int | None = None  # Step of that checkpoint (default: read from it)
     base_checkpoint: str = ""  # With --resume: the base model, when it is not where the adapter says
     # Diffusion: steps between samplings of whole chunks to log their error; 0: never
@@ -103,6 +100,9 @@ class TrainConfig:
     run_id_note: str | None = None  # Added at the end of the run's name
     run_id_override: str | None = None  # The run's name
 
+    def __post_init__(self) -> None:
+        self.starts_anew = False  # With --resume, no checkpoint yet: what a killed start left is no run to keep
+
     @property
     def objective(self) -> str:
         """Objective of the actions: "l1", "diffusion" or "discrete" tokens."""
@@ -127,6 +127,8 @@ class TrainConfig:
             UsageError: one line that names the flag, what was found and what is accepted.
         """
         check(self)
+        if self.resume:
+            self._find_resumed()
         if self.use_l1_regression and self.use_diffusion:
             raise UsageError("--use_l1_regression and --use_diffusion: both are True; accepted: at most one of them")
         get_platform(self.platform)
@@ -139,6 +141,26 @@ class TrainConfig:
                 raise UsageError(f"--trackers: {name} is not installed; accepted: none, or after pip install {name}")
         self._validate_paths()
 
+    def _find_resumed(self) -> None:
+        """Let --vla_path be the checkpoint to go on from; a run that has none yet begins with --vla_path."""
+        given = Path(self.vla_path)
+        if is_checkpoint(given):
+            if reason := damage(given):
+                raise UsageError(f"--resume: {reason}; accepted: an intact checkpoint")
+            return
+        self.resume = False
+        by_folder = not (given / "config.json").is_file() and is_run(given)
+        run_dir = given if by_folder else Path(self.run_root_dir) / self.run_id()
+        checkpoint = newest_checkpoint(run_dir)
+        if checkpoint is None:
+            if by_folder:
+                raise UsageError(f"--resume: {given} has no checkpoint yet; accepted: the run's own command")
+            self.starts_anew = True
+            return
+        if not by_folder and not self.base_checkpoint:
+            self.base_checkpoint = str(self.vla_path)
+        self.vla_path, self.resume = str(checkpoint), True
+
     def _validate_paths(self) -> None:
         if not Path(self.data_root_dir).is_dir():
             raise UsageError(f"--data_root_dir: no such folder: {self.data_root_dir}")
@@ -147,11 +169,9 @@ class TrainConfig:
         if len(name.encode()) > most:
             said = f"a name of {len(name.encode())} bytes found for the run; accepted: at most {most}"
             raise UsageError(f"--run_id_override: {said}, since checkpoints are named NAME--{self.max_steps}_chkpt")
-        if not self.resume:
+        if not self.resume and not self.starts_anew:
             self._refuse_existing(run_dir)
         local = Path(self.vla_path)
-        if self.resume and not is_checkpoint(local):
-            raise UsageError(f"--resume: {local} is no checkpoint folder (a ...--STEP_chkpt with training_state/)")
         if not local.is_dir() and not HUB_ID.fullmatch(str(self.vla_path)):
             raise UsageError(
                 f"--vla_path: no such folder: {self.vla_path} (and it is no hub id such as openvla/openvla-7b)"

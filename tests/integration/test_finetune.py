@@ -76,6 +76,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert torch.equal(value, actual[key]), key
 
 
+def test_the_same_command_goes_on_from_the_newest_intact_checkpoint(
+    finetune: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a cluster starts a job again: it begins, goes on past a damaged checkpoint, ends as if nothing had been."""
+    flags: dict[str, Any] = {"recipe": "baseline", "merge_lora_during_training": False, "save_freq": 1, "resume": True}
+    straight = finetune(run_root_dir=tmp_path / "a", max_steps=3, **flags)
+    runs = finetune(run_root_dir=tmp_path / "b", max_steps=2, **flags)
+    damaged = runs / "run--2_chkpt" / "lora_adapter" / "adapter_model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    finetune(run_root_dir=tmp_path / "b", max_steps=3, **flags)
+    assert f"left out: {damaged}: damaged" in capsys.readouterr().err
+    assert [row["step"] for row in read_log(runs / "run" / "metrics.jsonl")] == [1, 2, 3]
+    expected, actual = _weights(straight / "run--3_chkpt"), _weights(runs / "run--3_chkpt")
+    assert all(torch.equal(value, actual[key]) for key, value in expected.items())
+    with pytest.raises(UsageError, match=r"no checkpoint yet|no such folder"):
+        finetune(**{**flags, "vla_path": str(tmp_path / "none")})
+    (runs / "run--3_chkpt" / "training_state" / "checksums.json").unlink()
+    finetune(vla_path=str(runs / "run"), run_root_dir=tmp_path / "b", max_steps=4, **flags)
+    assert (runs / "run--4_chkpt").is_dir()
+    damaged.write_bytes(content)
+    with pytest.raises(UsageError, match=r"--resume: .*adapter_model.safetensors: damaged"):
+        finetune(vla_path=str(damaged.parents[1]), run_root_dir=tmp_path / "b", max_steps=4, **flags)
+
+
 def test_trackers_get_project_and_run(
     finetune: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

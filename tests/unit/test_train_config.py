@@ -34,7 +34,6 @@ def test_defaults_with_existing_folders_are_accepted(tmp_path: Path) -> None:
         ({"trackers": "trackio"}, "trackio is not installed"),
         ({"vla_path": "./nowhere"}, "--vla_path"),
         ({"val_fraction": 0.1}, "--val_fraction: 0.1 without --use_val_set"),
-        ({"resume": True}, "--resume"),
         ({"run_root_dir": "/dev/null/runs"}, "--run_root_dir: /dev/null/runs cannot be a folder"),
     ],
 )

@@ -1,0 +1,109 @@
+"""Finds the checkpoint that a stopped run goes on from, and tells a damaged one by its checksums.
+
+Checksums (CRC-32C) are those of weights and training state. JSON files may be edited by hand, and of a LoRA checkpoint
+the merged model may be deleted or merged anew: training does not read it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from prismatic.checkpoint.layout import (
+    ADAPTER_CONFIG,
+    LOG_FILE,
+    MODEL_WEIGHTS,
+    STATE_FILE,
+    is_checkpoint,
+    split_checkpoint_name,
+    weight_files,
+)
+from prismatic.util.errors import UsageError
+from prismatic.util.files import atomic_write, read_json
+
+CHECKSUMS = STATE_FILE.with_name("checksums.json")
+_CHUNK = 2**24
+
+
+def _checksum(file: Path) -> str:
+    import google_crc32c
+
+    digest = google_crc32c.Checksum()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest().decode()
+
+
+def _trained_files(folder: Path) -> list[Path]:
+    """What a resume reads: weights, without a merged model beside an adapter, and the training state."""
+    files = [file for file in folder.rglob("*") if file.suffix in (".pt", ".bin", ".safetensors")]
+    merged = set(weight_files(folder, MODEL_WEIGHTS)) if (folder / ADAPTER_CONFIG).is_file() else set()
+    return sorted(set(files) - merged)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the checksums of a checkpoint folder that is complete but for them."""
+    sums = {str(file.relative_to(folder)): _checksum(file) for file in _trained_files(folder)}
+    atomic_write(folder / CHECKSUMS, json.dumps(sums, indent=2) + "\n")
+
+
+def damage(folder: Path) -> str | None:
+    """The first thing wrong with the files that a resume reads, or None; without checksums, whether the state opens."""
+    from prismatic.checkpoint.layout import load_training_state
+
+    try:
+        sums = read_json(folder / CHECKSUMS) if (folder / CHECKSUMS).is_file() else {}
+        for name, expected in sums.items():
+            if not (folder / name).is_file():
+                return f"{folder / name}: no such file"
+            if _checksum(folder / name) != expected:
+                return f"{folder / name}: damaged, its checksum is another than at saving"
+        if not sums:
+            load_training_state(folder, lazily=True)
+    except (UsageError, OSError) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def checkpoints_of(run_dir: Path) -> dict[int, Path]:
+    """The checkpoint folders beside a run's folder, by step."""
+    folders = {}
+    for folder in run_dir.parent.glob("*_chkpt"):
+        run, step = split_checkpoint_name(folder.name)
+        if run == run_dir.name and step is not None and is_checkpoint(folder):
+            folders[step] = folder
+    return folders
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest intact checkpoint of a run, or None if it has none at all. Damaged ones are named on standard error.
+
+    Raises:
+        UsageError: all of them are damaged.
+    """
+    if not is_checkpoint(run_dir):  # Killed while the only checkpoint was being replaced: the one before is whole.
+        for aside in sorted(run_dir.parent.glob(f".{run_dir.name}.*.old")):
+            if is_checkpoint(aside) and not run_dir.exists():
+                aside.replace(run_dir)
+    folders = checkpoints_of(run_dir)
+    candidates = [folders[step] for step in sorted(folders, reverse=True)]
+    if is_checkpoint(run_dir):
+        candidates.insert(0, run_dir)
+    for folder in candidates:
+        reason = damage(folder)
+        if reason is None:
+            return folder
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"left out: {reason}", file=sys.stderr)
+    if candidates:
+        raise UsageError(f"--resume: no checkpoint of {run_dir} is intact; accepted: another --run_id_override")
+    return None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run that took a step, or of which a checkpoint is left."""
+    log = folder / LOG_FILE
+    return (log.is_file() and log.stat().st_size > 0) or is_checkpoint(folder) or bool(checkpoints_of(folder))
