@@ -57,7 +57,16 @@ def with_training_flags(*names: str) -> Callable[[type[FlagsT]], type[FlagsT]]:
 
 @dataclass
 @with_training_flags(
-    *("vggt_path", "teacher_path", "teacher_type", "data_root_dir", "dataset_name", "platform", "num_images_in_input"),
+    *(
+        "vggt_path",
+        "teacher_path",
+        "teacher_type",
+        "data_root_dir",
+        "dataset_name",
+        "dataset_file",
+        "platform",
+        "num_images_in_input",
+    ),
     *("use_proprio", "use_l1_regression", "use_diffusion", "use_lora", "lora_rank", "recipe", "vla_layers_align"),
     *("vggt_layers_align", "align_layers_file", "share_projector", "use_matryoshka"),
 )

@@ -23,7 +23,6 @@ from prismatic.vla.platforms import get_platform
 # Aliases, since draccus finds no help beside a field whose annotation has quotes.
 Precision = Literal["auto", "no", "bf16"]
 Scheduler = Literal["MultiStepLR", "CosineAnnealingLR"]
-Views = Literal[1, 2, 3]
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 
 

@@ -110,7 +110,8 @@ def test_diffusion_from_given_noise(golden_dir: Path, openvla_checkpoint: Path) 
         noisy_action_projector=get_noisy_action_projector(cfg, vla.llm_dim),
         initial_noise=golden["diffusion.initial_noise"],
     )
-    np.testing.assert_allclose(actions[0], golden["diffusion.actions"].numpy(), atol=1e-3)
+    # A free run: test_modeling_prismatic.py compares its steps at 2e-5, and says what rounding makes of ten.
+    np.testing.assert_allclose(actions[0], golden["diffusion.actions"].numpy(), rtol=0, atol=5e-3)
 
 
 def test_an_adapter_acts_as_the_merged_model(golden_dir: Path, tmp_path: Path) -> None:
