@@ -25,7 +25,7 @@ SYSTEM_CHECK := experiments/robot/libero/system_libraries.py
 .PHONY: help install venv system-check demo test test-all lint typecheck format clean
 
 help: ## Say what each target does
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z -]*:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 system-check: ## Check Python and the OpenGL libraries of the simulator (installs them when root on Debian or Ubuntu)
 	@if [ -z "$(PYTHON)" ]; then echo "no Python 3.10 to 3.13 found: install one or name it, as in: make PYTHON=/path/to/python3.11" >&2; exit 1; fi

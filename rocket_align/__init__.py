@@ -15,6 +15,10 @@ Plain tensors in, a loss out: nothing here knows any particular policy. Names ar
 from __future__ import annotations
 
 import importlib
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,6 +66,39 @@ _HOME = {
     "unnormalize_views": "teacher.preprocess",
 }
 __all__ = sorted(_HOME)
+
+
+# Modules that moved answer under their earlier names for one release.
+_EARLIER = {
+    "rocket_align.analysis.cone": "rocket_align.analysis.cosines",
+    "rocket_align.analysis.pairs": "rocket_align.layers",
+    "rocket_align.analysis.projectors": "rocket_align.analysis.cosines",
+    "rocket_align.analysis.streaming_cka": "rocket_align.analysis.cka",
+    "rocket_align.analysis.theorem": "rocket_align.analysis.gradients",
+    "rocket_align.layer_file": "rocket_align.layers",
+    "rocket_align.teacher.vggt.blocks": "rocket_align.teacher.vggt.aggregator",
+    "rocket_align.teacher.vggt.checkpoint": "rocket_align.teacher.vggt.config",
+    "rocket_align.teacher.vggt.heads": "rocket_align.teacher.vggt.geometry",
+    "rocket_align.teacher.vggt.patch_embed": "rocket_align.teacher.vggt.aggregator",
+}
+
+
+class _EarlierNames(MetaPathFinder, Loader):
+    """Imports a moved module under its earlier name, as the very same object."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, _EarlierNames()) if name in _EARLIER else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(_EARLIER[spec.name])
+        self.own_spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.own_spec  # The import system has just put the earlier name's on it.
+
+
+sys.meta_path.append(_EarlierNames())
 
 
 def __getattr__(name: str) -> Any:

@@ -65,7 +65,7 @@ def matryoshka_widths(hidden_dim: int, num_layers: int, ratios: Sequence[float] 
 
 
 def _autocasts(device_type: str) -> bool:
-    """Whether autocast is on; before torch 2.4, each kind of device has a query of its own."""
+    """Tell whether autocast is on; before torch 2.4, each kind of device has a query of its own."""
     try:
         return torch.is_autocast_enabled(device_type)
     except TypeError:

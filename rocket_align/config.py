@@ -21,7 +21,7 @@ PAPER_LAYERS = (2, 4, 6, 8, 10, 12, 14, 16, 18, -1)
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """Which layers are aligned and how.
+    """The alignment: its layers, projectors and loss.
 
     Attributes:
         coeff: weight of the alignment loss in the total loss (lambda in the paper).

@@ -56,7 +56,7 @@ class AlignFlags:
 
     @property
     def teacher(self) -> str:
-        """Where the teacher is; empty for none, or when only its stored features are given."""
+        """Path or hub id of the teacher; empty for none, or when only its stored features are given."""
         return self.teacher_path or self.vggt_path
 
     @property
@@ -66,7 +66,7 @@ class AlignFlags:
 
     @property
     def aligns(self) -> bool:
-        """Whether training needs the teacher."""
+        """Tell whether training needs the teacher."""
         return self.recipe_name != "baseline" and self.align_loss_coeff != 0
 
     def validate_alignment(self) -> None:

@@ -1,4 +1,4 @@
-"""Which layers: lists as given, as indices, as the paper pairs them, chosen by position, and as a file.
+"""Lists of layers: as given, as indices, as the paper pairs them, chosen by position, and as a file.
 
 Imports no torch.
 
@@ -141,14 +141,14 @@ class LayerFile:
         student_layers: hidden states of the student, ascending.
         teacher_layers: teacher blocks, one per student layer, in any order, also repeated.
         student_depth, teacher_depth: blocks of the models.
-        made: how the layers were chosen, for the reader.
+        origin: how the layers were chosen, for the reader.
     """
 
     student_layers: tuple[int, ...]
     teacher_layers: tuple[int, ...]
     student_depth: int
     teacher_depth: int
-    made: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The file's text."""
@@ -160,7 +160,7 @@ class LayerFile:
             "convention": {"student": "states", "teacher": "python"},
             "student_depth": self.student_depth,
             "teacher_depth": self.teacher_depth,
-            "made": self.made,
+            "made": self.origin,
         }
         return json.dumps(content, indent=2) + "\n"
 
@@ -203,9 +203,9 @@ def read_layer_file(path: str | Path) -> LayerFile:
     student, teacher = layers["student"], layers["teacher"]
     if len(student) != len(teacher):
         raise ValueError(f"{file}: found {len(student)} student and {len(teacher)} teacher layers; accepted: pairs")
-    made = content.get("made")
+    origin = content.get("made")
     depths = int(content["student_depth"]), int(content["teacher_depth"])
-    return LayerFile(student, teacher, *depths, made=made if isinstance(made, dict) else {})
+    return LayerFile(student, teacher, *depths, origin=origin if isinstance(origin, dict) else {})
 
 
 def layers_for_models(

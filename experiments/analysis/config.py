@@ -169,7 +169,7 @@ class DepthConfig:
 
 @dataclass
 class ReachConfig:
-    """Where the hand closes for the first time in LIBERO's pick-and-place tasks, beside the object it is to pick up."""
+    """Measure where the hand first closes in LIBERO's pick-and-place tasks, beside the object it is to pick up."""
 
     checkpoint: str = limited("", needed=_CHECKPOINTS)  # Checkpoint folders (...--STEP_chkpt) as a comma list
     base_checkpoint: str = ""  # The base model, when it is not where the checkpoint's adapter says

@@ -1,5 +1,8 @@
-"""Where the hand closes first, beside the object it is to pick up: tells a policy that goes to the wrong place from one
-that grasps badly, and keeps measuring where success is 0 or 100%. Not an analysis of the paper."""
+"""Measure where the hand closes first, beside the object it is to pick up.
+
+That tells a policy that goes to the wrong place from one that grasps badly, and keeps measuring where success is 0 or
+100%. Not an analysis of the paper.
+"""
 
 from __future__ import annotations
 

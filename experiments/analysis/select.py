@@ -39,19 +39,19 @@ def select(config: SelectConfig) -> int:
     flags = training_config(config, folder)
     depths = {"student": student_depth(flags), "teacher": describe_teacher_of(flags).depth}
     _check_sizes(config, depths)
-    made: Report = {"strategy": config.strategy, "count": config.count, "student": folder}
-    made["teacher"] = teacher_source(flags)[0]
+    origin: Report = {"strategy": config.strategy, "count": config.count, "student": folder}
+    origin["teacher"] = teacher_source(flags)[0]
     if all(config.strategy_of(side) in BY_POSITION for side in depths):
         layers = {side: _by_position(config, side, depths) for side in depths}
     else:
         checkpoint = LoadedCheckpoint(config, folder, "all" if config.strategy == "cka" else "none")
-        made |= {"dataset": checkpoint.config.dataset_name, "samples": checkpoint.num_samples, "seed": config.seed}
+        origin |= {"dataset": checkpoint.config.dataset_name, "samples": checkpoint.num_samples, "seed": config.seed}
         by_score = _by_cka if config.strategy == "cka" else _by_similarity
         layers, measured = by_score(config, checkpoint, depths)
-        made |= measured
+        origin |= measured
     if config.teacher_strategy:
-        made["teacher_strategy"] = config.teacher_strategy
-    file = LayerFile(layers["student"], layers["teacher"], depths["student"], depths["teacher"], to_json_values(made))
+        origin["teacher_strategy"] = config.teacher_strategy
+    file = LayerFile(layers["student"], layers["teacher"], depths["student"], depths["teacher"], to_json_values(origin))
     atomic_write(config.out, file.to_json())
     read_layer_file(config.out)
     for side in ("student", "teacher"):

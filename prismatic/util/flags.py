@@ -101,7 +101,7 @@ def choices_of(kind: Any) -> tuple[Any, ...]:
     """The values of a Literal, also within an Optional; () for other types."""
     if get_origin(kind) is Literal:
         return get_args(kind)
-    return next((found for part in get_args(kind) if (found := choices_of(part))), ())
+    return next((values for part in get_args(kind) if (values := choices_of(part))), ())
 
 
 def declared(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
@@ -151,7 +151,7 @@ def _check_value(flag: str, value: Any, limits: Any, literal: Sequence[Any]) -> 
 
 
 def within(value: Any, limits: Any) -> bool:
-    """Whether a number lies in the declared range; not a number never does, where there is one."""
+    """Tell whether a number lies in the declared range; not a number never does, where there is one."""
     return not (
         ("least" in limits and not value >= limits["least"])
         or ("above" in limits and not value > limits["above"])

@@ -1,4 +1,4 @@
-"""How alike tokens are (the cone effect, Figure 4) and how alike the pairs' projectors are (Figure 7)."""
+"""Likeness of tokens (the cone effect, Figure 4) and of the pairs' projectors (Figure 7)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class TokenCone:
             raise ValueError(f"tokens: found shape {tuple(tokens_BND.shape)}; accepted: (B, 2 or more, D)")
         batch, count, _ = tokens_BND.shape
         sums_BD = F.normalize(tokens_BND.double(), dim=-1).sum(dim=1)
-        of_samples = (sums_BD.square().sum(dim=-1) - count) / (count * (count - 1))
-        self._within = self._within.to(sums_BD.device) + of_samples.sum()
+        per_sample = (sums_BD.square().sum(dim=-1) - count) / (count * (count - 1))
+        self._within = self._within.to(sums_BD.device) + per_sample.sum()
         total = sums_BD.sum(dim=0)
         self._directions = total if self._directions is None else self._directions + total
         self.samples += batch

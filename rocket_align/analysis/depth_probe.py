@@ -1,4 +1,4 @@
-"""What a layer knows of depth, read out by ridge regression whose data are streamed (the paper's Figure 2)."""
+"""A layer's knowledge of depth, read out by ridge regression whose data are streamed (the paper's Figure 2)."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ _SLACK = 1e-9
 
 @dataclass(frozen=True)
 class GradientReport:
-    """Of one group of parameters, for K losses; NaN where a loss does not reach the group.
+    """Cosines of one group of parameters, for K losses; NaN where a loss does not reach the group.
 
     Attributes:
         cosine_KK: between the gradients averaged over all batches.
@@ -163,7 +163,7 @@ class TheoremReport:
 
     @property
     def holds_KK(self) -> Tensor:
-        """Whether the bound holds, up to rounding."""
+        """Tell whether the bound holds, up to rounding."""
         return self.inner_KK >= self.bound_KK - _slack(self.inner_KK)
 
 
@@ -280,7 +280,7 @@ def _token_gram(vectors_KTX: Tensor) -> Tensor:
 
 
 def _slack(inner: Tensor) -> Tensor:
-    """What rounding may take from an inner product of these sizes."""
+    """Bound on what rounding takes from an inner product of these sizes."""
     sizes = inner.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     return _SLACK + 1e-6 * sizes[..., :, None] * sizes[..., None, :]
 

@@ -1,4 +1,4 @@
-"""How much each transformer block changes the residual stream: cosine between its input and its output."""
+"""Measure how much each transformer block changes the residual stream: cosine between its input and its output."""
 
 from __future__ import annotations
 

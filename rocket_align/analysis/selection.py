@@ -105,8 +105,8 @@ def select_layers(
         raise ValueError(f"window: found {window}; accepted: 1 to {num_layers} blocks")
     expected = num_layers - window + 1
     if scores is None or len(scores) != expected or any(math.isnan(score) for score in scores):
-        found = "none" if scores is None else f"{len(scores)}, or NaN among them"
-        raise ValueError(f"scores: found {found}; accepted: {expected} numbers for strategy {strategy!r}")
+        given = "none" if scores is None else f"{len(scores)}, or NaN among them"
+        raise ValueError(f"scores: found {given}; accepted: {expected} numbers for strategy {strategy!r}")
     if window > 1:
         return windowed_layers(scores, window, count, highest=_BY_SCORE[strategy])
     return ranked_layers(scores, count, highest=_BY_SCORE[strategy])

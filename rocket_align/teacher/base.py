@@ -1,4 +1,4 @@
-"""What the alignment needs to know of a teacher: a callable from images to features of some layers."""
+"""The teacher, as the alignment needs it: a callable from images to features of some layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which teacher a folder, file or hub id holds, and how to load it."""
+"""Tell which teacher a folder, file or hub id holds, and load it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEACHER_TYPES = {
 
 
 class TeacherInfo(NamedTuple):
-    """What is known of a teacher before its weights are loaded.
+    """Facts known of a teacher before its weights are loaded.
 
     Attributes:
         kind: a key of `TEACHER_TYPES`.

@@ -99,11 +99,11 @@ def _build(config: Any, weights: dict[str, Tensor], folder: Path) -> Any:
         cls = transformers.Dinov2WithRegistersModel
     # A size that differs is reported by transformers with a RuntimeError of several lines.
     try:
-        model, found = cls.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
+        model, loading = cls.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
     except RuntimeError as error:
         raise ValueError(f"{folder}: weights that do not fit {CONFIG_NAME} ({' '.join(str(error).split())})") from error
     # Depth Anything's backbone was saved without the mask token in some releases; it takes no part.
-    missing = sorted(name for name in found["missing_keys"] if "mask_token" not in name)
+    missing = sorted(name for name in loading["missing_keys"] if "mask_token" not in name)
     if missing:
         raise ValueError(f"{folder}: missing {', '.join(missing[:3])} ({len(missing)} in all)")
     return model

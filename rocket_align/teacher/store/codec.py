@@ -20,7 +20,7 @@ _INT8_MAX = 127.0
 
 
 class Basis(NamedTuple):
-    """Where the coefficients of each layer refer to.
+    """Basis that the coefficients of each layer refer to.
 
     Attributes:
         mean_KC: subtracted first.

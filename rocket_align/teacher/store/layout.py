@@ -1,4 +1,4 @@
-"""What a feature store says of itself, and how two descriptions are compared."""
+"""A feature store's description of itself, and the comparison of two."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ class StoreLayout:
             raise StoreError(f"{place}: holds no teacher layers {lists[0]}; accepted: {lists[1]}")
 
     def differences(self, other: StoreLayout) -> str:
-        """What differs, as "layers (1, 2), not (1, 3)" with this one's value first; empty when equal."""
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        """List what differs, as "layers (1, 2), not (1, 3)" with this one's value first; empty when equal."""
+        ours, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         parts = [
-            f"{name} {_short(mine[name])}, not {_short(theirs[name])}" for name in mine if mine[name] != theirs[name]
+            f"{name} {_short(ours[name])}, not {_short(theirs[name])}" for name in ours if ours[name] != theirs[name]
         ]
         return "; ".join(parts)
 

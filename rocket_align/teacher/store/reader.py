@@ -93,9 +93,9 @@ class DatasetFeatures:
         if index["frames"] != len(self.frames) or len(self.shards) != -(-len(self.frames) // layout.shard_frames):
             raise StoreError(f"{self.folder}: index, frames and shards disagree; accepted: a new build")
         for path, shard in zip(self.shards, index["shards"]):
-            found = path.stat().st_size if path.is_file() else 0
-            if found != shard["bytes"]:
-                raise StoreError(f"{path}: has {found} bytes, not {shard['bytes']}; accepted: a new build of this file")
+            size = path.stat().st_size if path.is_file() else 0
+            if size != shard["bytes"]:
+                raise StoreError(f"{path}: has {size} bytes, not {shard['bytes']}; accepted: a new build of this file")
         self._open: OrderedDict[int, Any] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class FeatureStore:
         return Basis(whole.mean_KC[rows], None if whole.directions_KCR is None else whole.directions_KCR[rows])
 
     def teacher(self, tokens_per_view: int, *, position_embedding: bool) -> StoredTeacher:
-        """What turns this store's records into targets for a student with so many vision tokens a view.
+        """Make what turns this store's records into targets for a student with so many vision tokens a view.
 
         Raises:
             ValueError: tokens that form no grid.

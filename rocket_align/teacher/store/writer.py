@@ -37,11 +37,13 @@ def begin_store(root: Path, layout: StoreLayout) -> None:
         StoreError: the folder holds a store of another layout; one line with the differences.
     """
     if (root / INDEX_NAME).is_file():
-        found = read_layout(root).differences(layout)
-        if not found:
+        mismatch = read_layout(root).differences(layout)
+        if not mismatch:
             return
         if any(root.glob("*/*")):
-            raise StoreError(f"{root}: holds another store ({found}); accepted: an empty folder, or the same settings")
+            raise StoreError(
+                f"{root}: holds another store ({mismatch}); accepted: an empty folder, or the same settings"
+            )
         (root / BASIS_NAME).unlink(missing_ok=True)  # Of a build that stopped before its first record.
     write_index(root / INDEX_NAME, {"layout": layout.__dict__})
 
@@ -80,7 +82,7 @@ class DatasetBuild:
 
     @property
     def folder(self) -> Path:
-        """Where its files go."""
+        """Folder of its files."""
         return self.root / self.name
 
     @property

@@ -237,8 +237,8 @@ class VGGTAggregator(nn.Module):
     def _special_tokens(self, batch: int, views: int) -> Tensor:
         """Camera and register tokens of every view: (B, V, 1 + registers, C)."""
         special = torch.cat((self.camera_token, self.register_token), dim=2)
-        of_views = torch.cat((special[:, :1], special[:, 1:].expand(-1, views - 1, -1, -1)), dim=1)
-        return of_views.expand(batch, -1, -1, -1)
+        per_view = torch.cat((special[:, :1], special[:, 1:].expand(-1, views - 1, -1, -1)), dim=1)
+        return per_view.expand(batch, -1, -1, -1)
 
     def embed(self, images_BV3HW: Tensor) -> Tensor:
         """Images in [0, 1] -> special and patch tokens (B, V, 1 + registers + P, C), before any alternating layer."""

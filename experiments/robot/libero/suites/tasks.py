@@ -269,13 +269,13 @@ def unnorm_key_for(statistics: Mapping[str, object], requested: str, suite: str,
         UsageError: there is none, or `suite` joins parts that need different ones.
     """
     record = find_suite(suite)
-    of_libero = bool(record.base or record.parts)
+    belongs_to_libero = bool(record.base or record.parts)
     own = suite if {suite, f"{suite}_no_noops"} & statistics.keys() else record.base or suite
     if requested or {own, f"{own}_no_noops"} & statistics.keys():
         return resolve_unnorm_key(statistics, requested, own)
     if len(statistics) == 1 and (default or record.parts):
         return next(iter(statistics))
-    if default and not (of_libero and default.removesuffix("_no_noops") in SUITES):
+    if default and not (belongs_to_libero and default.removesuffix("_no_noops") in SUITES):
         return default
     if not record.parts:
         return resolve_unnorm_key(statistics, "", own)
