@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from prismatic.extern.hf.configuration_prismatic import VISION_BACKBONES
-from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction, PrismaticVisionBackbone
+from prismatic.extern.hf.modeling_prismatic import ATTENTION, OpenVLAForActionPrediction, PrismaticVisionBackbone
 from prismatic.models.action_heads import DiffusionActionHead, L1RegressionActionHead
 from prismatic.models.film_vit_wrapper import FiLMedPrismaticVisionBackbone
 from prismatic.models.lora import add_lora
@@ -320,3 +320,28 @@ def test_bfloat16_model_with_float32_heads_and_inputs(kind: str) -> None:
     assert hidden.dtype == torch.bfloat16 and actions.dtype == np.float64 and np.isfinite(actions).all()
     if kind in ("l1", "film"):
         np.testing.assert_allclose(actions, expected, atol=0.1)
+
+
+def test_every_attention_that_is_accepted_gives_the_same_outputs(tmp_path: Path) -> None:
+    """Also beside padding, which no real token may see, and when the implementation changes later."""
+    tiny_student().save_pretrained(tmp_path)
+    padded = tiny_batch(tiny_student(), (9, 4))
+    padded.pop("proprio")
+    alone = {name: value[1:, :4] if value.ndim == 2 else value[1:] for name, value in padded.items()}
+    outputs = {}
+    for name in ATTENTION:
+        vla = OpenVLAForActionPrediction.from_pretrained(tmp_path, attn_implementation=name).eval()
+        with torch.no_grad():
+            outputs[name], single = vla(**padded).last_hidden_state, vla(**alone).last_hidden_state
+        torch.testing.assert_close(outputs[name][1:, : single.shape[1]], single, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(outputs[name][0], outputs["sdpa"][0], atol=1e-5, rtol=1e-4)
+    vla.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        torch.testing.assert_close(vla(**padded).last_hidden_state, outputs["sdpa"])
+
+
+@pytest.mark.parametrize("name", ["flex_attention", "flash_attention_2", "paged|eager", "nonsense"])
+def test_other_attention_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    tiny_student().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"attn_implementation: .* found; accepted: sdpa, eager$"):
+        OpenVLAForActionPrediction.from_pretrained(tmp_path, attn_implementation=name)

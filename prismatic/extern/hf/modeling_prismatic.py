@@ -37,6 +37,9 @@ from prismatic.vla.platforms import Platform
 if TYPE_CHECKING:
     from prismatic.models.action_heads import DiffusionActionHead, L1RegressionActionHead
 
+# The attention implementations that give the same outputs; flex attention of torch 2.14 aborts the process on CPUs.
+ATTENTION = ("sdpa", "eager")
+
 
 @dataclass
 class PrismaticCausalLMOutputWithPast(ModelOutput):
@@ -216,6 +219,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
     """Vision backbone, projector and Llama; text in, next-token logits and hidden states out."""
 
     def __init__(self, config: PrismaticConfig) -> None:
+        if config._attn_implementation is not None:
+            _check_attention(config._attn_implementation)
         super().__init__(config)
         self.vision_backbone: Any = PrismaticVisionBackbone(config)
         llm_dim = config.text_config.hidden_size
@@ -362,13 +367,22 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         """Llama over [BOS | prefix | rest of the text], every token seeing every token that is not padding."""
         embeddings = torch.cat([text[:, :1], prefix.to(text.dtype), text[:, 1:]], dim=1)
         mask = torch.cat([text_mask[:, :1], text_mask.new_ones(prefix.shape[:2]), text_mask[:, 1:]], dim=1)
-        length = mask.shape[1]
         return self.language_model.model(
             inputs_embeds=embeddings,
-            attention_mask=mask[:, None, None, :].expand(-1, 1, length, -1),
+            attention_mask=self._attention_mask(mask, embeddings.dtype),
             output_hidden_states=output_hidden_states,
             use_cache=False,
         )
+
+    def _attention_mask(self, kept_BS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The mask (B, 1, S, S) that lets every token see the kept ones, as the attention implementation reads it."""
+        kept = kept_BS[:, None, None, :].expand(-1, 1, kept_BS.shape[1], -1)
+        implementation = self.language_model.config._attn_implementation
+        _check_attention(implementation)
+        if implementation == "sdpa":
+            return kept
+        # Eager attention adds the mask to the scores: booleans would add 1.
+        return torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_fill_(~kept, torch.finfo(dtype).min)
 
     def _assemble_output(
         self, outputs: BaseModelOutputWithPast, prefix: torch.Tensor, labels: torch.Tensor | None, compute_logits: bool
@@ -381,6 +395,11 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             projector_features=prefix,
             last_hidden_state=outputs.last_hidden_state,
         )
+
+
+def _check_attention(implementation: str | None) -> None:
+    if implementation not in ATTENTION:
+        raise ValueError(f"attn_implementation: {implementation!r} found; accepted: {', '.join(ATTENTION)}")
 
 
 def _as_bool_mask(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor:
