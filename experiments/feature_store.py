@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -23,6 +21,7 @@ from prismatic.training.precision import make_accelerator
 from prismatic.training.run import make_dataset
 from prismatic.util.data_utils import PaddedCollatorForActionPrediction
 from prismatic.util.errors import UsageError
+from prismatic.util.progress import progress_bar
 from prismatic.vla.batch import Batch
 from prismatic.vla.platforms import get_platform
 from rocket_align.targets import TeacherTargets
@@ -147,8 +146,10 @@ def build(config: StoreConfig) -> None:
             reports = build_shards(work, shards, frames, targets, basis, batch_size=config.batch_size)
             hidden = not accelerator.is_main_process
             total = sum(len(work.frames_of(shard)) for shard in shards)
-            for _ in track(reports, f"{name} (frames)", total=total, console=Console(stderr=True), disable=hidden):
-                pass
+            with progress_bar(hidden=hidden) as progress:
+                task = progress.add_task(f"{name} (frames)", total=total, info="")
+                for _ in progress.track(reports, task_id=task):
+                    pass
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 cosines = ", ".join(f"{layer}: {cosine:.4f}" for layer, cosine in work.finish().items())

@@ -132,18 +132,17 @@ def _check_tasks(config: CollectConfig) -> tuple[int, ...]:
 
 def _run_blocks(config: CollectConfig, blocks: list[tuple[int, range]], total: int) -> None:
     """Run all blocks, showing progress by counting what lies in the staging folder."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from prismatic.util.progress import progress_bar
 
     # Workers read these when they start; every core is used by another worker already.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-    columns = (TextColumn("collect"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(config.workers, len(blocks)), mp_context=context)
     pending: set[Future[None]] = {pool.submit(_collect_block, config, task, numbers) for task, numbers in blocks}
     try:
-        with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
-            bar, shown = progress.add_task("episodes", total=total), 0
+        with progress_bar(hidden=not sys.stdout.isatty()) as progress:
+            bar, shown = progress.add_task("collect", total=total, info=""), 0
             while pending:
                 done, pending = wait(pending, timeout=_POLL_SECONDS)
                 for future in done:

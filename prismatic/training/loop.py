@@ -17,19 +17,12 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 
 from prismatic.training.config import TrainConfig
 from prismatic.training.metrics import MetricAverager, MetricLog
 from prismatic.training.module import TrainableVLA, move_batch
+from prismatic.util.progress import progress_bar
 from prismatic.vla.batch import Batch
 
 Targets = Callable[[Any], object]  # of a Batch
@@ -211,11 +204,5 @@ class Trainer:
             self._console.print(line, highlight=False, soft_wrap=True)
 
     def _progress(self) -> Progress:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[info]}"),
-        )
         hidden = not (self.accelerator.is_main_process and self._console.is_terminal)
-        return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self._console, disable=hidden)
+        return progress_bar(self._console, hidden=hidden)

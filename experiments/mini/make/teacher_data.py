@@ -234,12 +234,12 @@ def main(cfg: TeacherDataConfig) -> None:
     Raises:
         UsageError: the folder holds frames made with other flags, or with flags that nobody noted.
     """
-    from rich.progress import Progress
+    from prismatic.util.progress import progress_bar
 
     _check_origin(cfg)
     tasks = parse_tasks("--tasks", cfg.tasks)
-    with Progress() as progress:
-        bar = progress.add_task("frames", total=len(tasks) * cfg.episodes * cfg.frames)
+    with progress_bar() as progress:
+        bar = progress.add_task("frames", total=len(tasks) * cfg.episodes * cfg.frames, info="")
         for suite, task_id in tasks:
             shard = cfg.out / f"{suite}-{task_id}.npz"
             if shard.exists():

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import Progress, TextColumn
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from experiments.mini.make.teacher_frames import (
 from experiments.mini.make.teacher_model import READOUT_NAME, TeacherModel, readout_loss, scores, summarize
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write
+from prismatic.util.progress import progress_bar
 from rocket_align.teacher.vggt.config import AGGREGATOR_PREFIX, save_folder
 
 CHECKPOINT = "checkpoint.pt"
@@ -189,8 +189,8 @@ def _save_checkpoint(trainer: Trainer) -> None:
 def _train(trainer: Trainer) -> None:
     """The loop: log every `log_every` steps, checkpoint every `save_every` and at the end."""
     cfg, losses = trainer.cfg, []
-    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[loss]}")) as progress:
-        bar = progress.add_task("train", total=cfg.steps, completed=trainer.step, loss="")
+    with progress_bar() as progress:
+        bar = progress.add_task("train", total=cfg.steps, completed=trainer.step, info="")
         while trainer.step < cfg.steps:
             started = time.perf_counter()
             losses.append(trainer.train_step())
@@ -201,7 +201,7 @@ def _train(trainer: Trainer) -> None:
                 line = {"step": trainer.step, "loss": round(mean, 5), "seconds": round(trainer.seconds, 1)}
                 with (cfg.out / "log.jsonl").open("a", encoding="utf-8") as log:
                     log.write(json.dumps(line) + "\n")
-                progress.update(bar, loss=f"loss {mean:.4f}")
+                progress.update(bar, info=f"loss {mean:.4f}")
                 losses = []
             if trainer.step % cfg.save_every == 0 or trainer.step == cfg.steps:
                 _save_checkpoint(trainer)

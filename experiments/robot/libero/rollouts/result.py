@@ -104,13 +104,11 @@ class EvalProgress:
 
     def __enter__(self) -> EvalProgress:
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+            from prismatic.util.progress import progress_bar
 
-            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar = progress_bar()
             self._bar.start()
-            self._task = self._bar.add_task("loading environments", total=self._total)
+            self._task = self._bar.add_task("episodes", total=self._total, info="loading environments")
         return self
 
     def __exit__(
@@ -124,7 +122,7 @@ class EvalProgress:
         self._finished += 1
         self._counts[result.status] += 1
         if self._bar is not None:
-            self._bar.update(self._task, advance=1, description=self.describe())
+            self._bar.update(self._task, advance=1, info=self.describe())
             if result.status == "error":
                 self._bar.console.print(f"{_name(result)}: error: {result.error}")
             return
