@@ -18,7 +18,7 @@ from scipy.spatial.transform import Rotation
 from experiments.mini.grasp import Grasp, Scene, plan_grasp
 from experiments.robot.libero.demonstrations import is_no_op
 from experiments.robot.libero.simulator.environment import LiberoEnv, Observation
-from experiments.robot.libero.simulator.rendering import choose_renderer
+from experiments.robot.libero.simulator.rendering import choose_renderer, import_robosuite
 from experiments.robot.libero.suites.tasks import TaskSpec
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets.rlds_writer import Episode, encode_jpeg
@@ -57,6 +57,7 @@ def read_goal(task: TaskSpec) -> Goal:
         UsageError: the expert cannot solve this kind of task.
     """
     choose_renderer()  # LIBERO's module loads MuJoCo, after which it is too late.
+    import_robosuite()
     from libero.libero.envs.bddl_utils import robosuite_parse_problem
 
     problem = robosuite_parse_problem(str(task.bddl_path))

@@ -11,7 +11,7 @@ A folder with both is taken as merged by :func:`open_checkpoint`, for acting, an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,7 +145,7 @@ def open_checkpoint(name: str, base_checkpoint: str | None = None) -> Checkpoint
     return Checkpoint(name, path, model_path, adapter_path, config, statistics, components)
 
 
-def resolve_unnorm_key(statistics: Mapping[str, Any], requested: str, suite: str) -> str:
+def resolve_unnorm_key(statistics: Collection[str], requested: str, suite: str) -> str:
     """Name the statistics that un-normalize the actions: `requested`, else the suite's, with or without "_no_noops".
 
     Raises:

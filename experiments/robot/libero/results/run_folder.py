@@ -31,6 +31,7 @@ from prismatic.util.files import atomic_write, read_json
 
 # Entries of the identity that records of earlier versions lack: nothing is known against those.
 _UNKNOWN_BEFORE = ("task_files",)
+_DERIVED = "standard_protocol"  # Follows from the others.
 # Of the identity: what changes an episode beside its protocol.
 _CONDITIONS = ("initial_states", "instruction_source", "robot_start", "renderer")
 
@@ -87,8 +88,9 @@ class RunFolder:
                 raise UsageError(f"--run_name: {self.folder} holds episodes but no config.json; use another --run_name")
             return
         before = read_json(file).get("identity", {})
-        unknown = [key for key in _UNKNOWN_BEFORE if key not in before]
-        differing = differing_values(before, {key: self._identity[key] for key in self._identity if key not in unknown})
+        unknown = [*(key for key in _UNKNOWN_BEFORE if key not in before), _DERIVED]
+        compared = ({k: v for k, v in record.items() if k not in unknown} for record in (before, self._identity))
+        differing = differing_values(*compared)
         if differing and empty:  # Of a run that stopped before its first episode.
             self._overwritten = True
         elif differing:

@@ -17,15 +17,26 @@ import contextlib
 import copy
 import io
 import math
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from experiments.robot.libero.simulator.control import ArmControl
-from experiments.robot.libero.simulator.rendering import RENDER_MODES, Cameras, CameraView, choose_renderer
+from experiments.robot.libero.simulator.rendering import (
+    ACCEPTED_MUJOCO,
+    APT_HINT,
+    RENDER_MODES,
+    Cameras,
+    CameraView,
+    choose_renderer,
+    gl_settings,
+    import_robosuite,
+)
 from experiments.robot.libero.suites.tasks import TaskSpec, get_task, load_init_states
 from prismatic.util.errors import UsageError, unknown_name
 
@@ -96,16 +107,17 @@ class LiberoEnv:
         self._black = np.zeros((image_size, image_size, 3), dtype=np.uint8)
         self._init_states: np.ndarray | None = None
         self._cameras: Cameras | None = None
-        self._domain = _build_domain(self.task)
-        if self.task.perturbation is not None:
-            self.task.perturbation.apply(self._domain)
-        self._model = self._domain.sim.model._model
-        self._data = self._domain.sim.data._data
-        self._arm = ArmControl(self._domain)
-        self._scratch = copy.copy(self._data)  # Kinematics of the sampled moment, for drawing.
-        self._pristine = self._pristine_model()
-        self._pristine_visuals = {name: dict(vis) for name, vis in self._visual_flags()}
-        self.reset(None)
+        with _one_line(self.task):
+            self._domain = _build_domain(self.task)
+            if self.task.perturbation is not None:
+                self.task.perturbation.apply(self._domain)
+            self._model = self._domain.sim.model._model
+            self._data = self._domain.sim.data._data
+            self._arm = ArmControl(self._domain)
+            self._scratch = copy.copy(self._data)  # Kinematics of the sampled moment, for drawing.
+            self._pristine = self._pristine_model()
+            self._pristine_visuals = {name: dict(vis) for name, vis in self._visual_flags()}
+            self.reset(None)
 
     @property
     def instruction(self) -> str:
@@ -323,6 +335,25 @@ class LiberoEnv:
         return self._cameras
 
 
+@contextlib.contextmanager
+def _one_line(task: TaskSpec) -> Iterator[None]:
+    """Say in one line why an environment cannot be built: a library, an asset or a setting, the same in every episode.
+
+    Raises:
+        UsageError: it cannot, so that a run stops instead of counting its episodes as errors.
+    """
+    try:
+        yield
+    except (ImportError, AttributeError, AssertionError, KeyError, TypeError, OSError) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"{task.suite} task {task.task_id}: the simulator cannot be built ({type(error).__name__}: {reason}, "
+            f"{Path(place.filename).name}:{place.lineno}; {gl_settings()}); accepted: mujoco {ACCEPTED_MUJOCO}, "
+            f"robosuite 1.4, LIBERO with its assets, OpenGL: {APT_HINT}"
+        ) from error
+
+
 def _build_domain(task: TaskSpec) -> MujocoEnv:
     """The task's robosuite environment, with no cameras and no sensors of its own: both are read here instead."""
     settings = {
@@ -332,6 +363,7 @@ def _build_domain(task: TaskSpec) -> MujocoEnv:
         "ignore_done": True,
         "control_freq": _CONTROL_HZ,
     }
+    import_robosuite()
     own_scene = task.perturbation.build_scene(task, **settings) if task.perturbation is not None else None
     if own_scene is not None:
         return own_scene

@@ -54,12 +54,15 @@ def choose_renderer() -> str:
     """Set MUJOCO_GL before MuJoCo is imported, unless it is set: EGL if its library is there, else OSMesa.
 
     Raises:
-        UsageError: no off-screen OpenGL library is installed, or a MuJoCo that robosuite 1.4 cannot use.
+        UsageError: no off-screen OpenGL library, a MuJoCo that robosuite 1.4 cannot use, or no number for a device.
     """
     version = package_version("mujoco") or ""
     if version and int(version.split(".")[0]) >= 4:
         raise UsageError(f"mujoco {version} found; accepted: {ACCEPTED_MUJOCO}")
     _load_triton_first()
+    device = os.environ.get("MUJOCO_EGL_DEVICE_ID")
+    if device is not None and not device.isdigit():
+        raise UsageError(f"MUJOCO_EGL_DEVICE_ID: found {device!r}; accepted: a number of EGL's devices, from 0")
     chosen = os.environ.get("MUJOCO_GL", "").lower().strip()
     if chosen in ("egl", "osmesa", "glfw", "cgl", "wgl"):
         return chosen
@@ -68,6 +71,26 @@ def choose_renderer() -> str:
             os.environ["MUJOCO_GL"] = name
             return name
     raise UsageError(f"no off-screen renderer found (neither EGL nor OSMesa); install one: {APT_HINT}")
+
+
+def gl_settings() -> str:
+    """The environment variables that decide who draws, as in "MUJOCO_GL=egl"."""
+    names = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "PYOPENGL_PLATFORM", "CUDA_VISIBLE_DEVICES")
+    return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+
+
+def import_robosuite() -> None:
+    """Import robosuite without a guard of its that does not concern the cameras here.
+
+    It refuses a MUJOCO_EGL_DEVICE_ID that is not in CUDA_VISIBLE_DEVICES, though the one is a number of EGL's, which
+    counts the devices it sees, and the other one of CUDA's.
+    """
+    device = os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)
+    try:
+        importlib.import_module("robosuite")
+    finally:
+        if device is not None:
+            os.environ["MUJOCO_EGL_DEVICE_ID"] = device
 
 
 def _draw_on_own_gpu(rank: int) -> None:
@@ -190,9 +213,10 @@ class Cameras:
             self._holder["gl"] = GLContext(size, size)
             self._holder["gl"].make_current()
             self._holder["mujoco"] = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_150)
-        except (ImportError, RuntimeError, AttributeError, mujoco.FatalError) as error:
+        except (ImportError, RuntimeError, AttributeError, ValueError, mujoco.FatalError) as error:
             self.close()
-            raise UsageError(f"cannot start OpenGL ({' '.join(str(error).split())}); install it: {APT_HINT}") from error
+            reason = " ".join(str(error).split())
+            raise UsageError(f"cannot start OpenGL ({reason}; {gl_settings()}); install it: {APT_HINT}") from error
         self._holder["mujoco"].readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._holder["mujoco"])
         self._scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)

@@ -20,6 +20,7 @@ import importlib.metadata
 import importlib.util
 import io
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,7 +112,11 @@ def _libero_folder(kind: str) -> Path:
     """Folder of "bddl_files", "init_states" or "assets" of the installed distribution."""
     from libero.libero import get_libero_path
 
-    return Path(get_libero_path(kind))
+    try:
+        return Path(get_libero_path(kind))
+    except (AssertionError, ValueError, OSError) as error:
+        where = os.environ.get("LIBERO_CONFIG_PATH", "unset")
+        raise UsageError(f"LIBERO_CONFIG_PATH ({where}): LIBERO has no folder {kind!r} ({error})") from error
 
 
 @functools.lru_cache(maxsize=32)
