@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from experiments.join import FinetuneConfig
 from experiments.store_config import StoreConfig
 from prismatic.checkpoint.folder import resolve_checkpoint
 from prismatic.checkpoint.load import load_processor, student_depth
@@ -82,6 +83,21 @@ class Frames:
             yield from self.pixels(part.name, np.array_split(numbers, -(-share // batch_size)))
 
 
+def patch_size(config: FinetuneConfig) -> int:
+    """Side of the student's image patches in pixels, from its config file.
+
+    Raises:
+        UsageError: a backbone whose name does not tell.
+    """
+    backbone = str((OpenVLAConfig.from_pretrained(resolve_checkpoint(config).base).timm_model_ids or [""])[0])
+    patch = re.search(r"patch(\d+)", backbone)
+    if patch is None:
+        raise UsageError(
+            f"--vla_path: backbone {backbone} does not tell its patch size; accepted: timm's ..._patchN_..."
+        )
+    return int(patch[1])
+
+
 def plan_store(config: StoreConfig, frames: Frames, targets: TeacherTargets, layers: tuple[int, ...]) -> StoreLayout:
     """The layout: grids come from one frame that the teacher sees.
 
@@ -91,13 +107,7 @@ def plan_store(config: StoreConfig, frames: Frames, targets: TeacherTargets, lay
     info = describe_teacher(config.teacher, config.teacher_type)
     name = frames.data.mixture[0].name
     features = targets(next(frames.pixels(name, [frames.numbers(name)[:1]])))
-    backbone = str((OpenVLAConfig.from_pretrained(resolve_checkpoint(config).base).timm_model_ids or [""])[0])
-    patch = re.search(r"patch(\d+)", backbone)
-    if patch is None:
-        raise UsageError(
-            f"--vla_path: backbone {backbone} does not tell its patch size; accepted: timm's ..._patchN_..."
-        )
-    side = max(1, round(config.grid_scale * (frames.view_pixels // int(patch[1]))))
+    side = max(1, round(config.grid_scale * (frames.view_pixels // patch_size(config))))
     return StoreLayout(
         teacher_kind=info.kind,
         teacher_hash=teacher_hash(config.teacher),

@@ -8,6 +8,7 @@
     projectors  similarity of the pairs' projectors, weights and outputs (Figure 7)
     cone        mean cosine between tokens, layer by layer and behind the projectors (Figure 4)
     depth       depth read out of every teacher layer, against the simulator's (Figure 2)
+    static      share of the targets that a token's place explains alone, with and without augmentation
     theorem     both sides of the bound on gradient coherence
     reach       where the hand closes for the first time in LIBERO, beside the object it is to pick up
 
@@ -33,6 +34,7 @@ from experiments.analysis.config import (
     GradientsConfig,
     ProjectorsConfig,
     ReachConfig,
+    StaticConfig,
     TheoremConfig,
 )
 from prismatic.util.cli import run
@@ -44,6 +46,7 @@ COMMANDS: dict[str, type] = {
     "projectors": ProjectorsConfig,
     "cone": ConeConfig,
     "depth": DepthConfig,
+    "static": StaticConfig,
     "theorem": TheoremConfig,
     "reach": ReachConfig,
 }

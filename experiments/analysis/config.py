@@ -147,6 +147,13 @@ class TheoremConfig(AnalysisConfig):
 
 
 @dataclass
+class StaticConfig(AnalysisConfig):
+    """Share of the alignment's targets that a token's place explains alone, with and without augmentation."""
+
+    num_samples: int = limited(512, least=2)  # Samples measured (rounded up to whole batches)
+
+
+@dataclass
 class DepthConfig:
     """Depth read out of every teacher layer by a linear probe, against the simulator's depth."""
 

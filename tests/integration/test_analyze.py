@@ -131,6 +131,21 @@ def test_cone(run: Any, checkpoints: dict[str, Path], teacher_folder: Path) -> N
     assert baseline["projected"]["within_samples"] == []
 
 
+def test_static(run: Any, student_folder: Path, teacher_folder: Path, data: Path) -> None:
+    """Of a base model, before any training."""
+    given = {"vggt_path": teacher_folder, "data_root_dir": data, "num_images_in_input": 2, "num_samples": 6}
+    flags = [word for name, value in given.items() for word in (f"--{name}", value)]
+    layers = ["--vla_layers_align", "1,2,3", "--vggt_layers_align", "5,2,5", "--batch_size", 2]
+    (part,) = run("static", "--checkpoint", student_folder, *flags, *layers)["subjects"]
+    assert (part["samples"], part["teacher_layers"]) == (6, [5, 2, 5])
+    plain, augmented = (np.array(part[name]["explained_by_place"]) for name in ("plain", "augmented"))
+    assert plain.shape == augmented.shape == (3, 2)
+    assert (plain > 0).all() and (plain < 1).all() and (plain != augmented).all()
+    assert (plain[0] == plain[2]).all() and (plain[0] != plain[1]).all()
+    loss = np.array(part["plain"]["loss_of_constant_per_place"])
+    assert (loss > 0).all() and (loss < 1).all()
+
+
 @pytest.mark.parametrize("reference", ["first", "mean"])
 def test_theorem(run: Any, checkpoints: dict[str, Path], reference: str) -> None:
     found = run("theorem", *measured(checkpoints, "rocket", "naive"), "--reference", reference)

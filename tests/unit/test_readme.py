@@ -22,7 +22,7 @@ FOLDERS = tuple(f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and 
 # Scripts whose flags belong to a subcommand.
 SUBCOMMANDS = {
     "experiments.reproduce": ("list", "run", "report"),
-    "vla-scripts/analyze.py": ("cka", "gradients", "projectors", "cone", "depth", "theorem", "reach"),
+    "vla-scripts/analyze.py": ("cka", "gradients", "projectors", "cone", "depth", "static", "theorem", "reach"),
     "experiments.robot.libero.results": ("report", "compare", "merge", "page"),
     "patches": ("apply", "check", "revert"),
 }
