@@ -38,7 +38,7 @@ def _checksum(file: Path) -> str:
 
 
 def _trained_files(folder: Path) -> list[Path]:
-    """What a resume reads: weights, without a merged model beside an adapter, and the training state."""
+    """Files that a resume reads: weights, without a merged model beside an adapter, and the training state."""
     files = [file for file in folder.rglob("*") if file.suffix in (".pt", ".bin", ".safetensors")]
     merged = set(weight_files(folder, MODEL_WEIGHTS)) if (folder / ADAPTER_CONFIG).is_file() else set()
     return sorted(set(files) - merged)
@@ -104,6 +104,6 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run that took a step, or of which a checkpoint is left."""
+    """Tell whether a folder is that of a run that took a step, or of which a checkpoint is left."""
     log = folder / LOG_FILE
     return (log.is_file() and log.stat().st_size > 0) or is_checkpoint(folder) or bool(checkpoints_of(folder))

@@ -49,7 +49,7 @@ def fitting_name(name: str, most: int) -> str:
 
 
 def temporary_prefix(target: Path) -> str:
-    """How the temporary name beside `target` begins; short, since a name near the longest must be writable too."""
+    """Beginning of the temporary name beside `target`; short, since a name near the longest must be writable too."""
     return f".{fitting_name(target.stem, 60)}."
 
 

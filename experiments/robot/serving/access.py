@@ -64,7 +64,7 @@ def refusal(headers: Mapping[str, str], token: str | None) -> tuple[int, str] | 
 
 
 def _is_own(origin: str, host: str, token: str | None) -> bool:
-    """Whether an `Origin` is the address that the request went to (header Host).
+    """Tell whether an `Origin` is the address that the request went to (header Host).
 
     A page whose name was made to point here (DNS rebinding) sends the same name in both. Without a token that it does
     not know, only numbers and this machine's names are therefore taken for its address.

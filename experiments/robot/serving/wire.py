@@ -36,7 +36,7 @@ class WireError(ValueError):
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What stands for an array or picture that could not be decoded, in a message that was read leniently."""
+    """Stand-in for an array or picture that could not be decoded, in a message that was read leniently."""
 
     reason: str
 
