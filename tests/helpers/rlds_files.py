@@ -50,6 +50,13 @@ def frame_record(payload: bytes) -> bytes:
     return length + _masked_crc(length) + payload + _masked_crc(payload)
 
 
+def png(image_HW3: np.ndarray) -> bytes:
+    """A picture (H, W, 3), unchanged, as a file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image_HW3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def jpeg(image_HW3: np.ndarray) -> bytes:
     """JPEG bytes of quality 95."""
     buffer = io.BytesIO()

@@ -286,10 +286,15 @@ def test_training_and_resuming_print_no_noise(
 
 
 def test_lerobot_data_give_the_same_losses_as_rlds(finetune: Callable[..., Path], tmp_path: Path) -> None:
-    """Two steps on the same episodes: the golden data set as RLDS, and rewritten as LeRobot with the same JPEGs."""
+    """Two steps on the same episodes: the golden data set as RLDS, and rewritten as LeRobot with the same pixels.
+
+    As PNGs, since a LeRobot data set's JPEGs are decoded as LeRobot decodes them, RLDS's as TensorFlow does.
+    """
     pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from prismatic.vla.datasets.image_transforms import decode_image
     from prismatic.vla.datasets.tfrecord import Example, read_records
     from tests.helpers.lerobot_files import LeRobotFiles
+    from tests.helpers.rlds_files import png
 
     name, episodes = "libero_spatial_no_noops", []
     for shard in sorted((tmp_path / "rlds" / name / "1.0.0").glob("*-train.tfrecord-*")):
@@ -297,6 +302,8 @@ def test_lerobot_data_give_the_same_losses_as_rlds(finetune: Callable[..., Path]
             example = Example(record.payload)
             texts = ("language_instruction", "observation/image", "observation/wrist_image")
             features: dict[str, Any] = {f"steps/{key}": example.byte_strings(f"steps/{key}") for key in texts}
+            for key in texts[1:]:
+                features[f"steps/{key}"] = [png(decode_image(jpeg)) for jpeg in features[f"steps/{key}"]]
             for key, width in (("action", 7), ("observation/state", 8)):
                 features[f"steps/{key}"] = example.floats(f"steps/{key}").reshape(-1, width)
             episodes.append(features)

@@ -141,14 +141,15 @@ def test_a_servers_limits_are_known_before_the_run(
         main(small(tmp_path, policy=f"http://{server}", unnorm_key="nope"))
 
 
-def test_bad_answers_and_states_are_errors_of_their_episodes(tmp_path: Path) -> None:
-    """A state that does not fit, then a policy that misbehaves in each episode in another way; the run goes on."""
+def test_bad_answers_are_errors_of_their_episodes(tmp_path: Path) -> None:
+    """A policy that misbehaves in each episode in another way: the run goes on. A state that does not fit ends it."""
     task = get_task("libero_object", 2)
     good = load_init_states(task)[0].tolist()
     demos = {f"demo_{number}": {"initial_state": good} for number in range(6)}
-    demos["demo_0"] = {"initial_state": [0.0, 1.0]}
-    states = tmp_path / "states.json"
+    states, misfit = tmp_path / "states.json", tmp_path / "misfit.json"
     states.write_text(json.dumps({task.instruction.replace(" ", "_"): demos}))
+    demos["demo_5"] = {"initial_state": [0.0, 1.0]}
+    misfit.write_text(json.dumps({task.instruction.replace(" ", "_"): demos}))
     config = small(
         tmp_path,
         policy="tests.helpers.eval_helpers:Misbehaving",
@@ -159,9 +160,8 @@ def test_bad_answers_and_states_are_errors_of_their_episodes(tmp_path: Path) -> 
     )
     assert main(config) == EXIT_ERRORS
     results = load_episodes(tmp_path / "run")
-    assert [result.status for result in results] == ["error"] * 5 + ["failure"]
+    assert [result.status for result in results] == ["error"] * 4 + ["failure"] * 2
     expected = [
-        r"ValueError: init_state: \w+ expects shape \(\d+,\), got \(2,\)",
         "policy answered values that are not finite numbers",
         r"policy answered shape \(8, 6\); the protocol needs \(at least 8, 7\)",
         "policy: TimeoutError: the policy did not answer within 1 s",
@@ -170,4 +170,7 @@ def test_bad_answers_and_states_are_errors_of_their_episodes(tmp_path: Path) -> 
     for result, reason in zip(results, expected):
         assert result.error is not None and re.match(reason, result.error) and "\n" not in result.error
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["total"]["errors"], summary["total"]["failures"]) == (5, 1)
+    assert (summary["total"]["errors"], summary["total"]["failures"]) == (4, 2)
+    config.initial_states_path, config.run_id_note = str(misfit), "misfit"
+    with pytest.raises(UsageError, match=r"--initial_states_path: .* expects shape \(110,\), got \(2,\)"):
+        main(config)

@@ -124,7 +124,7 @@ def _suite_tasks(suite: str) -> tuple[_InstalledTask, ...]:
     suites = _benchmark_module().get_benchmark_dict()
     if suite not in suites:
         near = difflib.get_close_matches(suite, set(suites) - set(SUITES), n=3)
-        raise unknown_name("--task_suite_name: task suite", suite, [*SUITES, *near])
+        raise unknown_name("--task_suite_name", suite, [*SUITES, *near])
     with contextlib.redirect_stdout(io.StringIO()):  # The benchmark class prints its task order.
         return tuple(suites[suite]().tasks)
 
