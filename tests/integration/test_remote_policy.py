@@ -171,6 +171,6 @@ def test_bad_answers_are_errors_of_their_episodes(tmp_path: Path) -> None:
         assert result.error is not None and re.match(reason, result.error) and "\n" not in result.error
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["total"]["errors"], summary["total"]["failures"]) == (4, 2)
-    config.initial_states_path, config.run_id_note = str(misfit), "misfit"
+    config.initial_states_path, config.run_name = str(misfit), "misfit"
     with pytest.raises(UsageError, match=r"--initial_states_path: .* expects shape \(110,\), got \(2,\)"):
         main(config)
