@@ -6,14 +6,15 @@ import fcntl
 import json
 import os
 from pathlib import Path
-
-import torch
-from accelerate import Accelerator
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from prismatic.checkpoint.layout import LOG_FILE
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
 
 
 class MetricAverager:
@@ -32,6 +33,8 @@ class MetricAverager:
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
         """Means since the last call, over all processes; starts anew."""
+        import torch  # Late: reading a log takes none, so commands that report answer at once.
+
         names = sorted(self._sums)
         if not names:
             return {}

@@ -8,7 +8,6 @@ from pathlib import Path
 from experiments.mini.make.teacher_data import parse_tasks
 from prismatic.util.errors import UsageError
 from prismatic.util.flags import check, limited
-from rocket_align.teacher.vggt.config import VGGTConfig
 
 
 @dataclass
@@ -53,19 +52,3 @@ class TrainTeacherConfig:
         check(self)
         if self.control and self.weights is not None:
             raise UsageError("--weights: not with --control true, whose aggregator is random; leave one of them out")
-
-    def vggt_config(self) -> VGGTConfig:
-        """VGGT's configuration at these sizes; LayerScale starts at 1, since the model is not deep."""
-        return VGGTConfig(
-            image_size=self.image_size,
-            embed_dim=self.embed_dim,
-            depth=self.depth,
-            num_heads=self.num_heads,
-            mlp_ratio=self.mlp_ratio,
-            num_register_tokens=self.num_register_tokens,
-            layer_scale_init=1.0,
-            vit_depth=self.vit_depth,
-            vit_num_heads=self.num_heads,
-            vit_mlp_ratio=self.mlp_ratio,
-            vit_num_register_tokens=0,
-        )

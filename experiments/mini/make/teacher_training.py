@@ -31,7 +31,7 @@ from experiments.mini.make.teacher_model import READOUT_NAME, TeacherModel, read
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write
 from prismatic.util.progress import progress_bar
-from rocket_align.teacher.vggt.config import AGGREGATOR_PREFIX, save_folder
+from rocket_align.teacher.vggt.config import AGGREGATOR_PREFIX, VGGTConfig, save_folder
 
 CHECKPOINT = "checkpoint.pt"
 _SCALE_FRAMES = 1024
@@ -63,13 +63,30 @@ def held_out_batches(frames: FrameSet, grid: int, batch_size: int) -> Iterator[t
         yield crop_images(frames.images[chosen], crops), geometry(frames, chosen, crops, grid)
 
 
+def vggt_config(cfg: TrainTeacherConfig) -> VGGTConfig:
+    """VGGT's configuration at these sizes; LayerScale starts at 1, since the model is not deep."""
+    return VGGTConfig(
+        image_size=cfg.image_size,
+        embed_dim=cfg.embed_dim,
+        depth=cfg.depth,
+        num_heads=cfg.num_heads,
+        mlp_ratio=cfg.mlp_ratio,
+        num_register_tokens=cfg.num_register_tokens,
+        layer_scale_init=1.0,
+        vit_depth=cfg.vit_depth,
+        vit_num_heads=cfg.num_heads,
+        vit_mlp_ratio=cfg.mlp_ratio,
+        vit_num_register_tokens=0,
+    )
+
+
 class Trainer:
     """Model, optimizer and moving average of one run."""
 
     def __init__(self, cfg: TrainTeacherConfig, train: FrameSet, held_out: FrameSet) -> None:
         self.cfg, self.train, self.held_out = cfg, train, held_out
         torch.manual_seed(cfg.seed)
-        self.model = TeacherModel(cfg.vggt_config(), cfg.cells)
+        self.model = TeacherModel(vggt_config(cfg), cfg.cells)
         self.grid = self.model.aggregator.config.grid_size * cfg.cells
         if cfg.control:
             self.model.aggregator.requires_grad_(False)
