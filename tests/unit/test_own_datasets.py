@@ -108,6 +108,21 @@ class TestBothFormats:
         with pytest.raises(UsageError, match="--use_proprio: True found, but dataset 'my_data' has no states"):
             _open(tmp_path, dataclasses.replace(spec, state=None), views=1, proprio=True)
 
+    def test_unused_states_may_be_wrong_in_one_split(self, format_: str, tmp_path: Path) -> None:
+        if format_ == "lerobot":
+            broken = np.where(np.arange(STEPS)[:, None] == 11, np.nan, STATE).astype(np.float32)
+            columns = {"action": ACTION, "observation.front": PICTURES, "observation.state": broken}
+            write_columns(tmp_path / NAME, columns, (6, 6), splits={"train": "0:1", "val": "1:2"})
+        else:
+            observation = {"front": Images(SIDE, SIDE), "state": Numbers((2,))}
+            schema = Schema({"action": Numbers((3,)), "observation": observation, "language_instruction": Texts()})
+            steps = {"action": ACTION, "observation/front": PICTURES, "language_instruction": ["pick it up"] * STEPS}
+            payloads = [schema.serialize({**steps, "observation/state": STATE * factor}) for factor in (1, np.nan)]
+            RLDSWriter(tmp_path, NAME, schema=schema).write_splits({"train": payloads[:1], "val": payloads[1:]})
+        spec = DatasetSpec(images={"primary": "observation/front"})
+        dataset = _open(tmp_path, spec, proprio=False)
+        assert "proprio" not in dataset.dataset_statistics[NAME] and len(dataset.frame(0)["action"]) == 4
+
     def test_vectors_are_cut_and_joined(self, format_: str, tmp_path: Path) -> None:
         features: Features = {
             "action": Numbers((5,)),

@@ -145,7 +145,10 @@ def _statistics(
         return json.loads(path.read_text())[name]
     indices = {split: index if split == own else splits[split].load() for split in sorted(splits)}
     by_split = [transitions if split == own else _transitions(spec, indices[split]) for split in indices]
-    actions, proprios = (np.concatenate(arrays) for arrays in zip(*by_split))
+    # Unused states may be damaged in one split and sound in another.
+    width = min(proprio.shape[1] for _, proprio in by_split)
+    actions = np.concatenate([action for action, _ in by_split])
+    proprios = np.concatenate([proprio[:, :width] for _, proprio in by_split])
     episodes = sum(table.num_episodes for table in indices.values())
     statistics = compute_statistics(actions, proprios, episodes, spec.action_mask)
     with contextlib.suppress(OSError):  # a read-only disk only costs the computation at the next start

@@ -95,15 +95,16 @@ def lanczos_crop_axis(in_size: int, out_size: int, start: float, length: float) 
     low = np.clip(positions.astype(np.int64), 0, out_size - 1)
     fraction = torch.from_numpy((positions - low).astype(np.float32))[:, None]
     rows = torch.from_numpy(low)
-    weights = tables.weights.index_select(0, rows).addcmul_(tables.difference.index_select(0, rows), fraction)
-    # Positions grow, so the first and last row of a block bound its inputs.
+    # Positions grow, so the first and last row of a block bound its inputs; only these columns are computed.
     firsts = band.first[low[[block.start for block in tables.outputs]]].tolist()
     lasts = low[[block.stop - 1 for block in tables.outputs]]
     stops = band.stop[np.minimum(lasts + 1, out_size - 1)].tolist()
-    return tuple(
-        Block(outputs, slice(first, stop), weights[outputs, first:stop])
-        for outputs, first, stop in zip(tables.outputs, firsts, stops, strict=True)
-    )
+    blocks = []
+    for outputs, first, stop in zip(tables.outputs, firsts, stops, strict=True):
+        weights = tables.weights[:, first:stop].index_select(0, rows[outputs])
+        difference = tables.difference[:, first:stop].index_select(0, rows[outputs])
+        blocks.append(Block(outputs, slice(first, stop), weights.addcmul_(difference, fraction[outputs])))
+    return tuple(blocks)
 
 
 def resample(image_HW3: np.ndarray, rows: tuple[Block, ...], columns: tuple[Block, ...]) -> np.ndarray:
