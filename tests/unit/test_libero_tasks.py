@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.robot.libero.simulator import rendering
+from experiments.robot.libero.simulator import environment, rendering
 from experiments.robot.libero.suites import tasks
+from experiments.robot.libero.suites.task import read_states, states_of
 from prismatic.util.errors import UsageError
 
 installed = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="LIBERO is not installed")
@@ -22,6 +24,78 @@ def test_instruction_is_the_file_name_in_words() -> None:
     assert task.instruction == "pick up the cream cheese and place it in the basket"
     assert task.bddl_path.is_file()
     assert tasks.num_tasks("libero_spatial") == 10
+
+
+@installed
+@pytest.mark.parametrize(
+    ("suite", "number", "told"),
+    [
+        ("libero_goal_lan", 7, "switch on the stove"),
+        ("libero_goal_task", 1, "put the plate on the stove"),
+        ("libero_10_task", 8, "put the left moka pot on the stove"),
+        # Only the scene is perturbed: the wording of LIBERO's data, not that of its file ("Pick the milk ...").
+        ("libero_object_swap", 7, "pick up the milk and place it in the basket"),
+    ],
+)
+def test_the_policy_is_told_what_the_tasks_file_says(suite: str, number: int, told: str) -> None:
+    assert tasks.get_task(suite, number).instruction == told
+    unperturbed = tasks.get_task(suite.rpartition("_")[0], number).instruction
+    assert tasks.get_task(suite, number, "name").instruction == unperturbed
+
+
+@installed
+def test_all_sixteen_suites_of_libero_pro_judge_and_tell_one_goal() -> None:
+    for base in ("libero_spatial", "libero_object", "libero_goal", "libero_10"):
+        for ending in tasks.PRO_ENDINGS:
+            specs = [tasks.get_task(f"{base}_{ending}", number) for number in range(10)]
+            plain = [tasks.get_task(base, number) for number in range(10)]
+            changed = [a.instruction != b.instruction for a, b in zip(specs, plain)]
+            assert all(changed) if ending in ("lan", "task") else not any(changed), (base, ending)
+            assert tasks.find_suite(f"{base}_{ending}").base == base
+
+
+@installed
+def test_a_sentence_of_ones_own_in_another_copy_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = tasks.get_task("libero_object", 7)
+    own = tmp_path / "bddl_files" / "libero_object" / spec.bddl_path.name
+    own.parent.mkdir(parents=True)
+    own.write_text(spec.bddl_path.read_text().replace("Pick the milk", "Fetch the milk"))
+    (tmp_path / "config.yaml").write_text(f"bddl_files: {tmp_path / 'bddl_files'}\n")
+    before = tasks.suite_files("libero_object")
+    assert before == tasks.LIBERO_FILES["libero_object"]
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
+    assert tasks.get_task("libero_object", 7).instruction == "fetch the milk and place it in the basket"
+    assert tasks.suite_files("libero_object")["tasks"] != before["tasks"]
+
+
+@pytest.mark.parametrize("name", ["s.json", "s.npz", "s.npy", "s.init", "s.pruned_init", "s.pt", "s.hdf5"])
+def test_initial_states_in_every_format_of_the_field(name: str, tmp_path: Path) -> None:
+    torch, h5py = pytest.importorskip("torch"), pytest.importorskip("h5py")
+    states, path = np.random.default_rng(0).normal(size=(3, 5)), tmp_path / name
+    if name == "s.json":
+        demos = {f"demo_{i}": {"initial_state": state.tolist(), "success": i != 1} for i, state in enumerate(states)}
+        path.write_text(json.dumps({"do_it": demos}))
+    elif path.suffix in (".npz", ".npy"):
+        np.savez(path, states=states) if path.suffix == ".npz" else np.save(path, states)
+    elif name == "s.hdf5":
+        with h5py.File(path, "w") as file:
+            for number, state in enumerate(states):
+                file[f"data/demo_{number}/states"] = np.stack([state, state + 1])
+    else:
+        torch.save(torch.from_numpy(states) if name == "s.pt" else states, path)
+    task = tasks.TaskSpec("suite", 0, "name", "do it", tmp_path, tmp_path)
+    expected = [tuple(state) if name != "s.json" or i != 1 else None for i, state in enumerate(states.tolist())]
+    assert states_of(read_states(path), task, path) == expected
+
+
+def test_a_file_that_is_no_table_of_states_is_one_line(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    (tmp_path / "b.npz").write_bytes(b"nothing")
+    (tmp_path / "c.csv").write_text("1,2")
+    for name, words in {"a.npy": "plain numbers", "b.npz": "plain numbers", "c.csv": "accepted are files"}.items():
+        with pytest.raises(UsageError, match=words) as refusal:
+            read_states(tmp_path / name)
+        assert "\n" not in str(refusal.value)
 
 
 @installed
@@ -103,3 +177,19 @@ def test_a_mujoco_that_robosuite_cannot_use_is_refused_before_anything_is_loaded
     monkeypatch.setattr(rendering, "package_version", lambda name: "4.0.0")
     with pytest.raises(UsageError, match=r"^mujoco 4.0.0 found; accepted: 3.3.7 \(pip uninstall -y mujoco mujoco-core"):
         rendering.choose_renderer()
+
+
+def test_a_device_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "first")
+    with pytest.raises(UsageError, match="MUJOCO_EGL_DEVICE_ID: found 'first'"):
+        rendering.choose_renderer()
+
+
+@installed
+def test_an_environment_that_cannot_be_built_is_one_line_for_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(task: tasks.TaskSpec) -> None:
+        raise AttributeError("qM")
+
+    monkeypatch.setattr(environment, "_build_domain", build)
+    with pytest.raises(UsageError, match=r"task 2: the simulator cannot be built \(AttributeError: qM, .*MUJOCO_GL="):
+        environment.LiberoEnv("libero_object", 2)

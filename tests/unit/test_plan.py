@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.robot.libero.rollouts.plan import default_run_name, make_plan, run_environment, run_identity
+from experiments.robot.libero.rollouts.protocol import protocol_deviations
 from experiments.robot.libero.run_libero_eval import GenerateConfig
 from experiments.robot.libero.suites import tasks
 from prismatic.util.errors import UsageError
@@ -208,3 +209,29 @@ def test_a_default_name_fits_whatever_the_checkpoints_name(tmp_path: Path) -> No
 
 def test_versions_are_recorded() -> None:
     assert run_environment(GenerateConfig(pretrained_checkpoint="x"))["torch"] is not None
+
+
+def test_a_complete_suite_of_ones_own_needs_its_step_limit_alone(config: Callable[..., GenerateConfig]) -> None:
+    flags = {"task_suite_name": "libero_study_table", "num_trials_per_task": 1, "unnorm_key": "libero_spatial_no_noops"}
+    plan = make_plan(config(max_steps=400, **flags))
+    assert len(plan.episodes) == 5 and {episode.max_steps for episode in plan.episodes} == {400}
+    with pytest.raises(UsageError, match="--max_steps: no step limit is known for libero_study_table"):
+        make_plan(config(**flags))
+
+
+def test_every_deviation_from_the_protocol_is_listed(config: Callable[..., GenerateConfig], tmp_path: Path) -> None:
+    states = tmp_path / "states.npy"
+    np.save(states, tasks.load_init_states(tasks.get_task("libero_spatial", 0)))
+    odd = config(render="fast", env_seed=3, max_steps=280, instruction_source="name", initial_states_path=str(states))
+    odd.num_trials_per_task = 1
+    identity = run_identity(odd, make_plan(odd), ())
+    assert protocol_deviations(identity) == [
+        "max_steps 280", "render fast", "env_seed 3", "initial states of a file", "instruction_source name",
+    ]  # fmt: skip
+    usual = run_identity(config(), make_plan(config()), ())
+    assert protocol_deviations(usual) == [] and usual["standard_protocol"] is True
+    other = {**usual, "task_files": {"tasks": "0", "initial_states": usual["task_files"]["initial_states"]}}
+    assert protocol_deviations(other) == ["tasks that are not LIBERO's"]
+    assert default_run_name(config(), usual) == default_run_name(
+        config(), {k: usual[k] for k in usual if k != "task_files"}
+    )
