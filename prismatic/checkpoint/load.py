@@ -9,6 +9,7 @@ Not obvious:
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -303,15 +304,14 @@ def load_policy_model(
 
 def _quantization(checkpoint: Checkpoint, shape: PolicyShape, device: torch.device, load_in: str) -> dict[str, object]:
     """Arguments of `from_pretrained` for 8- or 4-bit weights."""
-    if checkpoint.adapter_path is not None:
-        raise UsageError(
-            f"--load_in_{load_in}: {checkpoint.path} holds only an adapter, which cannot be added to quantized "
-            "weights; accepted: a merged checkpoint (vla-scripts/merge_lora_weights_and_save.py)"
-        )
     from transformers import BitsAndBytesConfig
 
+    # Once for every layer it says how inputs are cast; without the package `kernels`, that it goes on without it.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # FiLM checkpoints bring their own vision weights, which are loaded over the model's.
-    plain = ["lm_head", VISION] if shape.use_film else None
+    plain = ["lm_head", *([VISION] if shape.use_film else [])]
+    if load_in == "4bit" and device.type == "cpu":
+        plain += _not_of_whole_blocks(checkpoint.model_path)
     settings = BitsAndBytesConfig(
         load_in_8bit=load_in == "8bit",
         load_in_4bit=load_in == "4bit",
@@ -321,8 +321,22 @@ def _quantization(checkpoint: Checkpoint, shape: PolicyShape, device: torch.devi
     return {"quantization_config": settings, "device_map": {"": device}}
 
 
+def _not_of_whole_blocks(folder: Path) -> list[str]:
+    """Linear layers that bitsandbytes cannot multiply on CPUs: it wants rows of whole blocks (64), and 32 of them."""
+    from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+    from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+
+    with torch.device("meta"):
+        model = OpenVLAForActionPrediction(OpenVLAConfig.from_pretrained(str(folder)))
+    linear = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+    return [name for name, layer in linear if layer.in_features % 64 or layer.out_features % 32]
+
+
 def _merge_adapter(vla: VLA, folder: Path) -> VLA:
-    """The model with the adapter added into its weights, layer by layer: sums in float32, rounded once."""
+    """The model with the adapter added into its weights, layer by layer: sums in float32, rounded once.
+
+    Quantized weights take no sums: their layers keep the adapter beside them.
+    """
     from peft.tuners.lora import LoraLayer
 
     from prismatic.models.lora import load_lora
@@ -331,13 +345,18 @@ def _merge_adapter(vla: VLA, folder: Path) -> VLA:
         adapted = load_lora(vla, folder)
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise UsageError(f"--pretrained_checkpoint: {folder}: {_one_line(error)}") from error
-    with torch.no_grad():
-        for layer in adapted.modules():
-            if isinstance(layer, LoraLayer):
-                lora: Any = layer
-                weight = lora.get_base_layer().weight
-                weight.copy_(weight.float() + sum(lora.get_delta_weight(name).float() for name in lora.active_adapters))
-    return adapted.unload()
+    model: Any = adapted.get_base_model()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            lora: Any = layer
+            plain = lora.get_base_layer()
+            if plain.weight.is_floating_point():
+                with torch.no_grad():
+                    deltas = sum(lora.get_delta_weight(adapter).float() for adapter in lora.active_adapters)
+                    plain.weight.copy_(plain.weight.float() + deltas)
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, plain)
+    return model
 
 
 def _load_film(vla: VLA, file: Path) -> None:
