@@ -31,7 +31,7 @@ __all__ = [
 
 
 def main(config: FinetuneConfig) -> int:
-    """Train; returns 0, or 130 when stopped early (the checkpoint is written first)."""
+    """Train; returns 0, or after Ctrl-C 130 and after SIGTERM 143 (the checkpoint is written first)."""
     config.validate()
     align, teacher_dim = plan_alignment(config)
     check_resumed_alignment(config, align)
@@ -41,7 +41,7 @@ def main(config: FinetuneConfig) -> int:
     alignment, targets = build_alignment(training, align, teacher_dim)
     training.run_config["alignment"] = {**asdict(align), "widths": alignment.widths}
     state = training.fit(alignment, align.coeff, targets)
-    return 130 if state.stopped_early else 0
+    return 128 + state.stopped_by if state.stopped_by else 0
 
 
 if __name__ == "__main__":

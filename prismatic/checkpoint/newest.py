@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from prismatic.checkpoint.layout import (
@@ -76,6 +78,15 @@ def checkpoints_of(run_dir: Path) -> dict[int, Path]:
         if run == run_dir.name and step is not None and is_checkpoint(folder):
             folders[step] = folder
     return folders
+
+
+def remove_older(run_dir: Path, keep: int, also: Collection[int]) -> None:
+    """Remove all but the newest `keep` checkpoints of a run and those of the steps `also`."""
+    folders = checkpoints_of(run_dir)
+    for step in sorted(folders)[:-keep]:
+        if step not in also:
+            # Renamed first, so that a kill leaves no half a checkpoint under its name.
+            shutil.rmtree(folders[step].rename(folders[step].with_name(f".{run_dir.name[:100]}.{step}.gone")))
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:

@@ -54,6 +54,7 @@ class TrainConfig:
     learning_rate: float = limited(5e-4, above=0)  # Peak learning rate (AdamW)
     weight_decay: float = limited(0.01, least=0)  # AdamW weight decay
     max_grad_norm: float = limited(0.0, least=0)  # Gradient norm clip; 0 does not clip
+    skip_nonfinite: bool = False  # Leave out batches whose gradient is not finite; every step waits for the device
     lr_warmup_steps: int = limited(0, least=0)  # Linear warm-up from a tenth of the rate
     scheduler: Scheduler = "MultiStepLR"  # MultiStepLR | CosineAnnealingLR
     num_steps_before_decay: int = limited(100_000, least=1)  # MultiStepLR: x0.1 after this many steps
@@ -71,6 +72,9 @@ class TrainConfig:
     # Checkpoints
     save_freq: int = limited(10_000, least=1)  # Steps between checkpoints (one is always written at the end)
     save_specific_steps: str = numbers("")  # Further steps to save at, as a comma list
+    # Newest checkpoints to keep, beside those of save_specific_steps; 0: all
+    keep_checkpoints: int = limited(0, least=0)
+    keep_best: bool = False  # With --keep_checkpoints and --use_val_set: also the one of least validation loss
     save_latest_checkpoint_only: bool = False  # Keep one checkpoint, overwritten, in the run's folder
     # Go on: from the checkpoint or run folder --vla_path, else from this run's newest checkpoint, else begin
     resume: bool = False
@@ -135,6 +139,8 @@ class TrainConfig:
             read_datasets(Path(self.dataset_file))
         if self.val_fraction and not self.use_val_set:
             raise UsageError(f"--val_fraction: {self.val_fraction} without --use_val_set; accepted: 0, or both of them")
+        if self.keep_best and not (self.keep_checkpoints and self.use_val_set):
+            raise UsageError("--keep_best: True found; accepted: False, or with --keep_checkpoints and --use_val_set")
         for name in self.tracker_names:
             if importlib.util.find_spec(name) is None:
                 raise UsageError(f"--trackers: {name} is not installed; accepted: none, or after pip install {name}")

@@ -22,6 +22,7 @@ from rich.progress import Progress, TaskID
 from prismatic.training.config import TrainConfig
 from prismatic.training.metrics import MetricAverager, MetricLog
 from prismatic.training.module import TrainableVLA, move_batch
+from prismatic.util.errors import UsageError
 from prismatic.util.progress import progress_bar
 from prismatic.vla.batch import Batch
 
@@ -32,7 +33,7 @@ class StopRequest:
     """Turns the first SIGINT or SIGTERM into a flag; the previous handlers are back for a second one, and on exit."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -41,7 +42,7 @@ class StopRequest:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.requested = number
         self._restore()
 
     def _restore(self) -> None:
@@ -54,10 +55,14 @@ class StopRequest:
 
 @dataclass
 class TrainState:
-    """Progress of training. `step` counts finished optimizer steps."""
+    """Progress of training: finished optimizer steps, and the signal that ended it early, or 0."""
 
     step: int = 0
-    stopped_early: bool = False
+    stopped_by: int = 0
+
+
+def _datasets(names: list[str]) -> str:
+    return ", ".join(sorted(set(names))) or "the data"
 
 
 class Trainer:
@@ -96,6 +101,8 @@ class Trainer:
         self.state = TrainState()
         self._averages = MetricAverager()
         self._console = Console(stderr=True)
+        # Since the last check: step, dataset of every sample, loss (on the device).
+        self._recent: list[tuple[int, list[str], torch.Tensor]] = []
 
     def fit(self, batches: Iterator[Batch], start_step: int = 0) -> TrainState:
         """Train from `start_step` to `max_steps`; always saves at the end, also when stopped."""
@@ -109,22 +116,26 @@ class Trainer:
                 self.train_step(batches)
                 progress.advance(task)
                 if self._logs_now():
+                    self._check_finite()
                     clock = self._write_log(clock, progress, task)
                 if self._validates_now():
                     self._run_validation()
                 if self._saves_now():
+                    self._check_finite()
                     self.save(self.state.step)
                     saved_at = self.state.step
-                if self._stop_agreed(stop):
-                    self.state.stopped_early = self.state.step < self.config.max_steps
+                if number := self._stop_agreed(stop):
+                    self.state.stopped_by = number if self.state.step < self.config.max_steps else 0
                     break
         if saved_at != self.state.step:
+            self._check_finite()
             self.save(self.state.step)
         return self.state
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over `grad_accumulation_steps` batches."""
         micro_steps = self.config.grad_accumulation_steps
+        metrics = []
         for micro in range(micro_steps):
             batch = move_batch(next(batches), self.accelerator.device)
             if micro == 0 and self._samples_now():
@@ -136,7 +147,12 @@ class Trainer:
                 with self.accelerator.autocast():
                     output = self.module(batch, targets)
                 self.accelerator.backward(output.loss / micro_steps)
-            self._averages.add(output.metrics)
+            metrics.append(output.metrics)
+            self._recent.append((self.state.step + 1, batch.get("dataset_names", []), output.loss.detach()))
+        if self.config.skip_nonfinite and self._left_out():
+            return
+        for values in metrics:
+            self._averages.add(values)
         if self.config.max_grad_norm > 0:
             norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
             self._averages.add({"grad_norm": norm})
@@ -144,6 +160,40 @@ class Trainer:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
+
+    def _left_out(self) -> bool:
+        """Leave the step out, but for its place, where the gradient, which all processes share, is not finite."""
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        if torch.nn.utils.get_total_norm(gradients).isfinite():
+            return False
+        step, names, _ = self._recent[-1]
+        self._report(f"step {step}: loss or gradient is not finite; left out the batch of {_datasets(names)}")
+        self._recent = [recent for recent in self._recent if recent[0] != step]
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        self.state.step = step
+        return True
+
+    def _check_finite(self) -> None:
+        """Refuse to go on, or to save, with what a loss that is not finite has left.
+
+        Raises:
+            UsageError: the first step whose loss was not finite, in any process, or that spoiled the weights.
+        """
+        recent, self._recent = self._recent, []
+        if not recent:
+            return
+        wrong = torch.stack([~loss.isfinite().all() for _, _, loss in recent]).float()
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        spoiled = ~torch.stack([parameter.detach().isfinite().all() for parameter in trained]).all()
+        flags = self.accelerator.gather(torch.cat([wrong, spoiled[None].float()])[None]).amax(dim=0).tolist()
+        if not any(flags):
+            return
+        step, names, _ = recent[flags.index(1.0)] if any(flags[:-1]) else recent[-1]
+        raise UsageError(
+            f"training: the loss or the weights are not finite at step {step}, in the batch of {_datasets(names)}; the "
+            "last checkpoint is kept; accepted: a lower --learning_rate, --max_grad_norm 1, or --skip_nonfinite True"
+        )
 
     def _samples_now(self) -> bool:
         every = self.config.diffusion_sample_freq
@@ -169,14 +219,14 @@ class Trainer:
     def _validates_now(self) -> bool:
         return self.validate is not None and self.state.step % self.config.val_freq == 0
 
-    def _stop_agreed(self, stop: StopRequest) -> bool:
-        """Tell whether any process was asked to stop; several processes ask each other only at log lines."""
+    def _stop_agreed(self, stop: StopRequest) -> int:
+        """Signal that asked a process to stop, or 0; several processes ask each other only at log lines."""
         if self.accelerator.num_processes == 1:
             return stop.requested
         if not self._logs_now():
-            return False
-        flag = torch.tensor(float(stop.requested), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum").item())
+            return 0
+        flag = torch.tensor([float(stop.requested)], device=self.accelerator.device)
+        return int(self.accelerator.gather(flag).max().item())
 
     def _run_validation(self) -> None:
         assert self.validate is not None

@@ -14,12 +14,13 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set
 from torch import nn
 
 from prismatic.checkpoint.folder import resolve_checkpoint
-from prismatic.checkpoint.layout import RUN_CONFIG, component_file, load_training_state, read_record
+from prismatic.checkpoint.layout import LOG_FILE, RUN_CONFIG, component_file, load_training_state, read_record
 from prismatic.checkpoint.load import build_parts, load_component, load_for_training, load_processor
+from prismatic.checkpoint.newest import checkpoints_of, remove_older
 from prismatic.checkpoint.write import CheckpointWriter, gather_training_state, restore_random_state
 from prismatic.training.config import TrainConfig
 from prismatic.training.loop import Targets, Trainer, TrainState
-from prismatic.training.metrics import MetricLog
+from prismatic.training.metrics import MetricLog, read_log
 from prismatic.training.module import TrainableVLA, count_parameters, move_batch
 from prismatic.training.objectives import make_objective
 from prismatic.training.precision import base_weights_dtype, make_accelerator
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 # What a checkpoint records that differs between a run and its resumption, or does not shape training.
 NOT_COMPARED_ON_RESUME = {
     *("vla_path", "base_checkpoint", "resume", "resume_step", "max_steps"),
-    *("run_root_dir", "run_id_override", "run_id_note", "code", "versions"),
+    *("run_root_dir", "run_id_override", "run_id_note", "keep_checkpoints", "keep_best", "code", "versions"),
 }
 
 
@@ -186,6 +187,7 @@ class TrainingRun:
             state = gather_training_state(accelerator, optimizer, loader.state_dict())
             if accelerator.is_main_process:
                 accelerator.print(f"saved {writer.save(step, state)}")
+                self._remove_older()
             accelerator.wait_for_everyone()
 
         if accelerator.log_with:
@@ -210,6 +212,17 @@ class TrainingRun:
             state = trainer.fit(iter(loader), self.start.step)
         accelerator.end_training()
         return state
+
+    def _remove_older(self) -> None:
+        config = self.config
+        if not config.keep_checkpoints or config.save_latest_checkpoint_only:
+            return
+        kept = set(config.extra_save_steps)
+        if config.keep_best:
+            saved = checkpoints_of(self.run_dir)
+            losses = {row["step"]: row["val/loss"] for row in read_log(self.run_dir / LOG_FILE) if "val/loss" in row}
+            kept |= {int(step) for step in sorted(losses.keys() & saved.keys(), key=losses.__getitem__)[:1]}
+        remove_older(self.run_dir, config.keep_checkpoints, kept)
 
     def _restore(
         self, module: TrainableVLA, optimizer: torch.optim.Optimizer, loader: MixtureLoader

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,10 +18,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
 from safetensors.torch import load_file, save_file
 
+from prismatic.training.config import TrainConfig
 from prismatic.training.metrics import read_log
+from prismatic.training.run import TrainingRun
 from prismatic.util.errors import UsageError
 from tests.helpers.noise import noise
 
@@ -100,6 +104,46 @@ def test_the_same_command_goes_on_from_the_newest_intact_checkpoint(
     damaged.write_bytes(content)
     with pytest.raises(UsageError, match=r"--resume: .*adapter_model.safetensors: damaged"):
         finetune(vla_path=str(damaged.parents[1]), run_root_dir=tmp_path / "b", max_steps=4, **flags)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(finetune: Callable[..., Path], tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"recipe": "baseline", "merge_lora_during_training": False, "max_steps": 6}
+    flags |= {"save_freq": 1, "wandb_log_freq": 5, "learning_rate": 1e30}
+    with pytest.raises(UsageError, match=r"not finite at step \d, in the batch of libero_spatial_no_noops; the last"):
+        finetune(**flags)
+    for file in (tmp_path / "runs").glob("*_chkpt/action_head--*"):
+        assert all(value.isfinite().all() for value in torch.load(file, weights_only=True).values())
+
+
+class GivenLoss(torch.nn.Module):
+    """An auxiliary loss that is what its target says."""
+
+    def forward(self, hidden_states: tuple[torch.Tensor, ...], teacher: float, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(loss=hidden_states[0].mean() * teacher, per_pair=[])
+
+
+def test_batches_that_are_not_finite_are_left_out_when_asked(
+    student_folder: Path, rlds_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags: dict[str, Any] = {"vla_path": str(student_folder), "data_root_dir": rlds_root, "run_root_dir": tmp_path}
+    flags |= {"run_id_override": "run", "trackers": "none", "lora_rank": 4, "batch_size": 2, "num_workers": 0}
+    config = TrainConfig(**flags, max_steps=3, wandb_log_freq=1, skip_nonfinite=True, mixed_precision="no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    factors = iter([1.0, float("nan"), 1.0])
+    TrainingRun(config, asdict(config)).fit(GivenLoss(), 1.0, lambda batch: next(factors))
+    assert "step 2: loss or gradient is not finite; left out the batch of libero_spatial" in capsys.readouterr().err
+    rows = {row["step"]: row for row in read_log(tmp_path / "run" / "metrics.jsonl")}
+    assert "loss" not in rows[2] and rows[3]["loss"] > 0
+    assert all(value.isfinite().all() for value in _weights(tmp_path / "run--3_chkpt").values())
+
+
+def test_older_checkpoints_are_removed_but_for_the_best(finetune: Callable[..., Path]) -> None:
+    flags: dict[str, Any] = {"recipe": "baseline", "merge_lora_during_training": False, "max_steps": 5, "save_freq": 1}
+    flags |= {"use_val_set": True, "val_fraction": 0.5, "val_freq": 1, "save_specific_steps": "2"}
+    runs = finetune(keep_checkpoints=1, keep_best=True, **flags)
+    losses = {row["step"]: row["val/loss"] for row in read_log(runs / "run/metrics.jsonl") if "val/loss" in row}
+    kept = {f"run--{step}_chkpt" for step in {2, 5, min(losses, key=losses.__getitem__)}}
+    assert {folder.name for folder in runs.iterdir()} - {"run"} == kept
 
 
 def test_trackers_get_project_and_run(
@@ -264,7 +308,7 @@ def test_a_stop_saves(
         time.sleep(0.02)
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == 128 + number, errors
     steps = len(read_log(log))
     assert (tmp_path / f"run--{steps}_chkpt" / "training_state" / "state.pt").is_file()
     assert "Traceback" not in errors
