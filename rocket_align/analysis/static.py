@@ -1,4 +1,4 @@
-"""How much of an alignment's targets is the place of the token alone, the same in every picture."""
+"""Share of an alignment's targets that the token's place alone explains, the same in every picture."""
 
 from __future__ import annotations
 
