@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.robot.libero.demonstrations import instruction_of
 from experiments.robot.libero.simulator import environment, rendering
 from experiments.robot.libero.suites import tasks
 from experiments.robot.libero.suites.task import read_states, states_of
@@ -193,3 +194,22 @@ def test_an_environment_that_cannot_be_built_is_one_line_for_the_whole_run(monke
     monkeypatch.setattr(environment, "_build_domain", build)
     with pytest.raises(UsageError, match=r"task 2: the simulator cannot be built \(AttributeError: qM, .*MUJOCO_GL="):
         environment.LiberoEnv("libero_object", 2)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "told"),
+    [
+        ({}, "pick up the milk"),
+        ({"bddl_file_name": "bddl_files/libero_object/a.bddl", "problem_info": "Pick the milk"}, "pick up the milk"),
+        ({"bddl_file_name": "bddl_files/libero_object_lan/a.bddl", "problem_info": "Fetch milk"}, "fetch milk"),
+        ({"instruction": "bring the milk"}, "bring the milk"),
+    ],
+)
+def test_demonstrations_tell_what_the_evaluation_tells(attributes: dict[str, str], told: str, tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "pick_up_the_milk_demo.hdf5"
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        for name, text in attributes.items():
+            data.attrs[name] = json.dumps({"language_instruction": text}) if name == "problem_info" else text
+    assert instruction_of(path) == told

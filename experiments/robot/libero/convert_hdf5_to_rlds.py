@@ -79,12 +79,13 @@ def convert(config: ConvertConfig) -> Path:
     # Finished episodes wait on disk: a suite at 256 pixels is some 3 GB.
     with tempfile.TemporaryDirectory(dir=config.out, prefix=".converting-") as staging:
         for file in files:
+            instruction = instruction_of(file)
             for name, demonstration in read_demonstrations(file):
                 shapes = {images.shape[1:] for images in (demonstration.images, demonstration.wrist_images)}
                 size = size or demonstration.images.shape[1]
                 if shapes != {(size, size, 3)}:
                     raise UsageError(f"{file}: {name}: images of shape {sorted(shapes)}; accepted: ({size}, {size}, 3)")
-                episode = as_episode(demonstration, instruction_of(file), f"{file.name}/{name}")
+                episode = as_episode(demonstration, instruction, f"{file.name}/{name}")
                 payloads.append(Path(staging) / f"{len(payloads):06d}")
                 payloads[-1].write_bytes(serialize_episode(episode))
             print(f"{file.name}: {len(payloads)} episodes so far", flush=True)

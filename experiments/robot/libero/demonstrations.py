@@ -8,6 +8,7 @@ Not obvious:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from experiments.robot.libero.suites.task import MAX_STEPS, name_in_words
 from prismatic.util.errors import UsageError
 
 _SUFFIX = "_demo.hdf5"
 _NO_OP_SIZE = 1e-4
+INSTRUCTION = "instruction"  # attribute of a regenerated file
 INSTALL_HINT = 'pip install "rocket-vla[sim]"'
 
 
@@ -106,8 +109,23 @@ def demonstration_files(folder: Path, flag: str) -> list[Path]:
 
 
 def instruction_of(file: Path) -> str:
-    """The instruction in a file's name: its words, without a leading scene such as KITCHEN_SCENE3."""
-    return re.sub(r"^[A-Z_]*SCENE\d+_", "", file.name.removesuffix(_SUFFIX)).replace("_", " ")
+    """The instruction of a file's demonstrations, in the wording that the evaluation tells.
+
+    regenerate_libero_dataset.py records it. In LIBERO's own files it is the words of the file's name, without a leading
+    scene such as KITCHEN_SCENE3; in files about another suite's tasks (LIBERO-PRO's, your own) the recorded sentence.
+    """
+    with open_demonstrations(file) as content:
+        recorded = content["data"].attrs
+        if INSTRUCTION in recorded:
+            return str(recorded[INSTRUCTION])
+        suite = Path(str(recorded.get("bddl_file_name", ""))).parent.name
+        about = str(recorded.get("problem_info", ""))
+    if suite and suite not in MAX_STEPS:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            sentence = json.loads(about)["language_instruction"]
+            words = sentence if isinstance(sentence, str) else "".join(sentence)
+            return " ".join(words.strip('"').split()).lower()
+    return name_in_words(file.name.removesuffix(_SUFFIX))
 
 
 def open_demonstrations(path: Path) -> Any:

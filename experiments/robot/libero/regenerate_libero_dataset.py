@@ -118,6 +118,7 @@ def regenerate_task(config: RegenerateConfig, task_id: int) -> dict[str, Any]:
         UsageError: its file is missing or damaged, or its states do not fit the installed simulator.
     """
     from experiments.robot.libero.demonstrations import (
+        INSTRUCTION,
         demonstration_file,
         demonstration_names,
         describe,
@@ -149,6 +150,7 @@ def regenerate_task(config: RegenerateConfig, task_id: int) -> dict[str, Any]:
                     write_demonstration(file, f"demo_{kept}", demonstration)
                     kept += 1
             file["data"].attrs["num_demos"] = kept
+            file["data"].attrs[INSTRUCTION] = task.instruction
             file["data"].attrs["env_args"] = json.dumps({"image_size": config.image_size, "render": config.render})
     print(describe(target, task.instruction, report), flush=True)
     return report

@@ -223,10 +223,14 @@ def _read_torch(path: Path) -> object:
 
 def _read_hdf5(path: Path) -> object:
     """First states of LIBERO's demonstrations of one task."""
-    from experiments.robot.libero.demonstrations import demonstration_names, open_demonstrations, read_array
+    try:
+        import h5py
 
-    with open_demonstrations(path) as file:
-        return [read_array(file, name, "states")[0] for name in demonstration_names(file)]
+        with h5py.File(path, "r") as file:
+            numbers = sorted(int(name[5:]) for name in file["data"] if re.fullmatch(r"demo_\d+", name))
+            return [file[f"data/demo_{number}/states"][0] for number in numbers]
+    except (ImportError, OSError, KeyError) as error:
+        raise UsageError(f"{path}: no readable demonstrations ({' '.join(str(error).split())[:120]})") from error
 
 
 _READERS: Mapping[str, Callable[[Path], object]] = {
