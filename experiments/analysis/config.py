@@ -242,6 +242,8 @@ def training_config(flags: SubjectFlags, folder: str) -> FinetuneConfig:
         for chosen, replaced in (pair, pair[::-1]):
             if any(name in given for name in chosen):
                 values = {name: value for name, value in values.items() if name not in replaced}
+    if numbers := values.get("platform_numbers"):
+        values["platform"] = numbers  # The file that its name came from may be elsewhere.
     values |= given
     if values.get("vggt_path") or values.get("teacher_path"):
         values["feature_store"] = ""  # The teacher itself sees what the student sees.

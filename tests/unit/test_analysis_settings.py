@@ -14,6 +14,7 @@ from experiments.analysis.config import SelectConfig, SubjectFlags, training_con
 from experiments.analysis.select import _check_sizes
 from experiments.join import FinetuneConfig, build_alignment
 from prismatic.util.errors import UsageError
+from prismatic.vla.platforms import NormalizationType, Platform, get_platform
 
 
 @pytest.fixture
@@ -51,6 +52,14 @@ def test_a_given_flag_replaces_what_was_recorded_in_its_place(
     config = training_config(SubjectFlags(**given), str(run_folder))
     assert {name: getattr(config, name) for name in expected} == expected
     assert (config.shuffle_buffer_size, config.use_val_set, config.val_fraction) == (7, False, 0.0)
+
+
+def test_a_platform_of_ones_own_comes_from_the_checkpoint(run_folder: Path) -> None:
+    arm = Platform("my_arm", 4, 8, 8, NormalizationType.BOUNDS)
+    record = {"platform": "/gone/my_arm.json", "platform_numbers": arm.to_json()}
+    (run_folder / "run_config.json").write_text(json.dumps(record))
+    assert get_platform(training_config(SubjectFlags(), str(run_folder)).platform) == arm
+    assert training_config(SubjectFlags(platform="aloha"), str(run_folder)).platform == "aloha"
 
 
 def test_more_blocks_than_the_models_have_are_refused_before_anything_is_loaded() -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from prismatic.checkpoint.folder import open_checkpoint, resolve_unnorm_key
+from prismatic.checkpoint.layout import recorded_platform
 from prismatic.util.errors import UsageError
+from prismatic.vla.platforms import ALOHA, NormalizationType, Platform
 
 STATISTICS = {"libero_spatial_no_noops": {"action": {}}, "libero_goal": {"action": {}}}
 
@@ -134,3 +136,21 @@ def test_unnorm_keys() -> None:
         resolve_unnorm_key(STATISTICS, "bridge", "libero_goal")
     with pytest.raises(UsageError, match=r"--unnorm_key \(not given.*'libero_10'"):
         resolve_unnorm_key(STATISTICS, "", "libero_10")
+
+
+def test_a_record_gives_the_platforms_numbers_or_says_what_to_add(tmp_path: Path) -> None:
+    """A name alone, as earlier versions recorded it, means something only where it is known."""
+    record = tmp_path / "run_config.json"
+    assert recorded_platform(tmp_path) is None
+    record.write_text(json.dumps({"platform": "aloha"}))
+    assert recorded_platform(tmp_path) == ALOHA
+    record.write_text(json.dumps({"platform": "my_arm"}))
+    with pytest.raises(UsageError, match=r'run_config.json: .*my_arm.*accepted: .*"platform_numbers": ') as refusal:
+        recorded_platform(tmp_path)
+    assert "\n" not in str(refusal.value)
+    arm = Platform("my_arm", 4, 8, 8, NormalizationType.BOUNDS_Q99)
+    record.write_text(json.dumps({"platform": "my_arm", "platform_numbers": arm.to_json()}))
+    assert recorded_platform(tmp_path) == arm
+    record.write_text(json.dumps({"platform_numbers": {**arm.to_json(), "chunk": 0}}))
+    with pytest.raises(UsageError, match=r"run_config.json: platform 'my_arm': chunk is 0"):
+        recorded_platform(tmp_path)
