@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each sets up everything it needs in .venv first.
 #
 #   TORCH_INDEX_URL  where torch and torchvision come from, e.g. https://download.pytorch.org/whl/cpu (no CUDA, 200 MB)
-#   PYTHON           interpreter for the environment (3.10 to 3.13)
+#   PYTHON           interpreter for the environment (3.11 to 3.13)
 #   TEST_WORKERS     parallel test processes        PYTEST_ARGS  further arguments for pytest
 
 SHELL := /bin/bash
@@ -13,8 +13,8 @@ TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 TORCH_INDEX_URL ?=
 
-ACCEPTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do \
+ACCEPTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	if $$p -c '$(ACCEPTED)' 2>/dev/null; then echo $$p; break; fi; done)
 
 PY := $(VENV)/bin/python
@@ -28,7 +28,7 @@ help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z][a-z -]*:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 system-check: ## Check Python and the OpenGL libraries of the simulator (installs them when root on Debian or Ubuntu)
-	@if [ -z "$(PYTHON)" ]; then echo "no Python 3.10 to 3.13 found: install one or name it, as in: make PYTHON=/path/to/python3.11" >&2; exit 1; fi
+	@if [ -z "$(PYTHON)" ]; then echo "no Python 3.11 to 3.13 found: install one or name it, as in: make PYTHON=/path/to/python3.11" >&2; exit 1; fi
 	@$(PYTHON) $(SYSTEM_CHECK) --install
 
 venv install: system-check $(INSTALLED) ## Create .venv and install the project with simulator, server and test tools
