@@ -30,6 +30,7 @@ from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 from prismatic.util.flags import limited, names, split_names
+from prismatic.vla.batch import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,7 +128,7 @@ class Compared:
         self.module = TrainableVLA(self.training.parts, objective, self.alignment, auxiliary_coeff=self.align.coeff)
         self.module.eval()
 
-    def batches(self, ranges: Any, count: int) -> Iterator[dict[str, Any]]:
+    def batches(self, ranges: Any, count: int) -> Iterator[Batch]:
         """The first batches of training under an augmentation (None: without)."""
         from prismatic.vla.datasets.image_transforms import PolicyImageTransform
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from prismatic.checkpoint.layout import RUN_CONFIG, read_record
 from prismatic.training.config import TrainConfig
@@ -20,11 +20,12 @@ from rocket_align.teacher.store.layout import read_layout
 
 if TYPE_CHECKING:
     from prismatic.training.run import TrainingRun
+    from prismatic.vla.batch import Batch
     from rocket_align import AlignConfig, MultiLayerAlignment, TeacherFeatures
     from rocket_align.teacher.base import AlignmentTargets
 
 # Makes an alignment's targets of a batch on the device.
-Targets: TypeAlias = "Callable[[Any], TeacherFeatures | AlignmentTargets | None]"
+Targets: TypeAlias = "Callable[[Batch], TeacherFeatures | AlignmentTargets | None]"
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from prismatic.training.objectives import make_objective
 from prismatic.training.run import TrainingRun
 from prismatic.util.errors import UsageError
 from prismatic.util.flags import check
+from prismatic.vla.batch import Batch
 from rocket_align.alignment import AlignOutput, MultiLayerAlignment, vision_tokens
 from rocket_align.teacher.base import AlignmentTargets, TeacherFeatures
 
@@ -140,7 +141,7 @@ class LoadedCheckpoint:
         """Samples that the passes show: as many as the flags ask for, rounded up to whole batches."""
         return math.ceil(self.flags.num_samples / self.flags.batch_size) * self.flags.batch_size
 
-    def batches(self) -> Iterator[dict[str, Any]]:
+    def batches(self) -> Iterator[Batch]:
         """The batches of `passes`: the same at every call."""
         return itertools.islice(self.training.batches(), self.num_samples // self.flags.batch_size)
 
