@@ -14,6 +14,7 @@ from experiments.robot.libero.rollouts.protocol import protocol_deviations
 from experiments.robot.libero.run_libero_eval import GenerateConfig
 from experiments.robot.libero.suites import tasks
 from prismatic.util.errors import UsageError
+from prismatic.vla.platforms import ALOHA, BRIDGE, Platform
 
 pytest.importorskip("libero", reason="LIBERO is not installed")
 
@@ -121,6 +122,23 @@ def test_flags_that_contradict_the_training_are_refused(config: Callable[..., Ge
     with pytest.raises(UsageError, match=r"--num_images_in_input: found 2; accepted: 1, as .* says it was trained"):
         make_plan(config())
     assert make_plan(config(num_images_in_input=1)).checkpoint is not None
+
+
+@pytest.mark.parametrize(
+    ("platform", "use_proprio", "words"),
+    [(ALOHA, False, "actions of 14 numbers"), (BRIDGE, True, "states of 7 numbers"), (BRIDGE, False, "")],
+)
+def test_a_policy_of_another_robot_is_refused_once_and_not_in_every_episode(
+    platform: Platform, use_proprio: bool, words: str, config: Callable[..., GenerateConfig]
+) -> None:
+    file = Path(config().pretrained_checkpoint) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "platform": platform.to_json()}))
+    flags = {"use_proprio": use_proprio, "num_open_loop_steps": 5}
+    if not words:
+        assert make_plan(config(**flags)).checkpoint is not None
+        return
+    with pytest.raises(UsageError, match=f"is a policy of {platform.name}, with {words}; accepted: "):
+        make_plan(config(**flags))
 
 
 def test_a_film_or_diffusion_checkpoint_is_not_taken_for_another(config: Callable[..., GenerateConfig]) -> None:

@@ -45,6 +45,7 @@ from prismatic.util.errors import UsageError
 from prismatic.util.files import fitting_name, longest_name
 from prismatic.util.flags import check, choose_numbers
 from prismatic.util.versions import package_version, package_versions
+from prismatic.vla.platforms import LIBERO
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,15 @@ def _check_policy(config: EvalFlags, checkpoint: Checkpoint, unnorm_key: str) ->
     """Checks of the flags against what the checkpoint holds."""
     check_policy_flags(config, checkpoint, unnorm_key)
     robot = checkpoint.platform
+    widths = {"action": (robot.action_dim, LIBERO.action_dim)}
+    if config.use_proprio:
+        widths["state"] = (robot.proprio_dim, LIBERO.proprio_dim)
+    for kind, (trained, taken) in widths.items():
+        if trained != taken:
+            raise UsageError(
+                f"--pretrained_checkpoint: {checkpoint.path} is a policy of {robot.name}, with {kind}s of {trained} numbers; "
+                f"accepted: {taken}, as LIBERO takes"
+            )
     if config.num_open_loop_steps > robot.chunk:
         raise UsageError(
             f"--num_open_loop_steps: found {config.num_open_loop_steps}; accepted: 1 to {robot.chunk}, the chunk length"
