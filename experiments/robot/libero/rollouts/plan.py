@@ -114,8 +114,8 @@ def _check_policy(config: EvalFlags, checkpoint: Checkpoint, unnorm_key: str) ->
     for kind, (trained, taken) in widths.items():
         if trained != taken:
             raise UsageError(
-                f"--pretrained_checkpoint: {checkpoint.path} is a policy of {robot.name}, with {kind}s of {trained} numbers; "
-                f"accepted: {taken}, as LIBERO takes"
+                f"--pretrained_checkpoint: {checkpoint.path} is a policy of {robot.name}, with {kind}s of {trained} "
+                f"numbers; accepted: {taken}, as LIBERO takes"
             )
     if config.num_open_loop_steps > robot.chunk:
         raise UsageError(
