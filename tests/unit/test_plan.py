@@ -88,7 +88,7 @@ def test_a_part_of_the_episodes(config: Callable[..., GenerateConfig]) -> None:
     ("changes", "message"),
     [
         ({"task_suite_name": "libero_spacial"}, r"--task_suite_name: .*did you mean 'libero_spatial'"),
-        ({"task_suite_name": "libero_spatial_nothing"}, r"task suite: unknown value"),
+        ({"task_suite_name": "libero_spatial_nothing"}, r"--task_suite_name: unknown value"),
         ({"pretrained_checkpoint": "/nowhere"}, r"--pretrained_checkpoint: no such folder: '/nowhere'"),
         ({"unnorm_key": "bridge"}, r"--unnorm_key: no statistics of 'bridge'.*libero_goal, libero_spatial_no_noops"),
         ({"task_suite_name": "libero_10"}, r"--unnorm_key \(not given"),
