@@ -34,6 +34,7 @@ keep_earlier_names(
         "experiments.robot.deterministic": "experiments.robot.wrappers",
         "experiments.robot.model_card": "experiments.robot.publish",
         "experiments.robot.policy_flags": "experiments.robot.policy",
+        "experiments.robot.quantization": "experiments.robot.openvla_utils",
         "experiments.robot.serving.websocket_client": "experiments.robot.serving.client",
         "experiments.robot.time_limit": "experiments.robot.wrappers",
         "experiments.jobs": "experiments.reproduce.jobs",
