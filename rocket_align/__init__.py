@@ -10,7 +10,7 @@ Plain tensors in, a loss out: nothing here knows any particular policy. Names ar
     loss = action_loss + config.coeff * output.loss
 """
 
-# ruff: noqa: F401 - the names for type checkers are those of _HOME
+# ruff: noqa: F401 - the names for type checkers are those of _NAMES
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rocket_align import recipes
+    import rocket_align.config as recipes
     from rocket_align.alignment import (
         AlignmentProjector,
         AlignOutput,
@@ -42,33 +42,25 @@ if TYPE_CHECKING:
     from rocket_align.teacher.vggt.config import VGGTConfig
     from rocket_align.teacher.vggt.teacher import VGGTTeacher
 
-_HOME = {
-    "AlignConfig": "config",
-    "AlignOutput": "alignment",
-    "AlignmentProjector": "alignment",
-    "MultiLayerAlignment": "alignment",
-    "Teacher": "teacher.base",
-    "TeacherFeatures": "teacher.base",
-    "VGGTConfig": "teacher.vggt.config",
-    "VGGTTeacher": "teacher.vggt.teacher",
-    "cka_map": "analysis.cka",
-    "cosine_loss": "alignment",
-    "layer_importance": "analysis.importance",
-    "linear_cka": "analysis.cka",
-    "match_layers": "analysis.matching",
-    "matryoshka_widths": "alignment",
-    "pool_teacher": "pooling",
-    "preprocess_normed_images": "teacher.preprocess",
+_NAMES = {
+    "alignment": "AlignOutput AlignmentProjector MultiLayerAlignment cosine_loss matryoshka_widths",
+    "analysis.cka": "cka_map linear_cka",
+    "analysis.importance": "layer_importance residual_stream",
+    "analysis.matching": "match_layers",
+    "analysis.selection": "select_layers",
+    "config": "AlignConfig",
+    "layers": "resolve_layers",
+    "pooling": "pool_teacher",
     "recipes": "recipes",
-    "residual_stream": "analysis.importance",
-    "resolve_layers": "layers",
-    "select_layers": "analysis.selection",
-    "unnormalize_views": "teacher.preprocess",
+    "teacher.base": "Teacher TeacherFeatures",
+    "teacher.preprocess": "preprocess_normed_images unnormalize_views",
+    "teacher.vggt.config": "VGGTConfig",
+    "teacher.vggt.teacher": "VGGTTeacher",
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_HOME)
 
-
-# Modules that moved answer under their earlier names for one release.
+# Modules that moved answer under their earlier names.
 _EARLIER = {
     "rocket_align.analysis.cone": "rocket_align.analysis.cosines",
     "rocket_align.analysis.pairs": "rocket_align.layers",
@@ -76,6 +68,10 @@ _EARLIER = {
     "rocket_align.analysis.streaming_cka": "rocket_align.analysis.cka",
     "rocket_align.analysis.theorem": "rocket_align.analysis.gradients",
     "rocket_align.layer_file": "rocket_align.layers",
+    "rocket_align.loss": "rocket_align.alignment",
+    "rocket_align.projector": "rocket_align.alignment",
+    "rocket_align.recipes": "rocket_align.config",
+    "rocket_align.student": "rocket_align.alignment",
     "rocket_align.teacher.vggt.blocks": "rocket_align.teacher.vggt.aggregator",
     "rocket_align.teacher.vggt.checkpoint": "rocket_align.teacher.vggt.config",
     "rocket_align.teacher.vggt.heads": "rocket_align.teacher.vggt.geometry",
@@ -98,7 +94,7 @@ class _EarlierNames(MetaPathFinder, Loader):
         module.__spec__ = self.own_spec  # The import system has just put the earlier name's on it.
 
 
-sys.meta_path.append(_EarlierNames())
+sys.meta_path.insert(0, _EarlierNames())
 
 
 def __getattr__(name: str) -> Any:

@@ -72,8 +72,7 @@ class AlignFlags:
     def validate_alignment(self) -> None:
         """Refuse wrong values before anything is loaded.
 
-        Raises:
-            ValueError: one line that names the flag, what was found and what is accepted.
+        Raises ValueError: one line that names the flag, what was found and what is accepted.
         """
         for limited in fields(AlignFlags):
             value, choices = getattr(self, limited.name), limited.metadata.get("choices")
@@ -116,8 +115,7 @@ class AlignFlags:
     def align_config(self, num_student_layers: int, num_teacher_layers: int) -> AlignConfig:
         """The recipe for models of these depths, with the flags that were given put over it.
 
-        Raises:
-            ValueError: layers out of range or out of order, or a combination :class:`AlignConfig` refuses.
+        Raises ValueError: layers out of range or out of order, or a combination :class:`AlignConfig` refuses.
         """
         if not self.aligns:
             return RECIPES["baseline"]()

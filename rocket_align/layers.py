@@ -39,8 +39,7 @@ _CONVENTIONS: dict[str, tuple[LayerConvention, ...]] = {"student": ("states", "r
 def parse_layers(spec: str | Sequence[int]) -> tuple[int, ...]:
     """Layers as given: a sequence of integers or upstream's comma string ("2,4,-1"); empty means none.
 
-    Raises:
-        ValueError: an entry that is not an integer.
+    Raises ValueError: an entry that is not an integer.
     """
     entries: Sequence[str | int] = [part for part in spec.split(",") if part.strip()] if isinstance(spec, str) else spec
     layers = []
@@ -117,8 +116,7 @@ def layers_by_position(
 ) -> tuple[int, ...]:
     """Layers of one `side`, "student" or "teacher", chosen by a strategy that needs no measurement.
 
-    Raises:
-        ValueError: more layers than the shallower model has, or what `select_layers` refuses.
+    Raises ValueError: more layers than the shallower model has, or what `select_layers` refuses.
     """
     shallow = min(num_student_layers, num_teacher_layers)
     if not 1 <= count <= shallow:
@@ -180,8 +178,7 @@ def _object(path: Path) -> dict[str, Any]:
 def read_layer_file(path: str | Path) -> LayerFile:
     """Read and check a layer file; negative layers are resolved by the conventions that it names.
 
-    Raises:
-        ValueError: one line that names the file, what was found and what is accepted.
+    Raises ValueError: one line that names the file, what was found and what is accepted.
     """
     file = Path(path)
     content = _object(file)
@@ -213,8 +210,7 @@ def layers_for_models(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Student and teacher layers of a file, for models of these depths.
 
-    Raises:
-        ValueError: a file that cannot be read, or that was made for models of other depths.
+    Raises ValueError: a file that cannot be read, or that was made for models of other depths.
     """
     file = read_layer_file(path)
     made_for = (file.student_depth, file.teacher_depth)

@@ -27,8 +27,7 @@ _LARGEST_ASPECT_CHANGE = 2.0
 def student_grid(num_tokens: int, num_views: int, grid_hw: tuple[int, int]) -> tuple[int, int]:
     """Height and width of the student's patches per view: the factors of the token count nearest the teacher's aspect.
 
-    Raises:
-        ValueError: tokens that do not divide into views, or into a grid shaped like the teacher's.
+    Raises ValueError: tokens that do not divide into views, or into a grid shaped like the teacher's.
     """
     per_view, rest = divmod(num_tokens, num_views)
     if rest or per_view < 1:

@@ -34,11 +34,7 @@ class TeacherTargets:
         self.channels_per_view = 3 * len(image_processor.means)
 
     def __call__(self, pixel_values: Tensor) -> TeacherFeatures:
-        """Features of a batch's `pixel_values`.
-
-        Raises:
-            ValueError: a channel count that is no multiple of a view's.
-        """
+        """Features of a batch's `pixel_values`. Raises ValueError: a channel count that is no multiple of a view's."""
         return self.teacher(
             unnormalize_views(pixel_values, self.mean, self.std, channels_per_view=self.channels_per_view)
         )

@@ -140,8 +140,7 @@ class StreamingCKA:
     def update(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> None:
         """Add a batch: per layer (samples, channels), the same samples everywhere.
 
-        Raises:
-            ValueError: different numbers of samples, or fewer than 4 of them with "minibatch".
+        Raises ValueError: different numbers of samples, or fewer than 4 of them with "minibatch".
         """
         counts = {len(features) for features in (*students, *teachers)}
         if len(counts) != 1:
@@ -186,11 +185,7 @@ class StreamingCKA:
         return [(0, student, 1, teacher) for student in students for teacher in teachers] + own
 
     def result(self) -> Tensor:
-        """(student layers, teacher layers) float64; 0 where a layer is constant.
-
-        Raises:
-            ValueError: too few samples.
-        """
+        """(student layers, teacher layers) float64; 0 where a layer is constant. Raises ValueError: too few samples."""
         needed = 4 if self.debiased else 2
         if self.samples < needed:
             raise ValueError(f"features: found {self.samples} samples; accepted: {needed} or more")

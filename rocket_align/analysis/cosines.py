@@ -22,11 +22,7 @@ class TokenCone:
         self._within = torch.zeros((), dtype=torch.float64)
 
     def update(self, tokens_BND: Tensor) -> None:
-        """Add the tokens of a batch.
-
-        Raises:
-            ValueError: not three-dimensional, or fewer than 2 tokens a sample.
-        """
+        """Add the tokens of a batch. Raises ValueError: not three-dimensional, or fewer than 2 tokens a sample."""
         if tokens_BND.ndim != 3 or tokens_BND.shape[1] < 2:
             raise ValueError(f"tokens: found shape {tuple(tokens_BND.shape)}; accepted: (B, 2 or more, D)")
         batch, count, _ = tokens_BND.shape
@@ -111,11 +107,7 @@ class OutputSimilarity:
         return F.normalize(projected.float(), dim=-1).flatten(0, 1)
 
     def result(self) -> dict[str, Tensor]:
-        """(K, K) each.
-
-        Raises:
-            ValueError: no batch.
-        """
+        """(K, K) each. Raises ValueError: no batch."""
         if not self.tokens:
             raise ValueError("tokens: found none; accepted: at least one batch")
         return {"same_input": self._same / self.tokens, "own_input": self._own / self.tokens}

@@ -29,11 +29,7 @@ class RidgeProbe:
         self._offset: Tensor | None = None
 
     def update(self, features_NC: Tensor, outputs_NK: Tensor) -> None:
-        """Add training data.
-
-        Raises:
-            ValueError: not as many outputs as features.
-        """
+        """Add training data. Raises ValueError: not as many outputs as features."""
         if len(features_NC) != len(outputs_NK):
             raise ValueError(f"probe: found {len(features_NC)} features and {len(outputs_NK)} outputs; accepted: pairs")
         features, outputs = features_NC.double(), outputs_NK.double()
@@ -50,11 +46,7 @@ class RidgeProbe:
         self.samples += len(features)
 
     def solve(self) -> LinearReadout:
-        """The readout of all data so far.
-
-        Raises:
-            ValueError: no data.
-        """
+        """The readout of all data so far. Raises ValueError: no data."""
         if self._offset is None:
             raise ValueError("probe: found no data; accepted: at least one batch")
         mean, output_mean = self._feature_sum / self.samples, self._output_sum / self.samples
@@ -100,11 +92,7 @@ class DepthErrors:
         self.samples += true.numel()
 
     def result(self) -> dict[str, float]:
-        """{"abs_rel": ..., "delta1": ...}.
-
-        Raises:
-            ValueError: no data.
-        """
+        """{"abs_rel": ..., "delta1": ...}. Raises ValueError: no data."""
         if not self.samples:
             raise ValueError("depth: found none; accepted: at least one batch")
         return {"abs_rel": self._relative / self.samples, "delta1": self._within / self.samples}
@@ -113,8 +101,7 @@ class DepthErrors:
 def patch_depths(depth_BVHW: Tensor, grid_hw: tuple[int, int], cells: int) -> Tensor:
     """Depth of cells x cells blocks of every patch, as the mean log-depth of a block: (B, V, P, cells * cells).
 
-    Raises:
-        ValueError: a depth that is not above zero.
+    Raises ValueError: a depth that is not above zero.
     """
     if not bool((depth_BVHW > 0).all()):
         raise ValueError("depth: found values of zero or less; accepted: distances along the optical axis, above zero")

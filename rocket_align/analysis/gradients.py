@@ -102,11 +102,7 @@ class GradientCosines:
         self.batches += 1
 
     def result(self) -> dict[str, GradientReport]:
-        """Per group, and for "all" of them together.
-
-        Raises:
-            ValueError: no batch.
-        """
+        """Per group, and for "all" of them together. Raises ValueError: no batch."""
         if not self.batches:
             raise ValueError("losses: found none; accepted: at least one batch")
         grams = {name: _gram(total / self.batches) for name, total in self._sums.items()}
@@ -246,11 +242,7 @@ class TheoremCheck:
         return self._alignment.project_pair(tokens_TD[None], pair, self._member)[0]
 
     def result(self) -> TheoremReport:
-        """The terms over all tokens so far.
-
-        Raises:
-            ValueError: no batch.
-        """
+        """The terms over all tokens so far. Raises ValueError: no batch."""
         if not self._tokens:
             raise ValueError("tokens: found none; accepted: at least one batch")
         means = {name: total / self._tokens for name, total in self._sums.items()}

@@ -46,8 +46,7 @@ class StaticTargets:
     def update(self, targets_KBNC: Tensor) -> None:
         """Add the targets of a batch, as `MultiLayerAlignment.targets` gives them.
 
-        Raises:
-            ValueError: tokens that do not divide into the views.
+        Raises ValueError: tokens that do not divide into the views.
         """
         if targets_KBNC.shape[2] % self.num_views:
             raise ValueError(
@@ -60,8 +59,7 @@ class StaticTargets:
     def result(self) -> StaticShare:
         """The numbers of all samples so far; a share is NaN where the targets do not vary.
 
-        Raises:
-            ValueError: no batch.
+        Raises ValueError: no batch.
         """
         if self._sum_KNC is None:
             raise ValueError("targets: found none; accepted: at least one batch")

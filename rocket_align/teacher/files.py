@@ -23,8 +23,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 def local_copy(path: str | Path, patterns: Sequence[str] = HUB_FILES) -> Path:
     """`path` itself, or the snapshot of the hub repository it names, downloaded when it is not there yet.
 
-    Raises:
-        ValueError: it looks like a hub id but cannot be had.
+    Raises ValueError: it looks like a hub id but cannot be had.
     """
     place = Path(path)
     if place.exists() or not _HUB_ID.fullmatch(str(path)) or place.parent.is_dir():
@@ -41,8 +40,7 @@ def local_copy(path: str | Path, patterns: Sequence[str] = HUB_FILES) -> Path:
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in `file`.
 
-    Raises:
-        ValueError: not readable, not JSON, or something else than an object; one line that names the file.
+    Raises ValueError: not readable, not JSON, or something else than an object; one line that names the file.
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

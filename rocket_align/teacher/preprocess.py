@@ -30,10 +30,7 @@ def unnormalize_views(
     """Student pixels (B, V * channels_per_view, H, W) -> images (B, V, 3, H, W), [0, 1] where the input was an image.
 
     The first three channels of every view are the primary featurizer's; a fused backbone's further channels show the
-    same picture and are dropped.
-
-    Raises:
-        ValueError: a channel count that is no multiple of `channels_per_view`.
+    same picture and are dropped. Raises ValueError: a channel count that is no multiple of `channels_per_view`.
     """
     channels = pixels_BCHW.shape[1]
     if channels % channels_per_view:
@@ -90,7 +87,6 @@ def preprocess_normed_images(
 ) -> Tensor:
     """Student pixels (B, V * 6, H, W) -> teacher images (B, V, 3, H', W'), as the released training step prepares them.
 
-    Raises:
-        ValueError: see :func:`unnormalize_views` and :func:`fit_images`.
+    Raises ValueError: see :func:`unnormalize_views` and :func:`fit_images`.
     """
     return fit_images(unnormalize_views(pixels_BCHW, mean, std), size, patch_size=patch_size, mode=mode)

@@ -40,8 +40,7 @@ class TeacherInfo(NamedTuple):
 def detect_kind(path: str | Path, kind: str = "auto") -> str:
     """`kind`, checked against the model type in config.json; "auto" goes by the latter.
 
-    Raises:
-        ValueError: an unknown kind, or another model than `kind` says; one line.
+    Raises ValueError: an unknown kind, or another model than `kind` says; one line.
     """
     if kind != "auto" and kind not in TEACHER_TYPES:
         close = difflib.get_close_matches(kind, TEACHER_TYPES, n=1)
@@ -71,8 +70,7 @@ def detect_kind(path: str | Path, kind: str = "auto") -> str:
 def describe_teacher(path: str | Path, kind: str = "auto") -> TeacherInfo:
     """Kind and sizes of the teacher at `path`, from its configuration alone.
 
-    Raises:
-        ValueError: no teacher there; one line.
+    Raises ValueError: no teacher there; one line.
     """
     kind = detect_kind(path, kind)
     if kind == "vggt":
@@ -98,8 +96,7 @@ def load_teacher(
 ) -> VGGTTeacher | ViTTeacher:
     """The frozen teacher at `path`, cut after the last of `layers`; float32 unless `dtype` is given.
 
-    Raises:
-        ValueError: nothing usable there, or layers out of range; one line.
+    Raises ValueError: nothing usable there, or layers out of range; one line.
     """
     import torch
 

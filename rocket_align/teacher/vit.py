@@ -35,8 +35,7 @@ _BLOCK = re.compile(r"(?:encoder\.layer|layers?)\.(\d+)\.")
 def read_backbone_config(folder: Path) -> Any:
     """transformers' configuration of the vision transformer in `folder`.
 
-    Raises:
-        ValueError: no config.json, or not of a model this module knows; one line.
+    Raises ValueError: no config.json, or not of a model this module knows; one line.
     """
     from transformers import AutoConfig
 
@@ -57,8 +56,7 @@ def read_backbone_config(folder: Path) -> Any:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder.
 
-    Raises:
-        ValueError: none there, an index that is not one, or that names a missing file.
+    Raises ValueError: none there, an index that is not one, or that names a missing file.
     """
     index = folder / _WEIGHTS_INDEX
     names = [_WEIGHTS]

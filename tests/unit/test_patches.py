@@ -148,7 +148,7 @@ def test_no_checkout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", [SCRIPT, JOIN, f"{PACKAGE}/loss.py", f"{PACKAGE}/mine.py"])
+@pytest.mark.parametrize("name", [SCRIPT, JOIN, f"{PACKAGE}/alignment.py", f"{PACKAGE}/mine.py"])
 @pytest.mark.parametrize("command", ["apply", "check", "revert"])
 def test_what_was_edited_later_is_not_overwritten(
     plain: Path, capsys: pytest.CaptureFixture[str], name: str, command: str

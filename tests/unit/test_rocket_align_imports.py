@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 import rocket_align
 
@@ -44,3 +47,8 @@ def test_every_public_name_can_be_imported() -> None:
     for name in rocket_align.__all__:
         assert getattr(rocket_align, name) is not None
     assert dir(rocket_align) == sorted(rocket_align.__all__)
+
+
+@pytest.mark.parametrize("earlier", sorted(rocket_align._EARLIER))
+def test_an_earlier_name_is_the_same_module(earlier: str) -> None:
+    assert importlib.import_module(earlier) is importlib.import_module(rocket_align._EARLIER[earlier])

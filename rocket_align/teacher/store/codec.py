@@ -79,11 +79,7 @@ class BasisFit:
         self._products_KCC = products if self._products_KCC is None else self._products_KCC + products
 
     def result(self, components: int) -> Basis:
-        """The basis with at most `components` directions a layer.
-
-        Raises:
-            ValueError: no features were added.
-        """
+        """The basis with at most `components` directions a layer. Raises ValueError: no features were added."""
         if self._sum_KC is None or self._products_KCC is None:
             raise ValueError("feature basis: found no features; accepted: at least one frame")
         mean_KC = self._sum_KC / self._count
@@ -97,8 +93,7 @@ class BasisFit:
 def encode(features_BKVPC: Tensor, basis: Basis, dtype: torch.dtype) -> Codes:
     """Features to codes; `dtype` is torch.int8 or torch.float16.
 
-    Raises:
-        StoreError: features that are not finite, or too large for float16.
+    Raises StoreError: features that are not finite, or too large for float16.
     """
     centered = features_BKVPC - basis.mean_KC[:, None, None]
     if basis.directions_KCR is not None:

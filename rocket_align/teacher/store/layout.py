@@ -92,11 +92,7 @@ def _short(value: Any) -> str:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """A store's JSON file.
-
-    Raises:
-        StoreError: missing, damaged, or of another version of the format; one line.
-    """
+    """A store's JSON file. Raises StoreError: missing, damaged, or of another version of the format; one line."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -117,11 +113,7 @@ def write_index(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_layout(root: Path) -> StoreLayout:
-    """The layout of the store at `root`.
-
-    Raises:
-        StoreError: see :func:`read_index`.
-    """
+    """The layout of the store at `root`. Raises StoreError: see :func:`read_index`."""
     stored = read_index(root / INDEX_NAME).get("layout") or {}
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
     try:

@@ -43,11 +43,7 @@ def record_checksums(values_KVPR: Tensor, scales_KVP: Tensor | None) -> list[int
 
 
 def read_basis(root: Path) -> Basis:
-    """The basis of the store at `root`, all layers.
-
-    Raises:
-        StoreError: missing or damaged.
-    """
+    """The basis of the store at `root`, all layers. Raises StoreError: missing or damaged."""
     try:
         tensors = load_file(root / BASIS_NAME)
         return Basis(tensors["mean"], tensors.get("directions"))
@@ -119,10 +115,7 @@ class DatasetFeatures:
     def record(self, row: int, layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """(values (K, V, P, R), scales (K, V, P) or None) of record `row`; `layers` are positions in the layout's.
 
-        Only the bytes of these layers are read.
-
-        Raises:
-            StoreError: the record is damaged; names file and record.
+        Only the bytes of these layers are read. Raises StoreError: the record is damaged; names file and record.
         """
         number, position = divmod(row, self.layout.shard_frames)
         shard = self._shard(number)
@@ -140,11 +133,7 @@ class DatasetFeatures:
         return values, scales
 
     def row_of(self, frame: int) -> int:
-        """The record of a frame number of the data set.
-
-        Raises:
-            StoreError: the store has none for it.
-        """
+        """The record of a frame number of the data set. Raises StoreError: the store has none for it."""
         row = int(np.searchsorted(self.frames, frame))
         if row == len(self.frames) or self.frames[row] != frame:
             raise StoreError(
@@ -217,8 +206,7 @@ class FeatureStore:
     def teacher(self, tokens_per_view: int, *, position_embedding: bool) -> StoredTeacher:
         """Make what turns this store's records into targets for a student with so many vision tokens a view.
 
-        Raises:
-            ValueError: tokens that form no grid.
+        Raises ValueError: tokens that form no grid.
         """
         layout = self.layout
         geometry = StoreGeometry(

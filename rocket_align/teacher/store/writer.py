@@ -33,8 +33,7 @@ from rocket_align.teacher.store.reader import read_basis, record_checksums, shar
 def begin_store(root: Path, layout: StoreLayout) -> None:
     """Write the store's index, or accept the one that is there.
 
-    Raises:
-        StoreError: the folder holds a store of another layout; one line with the differences.
+    Raises StoreError: the folder holds a store of another layout; one line with the differences.
     """
     if (root / INDEX_NAME).is_file():
         mismatch = read_layout(root).differences(layout)
@@ -142,8 +141,7 @@ class DatasetBuild:
     def finish(self) -> dict[str, float]:
         """Write the data set's index when all shards are there; returns layer -> mean cosine of what was stored.
 
-        Raises:
-            ValueError: shards are missing.
+        Raises ValueError: shards are missing.
         """
         if missing := self.missing():
             raise ValueError(f"{self.folder}: {len(missing)} of {len(self.shards)} shards are missing; accepted: none")

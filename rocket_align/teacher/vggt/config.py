@@ -33,8 +33,7 @@ _BLOCK = re.compile(r"aggregator\.(?:frame|global)_blocks\.(\d+)\.")
 class VGGTConfig:
     """Everything that decides the parameter names and shapes of a VGGT aggregator.
 
-    Raises:
-        ValueError: a size that cannot be built, naming the field and what is accepted.
+    Raises ValueError: a size that cannot be built, naming the field and what is accepted.
     """
 
     image_size: int = 518
@@ -101,8 +100,7 @@ class VGGTConfig:
     def from_file(cls, path: str | Path) -> VGGTConfig:
         """Read a config.json: our own, or that of a released VGGT, which names fewer sizes and the heads it has.
 
-        Raises:
-            ValueError: not JSON, or a field this class does not have.
+        Raises ValueError: not JSON, or a field this class does not have.
         """
         values = read_object(Path(path))
         values.pop("model_type", None)
@@ -119,8 +117,7 @@ class VGGTConfig:
 def find_weights(path: str | Path) -> tuple[Path, VGGTConfig]:
     """The weight file at `path` (a folder, a file or a hub id) and its sizes: config.json's beside it, else VGGT-1B's.
 
-    Raises:
-        ValueError: nothing there, naming what is accepted.
+    Raises ValueError: nothing there, naming what is accepted.
     """
     place = local_copy(path)
     if place.is_dir():
@@ -143,10 +140,8 @@ def _is_needed(name: str, num_layers: int) -> bool:
 def read_weights(path: Path, num_layers: int, prefixes: Iterable[str] = ()) -> dict[str, Tensor]:
     """Tensors of the first `num_layers` aggregator layers, and of everything whose name starts with one of `prefixes`.
 
-    Later layers and heads stay on disk. Unknown names are returned too, so that the caller can refuse them.
-
-    Raises:
-        ValueError: a file that is neither safetensors nor a plain dictionary of tensors.
+    Later layers and heads stay on disk. Unknown names are returned too, so that the caller can refuse them. Raises
+    ValueError: a file that is neither safetensors nor a plain dictionary of tensors.
     """
     also = tuple(prefixes)
     try:
@@ -187,8 +182,7 @@ def _some(names: Iterable[str]) -> str:
 def load_strictly(module: torch.nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Put `weights` into `module`, all of them and nothing left out.
 
-    Raises:
-        ValueError: one line that names the file and the missing, unexpected or differently shaped tensors.
+    Raises ValueError: one line that names the file and the missing, unexpected or differently shaped tensors.
     """
     wanted = module.state_dict()
     problems = []

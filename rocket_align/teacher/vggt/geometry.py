@@ -252,8 +252,7 @@ class VGGTGeometry(nn.Module):
     ) -> VGGTGeometry:
         """Load the same folders and files as `VGGTTeacher.from_pretrained`, in evaluation mode.
 
-        Raises:
-            ValueError: nothing at `path`, or a file with missing or unexpected tensors.
+        Raises ValueError: nothing at `path`, or a file with missing or unexpected tensors.
         """
         weights_path, config = find_weights(path)
         with torch.device("meta"):
