@@ -83,9 +83,7 @@ def choose_studies(names: Sequence[str]) -> tuple[Study, ...]:
     return tuple(STUDIES[name] for name in names)
 
 
-def make_chains(
-    studies: Sequence[Study], paths: StudyPaths, wanted: frozenset[str], *, prepare: bool = True
-) -> tuple[Chain, ...]:
+def make_chains(studies: Sequence[Study], paths: StudyPaths, wanted: frozenset[str]) -> tuple[Chain, ...]:
     """The commands of every arm and seed; studies that share an arm share its commands.
 
     Seed by seed, so that a run that is cut short has compared all arms on the first seeds.
@@ -101,7 +99,7 @@ def make_chains(
                 if wanted and arm.name not in wanted:
                     continue
                 arms[arm.name] = arm
-                commands = arm_jobs(paths, study, arm, seed, prepare=prepare)
+                commands = arm_jobs(paths, study, arm, seed)
                 jobs.setdefault((seed, arm.name), {}).update({job.name: job for job in commands})
 
     def chain(seed: int, name: str) -> Chain:
@@ -149,7 +147,7 @@ def run_studies(arguments: argparse.Namespace) -> int:
 
     studies, paths, console = choose_studies(arguments.study), make_paths(arguments), Console()
     wanted = choose_arms(arguments.arms, studies, paths.profile)
-    chains = make_chains(studies, paths, wanted, prepare=not arguments.dry_run)
+    chains = make_chains(studies, paths, wanted)
     # Analyses compare arms: with a part of them, there is nothing to compare.
     analyses = () if wanted else make_analysis_chains(studies, paths)
     makes_data = paths.profile.collect and arguments.data_root_dir is None

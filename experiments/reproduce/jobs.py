@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -18,8 +17,6 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from prismatic.checkpoint.layout import last_checkpoint
-
 ROOT = Path(__file__).resolve().parents[2]
 REFRESH_SECONDS = 1.0
 _PROMPT = "$ "
@@ -31,18 +28,6 @@ def as_arguments(flags: Mapping[str, object]) -> Iterator[str]:
     for name, value in flags.items():
         yield f"--{name}"
         yield str(value)
-
-
-def start_or_resume(run_dir: Path, initial_model: Callable[[], Path | str]) -> dict[str, object]:
-    """The fine-tuning script's flags that go on at a run's last checkpoint, or start it anew.
-
-    What a run left that was stopped before its first checkpoint is removed, since the script refuses to overwrite it.
-    """
-    checkpoint = last_checkpoint(run_dir)
-    if checkpoint is not None:
-        return {"vla_path": checkpoint, "resume": True}
-    shutil.rmtree(run_dir, ignore_errors=True)
-    return {"vla_path": initial_model(), "resume": False}
 
 
 class JobFailed(RuntimeError):

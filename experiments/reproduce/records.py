@@ -169,7 +169,7 @@ def evaluation_record(folder: Path, step: int | None = None) -> dict[str, Any]:
 
 
 def _command(paths: StudyPaths, job: Job) -> list[str]:
-    """Read what was run: a job that was done already would now be told to go on at its own checkpoint."""
+    """Read what was run: a job that was done already may have had other flags than it would get now."""
     return _portable(paths, logged_arguments(paths.logs / f"{job.name}.log") or job.arguments)
 
 

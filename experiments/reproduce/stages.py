@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.reproduce.jobs import Job, as_arguments, start_or_resume
+from experiments.reproduce.jobs import Job, as_arguments
 from experiments.reproduce.profiles import Profile
 from experiments.reproduce.studies import Analysis, Arm, Study
 from prismatic.checkpoint.layout import RUN_CONFIG
@@ -140,13 +140,12 @@ def _learning_flags(paths: StudyPaths, arm: Arm) -> dict[str, object]:
     }
 
 
-def train_job(paths: StudyPaths, arm: Arm, seed: int, *, prepare: bool = True) -> Job:
-    """LoRA fine-tuning of an arm; with `prepare` an unfinished run is resumed, or cleared when it has no checkpoint."""
+def train_job(paths: StudyPaths, arm: Arm, seed: int) -> Job:
+    """LoRA fine-tuning of an arm; an unfinished run goes on at its last checkpoint."""
     profile, run_id = paths.profile, paths.run_id(arm, seed)
-    start = start_or_resume(paths.out / "runs" / run_id, lambda: profile.vla_path) if prepare else {}
     flags = {
         "vla_path": profile.vla_path,
-        **start,
+        "resume": True,
         "run_root_dir": paths.out / "runs",
         "run_id_override": run_id,
         "seed": seed,
@@ -206,11 +205,11 @@ def analysis_job(paths: StudyPaths, analysis: Analysis, seed: int) -> Job:
     return Job(f"analyze-{folder.name}", arguments, folder / f"{analysis.command}.json")
 
 
-def arm_jobs(paths: StudyPaths, study: Study, arm: Arm, seed: int, *, prepare: bool = True) -> tuple[Job, ...]:
+def arm_jobs(paths: StudyPaths, study: Study, arm: Arm, seed: int) -> tuple[Job, ...]:
     """All commands of one arm and seed, in order."""
     profile = paths.profile
     steps = profile.curve_steps if study.curve else (profile.final_step,)
     suites = (*profile.suites, profile.plus_suite) if study.plus else profile.suites
-    jobs = [*preparation_jobs(paths, arm), train_job(paths, arm, seed, prepare=prepare)]
+    jobs = [*preparation_jobs(paths, arm), train_job(paths, arm, seed)]
     jobs += [evaluate_job(paths, arm, seed, step, suite) for suite in suites for step in steps]
     return tuple(jobs)

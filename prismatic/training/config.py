@@ -196,8 +196,8 @@ class TrainConfig:
         if not log.is_file() or not log.stat().st_size:
             return
         checkpoint = run_dir if is_checkpoint(run_dir) else last_checkpoint(run_dir)
-        other = f"--resume True --vla_path {checkpoint}" if checkpoint else f"this one after rm -r {run_dir}"
-        raise UsageError(f"--run_id_override: {run_dir} holds a run; accepted: another name, or {other}")
+        going_on = "--resume True" + (f" --vla_path {checkpoint}" if checkpoint else "")
+        raise UsageError(f"--run_id_override: {run_dir} holds a run; accepted: another name, or {going_on}")
 
     def _longest_run_id(self) -> int:
         """Bytes of the longest name that leaves room for those of the checkpoints."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from experiments.reproduce.jobs import start_or_resume
 from prismatic.checkpoint.layout import last_checkpoint
 from prismatic.training.config import TrainConfig
 from prismatic.training.metrics import MetricLog
@@ -54,8 +53,9 @@ def test_a_run_is_not_overwritten_and_the_remedies_work(tmp_path: Path) -> None:
     log.touch()
     _config(tmp_path, run_id_override="mine").validate()  # It stopped before its first step.
     log.write_text('{"step": 1}\n')
-    with pytest.raises(UsageError, match=r"mine holds a run; accepted: another name, or this one after rm -r .*mine$"):
+    with pytest.raises(UsageError, match=r"mine holds a run; accepted: another name, or --resume True$"):
         _config(tmp_path, run_id_override="mine").validate()
+    _config(tmp_path, run_id_override="mine", resume=True).validate()
     checkpoint = tmp_path / "runs" / "mine--5_chkpt"
     (checkpoint / "training_state").mkdir(parents=True)
     with pytest.raises(UsageError, match=r"another name, or --resume True --vla_path .*mine--5_chkpt$"):
@@ -110,12 +110,3 @@ def test_the_last_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) -> N
         (tmp_path / name).mkdir()
     assert last_checkpoint(tmp_path / "run") == tmp_path / "run--100_chkpt"
     assert last_checkpoint(tmp_path / "other") is None
-
-
-def test_a_stopped_run_goes_on_or_starts_anew(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    assert start_or_resume(run, lambda: tmp_path / "model") == {"vla_path": tmp_path / "model", "resume": False}
-    assert not run.exists()
-    (tmp_path / "run--5_chkpt").mkdir()
-    assert start_or_resume(run, lambda: tmp_path / "model") == {"vla_path": tmp_path / "run--5_chkpt", "resume": True}

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.reproduce.jobs import as_arguments, start_or_resume
+from experiments.reproduce.jobs import as_arguments
 from prismatic.checkpoint.layout import last_checkpoint
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
@@ -141,11 +141,12 @@ def initialize(config: PretrainConfig) -> Path:
 
 
 def training_flags(config: PretrainConfig) -> list[str]:
-    """The fine-tuning script's flags, resuming where a checkpoint is found."""
+    """The fine-tuning script's flags; an unfinished run goes on at its last checkpoint."""
     values = {
         "recipe": "baseline",
         "use_lora": False,
-        **start_or_resume(config.work / RUN_ID, lambda: initialize(config)),
+        "vla_path": initialize(config),
+        "resume": True,
         "data_root_dir": config.data_root_dir,
         "dataset_name": config.dataset_name,
         "run_root_dir": config.work,
