@@ -17,7 +17,8 @@ keep_earlier_names(
     {f"{_LIBERO}.{name}": f"{_LIBERO}.{room}.{name}" for room, names in _ROOMS.items() for name in names}
     | {f"experiments.mini.{name}": f"experiments.mini.make.{name}" for name in _MAKE}
     | {
-        f"{_LIBERO}.completeness": f"{_LIBERO}.results.planned",
+        f"{_LIBERO}.completeness": f"{_LIBERO}.results.merge",
+        f"{_LIBERO}.results.planned": f"{_LIBERO}.results.merge",
         f"{_LIBERO}.decimation": f"{_LIBERO}.simulator.rendering",
         f"{_LIBERO}.plus_plan": f"{_LIBERO}.rollouts.plan",
         f"{_LIBERO}.plus_scene": f"{_LIBERO}.suites.perturbations",
@@ -39,6 +40,8 @@ keep_earlier_names(
         "experiments.robot.time_limit": "experiments.robot.wrappers",
         "experiments.jobs": "experiments.reproduce.jobs",
         "experiments.mini.demo": "experiments.reproduce.demo",
+        "experiments.mini.make.teacher_config": "experiments.mini.make.teacher_data",
+        "experiments.store_config": "experiments.join",
         "experiments.mini.geometry": "experiments.mini.grasp",
         "experiments.mini.student_config": "experiments.mini.make.pretrain_student",
         "experiments.mini.teacher_readout": "experiments.mini.make.teacher_model",
@@ -46,6 +49,7 @@ keep_earlier_names(
         "experiments.report.settings": "experiments.report.html",
         "experiments.report.training_page": "experiments.reproduce.training_page",
         "experiments.mini.demonstrate": "experiments.mini.expert",
+        "experiments.reproduce.sections": "experiments.reproduce.report",
         "experiments.reproduce.outcomes": "experiments.reproduce.records",
         "experiments.reproduce.arms": "experiments.reproduce.studies",
     }

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from experiments.join import FinetuneConfig
-from experiments.store_config import StoreConfig
+from experiments.join import FinetuneConfig, StoreConfig
 from prismatic.checkpoint.folder import resolve_checkpoint
 from prismatic.checkpoint.load import load_processor, student_depth
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 from prismatic.checkpoint.layout import RUN_CONFIG, read_record
 from prismatic.training.config import TrainConfig
 from prismatic.util.errors import UsageError
+from prismatic.util.files import refuse_long_name
+from prismatic.util.flags import check, limited
 from rocket_align.flags import AlignFlags
 from rocket_align.teacher.registry import describe_teacher, load_teacher, teacher_hash
-from rocket_align.teacher.store.layout import read_layout
+from rocket_align.teacher.store.layout import StoreDType, read_layout
 
 if TYPE_CHECKING:
     from prismatic.training.run import TrainingRun
@@ -31,6 +33,32 @@ Targets: TypeAlias = "Callable[[Batch], TeacherFeatures | AlignmentTargets | Non
 @dataclass
 class FinetuneConfig(AlignFlags, TrainConfig):
     """OpenVLA-OFT's flags and ROCKET's."""
+
+
+@dataclass
+class StoreConfig(FinetuneConfig):
+    """Flags of vla-scripts/build_feature_store.py: those of finetune.py, and the store's."""
+
+    # Stored tokens a side, relative to the student's; at most the teacher's own
+    grid_scale: float = limited(1.25, above=0)
+    store_dtype: StoreDType = "int8"  # int8 (with a scale per token) | float16
+    # Coefficients kept of a token's channels (principal directions); at most all
+    components: int = limited(384, least=1)
+    fit_frames: int = limited(128, least=1)  # Frames, evenly spread over the data, that the directions are fitted to
+    verify: bool = False  # Read every record of a finished store and check it; builds nothing
+
+    def validate_store(self) -> None:
+        """Raises UsageError for wrong flags, before anything is loaded."""
+        if not self.feature_store:
+            raise UsageError("--feature_store: empty; accepted: the folder to write")
+        refuse_long_name("--feature_store", self.feature_store)
+        check(self)
+        try:
+            self.validate_alignment()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if not self.verify and not (self.aligns and self.teacher):
+            raise UsageError("--vggt_path: no teacher; accepted: this or --teacher_path, with an aligning recipe")
 
 
 def plan_alignment(config: FinetuneConfig) -> tuple[AlignConfig, int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.store_config import StoreConfig
+from experiments.join import StoreConfig
 from prismatic.util.cli import run
 
 

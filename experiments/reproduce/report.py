@@ -5,19 +5,303 @@ Numbers come from the result files and from `published.py` alone; the text aroun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from experiments.report import markdown_table
+from experiments.report import Table, markdown_table, percent, percent_range
 from experiments.report.html import render
 from experiments.reproduce.profiles import PROFILES, Profile
-from experiments.reproduce.records import RESULTS, Record, load_analyses, load_records
-from experiments.reproduce.sections import Results, Section, make_sections
+from experiments.reproduce.published import PUBLISHED
+from experiments.reproduce.records import (
+    RESULTS,
+    Outcome,
+    Record,
+    curve,
+    final_values,
+    load_analyses,
+    load_records,
+    outcome,
+    seconds_per_step,
+)
+from experiments.reproduce.studies import BASELINE, STUDIES, Arm, Study
+from experiments.robot.libero.results.summary import paired_test
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
+
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table or figure of the paper in a report.
+
+    Attributes:
+        pictures: names of the files to show.
+        missing: what was not run.
+        reason: why nothing of it can be run; empty when it can.
+    """
+
+    name: str
+    title: str
+    tables: tuple[Table, ...]
+    pictures: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def heading(self) -> str:
+        """As in "Table 8: projectors"."""
+        kind = self.name.rstrip("0123456789")
+        return f"{f'{kind.capitalize()} {self.name[len(kind) :]}'.strip()}: {self.title}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything there is of one profile: policies, analyses, pictures drawn for studies."""
+
+    profile: Profile
+    records: Sequence[Record]
+    analyses: Sequence[Record] = ()
+    pictures: Mapping[str, str] = field(default_factory=dict)
+
+
+def make_sections(results: Results) -> tuple[Section, ...]:
+    """Sections of all studies, in the paper's order."""
+    return tuple(make_section(study, results) for study in STUDIES.values())
+
+
+def make_section(study: Study, results: Results) -> Section:
+    """One study's section; it says what was not run."""
+    if study.unsupported:
+        return Section(study.name, study.title, (published_table(study.name),), reason=study.unsupported)
+    tables, missing = [], []
+    if study.name in PUBLISHED or not study.analyses:
+        table = _policies(study, results)
+        tables.append(table)
+        missing += [row[0] for row in table.rows if NOT_RUN in row]
+        tables += [kinds] if study.plus and (kinds := kind_table(study, results)) else []
+    pictures = [results.pictures[study.name]] if study.name in results.pictures else []
+    for analysis in study.analyses:
+        wanted = (study.name, analysis.name)
+        records = [record for record in results.analyses if (record["study"], record["analysis"]) == wanted]
+        if not records:
+            missing.append(f"analysis {analysis.name}")
+            continue
+        tables.append(analysis_table(analysis.command, records))
+        pictures += [record["picture"] for record in records if record.get("picture")]
+    return Section(study.name, study.title, tuple(tables), tuple(pictures), tuple(missing))
+
+
+def _policies(study: Study, results: Results) -> Table:
+    if study.curve:
+        return curve_table(study, results)
+    return cost_table(study, results) if study.name == "table7" else success_table(study, results)
+
+
+def success_table(study: Study, results: Results) -> Table:
+    """Success of the study's arms with intervals, and the losses at the end of training."""
+    profile, records = results.profile, results.records
+    header = (
+        "policy",
+        "paper",
+        "success",
+        "95% of episodes",
+        "episodes",
+        "by seed",
+        "95% of seeds",
+        "p of episodes",
+        "action loss",
+        "alignment loss",
+    )
+    suites = (profile.plus_suite,) if study.plus else profile.suites
+    rows = []
+    for arm in study.arms(profile):
+        result = outcome(records, arm.name, profile.final_step, suites)
+        unaligned = outcome(records, _without_alignment(study, profile, arm), profile.final_step, suites)
+        cells = _success_cells(result, unaligned) if result else (NOT_RUN, *[""] * 5)
+        losses = (mean_text(final_values(records, arm.name, name)) for name in ("action_loss", "align_loss"))
+        rows.append((arm.label, published_value(study.name, arm), *cells, *losses))
+    return Table(header, tuple(rows))
+
+
+def _without_alignment(study: Study, profile: Profile, arm: Arm) -> str:
+    """The arm that differs from this one by the alignment alone: it sees the same part of the data."""
+    for other in study.arms(profile):
+        if other.flags["recipe"] == "baseline" and other.flags.get("data_fraction") == arm.flags.get("data_fraction"):
+            return other.name
+    return BASELINE.name
+
+
+def _success_cells(result: Outcome, unaligned: Outcome | None) -> tuple[str, ...]:
+    test = paired_test(unaligned.episodes, result.episodes) if unaligned and unaligned.arm != result.arm else None
+    return (
+        percent(result.rate),
+        percent_range(result.interval),
+        f"{result.successes}/{len(result.episodes)}" + (f" ({result.errors} errors)" if result.errors else ""),
+        ", ".join(f"{100 * rate:.0f}" for rate in result.by_seed.values()),
+        percent_range(result.seed_interval) if result.seed_interval else "",
+        f"{test.p_value:.2g}" if test and test.episodes else "",
+    )
+
+
+def curve_table(study: Study, results: Results) -> Table:
+    """Success at every checkpoint of the training."""
+    profile = results.profile
+    header = ("policy", *(f"step {step}" for step in profile.curve_steps), "paper")
+    rows = []
+    for arm in study.arms(profile):
+        outcomes = curve(results.records, arm.name, profile.curve_steps, profile.suites)
+        cells = (
+            f"{percent(step.rate)} ({step.successes}/{len(step.episodes)})" if step else NOT_RUN for step in outcomes
+        )
+        rows.append((arm.label, *cells, published_value(study.name, arm)))
+    return Table(header, tuple(rows))
+
+
+def cost_table(study: Study, results: Results) -> Table:
+    """Samples seen, seconds a step beside the baseline's, and the success they bring."""
+    profile, records = results.profile, results.records
+    header = ("policy", "paper (GPUs, batch, thousand steps, success)", "batch x steps", "time of a step", "success")
+    reference = seconds_per_step(records, BASELINE.name)
+    rows = []
+    for arm in study.arms(profile):
+        seconds = seconds_per_step(records, arm.name)
+        result = outcome(records, arm.name, profile.final_step, profile.suites)
+        ratio = f"{seconds:.2f} s ({seconds / reference:.2f}x no alignment)" if seconds and reference else NOT_RUN
+        budget = f"{profile.train['batch_size']} x {profile.train['max_steps']}"
+        success = percent(result.rate) if result else NOT_RUN
+        rows.append((arm.label, published_value(study.name, arm), budget, ratio, success))
+    return Table(header, tuple(rows))
+
+
+def kind_table(study: Study, results: Results) -> Table | None:
+    """Success for every kind of perturbation; None when no result names one."""
+    profile = results.profile
+    rows: dict[str, dict[str, list[bool]]] = {}
+    for record in results.records:
+        for evaluation in record["evaluations"]:
+            if evaluation["suite"] != profile.plus_suite or evaluation["step"] != profile.final_step:
+                continue
+            for task, _, status, *_ in evaluation["episodes"]:
+                row = rows.setdefault(evaluation["kinds"][str(task)], {})
+                if status != "error":
+                    row.setdefault(record["arm"], []).append(status == "success")
+    arms = study.arms(profile)
+    cells = (
+        (kind, *(f"{sum(solved)}/{len(solved)}" if (solved := row.get(arm.name)) else NOT_RUN for arm in arms))
+        for kind, row in sorted(rows.items())
+    )
+    return Table(("kind of perturbation", *(arm.label for arm in arms)), tuple(cells)) if rows else None
+
+
+def published_value(study: str, arm: Arm) -> str:
+    """The paper's numbers for an arm: the last column, or all of Tables 7 and 9; empty when it has none."""
+    table = PUBLISHED.get(study)
+    if table is None:
+        return ""
+    for label, name in table.ours.items():
+        if name == arm.name:
+            values = table.rows[label] if study in ("table7", "table9", "figure3") else table.rows[label][-1:]
+            return ", ".join(f"{value:g}" for value in values)
+    return ""
+
+
+def published_table(study: str) -> Table:
+    """The paper's whole table."""
+    table = PUBLISHED[study]
+    rows = ((label, *(f"{value:g}" for value in values)) for label, values in table.rows.items())
+    return Table(("paper", *table.columns), tuple(rows))
+
+
+def mean_text(values: Sequence[float], digits: int = 4) -> str:
+    """Mean, and standard deviation of several seeds; empty without values."""
+    if not values:
+        return ""
+    spread = f" (sd {statistics.stdev(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def _all_blocks(subject: Mapping[str, Any]) -> dict[str, float]:
+    group = subject["groups"]["all"]
+    return {
+        "cosine between pairs": group["mean_between_pairs"],
+        "negative between pairs": group["negative_share_between_pairs"],
+        "cosine of a pair with the action loss": group["mean_with_action"],
+        "cosine of their sum with the action loss": group["alignment_with_action"],
+    }
+
+
+def _mean_of_layers(subject: Mapping[str, Any]) -> dict[str, float]:
+    names = {"student": "student's states", "teacher": "teacher's layers", "projected": "behind the projectors"}
+    measured = {words: subject[name]["within_samples"] for name, words in names.items() if subject.get(name)}
+    return {f"cosine of tokens, {words}": statistics.mean(values) for words, values in measured.items() if values}
+
+
+def _similarities(subject: Mapping[str, Any]) -> dict[str, float]:
+    names = {"fc1": "weights, 1st layer", "fc2": "weights, 2nd layer", "same_input": "outputs, same input"}
+    names["own_input"] = "outputs, own input"
+    return {f"cosine, {words}": subject["mean_between_pairs"][name] for name, words in names.items()}
+
+
+def _bound(subject: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        "c": subject["c"],
+        "eta": subject["eta"],
+        "|Delta| / |v_a||v_b|": subject["mean_relative_delta"],
+        "cos(v_a, v_b)": subject["mean_cosine"],
+        "bound holds for all pairs": float(subject["holds_for_every_pair"]),
+        "pairs with a bound above 0": subject["bound_above_zero_share"],
+    }
+
+
+def _reach(subject: Mapping[str, Any]) -> dict[str, float]:
+    """Without the numbers of a policy whose hand never closed."""
+    miss = subject["miss"]
+    measured = {
+        "beside the object (cm)": None if miss is None else 100 * miss,
+        "within 2 cm": subject["near_share"],
+        "task ignored": subject["task_ignored"],
+    }
+    return {name: value for name, value in measured.items() if value is not None}
+
+
+# The numbers of one checkpoint that a report shows, by analysis.
+_NUMBERS: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {
+    "gradients": _all_blocks,
+    "cone": _mean_of_layers,
+    "projectors": _similarities,
+    "cka": lambda subject: {"CKA of the matched layers": subject["matched_mean"]},
+    "theorem": _bound,
+    "reach": _reach,
+}
+
+
+def analysis_table(command: str, records: Sequence[Record]) -> Table:
+    """An analysis's numbers, averaged over seeds; a row a policy and step, or a row a teacher layer."""
+    if command == "depth":
+        result = records[0]["result"]
+        rows = [(f"layer {name}", errors) for name, errors in result["layers"].items()]
+        rows.append(("place alone, no picture", result["control"]))
+        cells = ((name, f"{errors['abs_rel']:.3f}", f"{errors['delta1']:.3f}") for name, errors in rows)
+        return Table(("teacher", "AbsRel", "within 25%"), tuple(cells))
+    values: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for record in records:
+        for subject in record["result"]["subjects"]:
+            row = values.setdefault((subject["label"].partition("-seed")[0], subject["step"]), {})
+            for name, value in _NUMBERS[command](subject).items():
+                row.setdefault(name, []).append(value)
+    names = tuple(dict.fromkeys(name for row in values.values() for name in row))
+    rows_of_text = (
+        (f"{arm}, step {step}", *(mean_text(row.get(name, []), 3) for name in names))
+        for (arm, step), row in values.items()
+    )
+    return Table((f"policy ({len(records)} seeds)", *names), tuple(rows_of_text))
 
 
 def write_report(profile_name: str, out: Path | None = None, results: Path = RESULTS) -> Path:

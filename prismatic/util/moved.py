@@ -56,4 +56,4 @@ class _MovedFinder(MetaPathFinder):
 
 def keep_earlier_names(names: Mapping[str, str]) -> None:
     """Let `import EARLIER` give the module LATER, for a table {earlier: later} of full names."""
-    sys.meta_path.append(_MovedFinder(names))
+    sys.meta_path.insert(0, _MovedFinder(names))  # Before those of other installations, which may be of earlier files.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.mini.make.teacher_config import TrainTeacherConfig
+from experiments.mini.make.teacher_data import TrainTeacherConfig
 from experiments.mini.make.teacher_frames import load_frames
 from experiments.mini.make.teacher_training import Trainer, learning_rate
 from experiments.mini.make.train_teacher import main

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.robot.libero.results import EpisodeResult, RunFolder, load_episodes
-from experiments.robot.libero.results.merge import main
-from experiments.robot.libero.results.planned import check, describe, planned_episodes
+from experiments.robot.libero.results.merge import check, describe, main, planned_episodes
 from experiments.robot.libero.rollouts.protocol import Episode
 
 IDENTITY = {"suite": "libero_goal", "seed": 7}

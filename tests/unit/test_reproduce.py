@@ -24,9 +24,9 @@ from experiments.analysis.config import (
     SelectConfig,
     TheoremConfig,
 )
-from experiments.join import FinetuneConfig
+from experiments.join import FinetuneConfig, StoreConfig
 from experiments.reproduce import __main__ as command
-from experiments.reproduce import records, report, sections
+from experiments.reproduce import records, report
 from experiments.reproduce import studies as arms
 from experiments.reproduce.jobs import ROOT, Job
 from experiments.reproduce.profiles import MINI, PAPER, PROFILES
@@ -35,7 +35,6 @@ from experiments.reproduce.stages import StudyPaths, analysis_job, arm_jobs, pre
 from experiments.reproduce.studies import STUDIES
 from experiments.robot.libero.results.summary import paired_test
 from experiments.robot.libero.run_libero_eval import GenerateConfig
-from experiments.store_config import StoreConfig
 from prismatic.util.errors import UsageError
 
 SCRIPTS = ROOT / "experiments" / "reproduce"
@@ -170,7 +169,7 @@ def test_averages_of_the_published_tables() -> None:
 
 def test_studies_share_the_commands_of_an_arm(tmp_path: Path) -> None:
     studies = command.choose_studies(["table8", "table9"])
-    chains = command.make_chains(studies, _paths(tmp_path), frozenset({"rocket"}), prepare=False)
+    chains = command.make_chains(studies, _paths(tmp_path), frozenset({"rocket"}))
     assert len(chains) == len(MINI.seeds)
     names = [job.name for job in chains[0].jobs]
     assert sum(name.startswith("train-") for name in names) == 1
@@ -273,7 +272,7 @@ def test_a_policy_on_part_of_the_data_is_compared_with_that_of_the_same_part() -
         _record("baseline-data10", 0, [0]),
         _record("rocket-data10", 0, [1]),
     ]
-    table = sections.success_table(STUDIES["table6"], sections.Results(MINI, found))
+    table = report.success_table(STUDIES["table6"], report.Results(MINI, found))
     p_values = {row[0]: row[7] for row in table.rows}
     assert p_values["no alignment, 10% of the data"] == "" and p_values["ROCKET, 10% of the data"] == "1"
 
@@ -366,7 +365,7 @@ def test_kinds_of_perturbation_have_rows_of_their_own() -> None:
         kinds = {"0": "camera", "1": "robot", "2": "robot", "3": "camera"}
         plus = {"step": 100, "suite": MINI.plus_suite, "episodes": episodes, "kinds": kinds}
         found.append({**record, "evaluations": [plus]})
-    table = sections.kind_table(STUDIES["figure5"], sections.Results(MINI, found))
+    table = report.kind_table(STUDIES["figure5"], report.Results(MINI, found))
     assert table is not None
     assert table.rows == (("camera", "1/2", "1/2"), ("robot", "1/2", "0/2"))
 
@@ -376,7 +375,7 @@ def test_analyses_are_averaged_over_seeds() -> None:
         subject = {"label": f"rocket-seed{seed}, step 100", "step": 100, "matched_mean": value}
         return {"result": {"subjects": [subject]}}
 
-    table = sections.analysis_table("cka", [one(0, 0.2), one(1, 0.4)])
+    table = report.analysis_table("cka", [one(0, 0.2), one(1, 0.4)])
     assert table.rows == (("rocket, step 100", "0.300 (sd 0.141)"),)
 
 

@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from experiments.mini.make.teacher_config import TrainTeacherConfig
-from experiments.mini.make.teacher_data import parse_tasks
+from experiments.mini.make.teacher_data import TrainTeacherConfig, parse_tasks
 from experiments.mini.make.teacher_frames import (
     FrameSet,
     Targets,

@@ -10,7 +10,7 @@ leaves the aggregator as it was initialized and trains the readouts alone: what 
 
 from __future__ import annotations
 
-from experiments.mini.make.teacher_config import TrainTeacherConfig
+from experiments.mini.make.teacher_data import TrainTeacherConfig
 from prismatic.util.cli import run
 
 

@@ -14,11 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.robot.libero.results.planned import Completeness, check, describe, planned_episodes, write_plan
-from experiments.robot.libero.results.run_folder import differing_values, later_unless_error, read_episode_lines
+from experiments.robot.libero.results.run_folder import (
+    Key,
+    differing_values,
+    later_unless_error,
+    planned_episodes,
+    read_episode_lines,
+    write_plan,
+)
 from experiments.robot.libero.results.summary import Report, summarize, to_markdown
 from experiments.robot.libero.rollouts.protocol import protocol_deviations
 from experiments.robot.libero.rollouts.result import EpisodeResult
@@ -27,6 +35,69 @@ from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
 EXIT_INCOMPLETE, EXIT_ERRORS = 1, 3
+
+
+@dataclass(frozen=True)
+class Completeness:
+    """Comparison of the episodes there with those planned; each list is sorted.
+
+    Attributes:
+        planned: number of episodes that were to run.
+        missing: planned, and no process has a line of it.
+        doubled: finished (as success or failure) more than once, in one file or in several.
+        errors: tried, and never anything but an error.
+        unplanned: there, though no plan has it.
+    """
+
+    planned: int
+    missing: list[Key]
+    doubled: list[Key]
+    errors: list[Key]
+    unplanned: list[Key]
+
+    @property
+    def ok(self) -> bool:
+        """Every planned episode is there exactly once (possibly as an error)."""
+        return not (self.missing or self.doubled)
+
+
+def check(planned: set[Key], lines: Sequence[tuple[Key, str]]) -> Completeness:
+    """Compare a plan with all lines of all files: (episode, status) each."""
+    finished: dict[Key, int] = defaultdict(int)
+    for key, status in lines:
+        finished[key] += status != "error"
+    return Completeness(
+        planned=len(planned),
+        missing=sorted(planned - finished.keys()),
+        doubled=sorted(key for key, count in finished.items() if count > 1),
+        errors=sorted(key for key, count in finished.items() if count == 0),
+        unplanned=sorted(finished.keys() - planned),
+    )
+
+
+def describe(keys: Sequence[Key], most: int = 20) -> str:
+    """Episodes in words, task by task: "libero_goal task 3: 0-4, 7; task 4: 0"; at most `most` tasks."""
+    by_task: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for suite, task_id, init_state in keys:
+        by_task[suite, task_id].append(init_state)
+    words, last_suite = [], ""
+    for suite, task_id in list(by_task)[:most]:
+        name = f"task {task_id}" if suite == last_suite else f"{suite} task {task_id}"
+        words.append(f"{name}: {_ranges(by_task[suite, task_id])}")
+        last_suite = suite
+    more = len(by_task) - most
+    return "; ".join(words) + (f"; and {more} more tasks" if more > 0 else "")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def merge(folders: Sequence[Path], out: Path | None = None) -> tuple[Completeness, Report | None]:
@@ -66,10 +137,8 @@ def _common_config(folders: Sequence[Path]) -> Report:
     return configs[0]
 
 
-def _write(
-    out: Path, config: Report, planned: set[tuple[str, int, int]], lines: Sequence[tuple[EpisodeResult, bytes]]
-) -> Report:
-    chosen: dict[tuple[str, int, int], tuple[EpisodeResult, bytes]] = {}
+def _write(out: Path, config: Report, planned: set[Key], lines: Sequence[tuple[EpisodeResult, bytes]]) -> Report:
+    chosen: dict[Key, tuple[EpisodeResult, bytes]] = {}
     for line in lines:
         earlier = chosen.get(line[0].key)
         chosen[line[0].key] = line if earlier is None or later_unless_error(earlier[0], line[0]) is line[0] else earlier

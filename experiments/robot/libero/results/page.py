@@ -23,8 +23,7 @@ from urllib.parse import quote
 from experiments.report import percent
 from experiments.report.html import Rate, SettingRow, render, setting_rows
 from experiments.robot.libero.results import summary
-from experiments.robot.libero.results.planned import planned_episodes
-from experiments.robot.libero.results.run_folder import load_episodes
+from experiments.robot.libero.results.run_folder import load_episodes, planned_episodes
 from experiments.robot.libero.rollouts.result import EpisodeResult
 from prismatic.util.cli import CommandParser, exit_code
 from prismatic.util.errors import UsageError

@@ -2,7 +2,8 @@
 
 A run folder holds
     config.json            `identity` (everything that influences the numbers) and `environment` (recorded only)
-    plan*.json             which episodes there are to be
+    plan*.json             suite -> task -> initial states there are to be; every process writes the whole run's, so
+                           that one that never started is noticed too, and a run that was extended has the union
     episodes*.jsonl        a line per finished episode, flushed and synced; one file per process of a distributed run
     summary.json, .md      success rates with intervals, rewritten at the end
     videos/                on request
@@ -17,18 +18,19 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import IO
 
-from experiments.robot.libero.results.planned import planned_episodes, write_plan
 from experiments.robot.libero.results.summary import Report, summarize, to_markdown
 from experiments.robot.libero.rollouts.protocol import Episode, protocol_deviations
 from experiments.robot.libero.rollouts.result import EpisodeResult
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
+Key = tuple[str, int, int]  # suite, task, initial state
 # Entries of the identity that records of earlier versions lack: nothing is known against those.
 _UNKNOWN_BEFORE = ("task_files",)
 _DERIVED = "standard_protocol"  # Follows from the others.
@@ -135,6 +137,34 @@ class RunFolder:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def write_plan(folder: Path, shard: str, keys: Iterable[Key], *, anew: bool = False) -> None:
+    """Add episodes to the plan in `folder` (`anew`: replace it), in the file of this process."""
+    file = folder / f"plan{shard}.json"
+    planned = set() if anew or not file.is_file() else _read_plan(file)
+    planned |= set(keys)
+    content: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for suite, task_id, init_state in sorted(planned):
+        content[suite][str(task_id)].append(init_state)
+    atomic_write(file, json.dumps(content) + "\n")
+
+
+def planned_episodes(folder: Path) -> set[Key]:
+    """Episodes that the runs into `folder` were to have; empty where no plan was written."""
+    return {key for file in folder.glob("plan*.json") for key in _read_plan(file)}
+
+
+def _read_plan(file: Path) -> set[Key]:
+    try:
+        return {
+            (suite, int(task_id), int(init_state))
+            for suite, tasks in read_json(file).items()
+            for task_id, init_states in tasks.items()
+            for init_state in init_states
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{file}: not a plan of episodes ({error})") from error
 
 
 def load_episodes(folder: Path) -> list[EpisodeResult]:
