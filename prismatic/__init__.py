@@ -9,6 +9,12 @@ keep_earlier_names(
         "prismatic.training.build": "prismatic.checkpoint.load",
         "prismatic.training.checkpoint": "prismatic.checkpoint.write",
         "prismatic.training.folders": "prismatic.checkpoint.layout",
+        "prismatic.vla.action_masks": "prismatic.vla.action_tokenizer",
+        "prismatic.vla.prompting": "prismatic.vla.action_tokenizer",
         "prismatic.vla.datasets.episode_table": "prismatic.vla.datasets.episodes",
+        "prismatic.vla.datasets.formats": "prismatic.vla.datasets.builder",
+        "prismatic.vla.datasets.oxe.mixtures": "prismatic.vla.datasets.oxe.table",
+        "prismatic.vla.datasets.oxe.assembly": "prismatic.vla.datasets.oxe.operations",
+        "prismatic.vla.datasets.subset": "prismatic.vla.datasets.episodes",
     }
 )

@@ -26,9 +26,9 @@ from experiments.robot.policy import Array, PolicyFlags, Query
 from prismatic.checkpoint.folder import Checkpoint, open_checkpoint, resolve_unnorm_key
 from prismatic.checkpoint.load import load_component, load_policy, load_policy_model, load_processor, make_head
 from prismatic.util.errors import UsageError
+from prismatic.vla.action_tokenizer import action_prompt
 from prismatic.vla.datasets.image_transforms import center_crop_box, prepare_policy_image, resize_and_crop
 from prismatic.vla.platforms import LIBERO, NormalizationType, Platform
-from prismatic.vla.prompting import action_prompt
 
 if TYPE_CHECKING:
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction

@@ -15,8 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prismatic.checkpoint.load import PolicyParts
-from prismatic.vla.action_masks import get_all_actions_mask, get_current_action_mask, get_next_actions_mask
-from prismatic.vla.action_tokenizer import ActionTokenizer
+from prismatic.vla.action_tokenizer import (
+    ActionTokenizer,
+    get_all_actions_mask,
+    get_current_action_mask,
+    get_next_actions_mask,
+)
 from prismatic.vla.batch import Batch
 from prismatic.vla.platforms import Platform
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from prismatic.vla.action_masks import get_all_actions_mask, get_current_action_mask, get_next_actions_mask
+from prismatic.vla.action_tokenizer import get_all_actions_mask, get_current_action_mask, get_next_actions_mask
 
 if TYPE_CHECKING:
     from prismatic.vla.action_tokenizer import ActionTokenizer

@@ -1,4 +1,4 @@
-"""Continuous actions as the last tokens of the language model's vocabulary (RT-2 / OpenVLA style)."""
+"""Continuous actions as the last tokens of the language model's vocabulary (RT-2 / OpenVLA style), after a prompt."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+
+from prismatic.vla.constants import ACTION_DIM, ACTION_TOKEN_BEGIN_IDX, IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,3 +91,40 @@ class ActionTokenizer:
     def action_token_begin_idx(self) -> int:
         """Token ids above this one are action tokens."""
         return self._bins.token_begin_idx
+
+
+def action_prompt(instruction: str) -> str:
+    """OpenVLA's question for an instruction (lower-cased); the action tokens follow after it.
+
+    The tokenized prompt must be followed by the lone word-boundary token (id 29871) before the first action token.
+    """
+    return f"In: What action should the robot take to {instruction.lower()}?\nOut:"
+
+
+def _label_rank(token_ids: torch.Tensor) -> torch.Tensor:
+    """Count the labels that stand at or before each position of its row (B, S); padding does not count."""
+    return (token_ids != IGNORE_INDEX).cumsum(dim=1)
+
+
+def get_current_action_mask(
+    token_ids: torch.Tensor, action_dim: int = ACTION_DIM, action_token_begin_idx: int = ACTION_TOKEN_BEGIN_IDX
+) -> torch.Tensor:
+    """Positions (bool, B x S) of the tokens of the chunk's first action, in labels `token_ids` (B x S)."""
+    rank = _label_rank(token_ids)
+    return (rank >= 1) & (rank <= action_dim) & (token_ids > action_token_begin_idx)
+
+
+def get_next_actions_mask(
+    token_ids: torch.Tensor, action_dim: int = ACTION_DIM, action_token_begin_idx: int = ACTION_TOKEN_BEGIN_IDX
+) -> torch.Tensor:
+    """Positions (bool, B x S) of the tokens of the chunk's later actions, in labels `token_ids` (B x S)."""
+    return (_label_rank(token_ids) > action_dim) & (token_ids > action_token_begin_idx)
+
+
+def get_all_actions_mask(
+    token_ids: torch.Tensor, action_dim: int = ACTION_DIM, action_token_begin_idx: int = ACTION_TOKEN_BEGIN_IDX
+) -> torch.Tensor:
+    """Positions (bool, B x S) of all action tokens: the union of the current and the next mask."""
+    return get_current_action_mask(token_ids, action_dim, action_token_begin_idx) | get_next_actions_mask(
+        token_ids, action_dim, action_token_begin_idx
+    )

@@ -72,8 +72,7 @@ class Platform:
     def from_json(cls, content: Any, source: str = "platform") -> Platform:
         """The platform of such an object; without `normalization` it is bounds_q99, without `proprio_dim` 0.
 
-        Raises:
-            UsageError: missing, unknown or wrong fields; the message begins with `source`.
+        Raises UsageError: missing, unknown or wrong fields; the message begins with `source`.
         """
         names = [field.name for field in fields(cls)]
         optional = {"normalization", "proprio_dim"}

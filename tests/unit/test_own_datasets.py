@@ -22,8 +22,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets import DatasetSpec, RLDSBatchTransform, RLDSDataset, register_dataset
 from prismatic.vla.datasets.dataset_file import read_datasets
-from prismatic.vla.datasets.oxe.assembly import Assembly, Columns, Constant
-from prismatic.vla.datasets.oxe.operations import Operation
+from prismatic.vla.datasets.oxe.operations import Assembly, Columns, Constant, Operation
 from prismatic.vla.datasets.rlds_schema import Features, Images, Numbers, Schema, Texts
 from prismatic.vla.datasets.rlds_writer import RLDSWriter, encode_jpeg
 from prismatic.vla.datasets.specs import DATASETS

@@ -13,8 +13,7 @@ from PIL import Image
 
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets import RLDSDataset
-from prismatic.vla.datasets.oxe.mixtures import OXE_MIXTURES
-from prismatic.vla.datasets.oxe.table import OXE_DATASETS, ActionEncoding
+from prismatic.vla.datasets.oxe.table import OXE_DATASETS, OXE_MIXTURES, ActionEncoding
 from prismatic.vla.datasets.rlds_schema import Images, Numbers, Schema, Texts
 from prismatic.vla.datasets.sampler import MixtureSampler
 from prismatic.vla.datasets.specs import DATASETS, MIXTURES, resolve_mixture

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from prismatic.vla.datasets.oxe.assembly import Assembly, Columns, Constant
-from prismatic.vla.datasets.oxe.operations import Operation
+from prismatic.vla.datasets.oxe.operations import Assembly, Columns, Constant, Operation
 
 
 def _column(*values: float) -> np.ndarray:

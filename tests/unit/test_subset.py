@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prismatic.vla.datasets.subset import choose_episodes
+from prismatic.vla.datasets.episodes import choose_episodes
 
 INSTRUCTIONS = ["a"] * 20 + ["b"] * 10 + ["c"]
 

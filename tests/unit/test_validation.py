@@ -6,7 +6,7 @@ import pytest
 
 from prismatic.training.validation import _means, validation_batches
 from prismatic.vla.datasets.dataset import MixturePart
-from prismatic.vla.datasets.subset import hold_out_episodes
+from prismatic.vla.datasets.episodes import hold_out_episodes
 
 MIXTURE = (MixturePart("big", 0, 23, 1.0), MixturePart("small", 23, 5, 3.0))
 

@@ -29,8 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig, PrismaticConfig
-from prismatic.vla.action_masks import get_all_actions_mask
-from prismatic.vla.action_tokenizer import ActionBins
+from prismatic.vla.action_tokenizer import ActionBins, get_all_actions_mask
 from prismatic.vla.constants import EMPTY_TOKEN_ID, IGNORE_INDEX, STOP_INDEX
 from prismatic.vla.platforms import Platform
 

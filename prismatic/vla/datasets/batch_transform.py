@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from prismatic.vla.action_tokenizer import action_prompt
 from prismatic.vla.batch import Frame, Sample
 from prismatic.vla.constants import EMPTY_TOKEN_ID, IGNORE_INDEX, STOP_INDEX
-from prismatic.vla.prompting import action_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

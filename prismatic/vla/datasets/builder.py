@@ -1,75 +1,25 @@
-"""Finding an RLDS dataset on disk and checking its schema, through tensorflow-datasets (no TensorFlow needed)."""
+"""Finding a dataset on disk, and checking RLDS schemas through tensorflow-datasets (no TensorFlow needed)."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from prismatic.util.errors import UsageError
+from prismatic.vla.datasets.episodes import DatasetSplit
+from prismatic.vla.datasets.frame_index import ImageFeature, NumberFeature, RLDSSplit
+from prismatic.vla.datasets.lerobot.split import open_lerobot
 from prismatic.vla.datasets.specs import DatasetSpec
 from prismatic.vla.platforms import Platform
 
 SplitT = TypeVar("SplitT")
 
 FILE_FORMATS = ("tfrecord", "array_record")
-
-
-@dataclass(frozen=True)
-class NumberFeature:
-    """Storage of a feature of numbers.
-
-    Attributes:
-        width: values a step.
-        integers: a list of integers (or booleans) instead of floats.
-        packed: their type, when each step's values are one byte string; zlib: which is compressed.
-    """
-
-    width: int
-    integers: bool = False
-    packed: str = ""
-    zlib: bool = False
-
-
-@dataclass(frozen=True)
-class ImageFeature:
-    """Storage of an image: as an encoded file when `shape` is empty, else as its uint8 values.
-
-    Attributes:
-        shape: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); -1 for a size that the number of values tells.
-        packed: whether the values are one byte string, not a list of integers; zlib: which is compressed.
-    """
-
-    shape: tuple[int, ...] = ()
-    packed: bool = False
-    zlib: bool = False
-
-
-@dataclass(frozen=True)
-class SplitFiles:
-    """One split of a dataset: its version folder, its shards with their record counts, and what is read of them.
-
-    Attributes:
-        spec: the dataset's, without unused views and states that the files lack.
-        needed: the features that cannot be done without; the others may be damaged.
-        numbers, images: feature -> how its numbers or images are stored.
-        array_record: the file format, else TFRecord.
-    """
-
-    folder: Path
-    split: str
-    shards: tuple[Path, ...]
-    shard_lengths: tuple[int, ...]
-    spec: DatasetSpec
-    needed: frozenset[str]
-    numbers: Mapping[str, NumberFeature]
-    images: Mapping[str, ImageFeature]
-    array_record: bool = False
 
 
 def _version_key(folder: Path) -> tuple[int, ...]:
@@ -79,8 +29,7 @@ def _version_key(folder: Path) -> tuple[int, ...]:
 def find_version_folder(data_root_dir: Path, name: str) -> Path:
     """The newest `data_root_dir/name/X.Y.Z`.
 
-    Raises:
-        UsageError: a folder is missing; names it, and similar ones that are there.
+    Raises UsageError: a folder is missing; names it, and similar ones that are there.
     """
     if not data_root_dir.is_dir():
         raise UsageError(
@@ -197,15 +146,8 @@ def open_dataset(
     platform: Platform,
     with_proprio: bool = True,
     num_images: int | None = None,
-) -> dict[str, SplitFiles]:
-    """All splits of a dataset after a check of its schema.
-
-    States (without `with_proprio`) and views after the first `num_images` are not used: they need not be there.
-
-    Raises:
-        UsageError: a missing folder, unreadable metadata, another file format, a feature that is missing or of another
-            kind, or actions or states whose width is not the platform's.
-    """
+) -> dict[str, RLDSSplit]:
+    """All splits of an RLDS dataset after a check of its schema; arguments and refusals of :func:`find_splits`."""
     folder = find_version_folder(data_root_dir, name)
     info, file = _open_builder(folder), folder / "features.json"
     steps = info.features["steps"].feature
@@ -230,7 +172,7 @@ def open_dataset(
     if np.dtype(_feature(steps, spec.language).np_dtype).kind in "iu":
         numbers[spec.language] = _number_feature(file, _feature(steps, spec.language), spec.language)
     return {
-        split: SplitFiles(
+        split: RLDSSplit(
             folder=folder,
             split=split,
             shards=tuple(Path(str(path)) for path in split_info.filepaths),
@@ -252,12 +194,32 @@ def _names(node: Any, prefix: str = "steps/") -> list[str]:
     return names
 
 
-def choose_split(splits: Mapping[str, SplitT], name: str, train: bool) -> SplitT:
-    """The "train" split, or the "val" split when `train` is False.
+def find_splits(
+    data_root_dir: Path,
+    name: str,
+    spec: DatasetSpec,
+    platform: Platform,
+    with_proprio: bool = True,
+    num_images: int | None = None,
+) -> dict[str, DatasetSplit]:
+    """The splits of the dataset in `data_root_dir/name`: LeRobot when it holds meta/info.json, else RLDS.
 
-    Raises:
-        UsageError: the dataset has no such split.
+    States that are not used (`with_proprio` False), and views after the first `num_images`, may be missing or wrong.
+    Raises UsageError: a missing folder, unreadable metadata, another file format, a feature that is missing or of
+    another kind, or actions or states whose width is not the platform's.
     """
+    if (data_root_dir / name / "meta" / "info.json").is_file():
+        if spec.rlds_only:
+            raise UsageError(
+                f"{data_root_dir / name}: a LeRobot dataset, but {name!r} is registered for its RLDS features "
+                f"({', '.join(spec.numbers)}); accepted: RLDS files, or a name of its own (--dataset_file)"
+            )
+        return dict(open_lerobot(data_root_dir / name, spec, platform, with_proprio, num_images))
+    return dict(open_dataset(data_root_dir, name, spec, platform, with_proprio, num_images))
+
+
+def choose_split(splits: Mapping[str, SplitT], name: str, train: bool) -> SplitT:
+    """The "train" split, or the "val" split when `train` is False. Raises UsageError: the dataset has no such split."""
     wanted = "train" if train else "val"
     if wanted not in splits:
         names = ", ".join(sorted(splits)) or "none"

@@ -19,9 +19,15 @@ from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
 from prismatic.vla.batch import Frame, Sample
 from prismatic.vla.datasets import statistics as statistics_module
-from prismatic.vla.datasets.builder import choose_split
-from prismatic.vla.datasets.episodes import DatasetSplit, EpisodeData, cache_folder, code_digest
-from prismatic.vla.datasets.formats import find_splits
+from prismatic.vla.datasets.builder import choose_split, find_splits
+from prismatic.vla.datasets.episodes import (
+    DatasetSplit,
+    EpisodeData,
+    cache_folder,
+    choose_episodes,
+    code_digest,
+    hold_out_episodes,
+)
 from prismatic.vla.datasets.image_transforms import (
     FULL_IMAGE,
     AugmentDraw,
@@ -31,7 +37,6 @@ from prismatic.vla.datasets.image_transforms import (
 )
 from prismatic.vla.datasets.specs import DATASETS, DatasetSpec, resolve_mixture
 from prismatic.vla.datasets.statistics import Statistics, compute_statistics, normalize
-from prismatic.vla.datasets.subset import choose_episodes, hold_out_episodes
 from prismatic.vla.platforms import LIBERO, Platform
 
 
@@ -312,8 +317,7 @@ class RLDSDataset(Dataset):
     def fingerprints(self) -> dict[str, str]:
         """A hash of the content of every dataset; the same for a copy of it.
 
-        Raises:
-            UsageError: a dataset whose view is drawn from two cameras, so that a frame has no fixed content.
+        Raises UsageError: a dataset whose view is drawn from two cameras, so that a frame has no fixed content.
         """
         for source in self._sources:
             swapped = [view for view, cameras in source.views.items() if len(cameras) > 1]

@@ -16,8 +16,7 @@ from typing import NoReturn
 
 from prismatic.util.errors import UsageError
 from prismatic.util.files import read_mapping
-from prismatic.vla.datasets.oxe.assembly import Assembly, Columns, Constant, Part
-from prismatic.vla.datasets.oxe.operations import Operation
+from prismatic.vla.datasets.oxe.operations import Assembly, Columns, Constant, Operation, Part
 from prismatic.vla.datasets.specs import DATASETS, MIXTURES, DatasetSpec
 
 _FIELDS = ("images", "action", "state", "language", "action_mask", "drop_first", "drop_last")
@@ -109,8 +108,7 @@ class _Entry:
 def read_datasets(path: Path) -> dict[str, DatasetSpec]:
     """The datasets that a file describes.
 
-    Raises:
-        UsageError: no such file, or the first mistake in it; names the dataset and the field.
+    Raises UsageError: no such file, or the first mistake in it; names the dataset and the field.
     """
     content = read_mapping(path)
     for name in content:

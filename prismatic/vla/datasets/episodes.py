@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
+import io
+import json
 import logging
+import math
 import os
+import zipfile
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from prismatic.util.files import atomic_write
+
 _MAX_OPEN_FILES = 32
+# What is cached of a split's files: arrays by name, and small things that JSON holds.
+Index = tuple[dict[str, np.ndarray], dict[str, Any]]
 
 
 @dataclass
@@ -65,8 +75,7 @@ class EpisodeData(ABC):
     def image(self, view: int, frame: int) -> np.ndarray:
         """The image of a frame, uint8 (H, W, 3), rotated by 180 degrees as the policies expect it.
 
-        Raises:
-            UsageError: its file is gone or damaged; names file and frame.
+        Raises UsageError: its file is gone or damaged; names file and frame.
         """
 
 
@@ -86,6 +95,41 @@ class DatasetSplit(Protocol):
 
     def load(self) -> EpisodeData:
         """Read the episodes (or their cached index)."""
+
+
+def choose_episodes(instructions: Sequence[str], fraction: float, seed: int) -> np.ndarray:
+    """A random part of the episodes of every instruction, at least one of each; a smaller fraction is a subset of a
+    larger one with the same seed.
+
+    Args:
+        instructions: the instruction of every episode (E).
+        fraction: in (0, 1].
+
+    Returns:
+        the chosen episodes' numbers, ascending.
+
+    Raises:
+        ValueError: a fraction out of range.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction: {fraction} found; accepted: above 0, at most 1")
+    order = np.random.default_rng(seed).permutation(len(instructions))
+    chosen: list[int] = []
+    for instruction in sorted(set(instructions)):
+        episodes = [int(episode) for episode in order if instructions[episode] == instruction]
+        # Rounded first: 0.1 * 30 is a hair above 3.
+        chosen += episodes[: math.ceil(round(fraction * len(episodes), 9))]
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
+def hold_out_episodes(count: int, part: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(kept, held out) of `count` episodes: `part` of them, at least one, at random; both ascending.
+
+    Nothing is held out of a single episode, or when `part` is 0.
+    """
+    held = min(max(round(part * count), 1), count - 1) if part > 0 else 0
+    order = np.random.default_rng((seed, 8)).permutation(count)
+    return np.sort(order[held:]), np.sort(order[:held])
 
 
 class ByteReader:
@@ -113,6 +157,33 @@ class ByteReader:
 def code_digest(*modules: ModuleType) -> str:
     """A hash of the modules' source: what older code has cached is not taken for theirs."""
     return hashlib.sha256("".join(inspect.getsource(module) for module in modules).encode()).hexdigest()[:16]
+
+
+def has_size(path: Path, size: int) -> bool:
+    """Tell whether a file of so many bytes is there."""
+    return path.is_file() and path.stat().st_size == size
+
+
+def load_index(path: Path, identity: dict[str, object]) -> Index | None:
+    """The index that :func:`save_index` wrote for `identity`; None when absent, damaged or of another one."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            notes = json.loads(bytes(stored["header"]))
+            if notes.pop("fingerprint") != identity:
+                return None
+            return {name: stored[name] for name in stored.files if name != "header"}, notes
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
+
+
+def save_index(path: Path, identity: dict[str, object], index: Index) -> None:
+    """Cache an index; on a full or read-only disk nothing is written, which costs the next start some seconds."""
+    arrays, notes = index
+    header = np.frombuffer(json.dumps({"fingerprint": identity, **notes}).encode(), np.uint8)
+    buffer = io.BytesIO()
+    np.savez(buffer, header=header, **arrays)  # type: ignore[arg-type]
+    with contextlib.suppress(OSError):
+        atomic_write(path, buffer.getvalue())
 
 
 def cache_folder(folder: Path) -> Path:

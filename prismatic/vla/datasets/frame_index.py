@@ -9,12 +9,8 @@ be read at random places: they are copied once into `array_records-<split>.bin`,
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -22,14 +18,100 @@ from typing import BinaryIO
 import numpy as np
 
 from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_path, atomic_write
-from prismatic.vla.datasets.builder import ImageFeature, NumberFeature, SplitFiles
-from prismatic.vla.datasets.episodes import ByteReader, EpisodeData, cache_folder, code_digest
+from prismatic.util.files import atomic_path
+from prismatic.vla.datasets.episodes import (
+    ByteReader,
+    EpisodeData,
+    Index,
+    cache_folder,
+    code_digest,
+    has_size,
+    load_index,
+    save_index,
+)
 from prismatic.vla.datasets.image_transforms import as_rgb, decode_image
-from prismatic.vla.datasets.oxe import assembly, operations
+from prismatic.vla.datasets.oxe import operations
+from prismatic.vla.datasets.specs import DatasetSpec
 from prismatic.vla.datasets.tfrecord import Example, MalformedExample, Record, read_array_records, read_records, varints
 
 FORMAT_VERSION = 3
+
+
+@dataclass(frozen=True)
+class NumberFeature:
+    """Storage of a feature of numbers.
+
+    Attributes:
+        width: values a step.
+        integers: a list of integers (or booleans) instead of floats.
+        packed: their type, when each step's values are one byte string; zlib: which is compressed.
+    """
+
+    width: int
+    integers: bool = False
+    packed: str = ""
+    zlib: bool = False
+
+
+@dataclass(frozen=True)
+class ImageFeature:
+    """Storage of an image: as an encoded file when `shape` is empty, else as its uint8 values.
+
+    Attributes:
+        shape: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); -1 for a size that the number of values tells.
+        packed: whether the values are one byte string, not a list of integers; zlib: which is compressed.
+    """
+
+    shape: tuple[int, ...] = ()
+    packed: bool = False
+    zlib: bool = False
+
+
+@dataclass(frozen=True)
+class RLDSSplit:
+    """One split of an RLDS dataset: its version folder, its shards with their record counts, and what is read of them.
+
+    Attributes:
+        spec: the dataset's, without unused views and states that the files lack.
+        needed: the features that cannot be done without; the others may be damaged.
+        numbers, images: feature -> how its numbers or images are stored.
+        array_record: the file format, else TFRecord.
+    """
+
+    folder: Path
+    split: str
+    shards: tuple[Path, ...]
+    shard_lengths: tuple[int, ...]
+    spec: DatasetSpec
+    needed: frozenset[str]
+    numbers: Mapping[str, NumberFeature]
+    images: Mapping[str, ImageFeature]
+    array_record: bool = False
+
+    @property
+    def forms(self) -> tuple[ImageFeature, ...]:
+        """Storage of the images of every view."""
+        return tuple(self.images[feature] for feature in self.spec.stored_images.values())
+
+    def fingerprint(self) -> dict[str, object]:
+        """Everything the index depends on; two equal fingerprints mean the same index."""
+        spec = self.spec
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.shards]
+        return {
+            "version": FORMAT_VERSION,
+            "code": code_digest(operations),
+            "split": self.split,
+            "features": [*spec.numbers, spec.language, *spec.stored_images.values()],
+            "assembly": repr(spec.assembly),
+            "widths": {feature: self.numbers[feature].width for feature in spec.numbers},
+            "forms": repr(self.forms),
+            "shard_lengths": list(self.shard_lengths),
+            "files": [list(file) for file in files],
+        }
+
+    def load(self) -> RLDSEpisodes:
+        """Read the index; see :func:`load_frame_index`."""
+        return load_frame_index(self)
 
 
 @dataclass
@@ -79,18 +161,6 @@ def _pixels(stored: bytes, form: ImageFeature) -> np.ndarray:
     return as_rgb(values.reshape(form.shape))
 
 
-_ARRAYS = (
-    "action",
-    "state",
-    "image_start",
-    "image_size",
-    "language",
-    "episode_start",
-    "episode_shard",
-    "episode_record",
-)
-
-
 @dataclass
 class _Columns:
     """All that the pass over the shards collects; `faults` are those of features that are not needed."""
@@ -100,7 +170,6 @@ class _Columns:
     image_start: list[np.ndarray] = field(default_factory=list)
     image_size: list[np.ndarray] = field(default_factory=list)
     language: list[np.ndarray] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
     instructions: dict[bytes, int] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
@@ -148,7 +217,7 @@ def _check_present(example: Example, name: str) -> None:
         raise MalformedExample(f"missing feature {name}; it holds {', '.join(example.names())}")
 
 
-def _read(columns: _Columns, split: SplitFiles, feature: str, read: Callable[[str], np.ndarray]) -> np.ndarray | None:
+def _read(columns: _Columns, split: RLDSSplit, feature: str, read: Callable[[str], np.ndarray]) -> np.ndarray | None:
     """The feature's values by `read`; None, and a note in `faults`, for damaged ones that are not needed."""
     try:
         return read(f"steps/{feature}")
@@ -159,7 +228,7 @@ def _read(columns: _Columns, split: SplitFiles, feature: str, read: Callable[[st
         return None
 
 
-def _add_episode(columns: _Columns, example: Example, offset: int, split: SplitFiles) -> bool:
+def _add_episode(columns: _Columns, example: Example, offset: int, split: RLDSSplit) -> bool:
     """Append one episode; nothing when it has no transition (and False is returned) or MalformedExample is raised."""
     spec = split.spec
     _check_present(example, f"steps/{spec.language}")
@@ -191,7 +260,6 @@ def _add_episode(columns: _Columns, example: Example, offset: int, split: SplitF
     columns.image_size.append((spans_VT2[:, kept, 1] - spans_VT2[:, kept, 0]).astype(np.int32))
     table = columns.instructions
     columns.language.append(np.array([table.setdefault(text, len(table)) for text in texts[kept]], dtype=np.int32))
-    columns.lengths.append(len(action))
     return True
 
 
@@ -202,13 +270,14 @@ def _copied(path: Path, copy: BinaryIO) -> Iterator[Record]:
         copy.write(payload)
 
 
-def _build(split: SplitFiles, copy: Path | None) -> tuple[RLDSEpisodes, dict[str, str]]:
-    """The index, and the faults of features that are not needed; ArrayRecord files are copied to `copy`."""
+def _build(split: RLDSSplit, copy: Path | None) -> Index:
+    """The index, with the faults of features that are not needed; ArrayRecord files are copied to `copy`."""
     if copy is None:
-        return _collect(split, split.shards, read_records)
+        return _collect(split, read_records)
     try:
         with atomic_path(copy) as temporary, open(temporary, "wb") as stream:
-            return _collect(split, (copy,), lambda path: _copied(path, stream))
+            arrays, notes = _collect(split, lambda path: _copied(path, stream))
+            return arrays, {**notes, "copied": stream.tell()}
     except OSError as error:
         raise UsageError(
             f"{copy}: array_record files cannot be copied there ({error}); accepted: a folder with room, "
@@ -216,9 +285,7 @@ def _build(split: SplitFiles, copy: Path | None) -> tuple[RLDSEpisodes, dict[str
         ) from error
 
 
-def _collect(
-    split: SplitFiles, files: tuple[Path, ...], records: Callable[[Path], Iterator[Record]]
-) -> tuple[RLDSEpisodes, dict[str, str]]:
+def _collect(split: RLDSSplit, records: Callable[[Path], Iterator[Record]]) -> Index:
     columns = _Columns()
     for shard_number, (path, expected) in enumerate(zip(split.shards, split.shard_lengths, strict=True)):
         record_number = -1
@@ -226,7 +293,7 @@ def _collect(
             known = set(columns.faults)
             try:
                 if _add_episode(columns, Example(record.payload), record.offset, split):
-                    columns.places.append((shard_number if len(files) > 1 else 0, record_number))
+                    columns.places.append((0 if split.array_record else shard_number, record_number))
             except MalformedExample as error:
                 raise UsageError(f"{path}: record {record_number}: {error}") from error
             for feature in set(columns.faults) - known:
@@ -235,123 +302,55 @@ def _collect(
             raise UsageError(
                 f"{path}: {record_number + 1} records, dataset_info.json says {expected} (incomplete copy?)"
             )
-    if not sum(columns.lengths):
+    if not columns.action:
         raise UsageError(f"{split.folder}: split {split.split!r} is empty; accepted: a split with at least one episode")
-    return _table(split, files, columns), columns.faults
+    return _index(split, columns)
 
 
-def _table(split: SplitFiles, files: tuple[Path, ...], columns: _Columns) -> RLDSEpisodes:
-    shard_and_record = np.array(columns.places, dtype=np.int32)
+def _index(split: RLDSSplit, columns: _Columns) -> Index:
+    places = np.array(columns.places, dtype=np.int32)
     state = np.concatenate(columns.state)
     if any(feature in columns.faults for feature in split.spec.state_features):
         state = state[:, :0]
-    return RLDSEpisodes(
-        shards=files,
-        views=tuple(split.spec.stored_images),
-        forms=_forms(split),
-        action=np.concatenate(columns.action),
-        state=state,
-        image_start=np.concatenate(columns.image_start, axis=1),
-        image_size=np.concatenate(columns.image_size, axis=1),
-        language=np.concatenate(columns.language),
-        instructions=tuple(text.decode("utf-8", errors="replace") for text in columns.instructions),
-        episode_start=np.concatenate([[0], np.cumsum(columns.lengths)]).astype(np.int64),
-        episode_shard=shard_and_record[:, 0],
-        episode_record=shard_and_record[:, 1],
-    )
-
-
-def _forms(split: SplitFiles) -> tuple[ImageFeature, ...]:
-    return tuple(split.images[feature] for feature in split.spec.stored_images.values())
-
-
-def fingerprint(split: SplitFiles) -> dict[str, object]:
-    """Everything the index depends on; two equal fingerprints mean the same index."""
-    spec = split.spec
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in split.shards]
-    return {
-        "version": FORMAT_VERSION,
-        "code": code_digest(operations, assembly),
-        "split": split.split,
-        "features": [*spec.numbers, spec.language, *spec.stored_images.values()],
-        "assembly": repr(spec.assembly),
-        "widths": {feature: split.numbers[feature].width for feature in spec.numbers},
-        "forms": repr(_forms(split)),
-        "shard_lengths": list(split.shard_lengths),
-        "files": [list(file) for file in files],
+    arrays = {
+        "action": np.concatenate(columns.action),
+        "state": state,
+        "image_start": np.concatenate(columns.image_start, axis=1),
+        "image_size": np.concatenate(columns.image_size, axis=1),
+        "language": np.concatenate(columns.language),
+        "episode_start": np.cumsum([0, *map(len, columns.action)]),
+        "episode_shard": places[:, 0],
+        "episode_record": places[:, 1],
     }
+    instructions = [text.decode("utf-8", errors="replace") for text in columns.instructions]
+    return arrays, {"instructions": instructions, "faults": columns.faults, "copied": 0}
 
 
-def _load(
-    path: Path, identity: dict[str, object], split: SplitFiles, copy: Path | None
-) -> tuple[RLDSEpisodes, dict[str, str]] | None:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            header = json.loads(bytes(stored["header"]))
-            if header["fingerprint"] != identity or (copy is not None and copy.stat().st_size != header["copied"]):
-                return None
-            arrays = {name: stored[name] for name in _ARRAYS}
-            faults, instructions = header["faults"], tuple(header["instructions"])
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
-        return None  # absent, from another version or damaged: built anew
-    shards = split.shards if copy is None else (copy,)
-    views = tuple(split.spec.stored_images)
-    return RLDSEpisodes(shards=shards, views=views, forms=_forms(split), instructions=instructions, **arrays), faults
-
-
-def _save(
-    path: Path, identity: dict[str, object], index: RLDSEpisodes, faults: dict[str, str], copy: Path | None
-) -> None:
-    copied = 0 if copy is None else copy.stat().st_size
-    header = {"fingerprint": identity, "instructions": index.instructions, "faults": faults, "copied": copied}
-    buffer = io.BytesIO()
-    arrays = {name: getattr(index, name) for name in _ARRAYS}
-    np.savez(buffer, header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), **arrays)
-    with contextlib.suppress(OSError):  # a full or read-only disk costs the next start a few seconds, nothing else
-        atomic_write(path, buffer.getvalue())
-
-
-def load_frame_index(split: SplitFiles) -> RLDSEpisodes:
+def load_frame_index(split: RLDSSplit) -> RLDSEpisodes:
     """The split's index, from its cache or built (and cached) now.
 
-    Raises:
-        UsageError: a missing, truncated or corrupted shard, a record without a needed feature or with the wrong number
-            of values, an empty split; the one line names file, record and reason.
+    Raises UsageError: a missing, truncated or corrupted shard, a record without a needed feature or with the wrong
+    number of values, an empty split; the one line names file, record and reason.
     """
     for path in split.shards:
         if not path.is_file():
             raise UsageError(
                 f"{path}: no such file, but dataset_info.json lists {len(split.shards)} shards (incomplete copy?)"
             )
-    identity, folder = fingerprint(split), cache_folder(split.folder)
+    identity, folder = split.fingerprint(), cache_folder(split.folder)
     cache = folder / f"frame_index-{split.split}.npz"
     copy = folder / f"array_records-{split.split}.bin" if split.array_record else None
-    known = _load(cache, identity, split, copy)
-    if known is None:
-        known = _build(split, copy)
-        _save(cache, identity, *known, copy)
-    index, faults = known
-    for feature in split.needed & faults.keys():
-        raise UsageError(faults[feature])
-    return index
-
-
-@dataclass(frozen=True)
-class RLDSSplit:
-    """One split of an RLDS dataset behind the protocol of all formats."""
-
-    files: SplitFiles
-
-    @property
-    def folder(self) -> Path:
-        return self.files.folder
-
-    @property
-    def split(self) -> str:
-        return self.files.split
-
-    def fingerprint(self) -> dict[str, object]:
-        return fingerprint(self.files)
-
-    def load(self) -> RLDSEpisodes:
-        return load_frame_index(self.files)
+    index = load_index(cache, identity)
+    if index is None or (copy is not None and not has_size(copy, index[1]["copied"])):
+        index = _build(split, copy)
+        save_index(cache, identity, index)
+    arrays, notes = index
+    for feature in split.needed & notes["faults"].keys():
+        raise UsageError(notes["faults"][feature])
+    return RLDSEpisodes(
+        shards=split.shards if copy is None else (copy,),
+        views=tuple(split.spec.stored_images),
+        forms=split.forms,
+        instructions=tuple(notes["instructions"]),
+        **arrays,
+    )

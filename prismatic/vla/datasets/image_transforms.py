@@ -81,8 +81,7 @@ def center_crop_box(area: float = CROP_AREA) -> CropBox:
 def decode_image(encoded: bytes) -> np.ndarray:
     """Decode JPEG bytes (or PNG, BMP, GIF) to uint8 (H, W, 3) with the pixels of `tf.io.decode_image`.
 
-    Raises:
-        ValueError: the bytes are no complete image.
+    Raises ValueError: the bytes are no complete image.
     """
     return _decode_jpeg(encoded) if encoded[:2] == b"\xff\xd8" else decode_with_pillow(encoded)
 
@@ -116,8 +115,7 @@ def _cmyk_to_rgb(cmyk_HW4: np.ndarray, inverted: bool) -> np.ndarray:
 def decode_with_pillow(encoded: bytes) -> np.ndarray:
     """Decode an image to uint8 (H, W, 3) as Pillow does: for data that were recorded and are read with it elsewhere.
 
-    Raises:
-        ValueError: the bytes are no complete image.
+    Raises ValueError: the bytes are no complete image.
     """
     try:
         with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "BMP", "GIF", "WEBP")) as image:

@@ -76,10 +76,8 @@ def _check(episode: Episode) -> None:
 def serialize_episode(episode: Episode) -> bytes:
     """The episode as a tf.train.Example; equal episodes give equal bytes.
 
-    The last step has reward 1 and is terminal: only successful episodes are demonstrations.
-
-    Raises:
-        ValueError: no steps, or lengths that do not agree.
+    The last step has reward 1 and is terminal: only successful episodes are demonstrations. Raises ValueError: no
+    steps, or lengths that do not agree.
     """
     _check(episode)
     steps = len(episode.images)
@@ -165,9 +163,7 @@ class RLDSWriter:
         """Write the serialized episodes of every split in the given order; returns the dataset's folder.
 
         Shards hold about 256 MB. A reader sees no dataset, the old one or the new one: dataset_info.json comes last.
-
-        Raises:
-            ValueError: nothing to write.
+        Raises ValueError: nothing to write.
         """
         if not any(splits.values()):
             raise ValueError(f"dataset {self.name}: no episodes to write")

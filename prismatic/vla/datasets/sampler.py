@@ -135,8 +135,7 @@ class MixtureLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Endless batches from the present state on.
 
-        Raises:
-            UsageError: bad data met by a worker, as the one line it raised.
+        Raises UsageError: bad data met by a worker, as the one line it raised.
         """
         self._sampler.load_state_dict(self._state)
         draws_per_batch = self._sampler.batch_size * self._sampler.world_size
@@ -163,8 +162,7 @@ def make_dataloader(
 ) -> MixtureLoader:
     """Batches of `dataset` in the order of `sampler`, which is the same for any number of workers.
 
-    Raises:
-        UsageError: a negative number of workers.
+    Raises UsageError: a negative number of workers.
     """
     if num_workers < 0:
         raise UsageError(f"--num_workers: {num_workers}; accepted: 0 (load in the training process) or more")

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from prismatic.util.errors import UsageError, unknown_name
-from prismatic.vla.datasets.oxe.assembly import Assembly, features_of
-from prismatic.vla.datasets.oxe.mixtures import OXE_MIXTURES
-from prismatic.vla.datasets.oxe.table import OXE_DATASETS, OXEDataset
+from prismatic.vla.datasets.oxe.operations import Assembly, features_of
+from prismatic.vla.datasets.oxe.table import OXE_DATASETS, OXE_MIXTURES, OXEDataset
 from prismatic.vla.platforms import Platform
 
 Standardize = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -213,8 +212,7 @@ def register_dataset(name: str, spec: DatasetSpec) -> None:
 def resolve_mixture(data_mix: str) -> tuple[tuple[str, float], ...]:
     """(dataset, weight) pairs of a mixture name, a dataset name, or a comma list of datasets "a,b" or "a:0.5,b:2".
 
-    Raises:
-        UsageError: an unknown name, a dataset named twice, a weight that is no positive number.
+    Raises UsageError: an unknown name, a dataset named twice, a weight that is no positive number.
     """
     if data_mix in MIXTURES:
         return MIXTURES[data_mix]

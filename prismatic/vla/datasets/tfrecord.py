@@ -52,8 +52,7 @@ def masked_crc(data: bytes) -> int:
 def read_records(path: Path) -> Iterator[Record]:
     """All records of a TFRecord file in order, one in memory at a time.
 
-    Raises:
-        UsageError: a truncated record or a checksum that does not match; names the file and the record.
+    Raises UsageError: a truncated record or a checksum that does not match; names the file and the record.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -84,8 +83,7 @@ def read_records(path: Path) -> Iterator[Record]:
 def read_array_records(path: Path) -> Iterator[bytes]:
     """All payloads of an ArrayRecord file in order.
 
-    Raises:
-        UsageError: the file is damaged, or its reader is not installed.
+    Raises UsageError: the file is damaged, or its reader is not installed.
     """
     try:
         from array_record.python.array_record_module import ArrayRecordReader

@@ -69,8 +69,7 @@ def find_columns(
 ) -> Columns:
     """The columns that hold what `spec` asks for; see :func:`prismatic.vla.datasets.builder.open_dataset`.
 
-    Raises:
-        UsageError: a needed one is missing, or actions or states do not have the platform's width.
+    Raises UsageError: a needed one is missing, or actions or states do not have the platform's width.
     """
     file, needed = metadata.folder / "meta" / "info.json", spec.needed(num_images, with_proprio)
     columns = {feature: _find(metadata, feature, image=False) for feature in spec.numbers}

@@ -31,8 +31,7 @@ def time_tolerance(seconds: np.ndarray) -> np.ndarray:
 def frame_times(path: Path) -> np.ndarray:
     """The times (seconds, ascending) of a video's frames, read without decoding them.
 
-    Raises:
-        UsageError: the file is damaged.
+    Raises UsageError: the file is damaged.
     """
     av = require("av")
     try:

@@ -63,11 +63,7 @@ class Metadata:
 
 
 def require(module: str) -> Any:
-    """Import pyarrow or av.
-
-    Raises:
-        UsageError: it is not installed.
-    """
+    """Import pyarrow or av. Raises UsageError: it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -80,8 +76,7 @@ def require(module: str) -> Any:
 def read_rows(path: Path, columns: list[str] | None = None) -> Any:
     """A Parquet file (or some columns of it) as a pyarrow table.
 
-    Raises:
-        UsageError: the file is missing or damaged, or lacks a column.
+    Raises UsageError: the file is missing or damaged, or lacks a column.
     """
     parquet, arrow = require("pyarrow.parquet"), require("pyarrow")
     if not path.is_file():
@@ -173,8 +168,7 @@ def _splits(info: Mapping[str, Any], path: Path, count: int) -> dict[str, range]
 def read_metadata(folder: Path) -> Metadata:
     """The description of the dataset in `folder`.
 
-    Raises:
-        UsageError: another version, or a missing or damaged file of `meta/`; names it.
+    Raises UsageError: another version, or a missing or damaged file of `meta/`; names it.
     """
     path = folder / "meta" / "info.json"
     info = read_json(path)

@@ -7,11 +7,7 @@ the images themselves: a Parquet page has to be read whole, and one random frame
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
-import json
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_path, atomic_write
-from prismatic.vla.datasets.episodes import EpisodeData, cache_folder, code_digest
+from prismatic.util.files import atomic_path
+from prismatic.vla.datasets.episodes import EpisodeData, cache_folder, code_digest, has_size, load_index, save_index
 from prismatic.vla.datasets.lerobot.features import Columns, as_rlds_actions, find_columns
 from prismatic.vla.datasets.lerobot.images import (
     TIME_TOLERANCE,
@@ -32,7 +28,7 @@ from prismatic.vla.datasets.lerobot.images import (
     time_tolerance,
 )
 from prismatic.vla.datasets.lerobot.metadata import EpisodePlace, Metadata, read_metadata, read_rows, require
-from prismatic.vla.datasets.oxe import assembly, operations
+from prismatic.vla.datasets.oxe import operations
 from prismatic.vla.datasets.specs import DatasetSpec
 from prismatic.vla.platforms import Platform
 
@@ -93,7 +89,7 @@ class LeRobotSplit:
         columns = self.columns
         return {
             "version": [FORMAT_VERSION, self.metadata.version],
-            "code": code_digest(operations, assembly),
+            "code": code_digest(operations),
             "split": self.split,
             "features": [*columns.numbers.values(), *columns.views.values(), columns.language],
             "assembly": repr(columns.spec.assembly),
@@ -105,9 +101,8 @@ class LeRobotSplit:
     def load(self) -> LeRobotEpisodes:
         """The episodes, from the cached index or the Parquet files.
 
-        Raises:
-            UsageError: a missing or damaged file, missing rows, numbers that are not finite, time stamps that no video
-                has, an empty split.
+        Raises UsageError: a missing or damaged file, missing rows, numbers that are not finite, time stamps that no
+        video has, an empty split.
         """
         if not sum(episode.length for episode in self.episodes):
             raise UsageError(f"{self.folder}: split {self.split!r} is empty; accepted: at least one episode")
@@ -118,10 +113,11 @@ class LeRobotSplit:
         index, pack = cache / f"lerobot_index-{name}.npz", cache / f"lerobot_images-{name}.bin"
         wanted = {f"number/{feature}" for feature in self.columns.numbers if feature in self.needed}
         wanted |= {f"start/{name}" for name in self.packed_views} | ({"timestamp"} if self.has_videos else set())
-        arrays = _load_arrays(index, identity, pack if self.packed_views else None)
-        if arrays is None or not wanted <= arrays.keys():
+        arrays, notes = load_index(index, identity) or ({}, {})
+        if not wanted <= arrays.keys() or (self.packed_views and not has_size(pack, notes["pack_bytes"])):
             arrays = self._read(pack)
-            _save_arrays(index, identity, arrays)
+            notes = {"pack_bytes": pack.stat().st_size if self.packed_views else 0}
+            save_index(index, identity, (arrays, notes))
         return self._table(arrays, pack)
 
     def _table(self, arrays: dict[str, np.ndarray], pack: Path) -> LeRobotEpisodes:
@@ -277,7 +273,6 @@ class LeRobotSplit:
                                 arrays[f"start/{name}"][frame] = stream.tell()
                                 arrays[f"size/{name}"][frame] = stream.write(image)
                     row += batch.num_rows
-            arrays["pack_bytes"] = np.array(stream.tell())
         return arrays
 
 
@@ -291,8 +286,7 @@ def _nearest(sorted_times: np.ndarray, times: np.ndarray) -> np.ndarray:
 def frames_of_rows(file: Path, episodes: list[EpisodePlace], first: int) -> np.ndarray:
     """The frame number of every row of a file, -1 for rows of no wanted episode.
 
-    Raises:
-        UsageError: an episode lacks rows or has too many.
+    Raises UsageError: an episode lacks rows or has too many.
     """
     table = read_rows(file, ["episode_index", "frame_index"])
     number, step = (np.asarray(table[name]).astype(np.int64) for name in ("episode_index", "frame_index"))
@@ -333,27 +327,6 @@ def _image_bytes(file: Path, batch: Any, name: str) -> list[bytes]:
     return images
 
 
-def _load_arrays(path: Path, identity: dict[str, object], pack: Path | None) -> dict[str, np.ndarray] | None:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            if json.loads(bytes(stored["header"])) != identity:
-                return None
-            arrays = {name: stored[name] for name in stored.files if name != "header"}
-        if pack is not None and pack.stat().st_size != int(arrays["pack_bytes"]):
-            return None
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
-        return None  # absent, from another version or damaged: read anew
-    return arrays
-
-
-def _save_arrays(path: Path, identity: dict[str, object], arrays: dict[str, np.ndarray]) -> None:
-    buffer = io.BytesIO()
-    header = np.frombuffer(json.dumps(identity).encode(), dtype=np.uint8)
-    np.savez(buffer, header=header, **arrays)  # type: ignore[arg-type]
-    with contextlib.suppress(OSError):  # a full or read-only disk costs the next start some seconds, nothing else
-        atomic_write(path, buffer.getvalue())
-
-
 def open_lerobot(
     folder: Path,
     spec: DatasetSpec,
@@ -361,13 +334,7 @@ def open_lerobot(
     with_proprio: bool = True,
     num_images: int | None = None,
 ) -> dict[str, LeRobotSplit]:
-    """The splits of the LeRobot dataset in `folder`, after a check of its description.
-
-    States that are not used (`with_proprio` False), and views after the first `num_images`, may be missing or wrong.
-
-    Raises:
-        UsageError: damaged or missing metadata, another version, or columns that do not fit `spec` and `platform`.
-    """
+    """The splits of the LeRobot dataset in `folder`; arguments and refusals as for `builder.find_splits`."""
     metadata = read_metadata(folder)
     columns = find_columns(metadata, spec, platform, with_proprio, num_images)
     needed = spec.needed(num_images, with_proprio)
