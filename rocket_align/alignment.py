@@ -140,18 +140,24 @@ class AlignmentProjector(nn.Module):
         return torch.stack([self._project(tokens, width) for tokens, width in zip(normalized, self.widths)])
 
 
-def cosine_loss(projected: Tensor, target: Tensor) -> Tensor:
+def cosine_loss(projected: Tensor, target: Tensor, mask_BN: Tensor | None = None) -> Tensor:
     """Mean over samples and tokens of 1 - cos(projected, target), computed in float32.
 
     Source: the paper's alignment term before its average over pairs.
 
     Args:
         projected, target: (..., B, N, C).
+        mask_BN: bool, False for tokens that do not count (of a missing camera, of padding). A sample is the mean over
+            its own tokens; one without any is 0.
 
     Returns:
         The leading dimensions, 0 (same direction) to 2 (opposite).
     """
-    return 1 - F.cosine_similarity(projected.float(), target.float(), dim=-1).mean(dim=(-2, -1))
+    cosines = F.cosine_similarity(projected.float(), target.float(), dim=-1)
+    if mask_BN is None:
+        return 1 - cosines.mean(dim=(-2, -1))
+    counted = torch.where(mask_BN, 1 - cosines, 0.0)
+    return (counted.sum(dim=-1) / mask_BN.sum(dim=-1).clamp(min=1)).mean(dim=-1)
 
 
 class AlignOutput(NamedTuple):
@@ -318,8 +324,37 @@ class MultiLayerAlignment(nn.ModuleList):
         teacher: TeacherFeatures | AlignmentTargets | None,
     ) -> Tensor:
         """(K,) losses with gradient, averaged over the ensemble; arguments and refusals of `forward`."""
-        tokens = self.student_tokens(hidden_states, vision_start, num_vision_tokens)
-        return cosine_loss(self.project(tokens), self.targets(teacher, num_vision_tokens)).mean(dim=0)
+        return self._losses(self.student_tokens(hidden_states, vision_start, num_vision_tokens), teacher)
+
+    def _losses(
+        self, tokens_KBND: Tensor, teacher: TeacherFeatures | AlignmentTargets | None, mask_BN: Tensor | None = None
+    ) -> Tensor:
+        targets = self.targets(teacher, tokens_KBND.shape[2])
+        return cosine_loss(self.project(tokens_KBND), targets, mask_BN).mean(dim=0)
+
+    def align(
+        self,
+        tokens_KBND: Tensor,
+        teacher: TeacherFeatures | AlignmentTargets | None,
+        mask_BN: Tensor | None = None,
+    ) -> AlignOutput:
+        """Loss of image tokens that are taken already, such as those of :func:`rocket_align.attach`, over all pairs.
+
+        Args:
+            tokens_KBND: one row of states per pair; `config.student_layers` says only how many.
+            teacher: as for `forward`.
+            mask_BN: bool, False for tokens that do not count: see `cosine_loss`.
+
+        Raises:
+            ValueError: tokens of another number of pairs, features that do not fit.
+        """
+        if len(tokens_KBND) != self.config.num_pairs:
+            raise ValueError(f"tokens: found {len(tokens_KBND)} taps; accepted: {self.config.num_pairs}, one a pair")
+        if not self.config.num_pairs:
+            zero = tokens_KBND.new_zeros((), dtype=torch.float32)
+            return AlignOutput(zero, zero.new_zeros(0))
+        losses = self._losses(tokens_KBND, teacher, mask_BN)
+        return AlignOutput(losses.mean(), losses.detach())
 
 
 def _accept_released_layouts(

@@ -23,6 +23,7 @@ Its student layers are hidden states (0 the embeddings, l the output of block l 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from typing import Any, Literal, get_args
 from rocket_align.analysis.selection import select_layers
 
 LayerConvention = Literal["released", "states", "python"]
+TapConvention = Literal["blocks", "openvla", "openpi-torch", "openpi-jax"]
 FORMAT = "rocket_align_layers"
 VERSION = 1
 _CONVENTIONS: dict[str, tuple[LayerConvention, ...]] = {"student": ("states", "released"), "teacher": ("python",)}
@@ -93,6 +95,66 @@ def resolve_layers(spec: str | Sequence[int], num_layers: int, *, convention: La
         if resolved != sorted(resolved):
             raise ValueError(f"layers: found {spec!r} (indices {tuple(resolved)}); accepted: layers in ascending order")
     return tuple(resolved)
+
+
+# Numbers of taps, as `resolve_layers` reads them.
+_TAP_NUMBERS: dict[TapConvention, LayerConvention] = {
+    "blocks": "python",
+    "openvla": "released",
+    "openpi-torch": "states",
+    "openpi-jax": "python",
+}
+_TAP_NAME = re.compile(r"(block|vision)\.(-?\d+)|embeddings|final_norm|projector")
+
+
+def tap_names(
+    spec: str | Sequence[int | str], num_blocks: int, *, convention: TapConvention = "blocks"
+) -> tuple[str, ...]:
+    """Unambiguous names of the places that `spec` means (see :mod:`rocket_align.taps`), in its order.
+
+    Args:
+        spec: names, numbers, or a comma string of both. "block.-1" is the last block's.
+        num_blocks: blocks of the stream.
+        convention: the meaning of numbers; the three of the ROCKET release differ for the same recipe.
+            "blocks": the stream after block k, 0-based; -1 after the last block, before the final norm.
+            "openvla": hidden states as the release's OpenVLA path counts them: 0 the embeddings, l after block l - 1,
+            the last after the final norm; -1 is the last but one (see `resolve_layers`, "released").
+            "openpi-torch": the same states as its PyTorch pi0.5 path counts them: -1 is after the final norm.
+            "openpi-jax": outputs of blocks as its JAX path counts them: 2 is after three blocks, -1 after the last one,
+            before the final norm.
+
+    Raises:
+        ValueError: neither a number nor a name, or out of range; one line.
+    """
+    if convention not in get_args(TapConvention):
+        raise ValueError(f"convention: found {convention!r}; accepted: {', '.join(get_args(TapConvention))}")
+    numbers = _TAP_NUMBERS[convention]
+    names = []
+    for entry in [part.strip() for part in spec.split(",") if part.strip()] if isinstance(spec, str) else spec:
+        match = _TAP_NAME.fullmatch(entry) if isinstance(entry, str) else None
+        if match and not match[1]:
+            names.append(match[0])
+        elif match:
+            names.append(f"{match[1]}.{resolve_layers(match[2], num_blocks, convention='python')[0]}")
+        elif isinstance(entry, str) and not re.fullmatch(r"-?\d+", entry):
+            raise ValueError(
+                f"layers: found {entry!r} in {spec!r}; accepted: embeddings, block.k, final_norm, vision.k, projector, "
+                "or numbers"
+            )
+        else:
+            (index,) = resolve_layers(
+                [int(entry)] if isinstance(entry, str) else [entry], num_blocks, convention=numbers
+            )
+            names.append(f"block.{index}" if numbers == "python" else _state_name(index, num_blocks))
+    if not names:
+        raise ValueError("layers: found none; accepted: at least one tap")
+    return tuple(names)
+
+
+def _state_name(state: int, num_blocks: int) -> str:
+    if state == num_blocks:
+        return "final_norm"
+    return f"block.{state - 1}" if state else "embeddings"
 
 
 def paper_pairs(
