@@ -46,13 +46,10 @@ class MemoryProbe:
     """Attributes memory and time to whatever phase was entered last.
 
     with MemoryProbe() as probe: probe.enter("forward"); ...; probe.enter("backward"); ...
-
-    Attributes:
-        suffix: put after the names of phases, to tell steps apart.
     """
 
     interval: float = 0.02
-    suffix: str = ""
+    suffix: str = ""  # Put after the names of phases, to tell steps apart
     phases: dict[str, Phase] = field(default_factory=dict)
 
     def __enter__(self) -> MemoryProbe:

@@ -100,11 +100,7 @@ def write_model_and_adapter(config: MergeConfig, folder: Path) -> int:
 
 
 def measure(command: list[str]) -> tuple[int, float]:
-    """(peak resident bytes, seconds) of a command.
-
-    Raises:
-        RuntimeError: it failed.
-    """
+    """(peak resident bytes, seconds) of a command. Raises RuntimeError: it failed."""
     start = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", WAIT, *command], env=environment, cwd=ROOT, stdout=subprocess.PIPE)

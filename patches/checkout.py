@@ -101,8 +101,7 @@ class Checkout:
     def wanted(self) -> dict[str, bytes]:
         """Content of every file of an injection by this version of the project; the script is the last.
 
-        Raises:
-            UsageError: the script lacks a place that the injection needs.
+        Raises UsageError: the script lacks a place that the injection needs.
         """
         try:
             from patches.rewrite import PlaceNotFound, inject
@@ -122,8 +121,7 @@ class Checkout:
     def state(self) -> State:
         """State of the injection: there or not, and as this version of the project writes it.
 
-        Raises:
-            UsageError: it is not, and cannot be put there.
+        Raises UsageError: it is not, and cannot be put there.
         """
         if all(self._content(name) == content for name, content in self.wanted.items()):
             extra = set(self._recorded) - {*self.wanted, ORIGINAL}
@@ -144,8 +142,7 @@ class Checkout:
     def apply(self) -> None:
         """Inject, or bring an older injection up to date; does nothing where that is done.
 
-        Raises:
-            UsageError: as for `wanted`; nothing was written.
+        Raises UsageError: as for `wanted`; nothing was written.
         """
         if self.state == "applied":
             return
@@ -163,8 +160,7 @@ class Checkout:
     def revert(self) -> bool:
         """Take the injection out, so that the script is what it was, byte for byte. Returns whether there was one.
 
-        Raises:
-            UsageError: the script was edited after the injection; nothing was changed.
+        Raises UsageError: the script was edited after the injection; nothing was changed.
         """
         if not self._recorded:
             return False

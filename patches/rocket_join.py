@@ -35,8 +35,7 @@ def _refuse(error: ValueError) -> NoReturn:
 def check_flags(config: AlignFlags) -> None:
     """Refuse wrong flags, or a teacher that is not there, before anything large is loaded.
 
-    Raises:
-        SystemExit: code 2, after one line on standard error.
+    Raises SystemExit: code 2, after one line on standard error.
     """
     try:
         config.validate_alignment()
@@ -158,8 +157,7 @@ class RocketJoin:
 def _restore(alignment: MultiLayerAlignment, folder: Path, step: int | None) -> None:
     """Load the projectors of a checkpoint; one without any starts them anew.
 
-    Raises:
-        ValueError: weights of another alignment, naming the file.
+    Raises ValueError: weights of another alignment, naming the file.
     """
     names = [f"{COMPONENT}--{name}_checkpoint.pt" for name in (step, "latest")]
     path = next((folder / name for name in names if (folder / name).is_file()), None)

@@ -195,20 +195,13 @@ def layers_by_position(
 
 @dataclass(frozen=True)
 class LayerFile:
-    """Aligned layers and the models they belong to.
+    """Aligned layers and the models they belong to."""
 
-    Attributes:
-        student_layers: hidden states of the student, ascending.
-        teacher_layers: teacher blocks, one per student layer, in any order, also repeated.
-        student_depth, teacher_depth: blocks of the models.
-        origin: how the layers were chosen, for the reader.
-    """
-
-    student_layers: tuple[int, ...]
-    teacher_layers: tuple[int, ...]
-    student_depth: int
-    teacher_depth: int
-    origin: dict[str, Any] = field(default_factory=dict)
+    student_layers: tuple[int, ...]  # Hidden states of the student, ascending
+    teacher_layers: tuple[int, ...]  # Teacher blocks, one per student layer, in any order, also repeated
+    student_depth: int  # Blocks of the student
+    teacher_depth: int  # Blocks of the teacher
+    origin: dict[str, Any] = field(default_factory=dict)  # How the layers were chosen, for the reader
 
     def to_json(self) -> str:
         """The file's text."""

@@ -48,11 +48,7 @@ class DeployConfig(PolicyFlags):
 
 
 def check_flags(config: DeployConfig) -> None:
-    """Refuse wrong flags before anything is loaded.
-
-    Raises:
-        UsageError: a flag has a value that cannot work.
-    """
+    """Refuse wrong flags before anything is loaded. Raises UsageError: a flag has a value that cannot work."""
     check(config)
     if config.use_l1_regression and config.use_diffusion:
         raise UsageError("--use_l1_regression, --use_diffusion: both are True; accepted: one of them, or none")

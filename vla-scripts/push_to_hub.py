@@ -78,11 +78,7 @@ def main(config: PushConfig) -> int:
 
 
 def _check(config: PushConfig) -> None:
-    """Refuse wrong flags before anything is read.
-
-    Raises:
-        UsageError: a flag has a value that cannot work.
-    """
+    """Refuse wrong flags before anything is read. Raises UsageError: a flag has a value that cannot work."""
     check(config)
     if not Path(config.checkpoint).expanduser().is_dir():
         raise UsageError(f"--checkpoint: no such folder: {config.checkpoint!r}; accepted: a checkpoint folder")

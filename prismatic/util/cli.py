@@ -193,10 +193,8 @@ def _given_flags(config_class: type, argv: Sequence[str]) -> dict[str, str]:
 def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     """Read `argv` (default: the process's) into `config_class`; `--config_path FILE` gives values beneath them.
 
-    The file is YAML, JSON or TOML. A flag given twice has its last value.
-
-    Raises:
-        UsageError: an unknown flag, a value of the wrong type or outside its limits, or the dataclass refused it.
+    The file is YAML, JSON or TOML. A flag given twice has its last value. Raises UsageError: an unknown flag, a value
+    of the wrong type or outside its limits, or the dataclass refused it.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:

@@ -15,19 +15,12 @@ from prismatic.vla.constants import IGNORE_INDEX
 
 @dataclass
 class PaddedCollatorForActionPrediction:
-    """Right-pads the token sequences and stacks the rest; see :class:`prismatic.vla.batch.Batch` for the shapes.
+    """Right-pads the token sequences and stacks the rest; see :class:`prismatic.vla.batch.Batch` for the shapes."""
 
-    Attributes:
-        model_max_length: longest sequence the model takes.
-        pad_token_id: id that fills `input_ids`; the attention mask is False exactly there.
-        padding_side: "right" only, the side the bidirectional policy is trained with.
-        pixel_values_dtype: type of `pixel_values`.
-    """
-
-    model_max_length: int
-    pad_token_id: int
-    padding_side: str = "right"
-    pixel_values_dtype: torch.dtype = torch.float32
+    model_max_length: int  # Longest sequence the model takes
+    pad_token_id: int  # Id that fills `input_ids`; the attention mask is False exactly there
+    padding_side: str = "right"  # "right" only, the side the bidirectional policy is trained with
+    pixel_values_dtype: torch.dtype = torch.float32  # Type of `pixel_values`
 
     def __post_init__(self) -> None:
         if self.padding_side != "right":
@@ -36,8 +29,7 @@ class PaddedCollatorForActionPrediction:
     def __call__(self, instances: Sequence[Sample]) -> Batch:
         """Collate samples of :class:`prismatic.vla.datasets.RLDSBatchTransform`.
 
-        Raises:
-            ValueError: a sequence is longer than `model_max_length` (cutting it would lose action tokens).
+        Raises ValueError: a sequence is longer than `model_max_length` (cutting it would lose action tokens).
         """
         longest = max(len(instance["input_ids"]) for instance in instances)
         if longest > self.model_max_length:

@@ -87,8 +87,7 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
 def read_mapping(path: Path) -> dict[str, Any]:
     """An object from a JSON file, or from a YAML file told by its ending.
 
-    Raises:
-        UsageError: the file is missing, is of neither kind, or is not an object.
+    Raises UsageError: the file is missing, is of neither kind, or is not an object.
     """
     if path.suffix not in (".yaml", ".yml"):
         return read_json(path)
@@ -106,11 +105,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UsageError: the file is missing, is not JSON, or is not an object.
-    """
+    """A JSON object from a file. Raises UsageError: the file is missing, is not JSON, or is not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

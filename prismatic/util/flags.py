@@ -52,8 +52,7 @@ def split_names(text: str | Iterable[str]) -> tuple[str, ...]:
 def split_numbers(flag: str, text: str | int | Iterable[int]) -> tuple[int, ...]:
     """The numbers of "7,9", "[7, 9]" or "0-3,7", in order, each once.
 
-    Raises:
-        UsageError: something else, naming `flag`.
+    Raises UsageError: something else, naming `flag`.
     """
     entries = [str(text)] if isinstance(text, int) else split_names(text if isinstance(text, str) else map(str, text))
     values: list[int] = []
@@ -68,8 +67,7 @@ def split_numbers(flag: str, text: str | int | Iterable[int]) -> tuple[int, ...]
 def choose_numbers(flag: str, text: str | int | Iterable[int], count: int) -> tuple[int, ...]:
     """Those of the numbers 0 to `count` - 1 that `text` lists; all of them for "" and "all".
 
-    Raises:
-        UsageError: no such list, or a number outside.
+    Raises UsageError: no such list, or a number outside.
     """
     if isinstance(text, str) and _unwrapped(text).lower() in _ALL:
         return tuple(range(count))
@@ -118,8 +116,7 @@ def declared(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any, d
 def check(config: Any) -> None:
     """Refuse the first value outside the limits that `config`, a dataclass, declares.
 
-    Raises:
-        UsageError: one line with the flag, what was found and what is accepted.
+    Raises UsageError: one line with the flag, what was found and what is accepted.
     """
     for name, kind, field in declared(type(config)):
         value = config

@@ -23,10 +23,8 @@ def is_hub_id(name: str) -> bool:
 def find_folder(flag: str, name: str, patterns: Sequence[str] | None = None) -> Path:
     """The local folder `name`, or the local snapshot of the hub repository of that id, downloaded where needed.
 
-    `patterns` are the files wanted of a hub repository, as in "*.json"; None: all of them.
-
-    Raises:
-        UsageError: neither exists.
+    `patterns` are the files wanted of a hub repository, as in "*.json"; None: all of them. Raises UsageError: neither
+    exists.
     """
     path = Path(name).expanduser()
     if name and path.is_dir():

@@ -56,8 +56,7 @@ class TensorSpec:
 class TensorFiles:
     """The tensors of several weight files by name; nothing but headers is read before :meth:`read`.
 
-    Raises:
-        UsageError: a file is damaged, holds something other than tensors, or two files hold the same name.
+    Raises UsageError: a file is damaged, holds something other than tensors, or two files hold the same name.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -107,11 +106,7 @@ class TensorFiles:
 
 
 def parse_size(text: str, flag: str) -> int:
-    """Bytes of "5GB", "200 MB" or "1GiB".
-
-    Raises:
-        UsageError: something else, or zero.
-    """
+    """Bytes of "5GB", "200 MB" or "1GiB". Raises UsageError: something else, or zero."""
     bare = text.strip().upper()  # A small b would mean bits.
     try:
         size = int(bare) if bare.isdigit() else convert_file_size_to_int(bare)

@@ -36,19 +36,12 @@ _SLACK = 1e-9
 
 @dataclass(frozen=True)
 class GradientReport:
-    """Cosines of one group of parameters, for K losses; NaN where a loss does not reach the group.
+    """Cosines of one group of parameters, for K losses; NaN where a loss does not reach the group."""
 
-    Attributes:
-        cosine_KK: between the gradients averaged over all batches.
-        batch_cosine_KK: mean over batches of the cosine within a batch.
-        batch_cosine_std_KK: its standard deviation over batches (0 for a single one).
-        norm_K: of the averaged gradients.
-    """
-
-    cosine_KK: Tensor
-    batch_cosine_KK: Tensor
-    batch_cosine_std_KK: Tensor
-    norm_K: Tensor
+    cosine_KK: Tensor  # Between the gradients averaged over all batches
+    batch_cosine_KK: Tensor  # Mean over batches of the cosine within a batch
+    batch_cosine_std_KK: Tensor  # Its standard deviation over batches (0 for a single one)
+    norm_K: Tensor  # Of the averaged gradients
 
 
 def cosines_of_gram(gram_KK: Tensor) -> Tensor:
@@ -129,33 +122,21 @@ def _gram(vectors_KP: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TheoremReport:
-    """Terms of the bound, inner products being means over tokens.
+    """Terms of the bound, inner products being means over tokens."""
 
-    Attributes:
-        inner_KK: <v_a, v_b>.
-        features_KK: g_a.g_b.
-        delta_KK: Delta_ab.
-        bound_KK: the right-hand side, with `c` and `eta` of the span of the gradients of all tokens put end to end.
-        c, eta: of that span.
-        token_holds_KK: share of tokens whose own bound holds.
-        token_informative_KK: share of tokens whose own bound is above zero.
-        token_c, token_eta: mean over tokens of each one's own c and eta.
-        increment_K: mean over tokens of |h_a - h_reference| / |h_reference|.
-        tokens: how many were measured.
-    """
-
-    inner_KK: Tensor
-    features_KK: Tensor
-    delta_KK: Tensor
+    inner_KK: Tensor  # <v_a, v_b>
+    features_KK: Tensor  # g_a.g_b
+    delta_KK: Tensor  # Delta_ab
+    # The right-hand side, with `c` and `eta` of the span of the gradients of all tokens put end to end
     bound_KK: Tensor
-    c: float
+    c: float  # Of that span, like `eta`
     eta: float
-    token_holds_KK: Tensor
-    token_informative_KK: Tensor
-    token_c: float
-    token_eta: float
-    increment_K: Tensor
-    tokens: int
+    token_holds_KK: Tensor  # Share of tokens whose own bound holds
+    token_informative_KK: Tensor  # Share of tokens whose own bound is above zero
+    token_c: float  # Mean over tokens of each one's own c
+    token_eta: float  # Mean over tokens of each one's own eta
+    increment_K: Tensor  # Mean over tokens of |h_a - h_reference| / |h_reference|
+    tokens: int  # How many were measured
 
     @property
     def holds_KK(self) -> Tensor:

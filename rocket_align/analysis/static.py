@@ -10,17 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StaticShare:
-    """Numbers of the targets' directions (unit vectors), for K pairs and V views; (K, V) float64 each.
+    """Numbers of the targets' directions (unit vectors), for K pairs and V views; (K, V) float64 each."""
 
-    Attributes:
-        explained_KV: share of the variance about the view's mean that the mean of each place explains, 0 to 1.
-        constant_loss_KV: alignment loss (1 - cosine) of the best constant per place, which sees no picture.
-        remaining_KV: variance about the mean of each place, for unit vectors: what only a picture can tell.
-    """
-
-    explained_KV: Tensor
-    constant_loss_KV: Tensor
-    remaining_KV: Tensor
+    explained_KV: Tensor  # Share of the variance about the view's mean that the mean of each place explains, 0 to 1
+    constant_loss_KV: Tensor  # Alignment loss (1 - cosine) of the best constant per place, which sees no picture
+    remaining_KV: Tensor  # Variance about the mean of each place, for unit vectors: what only a picture can tell
 
 
 class StaticTargets:

@@ -8,27 +8,18 @@ from torch import Tensor
 
 
 class TeacherFeatures(NamedTuple):
-    """Patch features of a frozen teacher.
+    """Patch features of a frozen teacher."""
 
-    Attributes:
-        layers: one (B, V, P, C) tensor per requested layer, in the order requested; P is row-major over `grid_hw`.
-        grid_hw: patches along height and width of one view.
-        image_hw: pixels the teacher saw, height and width.
-    """
-
+    # One (B, V, P, C) tensor per requested layer, in the order requested; P is row-major over `grid_hw`
     layers: tuple[Tensor, ...]
-    grid_hw: tuple[int, int]
-    image_hw: tuple[int, int]
+    grid_hw: tuple[int, int]  # Patches along height and width of one view
+    image_hw: tuple[int, int]  # Pixels the teacher saw, height and width
 
 
 class AlignmentTargets(NamedTuple):
-    """Targets that are pooled already, as a feature store gives them.
+    """Targets that are pooled already, as a feature store gives them."""
 
-    Attributes:
-        pooled_KBNC: one target per layer pair, sample and student token; position embedding included where wanted.
-    """
-
-    pooled_KBNC: Tensor
+    pooled_KBNC: Tensor  # One target per layer pair, sample and student token; position embedding included where wanted
 
 
 class Teacher(Protocol):

@@ -24,17 +24,11 @@ TEACHER_TYPES = {
 
 
 class TeacherInfo(NamedTuple):
-    """Facts known of a teacher before its weights are loaded.
+    """Facts known of a teacher before its weights are loaded."""
 
-    Attributes:
-        kind: a key of `TEACHER_TYPES`.
-        depth: blocks whose features can be aligned.
-        channels: channels of a feature; :class:`MultiLayerAlignment` takes half of it as `teacher_dim`.
-    """
-
-    kind: str
-    depth: int
-    channels: int
+    kind: str  # A key of `TEACHER_TYPES`
+    depth: int  # Blocks whose features can be aligned
+    channels: int  # Channels of a feature; :class:`MultiLayerAlignment` takes half of it as `teacher_dim`
 
 
 def detect_kind(path: str | Path, kind: str = "auto") -> str:

@@ -28,25 +28,17 @@ class RLDSBatchTransform:
 
     The sequence is BOS, prompt, the lone word-boundary token, one token for each number of the action chunk, stop.
     Labels are -100 before the first action token.
-
-    Attributes:
-        action_tokenizer: normalized actions -> token ids.
-        base_tokenizer: the language model's tokenizer.
-        image_transform: PIL image -> (6, H, W) tensor; the processor's `image_processor.apply_transform`.
-        prompt_builder_fn: instruction -> prompt.
-        predict_stop_token: whether the stop token has a label.
-        use_wrist_image, use_proprio: whether the sample holds the views after the first (the wrist's, or others) and
-            the proprioceptive state.
-        num_images: with these views, how many the dataset is to read in all; None for as many as it has.
     """
 
-    action_tokenizer: ActionTokenizer
-    base_tokenizer: PreTrainedTokenizerBase
+    action_tokenizer: ActionTokenizer  # Normalized actions -> token ids
+    base_tokenizer: PreTrainedTokenizerBase  # The language model's tokenizer
+    # PIL image -> (6, H, W) tensor; the processor's `image_processor.apply_transform`
     image_transform: Callable[[Image.Image], torch.Tensor]
-    prompt_builder_fn: Callable[[str], str] = action_prompt
-    predict_stop_token: bool = True
-    use_wrist_image: bool = False
-    use_proprio: bool = False
+    prompt_builder_fn: Callable[[str], str] = action_prompt  # Instruction -> prompt
+    predict_stop_token: bool = True  # Whether the stop token has a label
+    use_wrist_image: bool = False  # Whether the sample holds the views after the first (the wrist's, or others)
+    use_proprio: bool = False  # Whether it holds the proprioceptive state
+    # With these views, how many the dataset is to read in all; None for as many as it has
     num_images: int | None = None
     _prompt_ids: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
 

@@ -31,22 +31,14 @@ Index = tuple[dict[str, np.ndarray], dict[str, Any]]
 
 @dataclass
 class EpisodeData(ABC):
-    """The episodes of one split, all numbers in memory, images read when asked for; E episodes, F frames.
+    """The episodes of one split, all numbers in memory, images read when asked for; E episodes, F frames."""
 
-    Attributes:
-        action: raw actions (F, A); state: raw states (F, S), S = 0 for a robot without; both float32, gripper as the
-            RLDS data have it.
-        language: number of the frame's instruction in `instructions` (F,) int32.
-        episode_start: first frame of every episode, and F at the end (E + 1,) int64.
-        views: names of the views, in the order the policy sees them.
-    """
-
-    action: np.ndarray
-    state: np.ndarray
-    language: np.ndarray
+    action: np.ndarray  # Raw actions (F, A) float32, gripper as the RLDS data have it
+    state: np.ndarray  # Raw states (F, S) float32, S = 0 for a robot without
+    language: np.ndarray  # Number of the frame's instruction in `instructions` (F,) int32
     instructions: tuple[str, ...]
-    episode_start: np.ndarray
-    views: tuple[str, ...]
+    episode_start: np.ndarray  # First frame of every episode, and F at the end (E + 1,) int64
+    views: tuple[str, ...]  # Names of the views, in the order the policy sees them
 
     @property
     def num_frames(self) -> int:

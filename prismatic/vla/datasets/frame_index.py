@@ -39,54 +39,38 @@ FORMAT_VERSION = 3
 
 @dataclass(frozen=True)
 class NumberFeature:
-    """Storage of a feature of numbers.
+    """Storage of a feature of numbers."""
 
-    Attributes:
-        width: values a step.
-        integers: a list of integers (or booleans) instead of floats.
-        packed: their type, when each step's values are one byte string; zlib: which is compressed.
-    """
-
-    width: int
-    integers: bool = False
-    packed: str = ""
-    zlib: bool = False
+    width: int  # Values a step
+    integers: bool = False  # A list of integers (or booleans) instead of floats
+    packed: str = ""  # Their type, when each step's values are one byte string
+    zlib: bool = False  # Whether that string is compressed
 
 
 @dataclass(frozen=True)
 class ImageFeature:
-    """Storage of an image: as an encoded file when `shape` is empty, else as its uint8 values.
+    """Storage of an image: as an encoded file when `shape` is empty, else as its uint8 values."""
 
-    Attributes:
-        shape: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); -1 for a size that the number of values tells.
-        packed: whether the values are one byte string, not a list of integers; zlib: which is compressed.
-    """
-
+    # (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); -1 for a size that the number of values tells
     shape: tuple[int, ...] = ()
-    packed: bool = False
-    zlib: bool = False
+    packed: bool = False  # Whether the values are one byte string, not a list of integers
+    zlib: bool = False  # Whether that string is compressed
 
 
 @dataclass(frozen=True)
 class RLDSSplit:
-    """One split of an RLDS dataset: its version folder, its shards with their record counts, and what is read of them.
-
-    Attributes:
-        spec: the dataset's, without unused views and states that the files lack.
-        needed: the features that cannot be done without; the others may be damaged.
-        numbers, images: feature -> how its numbers or images are stored.
-        array_record: the file format, else TFRecord.
-    """
+    """One split of an RLDS dataset: its version folder, its shards with their record counts, what is read of them."""
 
     folder: Path
     split: str
     shards: tuple[Path, ...]
     shard_lengths: tuple[int, ...]
-    spec: DatasetSpec
-    needed: frozenset[str]
+    spec: DatasetSpec  # The dataset's, without unused views and states that the files lack
+    needed: frozenset[str]  # The features that cannot be done without; the others may be damaged
+    # Feature -> how its numbers or images are stored
     numbers: Mapping[str, NumberFeature]
     images: Mapping[str, ImageFeature]
-    array_record: bool = False
+    array_record: bool = False  # The file format; else TFRecord
 
     @property
     def forms(self) -> tuple[ImageFeature, ...]:
@@ -116,21 +100,14 @@ class RLDSSplit:
 
 @dataclass
 class RLDSEpisodes(EpisodeData):
-    """One split of an RLDS dataset, in file order; V views.
+    """One split of an RLDS dataset, in file order; V views."""
 
-    Attributes:
-        shards: the TFRecord files, or the one file that ArrayRecord files were copied into.
-        image_start: byte offset of the encoded image in its shard (V, F) int64; image_size: its bytes (V, F) int32.
-        episode_shard, episode_record: the episode's shard number and its record in there (E,) int32.
-        forms: how the images of each view are stored.
-    """
-
-    shards: tuple[Path, ...]
-    image_start: np.ndarray
-    image_size: np.ndarray
-    episode_shard: np.ndarray
-    episode_record: np.ndarray
-    forms: tuple[ImageFeature, ...]
+    shards: tuple[Path, ...]  # The TFRecord files, or the one file that ArrayRecord files were copied into
+    image_start: np.ndarray  # Byte offset of the encoded image in its shard (V, F) int64
+    image_size: np.ndarray  # Bytes of the encoded image (V, F) int32
+    episode_shard: np.ndarray  # The episode's shard number (E,) int32
+    episode_record: np.ndarray  # The episode's record in its shard (E,) int32
+    forms: tuple[ImageFeature, ...]  # How the images of each view are stored
 
     def __post_init__(self) -> None:
         self._reader = ByteReader(self.shards)

@@ -223,14 +223,10 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class PolicyImageTransform:
-    """Camera image -> image of the policy's size, for training and for rollouts.
+    """Camera image -> image of the policy's size, for training and for rollouts."""
 
-    Attributes:
-        size: (height, width) of the result.
-        ranges: the training augmentation, or None for a policy trained without (then rollouts do not crop either).
-    """
-
-    size: tuple[int, int]
+    size: tuple[int, int]  # (height, width) of the result
+    # The training augmentation, or None for a policy trained without (then rollouts do not crop either)
     ranges: AugmentRanges | None = None
 
     def draw(self, rng: np.random.Generator) -> AugmentDraw | None:

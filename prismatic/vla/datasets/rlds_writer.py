@@ -27,24 +27,15 @@ _SHARD_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Episode:
-    """One demonstration of T steps.
+    """One demonstration of T steps."""
 
-    Attributes:
-        images, wrist_images: T JPEG files each, rotated 180 degrees as the policies expect them.
-        state: (T, 8) hand position, axis-angle, two finger positions.
-        joint_state: (T, 7) arm joints.
-        action: (T, 7) as the simulator takes it: gripper -1 open, +1 close.
-        instruction: what the robot was asked to do.
-        source: where the episode comes from; stored as `file_path`.
-    """
-
-    images: Sequence[bytes]
-    wrist_images: Sequence[bytes]
-    state: np.ndarray
-    joint_state: np.ndarray
-    action: np.ndarray
-    instruction: str
-    source: str
+    images: Sequence[bytes]  # T JPEG files, rotated 180 degrees as the policies expect them
+    wrist_images: Sequence[bytes]  # The same of the wrist camera
+    state: np.ndarray  # (T, 8) hand position, axis-angle, two finger positions
+    joint_state: np.ndarray  # (T, 7) arm joints
+    action: np.ndarray  # (T, 7) as the simulator takes it: gripper -1 open, +1 close
+    instruction: str  # What the robot was asked to do
+    source: str  # Where the episode comes from; stored as `file_path`
 
 
 def encode_jpeg(image: np.ndarray) -> bytes:

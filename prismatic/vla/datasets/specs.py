@@ -39,33 +39,26 @@ def keep_as_is(action_TA: np.ndarray, state_TS: np.ndarray) -> tuple[np.ndarray,
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Feature names inside a step and the treatment of one dataset.
+    """Feature names inside a step and the treatment of one dataset."""
 
-    Attributes:
-        images: view name -> image feature, in the order the policy sees them; any names, any number. A view whose
-            feature is None is a black image.
-        action, state, language: names of those features; a state of None is a robot without.
-        standardize: (raw action, raw state) of an episode -> (action, proprio), same number of rows.
-        action_mask: which action numbers are normalized; None for all.
-        assembly: puts action and state together from parts of features when the files are read; `action` and `state`
-            are not looked at then.
-        swaps: view -> an image feature that is, at random, seen in its place.
-        skips_stillness: action chunks in which the arm (the numbers under `action_mask`) stays at 0 start no sample.
-        rlds_only: conversions to other formats of this dataset have other conventions.
-    """
-
+    # View name -> image feature, in the order the policy sees them; any names, any number. A view whose feature is None
+    # is a black image.
     images: Mapping[str, str | None] = field(
         default_factory=lambda: {"primary": "observation/image", "wrist": "observation/wrist_image"}
     )
-    action: str = "action"
-    state: str | None = "observation/state"
+    action: str = "action"  # Name of that feature, as of the next two
+    state: str | None = "observation/state"  # None: a robot without
     language: str = "language_instruction"
+    # (raw action, raw state) of an episode -> (action, proprio), same number of rows
     standardize: Standardize = keep_as_is
-    action_mask: tuple[bool, ...] | None = None
+    action_mask: tuple[bool, ...] | None = None  # Which action numbers are normalized; None for all
+    # Puts actions and states together from parts of features when the files are read, instead of `action` and `state`
     assembly: Assembly | None = None
+    # View -> an image feature that is, at random, seen in its place
     swaps: Mapping[str, str] = field(default_factory=dict)
+    # Action chunks in which the arm (the numbers under `action_mask`) stays at 0 start no sample
     skips_stillness: bool = False
-    rlds_only: bool = False
+    rlds_only: bool = False  # Conversions to other formats of this dataset have other conventions
 
     @property
     def action_features(self) -> tuple[str, ...]:

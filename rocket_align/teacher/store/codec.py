@@ -20,15 +20,10 @@ _INT8_MAX = 127.0
 
 
 class Basis(NamedTuple):
-    """Basis that the coefficients of each layer refer to.
+    """Basis that the coefficients of each layer refer to."""
 
-    Attributes:
-        mean_KC: subtracted first.
-        directions_KCR: orthonormal columns; None when all channels are kept as they are.
-    """
-
-    mean_KC: Tensor
-    directions_KCR: Tensor | None
+    mean_KC: Tensor  # Subtracted first
+    directions_KCR: Tensor | None  # Orthonormal columns; None when all channels are kept as they are
 
     def to(self, device: torch.device) -> Basis:
         """The basis on another device."""
@@ -36,15 +31,10 @@ class Basis(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """Stored features of some frames, on the store's grid (P tokens a view, row-major).
+    """Stored features of some frames, on the store's grid (P tokens a view, row-major)."""
 
-    Attributes:
-        values_BKVPR: int8 or float16 coefficients.
-        scales_BKVP: what int8 values are multiplied with; None for float16.
-    """
-
-    values_BKVPR: Tensor
-    scales_BKVP: Tensor | None
+    values_BKVPR: Tensor  # Int8 or float16 coefficients
+    scales_BKVP: Tensor | None  # What int8 values are multiplied with; None for float16
 
 
 def pool_to_grid(features: TeacherFeatures, grid_hw: tuple[int, int]) -> Tensor:
@@ -148,19 +138,14 @@ def crop_weights(start: Tensor, length: Tensor, *, tokens: int, stored: int, tea
 
 
 class StoreGeometry(NamedTuple):
-    """Grids of a store and of the student that reads it; views are square in pixels.
+    """Grids of a store and of the student that reads it; views are square in pixels."""
 
-    Attributes:
-        stored_hw, teacher_hw, student_hw: tokens along height and width of a view.
-        teacher_image_hw: pixels the teacher saw.
-        view_pixels: side of the student's view, in which crops are made.
-    """
-
+    # Tokens along height and width of a view
     stored_hw: tuple[int, int]
     teacher_hw: tuple[int, int]
     student_hw: tuple[int, int]
-    teacher_image_hw: tuple[int, int]
-    view_pixels: int
+    teacher_image_hw: tuple[int, int]  # Pixels the teacher saw
+    view_pixels: int  # Side of the student's view, in which crops are made
 
 
 class StoredTeacher(nn.Module):

@@ -27,31 +27,20 @@ class StoreError(ValueError):
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """Everything that decides a store's numbers, apart from the data.
-
-    Attributes:
-        teacher_kind, teacher_hash: which teacher; see `teacher_hash` in the registry.
-        teacher_depth: its blocks; layers: the stored ones, ascending.
-        channels: of a feature; components: coefficients kept of them.
-        dtype: "int8" or "float16".
-        views: names of the views, in the student's order (VGGT mixes views, so their set matters).
-        view_pixels: side of the student's square views.
-        teacher_image_hw, teacher_grid_hw: what the teacher saw, in pixels and patches.
-        grid_hw: stored tokens along height and width of a view.
-    """
+    """Everything that decides a store's numbers, apart from the data."""
 
     teacher_kind: str
-    teacher_hash: str
-    teacher_depth: int
-    layers: tuple[int, ...]
-    channels: int
-    components: int
-    dtype: str
-    views: tuple[str, ...]
-    view_pixels: int
-    teacher_image_hw: tuple[int, int]
-    teacher_grid_hw: tuple[int, int]
-    grid_hw: tuple[int, int]
+    teacher_hash: str  # See `teacher_hash` in the registry
+    teacher_depth: int  # The teacher's blocks
+    layers: tuple[int, ...]  # The stored blocks, ascending
+    channels: int  # Of a feature
+    components: int  # Coefficients kept of them
+    dtype: str  # "int8" or "float16"
+    views: tuple[str, ...]  # Names of the views, in the student's order (VGGT mixes views, so their set matters)
+    view_pixels: int  # Side of the student's square views
+    teacher_image_hw: tuple[int, int]  # Pixels that the teacher saw
+    teacher_grid_hw: tuple[int, int]  # And patches
+    grid_hw: tuple[int, int]  # Stored tokens along height and width of a view
 
     @property
     def teacher(self) -> TeacherInfo:

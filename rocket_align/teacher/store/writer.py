@@ -64,20 +64,13 @@ def fit_basis(root: Path, layout: StoreLayout, teacher: Teacher, batches: Iterab
 
 @dataclass
 class DatasetBuild:
-    """Building the features of one data set.
+    """Building the features of one data set."""
 
-    Attributes:
-        root: the store's folder, begun and with its basis.
-        name: the data set; fingerprint: of its content.
-        layout: the store's.
-        frames: frame numbers within the data set, ascending.
-    """
-
-    root: Path
-    name: str
-    fingerprint: str
+    root: Path  # The store's folder, begun and with its basis
+    name: str  # The data set
+    fingerprint: str  # Of the data set's content
     layout: StoreLayout
-    frames: np.ndarray
+    frames: np.ndarray  # Frame numbers within the data set, ascending
 
     @property
     def folder(self) -> Path:

@@ -203,17 +203,11 @@ def to_points(raw: Tensor) -> DenseOutput:
 
 
 class Geometry(NamedTuple):
-    """Predictions of the heads that were built; None for the others.
+    """Predictions of the heads that were built; None for the others."""
 
-    Attributes:
-        poses: (B, V, 9) camera encodings after each refinement, the last is the best.
-        depth: depths (B, V, H, W, 1) and their confidence.
-        points: points (B, V, H, W, 3) in the first camera's frame and their confidence.
-    """
-
-    poses: tuple[Tensor, ...] | None
-    depth: DenseOutput | None
-    points: DenseOutput | None
+    poses: tuple[Tensor, ...] | None  # (B, V, 9) camera encodings after each refinement, the last is the best
+    depth: DenseOutput | None  # Depths (B, V, H, W, 1) and their confidence
+    points: DenseOutput | None  # Points (B, V, H, W, 3) in the first camera's frame and their confidence
 
 
 class VGGTGeometry(nn.Module):

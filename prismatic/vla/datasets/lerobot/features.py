@@ -29,20 +29,13 @@ _PREFIXES = ("observation.images.", "observation.", "")
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that hold what a dataset's specification asks for.
+    """Names of the columns that hold what a dataset's specification asks for."""
 
-    Attributes:
-        spec: the specification, without unused views and states that the dataset lacks.
-        numbers: feature of the specification -> column.
-        views: view -> image or video column; used: the names of those that the policy looks at.
-        language: a column of instructions; "" where the tasks tell them.
-    """
-
-    spec: DatasetSpec
-    numbers: Mapping[str, str]
-    views: Mapping[str, str]
-    used: tuple[str, ...]
-    language: str
+    spec: DatasetSpec  # The specification, without unused views and states that the dataset lacks
+    numbers: Mapping[str, str]  # Feature of the specification -> column
+    views: Mapping[str, str]  # View -> image or video column
+    used: tuple[str, ...]  # Names of the views that the policy looks at
+    language: str  # A column of instructions; "" where the tasks tell them
 
 
 def _candidates(feature: str) -> list[str]:

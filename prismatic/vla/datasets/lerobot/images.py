@@ -67,18 +67,12 @@ class PackedImages:
 
 @dataclass
 class VideoImages:
-    """Frames of videos.
+    """Frames of videos."""
 
-    Attributes:
-        files: the videos; file: number of each frame's video in there (F,).
-        seconds: each frame's time in its video (F,) float64.
-        fps: frames a second.
-    """
-
-    files: tuple[Path, ...]
-    file: np.ndarray
-    seconds: np.ndarray
-    fps: float
+    files: tuple[Path, ...]  # The videos
+    file: np.ndarray  # Number of each frame's video in `files` (F,)
+    seconds: np.ndarray  # Each frame's time in its video (F,) float64
+    fps: float  # Frames a second
     _open: OrderedDict[int, Any] = field(default_factory=OrderedDict, init=False, repr=False)
     _owner: int = field(default=0, init=False, repr=False)
 

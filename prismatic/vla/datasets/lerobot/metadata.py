@@ -41,20 +41,14 @@ class EpisodePlace:
 
 @dataclass(frozen=True)
 class Metadata:
-    """A LeRobot dataset's description.
-
-    Attributes:
-        features: name -> {"dtype", "shape", ...}.
-        tasks: task number -> instruction.
-        splits: split name -> episode numbers.
-    """
+    """A LeRobot dataset's description."""
 
     folder: Path
     version: str
     fps: float
-    features: Mapping[str, Mapping[str, Any]]
-    tasks: Mapping[int, str]
-    splits: Mapping[str, range]
+    features: Mapping[str, Mapping[str, Any]]  # Column -> {"dtype", "shape", ...}
+    tasks: Mapping[int, str]  # Task number -> instruction
+    splits: Mapping[str, range]  # Split name -> episode numbers
     episodes: tuple[EpisodePlace, ...]
 
     def width(self, feature: str) -> int:

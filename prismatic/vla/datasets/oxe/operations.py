@@ -145,18 +145,12 @@ def features_of(parts: Sequence[Part]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Assembly:
-    """An episode's features to its actions and states.
+    """An episode's features to its actions and states."""
 
-    Attributes:
-        action, proprio: the parts of each vector, in order; no parts of proprio: the robot has no states.
-        drop_first, drop_last: steps at the episode's ends that are no transitions. The first ones go before any
-            operation sees the numbers, the last ones after.
-    """
-
-    action: tuple[Part, ...]
-    proprio: tuple[Part, ...]
-    drop_first: int = 0
-    drop_last: int = 0
+    action: tuple[Part, ...]  # The vector's parts, in order
+    proprio: tuple[Part, ...]  # No parts: the robot has no states
+    drop_first: int = 0  # First steps that are no transitions; they go before any operation sees the numbers
+    drop_last: int = 0  # Last steps that are no transitions; they go after
 
     @property
     def features(self) -> tuple[str, ...]:

@@ -40,31 +40,21 @@ class ActionEncoding(Enum):
 
 @dataclass(frozen=True)
 class OXEDataset:
-    """One dataset's row: how it is read.
+    """One dataset's row: how it is read."""
 
-    Attributes:
-        cameras: view -> feature below `observation/`, or None for a black image. Policies see "primary" and, when they
-            take more images, "wrist" (or "left_wrist" and "right_wrist"); "secondary" is a further outside view.
-        proprio, action: what the vectors are made of; see :class:`Assembly`.
-        state_encoding, action_encoding: what they mean.
-        language: the instruction's feature below the step.
-        depth: view -> depth feature below `observation/`.
-        drop_first, drop_last: steps at the ends of every episode that are no transitions.
-        swaps_outside_views: the primary image is, at random, the secondary one.
-        skips_stillness: chunks in which the arm never moves start no sample.
-    """
-
+    # View -> feature below `observation/`, or None for a black image. Policies see "primary" and, when they take more
+    # images, "wrist" (or "left_wrist" and "right_wrist"); "secondary" is a further outside view.
     cameras: Mapping[str, str | None]
-    proprio: tuple[Part, ...]
+    proprio: tuple[Part, ...]  # Parts of the vector; see :class:`Assembly`
     action: tuple[Part, ...]
-    state_encoding: StateEncoding = StateEncoding.POS_EULER
+    state_encoding: StateEncoding = StateEncoding.POS_EULER  # Meaning of the proprio vector
     action_encoding: ActionEncoding = ActionEncoding.EEF_POS
-    language: str = "language_instruction"
-    depth: Mapping[str, str] = field(default_factory=dict)
-    drop_first: int = 0
-    drop_last: int = 0
-    swaps_outside_views: bool = False
-    skips_stillness: bool = False
+    language: str = "language_instruction"  # The instruction's feature below the step
+    depth: Mapping[str, str] = field(default_factory=dict)  # View -> depth feature below `observation/`
+    drop_first: int = 0  # Steps at the beginning of every episode that are no transitions
+    drop_last: int = 0  # And at its end
+    swaps_outside_views: bool = False  # The primary image is, at random, the secondary one
+    skips_stillness: bool = False  # Chunks in which the arm never moves start no sample
 
     @property
     def assembly(self) -> Assembly:
