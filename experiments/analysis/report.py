@@ -69,12 +69,12 @@ def subfigures(figure: Figure, rows: int, columns: int, **ratios: Any) -> list[S
     return figure.subfigures(rows, columns, squeeze=False, **ratios).ravel().tolist()
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a 300 dpi PNG and close the figure."""
+def save_figure(figure: Figure, path: Path, dpi: int = DPI) -> None:
+    """Write a PNG, of 300 dpi as papers want it, and close the figure."""
     from matplotlib import pyplot as plt
 
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=DPI)
+        figure.savefig(temporary, dpi=dpi)
     plt.close(figure)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from experiments.analysis.report import new_figure, save_figure
 from experiments.report import percent
 from experiments.reproduce.profiles import Profile
 from experiments.reproduce.records import Outcome, Record, curve, outcome
 from experiments.reproduce.studies import METHODS, NAIVE_NARROW, ROCKET, STUDIES, Arm, Study
-from prismatic.util.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +30,7 @@ COLORS = {
     "spatial_forcing-width20": "#f0c75e",
 }
 _OTHER = "#d55e00"
+DPI = 160
 FRAMES = 8
 
 
@@ -37,62 +38,35 @@ def draw_pictures(
     records: Sequence[Record], profile: Profile, folder: Path, analyses: Sequence[Record] = ()
 ) -> dict[str, Path]:
     """Draw what there are results for; returns the file of every study that has one, and of "training"."""
-    _use_style()
-    pictures: dict[str, Path] = {}
-    for study in STUDIES.values():
-        draw = _drawer(study, records, profile)
-        if draw is not None:
-            pictures[study.name] = _save(draw, folder / f"{study.name}.png")
-    reach = [record for record in analyses if record["analysis"] == "reach"]
-    if reach:
-        pictures["reach"] = _save(lambda: draw_reach(reach, records, profile), folder / "reach.png")
+    figures = {name: _draw_study(study, records, profile) for name, study in STUDIES.items()}
+    if reach := [record for record in analyses if record["analysis"] == "reach"]:
+        figures["reach"] = draw_reach(reach, records, profile)
     if any(record["training"] for record in records):
-        pictures["training"] = _save(lambda: draw_training(records), folder / "training.png")
+        figures["training"] = draw_training(records)
+    pictures = {name: folder / f"{name}.png" for name, figure in figures.items() if figure is not None}
+    for name, path in pictures.items():
+        save_figure(figures[name], path, DPI)
     return pictures
 
 
-def _drawer(study: Study, records: Sequence[Record], profile: Profile) -> Callable[[], Figure] | None:
-    """Choose what draws a study's success; None when nothing of it was run."""
+def _draw_study(study: Study, records: Sequence[Record], profile: Profile) -> Figure | None:
+    """A study's success; None when nothing of it was run."""
     if study.unsupported or study.analyses or study.name == "table7":
         return None
     if study.curve:
-        return (lambda: draw_curves(study, records, profile)) if _any_curve(study, records, profile) else None
+        before = [(arm.name, step) for arm in study.arms(profile) for step in profile.curve_steps[:-1]]
+        drawn = any(outcome(records, arm, step, profile.suites) for arm, step in before)
+        return draw_curves(study, records, profile) if drawn else None
     suites = (profile.plus_suite,) if study.plus else profile.suites
     outcomes = [outcome(records, arm.name, profile.final_step, suites) for arm in study.arms(profile)]
     evaluated = [result for result in outcomes if result]
-    return (lambda: draw_success(evaluated)) if evaluated else None
-
-
-def _any_curve(study: Study, records: Sequence[Record], profile: Profile) -> bool:
-    early = profile.curve_steps[:-1]
-    return any(outcome(records, arm.name, step, profile.suites) for arm in study.arms(profile) for step in early)
-
-
-def _use_style() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(
-        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "savefig.dpi": 160}
-    )
-
-
-def _save(draw: Callable[[], Figure], path: Path) -> Path:
-    from matplotlib import pyplot as plt
-
-    figure = draw()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary)
-    plt.close(figure)
-    return path
+    return draw_success(evaluated) if evaluated else None
 
 
 def draw_success(outcomes: Sequence[Outcome]) -> Figure:
     """One line an arm: rate and interval over all seeds, and a small mark for every seed."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.2, 0.9 + 0.42 * len(outcomes)), layout="constrained")
-    _draw_rates(axes, outcomes)
+    figure = new_figure(6.2, 0.9 + 0.42 * len(outcomes))
+    _draw_rates(figure.subplots(), outcomes)
     return figure
 
 
@@ -113,25 +87,19 @@ def _draw_rates(axes: Axes, outcomes: Sequence[Outcome]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: percent(value, 0))
 
 
-def draw_demo(records: Sequence[Record], outcomes: Sequence[Outcome], videos: Path, path: Path) -> Path:
+def draw_demo(records: Sequence[Record], outcomes: Sequence[Outcome], videos: Path, path: Path) -> None:
     """The demo's picture: losses, success, and frames of one rollout in the folder `videos`."""
-    from matplotlib import pyplot as plt
-
-    def draw() -> Figure:
-        figure = plt.figure(figsize=(10, 5.6), layout="constrained")
-        grid = figure.add_gridspec(2, 3, height_ratios=(1.15, 1))
-        _draw_metric(figure.add_subplot(grid[0, 0]), records, "action_loss", "action loss (L1, normalized)")
-        _draw_metric(figure.add_subplot(grid[0, 1]), records, "align_loss", "alignment loss (1 - cosine)")
-        success = figure.add_subplot(grid[0, 2])
-        _draw_rates(success, outcomes)
-        success.set(title="success on unseen initial states", xlabel="95% interval; ticks: seeds")
-        success.margins(y=0.2)
-        success.set_yticks(range(len(outcomes)), [result.label.replace(" ", "\n", 1) for result in outcomes])
-        _draw_frames(figure.add_subplot(grid[1, :]), videos)
-        return figure
-
-    _use_style()
-    return _save(draw, path)
+    figure = new_figure(10, 5.6)
+    grid = figure.add_gridspec(2, 3, height_ratios=(1.15, 1))
+    _draw_metric(figure.add_subplot(grid[0, 0]), records, "action_loss", "action loss (L1, normalized)")
+    _draw_metric(figure.add_subplot(grid[0, 1]), records, "align_loss", "alignment loss (1 - cosine)")
+    success = figure.add_subplot(grid[0, 2])
+    _draw_rates(success, outcomes)
+    success.set(title="success on unseen initial states", xlabel="95% interval; ticks: seeds")
+    success.margins(y=0.2)
+    success.set_yticks(range(len(outcomes)), [result.label.replace(" ", "\n", 1) for result in outcomes])
+    _draw_frames(figure.add_subplot(grid[1, :]), videos)
+    save_figure(figure, path, DPI)
 
 
 def _draw_frames(axes: Axes, videos: Path) -> None:
@@ -154,9 +122,8 @@ def _draw_frames(axes: Axes, videos: Path) -> None:
 
 def draw_curves(study: Study, records: Sequence[Record], profile: Profile) -> Figure:
     """Success at the checkpoints of the training."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
+    figure = new_figure(5.4, 3.4)
+    axes = figure.subplots()
     arms = study.arms(profile)
     for number, arm in enumerate(arms):
         results = curve(records, arm.name, profile.curve_steps, profile.suites)
@@ -177,9 +144,8 @@ def draw_curves(study: Study, records: Sequence[Record], profile: Profile) -> Fi
 
 def draw_reach(analyses: Sequence[Record], records: Sequence[Record], profile: Profile) -> Figure:
     """Draw how far beside the object the hand closes: along the training, and what it means for success at the end."""
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained")
+    figure = new_figure(9, 3.3)
+    left, right = figure.subplots(1, 2)
     for arm in METHODS:
         color, misses_cm = COLORS[arm.name], _misses_cm(analyses, arm)
         steps = sorted({step for _, step in misses_cm})
@@ -217,9 +183,8 @@ def _misses_cm(analyses: Sequence[Record], arm: Arm) -> dict[tuple[int, int], fl
 
 def draw_training(records: Sequence[Record]) -> Figure:
     """Losses of the methods, ROCKET's alignment pair by pair, and the widths of its projector."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    figure = new_figure(9, 6)
+    axes = figure.subplots(2, 2)
     _draw_metric(axes[0, 0], records, "action_loss", "action loss (L1, normalized); mean and range of seeds")
     _draw_metric(axes[0, 1], records, "align_loss", "alignment loss (1 - cosine); mean and range of seeds")
     _draw_pairs(axes[1, 0], records)
@@ -275,10 +240,7 @@ def _draw_widths(axes: Axes, records: Sequence[Record]) -> None:
     if alignment is None:
         axes.set_axis_off()
         return
-    widths, pairs = (
-        alignment["widths"],
-        list(zip(alignment["student_layers"], alignment["teacher_layers"], strict=True)),
-    )
+    widths, pairs = alignment["widths"], zip(alignment["student_layers"], alignment["teacher_layers"], strict=True)
     axes.bar(range(len(widths)), [max(widths)] * len(widths), color="#eeeeee", width=0.7)
     axes.bar(range(len(widths)), widths, color=COLORS["rocket"], width=0.7)
     for position, width in enumerate(widths):

@@ -11,8 +11,7 @@ class Profile:
     """One scale.
 
     Attributes:
-        vla_path, teacher_path: models; student_depth, teacher_depth: their numbers of blocks;
-            teacher_dim: width of one teacher stream.
+        vla_path, teacher_path: models.
         dataset_name: fine-tuned on.
         train: flags of every fine-tuning.
         final_step: the checkpoint that tables report.
@@ -30,9 +29,6 @@ class Profile:
     name: str
     vla_path: str
     teacher_path: str
-    student_depth: int
-    teacher_depth: int
-    teacher_dim: int
     dataset_name: str
     train: Mapping[str, object]
     final_step: int
@@ -54,9 +50,6 @@ MINI = Profile(
     name="mini",
     vla_path="experiments/mini/weights/student",
     teacher_path="experiments/mini/weights/teacher",
-    student_depth=6,
-    teacher_depth=6,
-    teacher_dim=64,
     dataset_name="libero_object_no_noops",
     train={
         "num_images_in_input": 2,
@@ -112,9 +105,6 @@ PAPER = Profile(
     name="paper",
     vla_path="openvla/openvla-7b",
     teacher_path="facebook/VGGT-1B",
-    student_depth=32,
-    teacher_depth=24,
-    teacher_dim=1024,
     dataset_name="libero_4_task_suites_no_noops",
     train={
         "num_images_in_input": 2,

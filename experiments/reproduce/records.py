@@ -10,7 +10,7 @@ import json
 import os
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,14 @@ FORMAT_VERSION = 1
 _TAIL = 0.2  # of the log lines count as the end of training
 
 
-def record_path(paths: StudyPaths, arm: Arm, seed: int, results: Path = RESULTS) -> Path:
-    """The result file of an arm and seed."""
-    return results / paths.profile.name / f"{paths.run_id(arm, seed)}.json"
-
-
 def write_record(paths: StudyPaths, arm: Arm, seed: int, jobs: Iterable[Job], results: Path = RESULTS) -> Path:
     """Gather what is on disk about an arm and seed, whichever study asked for it, and write its result file."""
     run_id = paths.run_id(arm, seed)
-    path = record_path(paths, arm, seed, results)
+    path = results / paths.profile.name / f"{run_id}.json"
     checkpoint = paths.checkpoint(arm, seed, paths.profile.final_step)
     earlier = read_json(path) if path.is_file() else {}
     configuration = read_record(checkpoint)
+    alignment = configuration.get("alignment") or {}
     # Another study's evaluation may have been stopped halfway.
     evaluated = [
         file.parent for file in sorted((paths.out / "eval").glob(f"{run_id}-step*/summary.json")) if is_complete(file)
@@ -59,11 +55,10 @@ def write_record(paths: StudyPaths, arm: Arm, seed: int, jobs: Iterable[Job], re
         "code": configuration.get("code") or earlier.get("code") or code_version(),
         "versions": configuration.get("versions") or earlier.get("versions") or package_versions(),
         "configuration": _portable(paths, configuration),
-        "alignment": alignment_record(paths, configuration),
+        "alignment": alignment if alignment.get("student_layers") else {},
         "training": training_curves(paths.out / "runs" / run_id),
         "evaluations": [evaluation_record(folder) for folder in evaluated],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(record, indent=1) + "\n")
     return path
 
@@ -83,9 +78,8 @@ def write_analysis_record(
         "command": _command(paths, job),
         "code": code_version(),
         "versions": package_versions(),
-        "result": _portable(paths, _rounded(read_json(job.result))),
+        "result": _portable(paths, json.loads(job.result.read_text(), parse_float=_rounded)),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(record) + "\n")
     if seed == paths.profile.seeds[0]:
         atomic_write(path.with_suffix(".png"), _small_picture(job.result.with_suffix(".png")))
@@ -103,33 +97,9 @@ def _small_picture(file: Path) -> bytes:
     return buffer.getvalue()
 
 
-def _rounded(value: Any) -> Any:
-    """Floats to 5 digits: matrices of every block would otherwise fill megabytes."""
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def alignment_record(paths: StudyPaths, flags: dict[str, Any]) -> dict[str, Any]:
-    """Resolve a run's flags: layers, projector, and the hidden units every pair used; {} without alignment."""
-    import torch
-
-    from rocket_align import MultiLayerAlignment
-    from rocket_align.flags import AlignFlags
-
-    known = {field.name for field in fields(AlignFlags)}
-    if "alignment" in flags:
-        return flags["alignment"] if flags["alignment"]["student_layers"] else {}
-    alignment_flags = AlignFlags(**{name: value for name, value in flags.items() if name in known})
-    align = alignment_flags.align_config(paths.profile.student_depth, paths.profile.teacher_depth)
-    if not align.num_pairs:
-        return {}
-    # Widths do not depend on the students'; on the meta device nothing is allocated.
-    with torch.device("meta"):
-        alignment = MultiLayerAlignment(align, 1, paths.profile.teacher_dim)
-    return {**asdict(align), "widths": alignment.widths}
+def _rounded(number: str) -> float:
+    """A number to 5 digits: matrices of every block would otherwise fill megabytes."""
+    return float(f"{float(number):.5g}")
 
 
 def training_curves(run_dir: Path) -> dict[str, list[float]]:
@@ -175,14 +145,10 @@ def _command(paths: StudyPaths, job: Job) -> list[str]:
 
 def _portable(paths: StudyPaths, value: Any) -> Any:
     """The value with this machine's folders cut from paths."""
-    if isinstance(value, dict):
-        return {key: _portable(paths, item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_portable(paths, item) for item in value]
-    if isinstance(value, str):
-        for folder in (paths.out.resolve(), ROOT):
-            value = value.replace(f"{folder}{os.sep}", "").replace(str(folder), ".")
-    return value
+    text = json.dumps(value)
+    for folder in (json.dumps(str(path))[1:-1] for path in (paths.out.resolve(), ROOT)):
+        text = text.replace(f"{folder}{os.sep}", "").replace(folder, ".")
+    return json.loads(text)
 
 
 @dataclass(frozen=True)

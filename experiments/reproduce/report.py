@@ -206,7 +206,7 @@ def published_value(study: str, arm: Arm) -> str:
     if table is None:
         return ""
     for label, name in table.ours.items():
-        if name == arm.name:
+        if name == arm.name and label in table.rows:
             values = table.rows[label] if study in ("table7", "table9", "figure3") else table.rows[label][-1:]
             return ", ".join(f"{value:g}" for value in values)
     return ""

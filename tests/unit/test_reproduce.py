@@ -139,24 +139,19 @@ def test_analyses_are_commands_with_flags_that_exist(study: Any, tmp_path: Path)
 
 
 def test_arms_mean_what_they_say() -> None:
+    """For the depths of the shipped models, and of those of the paper."""
     from rocket_align.flags import AlignFlags
+    from rocket_align.teacher.vggt.config import find_weights
 
+    student = json.loads((ROOT / MINI.vla_path / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    depths = {"mini": (student, find_weights(str(ROOT / MINI.teacher_path))[1].depth), "paper": (32, 24)}
     known = {field.name for field in dataclasses.fields(AlignFlags)}
     for profile in PROFILES.values():
         for arm in _all_arms(profile).values():
             flags: dict[str, Any] = {name: value for name, value in arm.flags.items() if name in known}
-            align = AlignFlags(vggt_path="teacher", **flags).align_config(profile.student_depth, profile.teacher_depth)
+            align = AlignFlags(vggt_path="teacher", **flags).align_config(*depths[profile.name])
             assert bool(align.num_pairs) == (arm.flags["recipe"] != "baseline")
     assert [arm.selection["count"] for arm in arms.pair_arms(PAPER)] == [4, 8, 16, 24]
-
-
-def test_the_mini_profile_fits_the_shipped_models() -> None:
-    from rocket_align.teacher.vggt.config import find_weights
-
-    student = json.loads((ROOT / MINI.vla_path / "config.json").read_text())
-    teacher = find_weights(str(ROOT / MINI.teacher_path))[1]
-    assert student["text_config"]["num_hidden_layers"] == MINI.student_depth
-    assert (teacher.depth, teacher.embed_dim) == (MINI.teacher_depth, MINI.teacher_dim)
 
 
 def test_averages_of_the_published_tables() -> None:
@@ -310,7 +305,8 @@ def test_a_record_holds_what_the_run_left(tmp_path: Path) -> None:
     paths, arm = _paths(tmp_path), arms.ROCKET
     checkpoint = paths.checkpoint(arm, 0, MINI.final_step)
     checkpoint.mkdir(parents=True)
-    flags = {"recipe": "rocket", "vggt_path": str(ROOT / MINI.teacher_path), "batch_size": 16}
+    alignment = {"student_layers": [1, 2], "teacher_layers": [0, 3], "widths": [25, 51]}
+    flags = {"recipe": "rocket", "alignment": alignment, "batch_size": 16}
     (checkpoint / "run_config.json").write_text(json.dumps({**flags, "data_root_dir": str(tmp_path / "data")}))
     log = paths.out / "runs" / "rocket-seed0" / "metrics.jsonl"
     log.parent.mkdir(parents=True)
@@ -328,7 +324,7 @@ def test_a_record_holds_what_the_run_left(tmp_path: Path) -> None:
     path = records.write_record(paths, arm, 0, [Job("train", ("a", str(tmp_path / "x")), log)], results=tmp_path / "r")
     record = json.loads(path.read_text())
     assert record["training"] == {"loss": [1.0, 0.5], "seconds": [2.0, 4.0], "step": [1.0, 10.0]}
-    assert record["alignment"]["widths"] == [25, 51, 76, 102, 128]
+    assert record["alignment"] == alignment
     assert record["evaluations"][0]["episodes"] == [[7, 3, "success", 90, 2.35]]
     assert [evaluation["step"] for evaluation in record["evaluations"]] == [100]
     assert record["commands"] == {"train": ["a", "x"]} and record["configuration"]["data_root_dir"] == "data"
