@@ -10,12 +10,14 @@ function here returns as Markup is HTML.
 from __future__ import annotations
 
 import functools
-import html
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from markupsafe import Markup
 
@@ -73,49 +75,28 @@ def color(series: int) -> str:
     return f"s{series % SERIES + 1}"
 
 
-def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str, from_zero: bool = True) -> Markup:
-    """An SVG chart of the lines with axes, ticks and a legend; points that are not finite are left out.
-
-    Args:
-        from_zero: the y axis includes 0.
-    """
-    width, height, left, bottom, top, right = 560, 300, 56, 44, 34, 14
+def line_chart(lines: Sequence[Line], *, title: str, x_label: str, y_label: str) -> Markup:
+    """An SVG chart of the lines with ticks and a legend; y includes 0, and points that are not finite are left out."""
     points = [[(x, y) for x, y in zip(line.xs, line.ys) if math.isfinite(x) and math.isfinite(y)] for line in lines]
-    flat = [point for line_points in points for point in line_points] or [(0.0, 0.0), (1.0, 1.0)]
-    x_ticks = _ticks([x for x, _ in flat])
-    y_ticks = _ticks([y for _, y in flat] + ([0.0] if from_zero else []))
+    xs, ys = zip(*[point for line_points in points for point in line_points] or [(0.0, 0.0), (1.0, 1.0)])
+    x_ticks, y_ticks = _ticks(xs), _ticks((0.0, *ys))
+    edges = {"left": 56, "right": 546, "top": 34, "bottom": 256}
 
-    def position(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return left + across * (width - left - right), height - bottom - up * (height - bottom - top)
+    def across(x: float) -> float:
+        return edges["left"] + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (edges["right"] - edges["left"])
 
-    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">']
-    parts.append(f'<text class="chart-title" x="{left}" y="18">{html.escape(title)}</text>')
-    for y in y_ticks:
-        _, row = position(x_ticks[0], y)
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{row:.1f}" y2="{row:.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 8}" y="{row + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for x in x_ticks:
-        column, _ = position(x, y_ticks[0])
-        parts.append(
-            f'<text class="tick" x="{column:.1f}" y="{height - bottom + 18}" text-anchor="middle">{x:g}</text>'
-        )
-    middle = (left + width - right) / 2
-    parts.append(
-        f'<text class="axis" x="{middle}" y="{height - 6}" text-anchor="middle">{html.escape(x_label)}</text>'
-        f'<text class="axis" transform="translate(13 {(height - bottom + top) / 2}) rotate(-90)" '
-        f'text-anchor="middle">{html.escape(y_label)}</text>'
-    )
-    for line, line_points in zip(lines, points):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (position(*point) for point in line_points))
-        name = f"<title>{html.escape(line.name)}</title>"
-        parts.append(f'<polyline class="line {color(line.series)}" points="{path}">{name}</polyline>')
-    parts.append("</svg>")
-    legend = "".join(
-        f'<li><span class="swatch {color(line.series)}"></span>{html.escape(line.name)}</li>' for line in lines
-    )
-    return Markup(f'<figure>{"".join(parts)}<ul class="legend">{legend}</ul></figure>')
+    def down(y: float) -> float:
+        return edges["bottom"] - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (edges["bottom"] - edges["top"])
+
+    paths = [" ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in line_points) for line_points in points]
+    labels = {"title": title, "x_label": x_label, "y_label": y_label}
+    ticks = {"x_ticks": [(x, across(x)) for x in x_ticks], "y_ticks": [(y, down(y)) for y in y_ticks]}
+    return Markup(render("chart.html", lines=list(zip(lines, paths)), **labels, **ticks, **edges))
+
+
+def link(file: Path, page: Path) -> str:
+    """The address of a file on a page: relative, so that both can be moved together."""
+    return quote(Path(os.path.relpath(file.resolve(), page.resolve().parent)).as_posix())
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
@@ -140,7 +121,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = percent
-    environment.globals.update(color=color, line_chart=line_chart)
+    environment.globals.update(color=color)
     return environment
 
 

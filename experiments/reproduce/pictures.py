@@ -43,10 +43,10 @@ def draw_pictures(
         figures["reach"] = draw_reach(reach, records, profile)
     if any(record["training"] for record in records):
         figures["training"] = draw_training(records)
-    pictures = {name: folder / f"{name}.png" for name, figure in figures.items() if figure is not None}
-    for name, path in pictures.items():
-        save_figure(figures[name], path, DPI)
-    return pictures
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    for name, figure in drawn.items():
+        save_figure(figure, folder / f"{name}.png", DPI)
+    return {name: folder / f"{name}.png" for name in drawn}
 
 
 def _draw_study(study: Study, records: Sequence[Record], profile: Profile) -> Figure | None:

@@ -11,16 +11,15 @@ Videos are referred to by their path relative to the page, so keep it beside the
 from __future__ import annotations
 
 import math
-import os
 import re
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from experiments.report.html import Line, Rate, line_chart, render, setting_rows
+from experiments.report.html import Line, Rate, line_chart, link, render, setting_rows
 from prismatic.checkpoint.layout import LOG_FILE, last_checkpoint, read_record, split_checkpoint_name
 from prismatic.training.metrics import read_log
 from prismatic.util.cli import CommandParser, exit_code
@@ -70,8 +69,7 @@ class Run:
 
     def curve(self, name: str) -> Line | None:
         """A metric over the steps; None when the run did not log it."""
-        points = [(row["step"], row[name]) for row in self.rows if name in row]
-        return Line(self.name, [x for x, _ in points], [y for _, y in points], self.series) if points else None
+        return _line(self.name, self.rows, name, self.series)
 
     @property
     def details(self) -> list[tuple[str, str]]:
@@ -82,6 +80,11 @@ class Run:
             rows.append(("alignment loss", _number(last["align_loss"])))
         rows += [("recipe", recipe_of(self.config)), ("seed", str(self.config.get("seed", "-")))]
         return [*rows, ("training time", _duration(sum(row.get("seconds", 0.0) for row in self.rows)))]
+
+
+def _line(name: str, rows: Sequence[dict[str, Any]], metric: str, series: int) -> Line | None:
+    points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+    return Line(name, [step for step, _ in points], [value for _, value in points], series) if points else None
 
 
 def _number(value: float | None) -> str:
@@ -161,17 +164,13 @@ def success_chart(runs: Sequence[Run]) -> Any:
     """Success by step, where runs have several evaluated checkpoints; else None."""
     lines = []
     for run in runs:
-        steps = sorted({evaluation.step for evaluation in run.evaluations if evaluation.rate.value is not None})
-        if len(steps) > 1:
-            rates = ([known.rate.value for known in run.evaluations if known.step == step] for step in steps)
-            means = [_mean(values) for values in rates]
-            lines.append(Line(run.name, steps, [100 * mean for mean in means], run.series))
+        percents: dict[int, list[float]] = {}
+        for evaluation in run.evaluations:
+            if evaluation.rate.value is not None:
+                percents.setdefault(evaluation.step, []).append(100 * evaluation.rate.value)
+        if len(percents) > 1:
+            lines.append(Line(run.name, list(percents), list(map(statistics.fmean, percents.values())), run.series))
     return line_chart(lines, title="Success", x_label="step", y_label="percent") if lines else None
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known)
 
 
 def alignment(run: Run) -> dict[str, Any]:
@@ -184,10 +183,8 @@ def alignment(run: Run) -> dict[str, Any]:
     def name(pair: int) -> str:
         return f"{students[pair]} : {teachers[pair]}" if pair < len(students) else f"pair {pair}"
 
-    lines = []
-    for pair in numbers:
-        points = [(row["step"], value) for row in run.rows if (value := row.get(f"align_loss_pair_{pair}")) is not None]
-        lines.append(Line(name(pair), [x for x, _ in points], [y for _, y in points], pair))
+    curves = (_line(name(pair), run.rows, f"align_loss_pair_{pair}", pair) for pair in numbers)
+    lines = [line for line in curves if line is not None]
     chart = line_chart(lines, title="Alignment loss of every pair", x_label="step", y_label="1 - cosine")
     bars = [
         {"name": name(pair), "width": width, "part": 100 * width / max(widths)} for pair, width in enumerate(widths)
@@ -202,7 +199,7 @@ def videos(run: Run, out: Path) -> list[dict[str, Any]]:
         if files:
             return [
                 {
-                    "path": quote(Path(os.path.relpath(file.resolve(), out.resolve().parent)).as_posix()),
+                    "path": link(file, out),
                     "status": file.stem.rpartition("--")[2],
                     "name": file.stem.rpartition("--")[0].replace("--", ", "),
                     "run": run,

@@ -18,10 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from experiments.report import percent
-from experiments.report.html import Rate, SettingRow, render, setting_rows
+from experiments.report.html import Rate, link, render, setting_rows
 from experiments.robot.libero.results import summary
 from experiments.robot.libero.results.run_folder import load_episodes, planned_episodes
 from experiments.robot.libero.rollouts.result import EpisodeResult
@@ -99,6 +98,7 @@ def build_page(folders: Sequence[Path], out: Path, title: str = "Evaluation in L
         UsageError: a folder holds no results.
     """
     runs = load_runs(folders)
+    records = [dict(run.record) for run in runs]
     everything = [(run.series, result) for run in runs for result in run.episodes]
     suites = sorted({result.suite for _, result in everything})
     videos = _videos(runs, out)
@@ -118,7 +118,7 @@ def build_page(folders: Sequence[Path], out: Path, title: str = "Evaluation in L
         errors=[_entry(series, result) for series, result in ordered if result.status == "error"],
         episodes=[_entry(series, result) for series, result in ordered[:MOST_EPISODES]],
         num_episodes=len(everything),
-        configuration=_configuration(runs),
+        configuration=setting_rows([{**record.pop("identity", {}), **record} for record in records]),
     )
     atomic_write(out, page)
 
@@ -142,17 +142,17 @@ def _comparisons(runs: Sequence[Run]) -> list[dict[str, Any]]:
     comparisons: list[dict[str, Any]] = []
     for a, b in pairs if len(runs) <= ALL_PAIRS_UP_TO else ((0, other) for other in range(1, len(runs))):
         try:
-            content = summary.compare(runs[a].episodes, runs[b].episodes)
+            content: dict[str, Any] | None = summary.compare(runs[a].episodes, runs[b].episodes)
         except UsageError:
-            comparisons.append({"a": a, "b": b, "content": None, "verdict": "no episode in common"})
-            continue
-        comparisons.append(
-            {"a": a, "b": b, "content": content, "verdict": _verdict(runs[a].name, runs[b].name, content)}
-        )
+            content = None
+        verdict = _verdict(runs[a].name, runs[b].name, content)
+        comparisons.append({"a": a, "b": b, "content": content, "verdict": verdict})
     return comparisons
 
 
-def _verdict(name_a: str, name_b: str, content: dict[str, Any]) -> str:
+def _verdict(name_a: str, name_b: str, content: dict[str, Any] | None) -> str:
+    if content is None:
+        return "no episode in common"
     if content["p_value"] >= 0.05:
         return "no difference shown"
     return f"{name_b if content['difference_b_minus_a'] > 0 else name_a} is better"
@@ -167,16 +167,10 @@ def _row(runs: Sequence[Run], labels: Sequence[Any], chosen: Any) -> dict[str, A
 def _suite(runs: Sequence[Run], suite: str) -> dict[str, Any]:
     results = [result for run in runs for result in run.episodes if result.suite == suite]
     tasks = {result.task_id: result.task_name or result.task for result in results}
-    rows = []
-    if len(tasks) <= MOST_TASKS:
-        by_task: list[dict[int, list[EpisodeResult]]] = [{} for _ in runs]
-        for run in runs:
-            for result in run.episodes:
-                if result.suite == suite:
-                    by_task[run.series].setdefault(result.task_id, []).append(result)
-        for task_id in sorted(tasks):
-            rates = [Rate.of(summary.rate(run_episodes.get(task_id, []))) for run_episodes in by_task]
-            rows.append({"labels": [task_id, tasks[task_id]], "rates": rates})
+    rows = [
+        _row(runs, entry, lambda result, task=entry[0]: (result.suite, result.task_id) == (suite, task))
+        for entry in (sorted(tasks.items()) if len(tasks) <= MOST_TASKS else ())
+    ]
     total = _row(runs, ["", "all tasks"], lambda result: result.suite == suite)
     return {"name": suite, "rows": rows, "total": total, "num_tasks": len(tasks)}
 
@@ -211,15 +205,8 @@ def _videos(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
             result = known.get(key)
             if result is None or result.status != match["status"]:
                 continue  # Of an episode that was repeated with another end, or of a run that was discarded.
-            relative = os.path.relpath(file.resolve(), out.resolve().parent)
-            videos.append({**_entry(run.series, result), "path": quote(Path(relative).as_posix())})
+            videos.append({**_entry(run.series, result), "path": link(file, out)})
     return videos
-
-
-def _configuration(runs: Sequence[Run]) -> list[SettingRow]:
-    """Settings of all runs side by side; those that differ first."""
-    records = (dict(run.record) for run in runs)
-    return setting_rows([{**record.pop("identity", {}), **record} for record in records])
 
 
 def parser() -> argparse.ArgumentParser:
