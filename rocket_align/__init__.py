@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     from rocket_align.analysis.selection import select_layers
     from rocket_align.config import AlignConfig
     from rocket_align.layers import resolve_layers, tap_names
-    from rocket_align.pooling import pool_teacher
-    from rocket_align.taps import Taps, attach
+    from rocket_align.pooling import pool_teacher, spread_views, token_mask
+    from rocket_align.taps import AlignedModel, Taps, attach
+    from rocket_align.targets import TeacherTargets
     from rocket_align.teacher.base import Teacher, TeacherFeatures
     from rocket_align.teacher.preprocess import preprocess_normed_images, unnormalize_views
     from rocket_align.teacher.vggt.config import VGGTConfig
@@ -51,9 +52,10 @@ _NAMES = {
     "analysis.selection": "select_layers",
     "config": "AlignConfig",
     "layers": "resolve_layers tap_names",
-    "pooling": "pool_teacher",
+    "pooling": "pool_teacher spread_views token_mask",
     "recipes": "recipes",
-    "taps": "Taps attach",
+    "targets": "TeacherTargets",
+    "taps": "AlignedModel Taps attach",
     "teacher.base": "Teacher TeacherFeatures",
     "teacher.preprocess": "preprocess_normed_images unnormalize_views",
     "teacher.vggt.config": "VGGTConfig",

@@ -135,3 +135,51 @@ def pool_teacher(
         embedding = sine_position_embedding(tuple(grid_hw), tuple(image_hw), channels, features.device)
         features = features + POSITION_WEIGHT * embedding
     return _resample(features, grid_hw, num_tokens) if mode == "bilinear" else _sample(features, num_tokens)
+
+
+def token_mask(view_mask_BV: Tensor, num_tokens: int, content_BVHW: Tensor | None = None) -> Tensor:
+    """Tell which of the student's image tokens count in the loss: those of cameras that are there, and of no padding.
+
+    Args:
+        view_mask_BV: bool, False for a missing camera.
+        num_tokens: the student's image tokens over all V views, view after view.
+        content_BVHW: bool, False for the pixels that a letterbox added; a token counts by the pixel nearest to it, as
+            in the released code.
+
+    Returns:
+        (B, num_tokens) bool, for :meth:`rocket_align.MultiLayerAlignment.align`.
+
+    Raises:
+        ValueError: tokens that do not divide into views, or into a grid like the image's.
+    """
+    batch, views = view_mask_BV.shape
+    if num_tokens % views:
+        raise ValueError(f"num_tokens: found {num_tokens}; accepted: a multiple of the {views} views")
+    mask = view_mask_BV[..., None].expand(batch, views, num_tokens // views)
+    if content_BVHW is not None:
+        height, width = content_BVHW.shape[-2:]
+        grid = student_grid(num_tokens, views, (height, width))
+        mask = mask & F.interpolate(content_BVHW.float(), size=grid, mode="nearest").flatten(2).bool()
+    return mask.flatten(1)
+
+
+def spread_views(tokens_KBND: Tensor, view_mask_BV: Tensor) -> Tensor:
+    """Tokens of the cameras that are there, one behind the other -> tokens (K, B, V * n, D) of every camera.
+
+    For models whose sequence has no place for a missing camera (transformers' PI0). A missing camera's tokens are
+    another's: leave them out by :func:`token_mask`.
+
+    Args:
+        tokens_KBND: N is n times the most cameras that any sample has.
+        view_mask_BV: bool, False for a missing camera.
+
+    Raises:
+        ValueError: tokens that do not divide into the cameras.
+    """
+    count, most = tokens_KBND.shape[2], max(1, int(view_mask_BV.sum(dim=1).max()))
+    if count % most:
+        raise ValueError(f"tokens: found {count}; accepted: a multiple of the {most} cameras of the fullest sample")
+    first = (view_mask_BV.cumsum(dim=1) - 1).clamp(min=0) * (count // most)
+    index = first[..., None] + torch.arange(count // most, device=first.device)
+    index = index.flatten(1)[None, ..., None].to(tokens_KBND.device)
+    return tokens_KBND.gather(2, index.expand(len(tokens_KBND), -1, -1, tokens_KBND.shape[-1]))

@@ -33,9 +33,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from rocket_align.alignment import AlignOutput, MultiLayerAlignment
 from rocket_align.layers import TapConvention, tap_names
 from rocket_align.rows import ImageTokens, RowPicker
 from rocket_align.streams import Stream, find_stream
+from rocket_align.teacher.base import AlignmentTargets, TeacherFeatures
 
 log = logging.getLogger(__name__)
 
@@ -327,6 +329,32 @@ class Taps:
         while isinstance(value, (tuple, list)):
             value = value[0]
         self._rows.setdefault(key, []).append(value)
+
+
+class AlignedModel(nn.Module):
+    """A model and its alignment behind one `forward`: wrap this one in DDP or FSDP2, so that the projectors' gradients
+    are averaged, too, and weights that the alignment alone reaches are known to be used.
+
+    Args:
+        model: the tapped model.
+        alignment: its loss.
+        taps: one tap per pair of layers, attached to `model`.
+    """
+
+    def __init__(self, model: nn.Module, alignment: MultiLayerAlignment, taps: Taps) -> None:
+        super().__init__()
+        self.model, self.alignment, self.taps = model, alignment, taps
+
+    def forward(
+        self,
+        *args: Any,
+        teacher: TeacherFeatures | AlignmentTargets | None,
+        mask_BN: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, AlignOutput]:
+        """The model's output, and the alignment of its forward pass; see :meth:`MultiLayerAlignment.align`."""
+        output = self.model(*args, **kwargs)
+        return output, self.alignment.align(self.taps.take(), teacher, mask_BN)
 
 
 def _reaches_weights(model: nn.Module, rows: Tensor) -> bool:

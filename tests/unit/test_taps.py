@@ -115,6 +115,22 @@ def taps_loss(model: Student, taps: Taps) -> Tensor:
     return taps.take().pow(3).sum()
 
 
+@pytest.mark.parametrize("calls_blocks", [True, False])
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_compiled_models_are_tapped_on_every_call(calls_blocks: bool, checkpointed: bool) -> None:
+    values = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = student(calls_blocks=calls_blocks, checkpointed=checkpointed)
+        taps = rocket_align.attach(model, ("block.0", "block.2"), range(5), example=batch())
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        for _ in range(2):
+            model.zero_grad()
+            (run(*batch()).square().mean() + taps_loss(model, taps)).backward()
+        values.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=1e-5)
+
+
 def test_text_rows_are_not_kept() -> None:
     model = student()
     taps = rocket_align.attach(model, "1,3", slice(0, 5))
