@@ -6,6 +6,7 @@ makes what `TrainingRun.fit` takes, a loss on hidden states and the function tha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from prismatic.training.run import TrainingRun
     from prismatic.vla.batch import Batch
     from rocket_align import AlignConfig, MultiLayerAlignment, TeacherFeatures
+    from rocket_align.centering import Center
     from rocket_align.teacher.base import AlignmentTargets
 
 # Makes an alignment's targets of a batch on the device.
@@ -86,7 +88,7 @@ def plan_alignment(config: FinetuneConfig) -> tuple[AlignConfig, int]:
 
 
 def check_resumed_alignment(config: FinetuneConfig, align: AlignConfig) -> None:
-    """In a resume, refuse another alignment than the checkpoint's; its coefficient may change.
+    """In a resume, refuse another alignment than the checkpoint's; the weights of its terms may change.
 
     Raises:
         UsageError: names what differs.
@@ -95,10 +97,12 @@ def check_resumed_alignment(config: FinetuneConfig, align: AlignConfig) -> None:
         return
     record = Path(config.vla_path) / RUN_CONFIG
     before = read_record(record.parent).get("alignment") or {}
+    if before:  # A checkpoint from before there were means.
+        before = {"center": "none", **before}
     for name, now in asdict(align).items():
         # JSON has lists for tuples.
         now = list(now) if isinstance(now, tuple) else now
-        if name != "coeff" and before.get(name, now) != now:
+        if name not in ("coeff", "schedule", "pair_weights") and before.get(name, now) != now:
             raise UsageError(
                 f"--resume: the alignment's {name} is {now}, but {before[name]} in {record}; accepted: that"
             )
@@ -111,21 +115,63 @@ def build_alignment(training: TrainingRun, align: AlignConfig, teacher_dim: int)
         UsageError: the teacher's weights, or its stored features, cannot be used.
     """
     from rocket_align.alignment import MultiLayerAlignment  # torch: as above
-    from rocket_align.targets import TeacherTargets
 
     flags = cast(FinetuneConfig, training.config)
     alignment = MultiLayerAlignment(align, training.vla.llm_dim, teacher_dim)
     if not align.num_pairs:
         return alignment, lambda batch: None
-    if flags.feature_store:
-        return alignment, read_stored_targets(training, align)
+    make_targets = read_stored_targets(training, align) if flags.feature_store else _online_targets(training, align)
+    if align.center == "task":
+        make_targets = _with_tasks(make_targets)
+    if align.center != "none" and not flags.resume:
+        alignment.center = measure_center(training, alignment, make_targets)
+    return alignment, make_targets
+
+
+def _online_targets(training: TrainingRun, align: AlignConfig) -> Targets:
+    from rocket_align.targets import TeacherTargets  # torch: as above
+
+    flags = cast(FinetuneConfig, training.config)
     device, dtype = training.device, training.compute_dtype
     try:
         teacher = load_teacher(flags.teacher, align.teacher_layers, flags.teacher_type, device=device, dtype=dtype)
     except ValueError as error:
         raise UsageError(f"--{'teacher_path' if flags.teacher_path else 'vggt_path'}: {error}") from error
     targets = TeacherTargets(teacher, training.processor.image_processor)
-    return alignment, lambda batch: targets(batch["pixel_values"])
+    return lambda batch: targets(batch["pixel_values"])
+
+
+def _with_tasks(make_targets: Targets) -> Targets:
+    from rocket_align.centering import task_keys  # torch: as above
+
+    def with_tasks(batch: Batch) -> TeacherFeatures | AlignmentTargets | None:
+        targets = make_targets(batch)
+        assert targets is not None
+        return targets._replace(tasks=task_keys(batch["input_ids"], batch["attention_mask"], batch["labels"]))
+
+    return with_tasks
+
+
+def measure_center(training: TrainingRun, alignment: MultiLayerAlignment, make_targets: Targets) -> Center:
+    """Means of the targets over the first samples that training will read, as it augments them, on all processes."""
+    import torch  # as above
+
+    from rocket_align.centering import CenterMeter
+
+    flags, accelerator = cast(FinetuneConfig, training.config), training.accelerator
+    samples = flags.align_center_samples or len(training.dataset)
+    backbone = training.vla.vision_backbone
+    num_tokens = backbone.get_num_patches() * backbone.get_num_images_in_input()
+    meter = CenterMeter(by_task=alignment.config.center == "task")
+    for batch in itertools.islice(training.batches(), -(-samples // (flags.batch_size * accelerator.num_processes))):
+        with torch.no_grad(), accelerator.autocast():
+            targets = make_targets(batch)
+            assert targets is not None
+            meter.update(alignment.pooled_features(targets, num_tokens), targets.tasks)
+    center = meter.result()
+    tasks = f" and {len(center.keys_T) - 1} tasks" if meter.by_task else ""
+    accelerator.print(f"alignment: means of the targets of {meter.samples * accelerator.num_processes} samples{tasks}")
+    return center
 
 
 def read_stored_targets(training: TrainingRun, align: AlignConfig) -> Targets:

@@ -188,7 +188,7 @@ def _add_loss(module: cst.Module, edits: _Edits) -> None:
         raise PlaceNotFound(f"no loss and metrics returned at the end of {FORWARD}")
     pair = cst.ensure_type(_inside(last, two_names)[0], cst.Tuple)
     loss, metrics = (cst.ensure_type(element.value, cst.Name).value for element in pair.elements)
-    arguments = f'{loss}, {metrics}, {outputs[0]}.hidden_states, batch["pixel_values"]'
+    arguments = f'{loss}, {metrics}, {outputs[0]}.hidden_states, batch["pixel_values"], batch'
     edits.insert_before(
         last,
         "add the alignment loss, and what is to be logged of it",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,12 +18,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rocket_align.alignment import MultiLayerAlignment
+from rocket_align.centering import CenterMeter, task_keys
 from rocket_align.flags import AlignFlags
 from rocket_align.targets import TeacherTargets
+from rocket_align.teacher.base import TeacherFeatures
 from rocket_align.teacher.files import replacing
 from rocket_align.teacher.registry import describe_teacher, load_teacher
 
 COMPONENT = "align_projectors"
+_CENTER_SAMPLES = 1024  # This script does not know how many samples there are.
 
 
 def _refuse(error: ValueError) -> NoReturn:
@@ -55,11 +59,22 @@ class RocketJoin:
             through that wrapper, so that their gradients are averaged.
         targets: makes features of `alignment.config.teacher_layers` of pixels; None when there is no pair.
         num_vision_tokens: tokens of all images in the policy's sequence.
+        flags: the script's configuration: samples of the targets' means, gradient accumulation, the step it resumes at.
     """
 
     def __init__(
-        self, alignment: MultiLayerAlignment, targets: TeacherTargets | None, *, num_vision_tokens: int
+        self,
+        alignment: MultiLayerAlignment,
+        targets: TeacherTargets | None,
+        *,
+        num_vision_tokens: int,
+        flags: Any = None,
     ) -> None:
+        self.center_samples = getattr(flags, "align_center_samples", 0) or _CENTER_SAMPLES
+        self._micro_steps = getattr(flags, "grad_accumulation_steps", 1)
+        resumed = flags is not None and getattr(flags, "resume", False)
+        self._passes = self._micro_steps * int((getattr(flags, "resume_step", 0) or 0) if resumed else 0)
+        self._meter = CenterMeter(by_task=alignment.config.center == "task")
         self.alignment = alignment
         self.config = alignment.config
         self.targets = targets
@@ -105,14 +120,19 @@ class RocketJoin:
         except ValueError as error:
             _refuse(error)
         tokens = backbone.get_num_patches() * backbone.get_num_images_in_input()
-        return cls(alignment, targets, num_vision_tokens=tokens)
+        return cls(alignment, targets, num_vision_tokens=tokens, flags=config)
 
     def parameters(self) -> list[nn.Parameter]:
         """Parameters that the optimizer has to update."""
         return list(self.alignment.parameters())
 
     def add_loss(
-        self, loss: Tensor, metrics: dict[str, float], hidden_states: tuple[Tensor, ...], pixel_values: Tensor
+        self,
+        loss: Tensor,
+        metrics: dict[str, float],
+        hidden_states: tuple[Tensor, ...],
+        pixel_values: Tensor,
+        batch: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """Total loss = action loss + coefficient * alignment loss, and the metrics with the alignment's.
 
@@ -123,19 +143,40 @@ class RocketJoin:
             metrics: the script's.
             hidden_states: L + 1 tensors (B, S, D), embeddings first.
             pixel_values: (B, V * channels of a view, H, W), on any device.
+            batch: the script's, for means by task.
+
+        With `--align_center` the first passes only measure the means, and align nothing.
         """
         if self.targets is None:
             return loss, metrics
+        coefficient = self.config.coeff_at(self._passes // self._micro_steps)
+        self._passes += torch.is_grad_enabled()  # Validation has no gradients.
+        if not coefficient:
+            return loss, metrics
         device = hidden_states[0].device
         features = self.targets(pixel_values.to(device))
+        if self.config.center == "task" and batch is not None:
+            text = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
+            features = features._replace(tasks=task_keys(*text))
+        if self.config.center != "none" and self.alignment.center is None:
+            if torch.is_grad_enabled():
+                self._measure_center(features)
+            return loss, metrics
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             output = self.wrapped(
                 hidden_states, vision_start=1, num_vision_tokens=self.num_vision_tokens, teacher=features
             )
-        total = loss + self.config.coeff * output.loss
+        total = loss + coefficient * output.loss
         # One transfer for all of them, where one `.item()` each would wait for the device as many times.
         values = torch.stack([total.detach().float(), output.loss.detach().float(), *output.per_pair.float()]).tolist()
         return total, {**metrics, **dict(zip(self._metric_names(), values))}
+
+    def _measure_center(self, features: TeacherFeatures) -> None:
+        self._meter.update(self.alignment.pooled_features(features, self.num_vision_tokens), features.tasks)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        processes = torch.distributed.get_world_size() if distributed else 1
+        if self._meter.samples * processes >= self.center_samples:
+            self.alignment.center = self._meter.result()
 
     def _metric_names(self) -> list[str]:
         return ["total_loss", "align_loss", *(f"align_loss_pair_{pair}" for pair in range(self.config.num_pairs))]

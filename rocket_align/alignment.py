@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rocket_align.centering import Center
 from rocket_align.config import AlignConfig
 from rocket_align.layers import resolve_layers
 from rocket_align.pooling import pool_teacher
@@ -160,11 +161,14 @@ def cosine_loss(projected: Tensor, target: Tensor, mask_BN: Tensor | None = None
     return (counted.sum(dim=-1) / mask_BN.sum(dim=-1).clamp(min=1)).mean(dim=-1)
 
 
+CENTER_KEYS = ("center_means", "center_keys")
+
+
 class AlignOutput(NamedTuple):
     """Result of an alignment.
 
     Attributes:
-        loss: scalar with gradient, averaged over pairs and ensemble; not yet times the coefficient.
+        loss: scalar with gradient, averaged over pairs (by their weights) and ensemble; not yet times the coefficient.
         per_pair: (K,) detached losses of the pairs, on the same device.
     """
 
@@ -179,6 +183,9 @@ class MultiLayerAlignment(nn.ModuleList):
     `align_projectors--*.pt`: `{pair}.{member}.fc1.weight`. A shared projector stands in every pair's list, and its
     tensors under every pair's name, as released. Loading also accepts a `module.` prefix, and pair 0 alone for a
     shared projector.
+
+    With `config.center`, `center` holds the means to subtract; set it before the first loss (see
+    `rocket_align.centering`). The state dict has it as `center_means` and `center_keys`.
 
     Without layers (the baseline) it has no parameters, needs no teacher, and its loss is zero.
 
@@ -211,11 +218,26 @@ class MultiLayerAlignment(nn.ModuleList):
             super().__init__([members(widths)] * pairs if pairs else [])
         self.config = config
         self.teacher_channels = 2 * teacher_dim
+        # No buffer: DDP would send it to every process in every step.
+        self.center: Center | None = None
+
+    @property
+    def later_state(self) -> tuple[str, ...]:
+        """Names in a file of this alignment that `state_dict` may not have yet."""
+        return () if self.config.center == "none" else CENTER_KEYS
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.center is not None:
+            destination |= {prefix + key: value for key, value in zip(CENTER_KEYS, self.center)}
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         # Overridden as torch allows; the public hook for it is newer than the torch 2.2 that OpenVLA-OFT pins.
         *_, errors = args
         _accept_released_layouts(self, state_dict, prefix, errors)
+        names = [prefix + key for key in self.later_state]
+        if names and all(name in state_dict for name in names):
+            self.center = Center(*(state_dict.pop(name) for name in names))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _member(self, pair: int, member: int) -> AlignmentProjector:
@@ -249,6 +271,20 @@ class MultiLayerAlignment(nn.ModuleList):
         return torch.stack(rows)
 
     def targets(self, teacher: TeacherFeatures | AlignmentTargets | None, num_tokens: int) -> Tensor:
+        """Targets of the projected tokens: pooled features (K, B, N, C), centered where the config says so.
+
+        Raises:
+            ValueError: None, features that do not fit the pairs, or means that are wanted and not there.
+        """
+        pooled = self.pooled_features(teacher, num_tokens)
+        if self.config.center == "none":
+            return pooled
+        if self.center is None:
+            raise ValueError(f"center: no means found; accepted with {self.config.center!r}: those of a CenterMeter")
+        assert teacher is not None
+        return pooled - self.center.of(teacher.tasks, pooled.device)
+
+    def pooled_features(self, teacher: TeacherFeatures | AlignmentTargets | None, num_tokens: int) -> Tensor:
         """Pooled teacher features (K, B, N, C); those of a feature store are pooled already.
 
         Raises:
@@ -309,7 +345,14 @@ class MultiLayerAlignment(nn.ModuleList):
             zero = hidden_states[0].new_zeros((), dtype=torch.float32)
             return AlignOutput(zero, zero.new_zeros(0))
         losses = self.pair_losses(hidden_states, vision_start, num_vision_tokens, teacher)
-        return AlignOutput(losses.mean(), losses.detach())
+        return AlignOutput(self._mean(losses), losses.detach())
+
+    def _mean(self, losses_K: Tensor) -> Tensor:
+        weights = self.config.pair_weights
+        if weights is None:
+            return losses_K.mean()
+        shares = [weight / sum(weights) for weight in weights]
+        return (losses_K * losses_K.new_tensor(shares)).sum()
 
     def student_tokens(self, hidden_states: Sequence[Tensor], vision_start: int, num_vision_tokens: int) -> Tensor:
         """The aligned tokens (K, B, N, D), taken as `forward` takes them."""

@@ -6,6 +6,7 @@ depths (32 and 24 for OpenVLA-7B and VGGT-1B); layers are returned as plain indi
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -14,6 +15,7 @@ from rocket_align.layers import paper_pairs, parse_layers
 
 ProjectorKind = Literal["matryoshka", "shared", "independent"]
 PoolingMode = Literal["bilinear", "random"]
+CenterMode = Literal["none", "dataset", "task"]
 
 # The pairs of the paper's recipe for a 32-block student and a 24-block teacher.
 PAPER_LAYERS = (2, 4, 6, 8, 10, 12, 14, 16, 18, -1)
@@ -40,6 +42,11 @@ class AlignConfig:
         shift: compare the student's token at position i + 1 with patch i (a causal model predicts the next token).
         released_independent_width: reproduce the released code, whose independent projectors use only 20% of their
             hidden units; by default they use all.
+        center: means subtracted from the targets of each pair and place: "none" (the paper), those of the whole
+            "dataset", or of each "task".
+        pair_weights: weights of the pairs in the mean loss, of which only the ratios count; None: all the same.
+        schedule: (step, factor) points between which the coefficient's factor is interpolated; before the first and
+            after the last it stays. None: 1 throughout.
 
     Raises:
         ValueError: a value that is not accepted, naming the field.
@@ -57,6 +64,9 @@ class AlignConfig:
     pooling: PoolingMode = "bilinear"
     shift: bool = True
     released_independent_width: bool = False
+    center: CenterMode = "none"
+    pair_weights: tuple[float, ...] | None = None
+    schedule: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("student_layers", "teacher_layers"):
@@ -70,6 +80,7 @@ class AlignConfig:
             )
         self._check_choice("projector", ProjectorKind)
         self._check_choice("pooling", PoolingMode)
+        self._check_choice("center", CenterMode)
         if not (math.isfinite(self.coeff) and self.coeff >= 0):
             raise ValueError(f"coeff: found {self.coeff}; accepted: 0 or more")
         if self.ensemble_size < 1:
@@ -79,6 +90,7 @@ class AlignConfig:
                 f'released_independent_width: accepted with projector "independent", not {self.projector!r}'
             )
         self._check_width_ratios()
+        self._check_terms()
 
     def _check_choice(self, name: str, kind: object) -> None:
         if getattr(self, name) not in get_args(kind):
@@ -93,6 +105,32 @@ class AlignConfig:
             raise ValueError(f'width_ratios: accepted with projector "matryoshka", not {self.projector!r}')
         if len(ratios) != self.num_pairs or not all(0 < ratio <= 1 for ratio in ratios):
             raise ValueError(f"width_ratios: found {ratios}; accepted: {self.num_pairs} numbers above 0 and up to 1")
+
+    def _check_terms(self) -> None:
+        if self.center != "none" and self.pooling == "random":
+            raise ValueError(f'center: found {self.center!r}; accepted with pooling "random", which mixes places: none')
+        if self.pair_weights is not None:
+            weights = tuple(float(weight) for weight in self.pair_weights)
+            object.__setattr__(self, "pair_weights", weights)
+            valid = len(weights) == self.num_pairs and all(0 <= weight < math.inf for weight in weights)
+            if not (valid and any(weights)):
+                raise ValueError(
+                    f"pair_weights: found {weights}; accepted: {self.num_pairs} numbers of 0 or more, not all 0"
+                )
+        steps, factors = [step for step, _ in self.schedule], [factor for _, factor in self.schedule]
+        if steps != sorted({*steps}) or not all(step >= 0 and 0 <= factor < math.inf for step, factor in self.schedule):
+            raise ValueError(f"schedule: found {self.schedule}; accepted: ascending steps, factors of 0 or more")
+        object.__setattr__(self, "schedule", tuple(zip(map(int, steps), map(float, factors))))
+
+    def coeff_at(self, step: int) -> float:
+        """Weight of the alignment loss in optimizer step `step`, counted from 0."""
+        points = self.schedule
+        if not points or step <= points[0][0]:
+            return self.coeff * (points[0][1] if points else 1.0)
+        for (left, start), (right, end) in itertools.pairwise(points):
+            if step <= right:
+                return self.coeff * (start + (end - start) * (step - left) / (right - left))
+        return self.coeff * points[-1][1]
 
     @property
     def num_pairs(self) -> int:

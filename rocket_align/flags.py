@@ -14,6 +14,7 @@ from rocket_align.config import RECIPES, AlignConfig
 from rocket_align.layers import LayerConvention, layers_for_models, read_layer_file, resolve_layers
 
 POOLING = ("bilinear", "random")
+CENTER_MODES = ("none", "dataset", "task")
 TEACHER_TYPES = ("auto", "vggt", "depth_anything", "dinov2")
 
 
@@ -21,6 +22,24 @@ def recipe_of(flags: Mapping[str, Any]) -> str:
     """The recipe that a run's flags mean: the named one, else rocket where there is a teacher."""
     teacher = any(flags.get(name) for name in ("teacher_path", "vggt_path", "feature_store"))
     return flags.get("recipe") or ("rocket" if teacher else "baseline")
+
+
+def parse_schedule(text: str) -> tuple[tuple[int, float], ...]:
+    """(step, factor) points of `--align_schedule`, as in "0:0,500:1"; empty: none.
+
+    Raises:
+        ValueError: other text, steps that do not ascend, or factors below 0.
+    """
+    refusal = f"--align_schedule: {text!r} found; accepted: STEP:FACTOR with ascending steps, as in 0:0,500:1"
+    try:
+        pairs = [part.split(":") for part in str(text).strip("[]() ").split(",") if part.strip()]
+        points = tuple((int(step), float(factor)) for step, factor in pairs)
+    except ValueError:
+        raise ValueError(refusal) from None
+    steps = [step for step, _ in points]
+    if steps != sorted({*steps}) or not all(step >= 0 and 0 <= factor < math.inf for step, factor in points):
+        raise ValueError(refusal)
+    return points
 
 
 @dataclass
@@ -50,6 +69,13 @@ class AlignFlags:
     use_matryoshka: bool | None = None  # Nested widths (with independent projectors: the released fifth of the width)
     projector_width_ratios: str | None = None  # Width ratios of the pairs as a comma list
     projector_shallow_to_deep_increase: bool | None = None  # Deeper pairs are wider
+    # Subtract the targets' mean of each pair and place before the cosine: none | dataset | task (means of each task)
+    align_center: str | None = field(default=None, metadata={"choices": CENTER_MODES})
+    # Samples that the means are taken of before training, with its augmentation; 0: as many as there are frames
+    align_center_samples: int = field(default=1024, metadata={"least": 0})
+    align_pair_weights: str | None = None  # Weights of the pairs in the mean loss, comma list; only ratios count
+    # Factor of align_loss_coeff as STEP:FACTOR points, linear in between: 0:0,1000:1,30000:1,40000:0
+    align_schedule: str | None = None
     use_vggt_cache: bool = False  # Cache of the released code; not offered
     generate_vggt_cache: bool = False  # See use_vggt_cache
     vggt_cache_dir: str = ""  # See use_vggt_cache
@@ -87,6 +113,12 @@ class AlignFlags:
             raise ValueError(f"--ensemble_size: {self.ensemble_size} found; accepted: 1 or more")
         if self.align_loss_coeff is not None and not 0 <= self.align_loss_coeff < math.inf:
             raise ValueError(f"--align_loss_coeff: {self.align_loss_coeff} found; accepted: 0 or more")
+        if self.align_center_samples < 0:
+            raise ValueError(f"--align_center_samples: {self.align_center_samples} found; accepted: 0 or more")
+        if self.align_center not in (None, "none") and self.pooling_func == "random":
+            raise ValueError("--align_center: given with --pooling_func random, which mixes places; accepted: none")
+        if self.align_schedule is not None:
+            parse_schedule(self.align_schedule)
         self._validate_layers_file()
         self._validate_teacher()
 
@@ -138,7 +170,12 @@ class AlignFlags:
             pairs = self._layers_of_file(num_student_layers, num_teacher_layers)
             changes["student_layers"], changes["teacher_layers"] = pairs
         if self.projector_width_ratios is not None:
-            changes["width_ratios"] = self._ratios(self.projector_width_ratios)
+            changes["width_ratios"] = self._numbers("projector_width_ratios")
+        changes["center"] = self.align_center
+        if self.align_pair_weights is not None:
+            changes["pair_weights"] = self._numbers("align_pair_weights")
+        if self.align_schedule is not None:
+            changes["schedule"] = parse_schedule(self.align_schedule)
         if changes["projector"] == "independent" and self.use_matryoshka:
             changes["released_independent_width"] = True
         return replace(base, **{name: value for name, value in changes.items() if value is not None})
@@ -158,12 +195,12 @@ class AlignFlags:
         except ValueError as error:
             raise ValueError(f"--align_layers_file: {error}") from None
 
-    @staticmethod
-    def _ratios(text: str) -> tuple[float, ...]:
+    def _numbers(self, flag: str) -> tuple[float, ...]:
+        text = getattr(self, flag)
         try:
             return tuple(float(part) for part in str(text).strip("[]() ").split(","))
         except ValueError:
-            raise ValueError(f"--projector_width_ratios: {text!r} found; accepted: numbers as in 0.2,0.6,1") from None
+            raise ValueError(f"--{flag}: {text!r} found; accepted: numbers as in 0.2,0.6,1") from None
 
     def _projector(self, recipe_value: str) -> str:
         shares = recipe_value != "independent" if self.share_projector is None else self.share_projector

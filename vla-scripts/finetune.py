@@ -40,7 +40,7 @@ def main(config: FinetuneConfig) -> int:
     training = TrainingRun(config, asdict(config))
     alignment, targets = build_alignment(training, align, teacher_dim)
     training.run_config["alignment"] = {**asdict(align), "widths": alignment.widths}
-    state = training.fit(alignment, align.coeff, targets)
+    state = training.fit(alignment, align.coeff_at if align.schedule else align.coeff, targets)
     return 128 + state.stopped_by if state.stopped_by else 0
 
 

@@ -111,6 +111,8 @@ class LoadedCheckpoint:
                 projector="shared",
                 width_ratios=None,
                 released_independent_width=False,
+                center="none",
+                pair_weights=None,
             )
             self.full_alignment, self._targets = build_alignment(self.training, full, sizes.channels // 2)
         checkpoint = self.training.start.checkpoint

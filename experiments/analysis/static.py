@@ -74,7 +74,7 @@ class StaticStudy:
         """The numbers of the data, as training sees them with or without augmentation."""
         static = StaticTargets(self.flags.num_images_in_input)
         for pixels in self.pixels(dataclasses.replace(self.flags, image_aug=image_aug)):
-            static.update(self.alignment.targets(self.targets(pixels), self.num_tokens))
+            static.update(self.alignment.pooled_features(self.targets(pixels), self.num_tokens))
         return static.result()
 
 

@@ -46,6 +46,9 @@ _SHOWN = (
     "image_aug",
     "seed",
     "align_loss_coeff",
+    "align_center",
+    "align_pair_weights",
+    "align_schedule",
     "vla_layers_align",
     "vggt_layers_align",
 )

@@ -90,7 +90,9 @@ def load_component(module: nn.Module, file: Path, begin_anew: Callable[[str], No
 def misfit(module: nn.Module, state: Mapping[str, torch.Tensor]) -> str:
     """The first reason why `state` is not one of `module`, "" where it is."""
     own = module.state_dict()
-    for name in sorted(own.keys() | state.keys()):
+    # What a module takes from a file and does not have before, as `MultiLayerAlignment` its targets' means.
+    later = getattr(module, "later_state", ())
+    for name in sorted((own.keys() | state.keys()).difference(later)):
         if name not in state or name not in own:
             return f"{name} is missing" if name in own else f"{name} is unknown"
         if own[name].shape != state[name].shape:

@@ -136,12 +136,14 @@ class Trainer:
         """One optimizer step over `grad_accumulation_steps` batches."""
         micro_steps = self.config.grad_accumulation_steps
         metrics = []
+        module = cast(TrainableVLA, self.accelerator.unwrap_model(self.module))
+        module.step = self.state.step
         for micro in range(micro_steps):
             batch = move_batch(next(batches), self.accelerator.device)
             if micro == 0 and self._samples_now():
                 self._averages.add(self._sampled_errors(batch))
             with torch.no_grad(), self.accelerator.autocast():
-                targets = self.targets(batch)
+                targets = self.targets(batch) if module.uses_targets else None
             last = micro == micro_steps - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
                 with self.accelerator.autocast():

@@ -6,6 +6,7 @@ the heads through `.module`, which leaves their gradients unsynchronized across 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -40,7 +41,8 @@ class TrainableVLA(nn.Module):
         auxiliary: a loss on the LLM's hidden states at the vision tokens: called with `hidden_states`, `vision_start`,
             `num_vision_tokens` and `teacher` (what `targets` made of the batch), it returns an object with `loss` and,
             detached, `per_pair`. One without terms (a baseline) costs nothing.
-        auxiliary_coeff: its weight in the total loss.
+        auxiliary_coeff: its weight in the total loss, or a function that gives it for `step`; where it is 0, the
+            auxiliary loss is left out.
         use_film: the model conditions its vision on language.
     """
 
@@ -50,7 +52,7 @@ class TrainableVLA(nn.Module):
         objective: Objective,
         auxiliary: nn.Module,
         *,
-        auxiliary_coeff: float,
+        auxiliary_coeff: float | Callable[[int], float],
         use_film: bool = False,
     ) -> None:
         super().__init__()
@@ -59,9 +61,20 @@ class TrainableVLA(nn.Module):
         self.proprio_projector = parts.proprio_projector
         self.noisy_action_projector = parts.noisy_action_projector
         self.align_projectors = auxiliary
-        self.auxiliary_coeff = auxiliary_coeff
+        self._coefficient = auxiliary_coeff
+        self.step = 0  # Finished optimizer steps, which the training loop counts.
         self.objective = objective
         self.use_film = use_film
+
+    @property
+    def auxiliary_coeff(self) -> float:
+        """Weight of the auxiliary loss now."""
+        return self._coefficient(self.step) if callable(self._coefficient) else self._coefficient
+
+    @property
+    def uses_targets(self) -> bool:
+        """False where the function gives 0: the auxiliary loss and its targets are left out."""
+        return not callable(self._coefficient) or self.auxiliary_coeff > 0
 
     @property
     def parts(self) -> PolicyParts:
@@ -78,14 +91,16 @@ class TrainableVLA(nn.Module):
         parts = self.parts
         output = self._run(batch, self.objective.model_inputs(parts, batch))
         action_loss, metrics = self.objective.loss(parts, batch, output)
-        aligned = self.align_projectors(
-            output.hidden_states, vision_start=1, num_vision_tokens=self._num_vision_tokens(), teacher=targets
-        )
-        total = action_loss + self.auxiliary_coeff * aligned.loss
+        total, coefficient = action_loss, self.auxiliary_coeff
+        if self.uses_targets:
+            aligned = self.align_projectors(
+                output.hidden_states, vision_start=1, num_vision_tokens=self._num_vision_tokens(), teacher=targets
+            )
+            total = action_loss + coefficient * aligned.loss
+            if len(aligned.per_pair):
+                metrics["align_loss"] = aligned.loss.detach()
+                metrics |= {f"align_loss_pair_{index}": value for index, value in enumerate(aligned.per_pair)}
         metrics |= {"action_loss": action_loss.detach(), "loss": total.detach()}
-        if len(aligned.per_pair):
-            metrics["align_loss"] = aligned.loss.detach()
-            metrics |= {f"align_loss_pair_{index}": value for index, value in enumerate(aligned.per_pair)}
         return StepOutput(total, metrics)
 
     def _run(self, batch: Batch, inputs: ModelInputs) -> PolicyOutput:

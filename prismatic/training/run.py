@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,8 +156,13 @@ class TrainingRun:
         for batch in self._loader(self.dataset):
             yield move_batch(batch, self.device)
 
-    def fit(self, auxiliary: nn.Module, auxiliary_coeff: float, targets: Targets) -> TrainState:
-        """Train to the end (or to a stop) with the given auxiliary loss; checkpoints are written on the way."""
+    def fit(
+        self, auxiliary: nn.Module, auxiliary_coeff: float | Callable[[int], float], targets: Targets
+    ) -> TrainState:
+        """Train to the end (or to a stop) with the given auxiliary loss; checkpoints are written on the way.
+
+        Its coefficient is a number, or a function of the optimizer step.
+        """
         config, accelerator = self.config, self.accelerator
         if accelerator.process_index:
             # All processes made the same weights; noise and dropout are to differ.

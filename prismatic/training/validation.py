@@ -110,7 +110,8 @@ class Validator:
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad(), accelerator.autocast():
             torch.manual_seed(seed)
-            metrics = self.module(batch, self.targets(batch)).metrics
+            targets = self.targets(batch) if self.module.uses_targets else None
+            metrics = self.module(batch, targets).metrics
             metrics |= self.module.sampled_errors(batch, seed)
         values = torch.stack([value.float() for value in metrics.values()]).tolist()
         return dict(zip(metrics, values, strict=True))

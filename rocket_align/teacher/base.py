@@ -14,12 +14,14 @@ class TeacherFeatures(NamedTuple):
     layers: tuple[Tensor, ...]
     grid_hw: tuple[int, int]  # Patches along height and width of one view
     image_hw: tuple[int, int]  # Pixels the teacher saw, height and width
+    tasks: Tensor | None = None  # `task_keys` (B,) of the samples, where means by task are subtracted
 
 
 class AlignmentTargets(NamedTuple):
     """Targets that are pooled already, as a feature store gives them."""
 
     pooled_KBNC: Tensor  # One target per layer pair, sample and student token; position embedding included where wanted
+    tasks: Tensor | None = None  # As above
 
 
 class Teacher(Protocol):

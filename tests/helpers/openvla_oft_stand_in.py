@@ -163,7 +163,7 @@ def finetune(cfg: FinetuneConfig) -> None:
         optimizer.step()
         optimizer.zero_grad()
         step = (batch_idx + 1) // cfg.grad_accumulation_steps + (cfg.resume_step or 0)
-        shown = " ".join(f"{name}={sum(values) / len(values):.6f}" for name, values in recent_metrics.items())
+        shown = " ".join(f"{name}={sum(values) / len(values):.6f}" for name, values in recent_metrics.items() if values)
         say(f"rank {os.environ['RANK']} step {step} gradient {sum(norms):.6f} {shown}")
         if step % cfg.save_freq == 0:
             save_training_checkpoint(

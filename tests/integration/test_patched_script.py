@@ -79,6 +79,26 @@ def test_trains_saves_and_resumes(patched: Path, teacher_folder: Path, tmp_path:
     assert (third["0.0.fc1.weight"] - saved[1]["0.0.fc1.weight"]).abs().max() < 0.011
 
 
+def test_measures_means_first_and_follows_the_schedule(patched: Path, teacher_folder: Path, tmp_path: Path) -> None:
+    aligned = ["--vggt_path", str(teacher_folder), "--run_root_dir", str(tmp_path), "--align_center", "dataset"]
+    # A step has 4 samples; the first two are for the means.
+    flags = ["--align_center_samples", "8", "--align_schedule", "2:1,4:0", "--max_steps", "5"]
+    first = launch(patched, *aligned, *flags)
+    assert first.returncode == 0, first.stderr[-3000:]
+    found = steps(first.stdout)
+    assert ["align_loss" in found[0, step][1] for step in (1, 2, 3)] == [False, False, True]
+    for rank, step, factor in ((0, 3, 1.0), (1, 3, 1.0), (0, 4, 0.5)):
+        metrics = found[rank, step][1]
+        expected = metrics["loss_value"] + 0.5 * factor * metrics["align_loss"]
+        assert metrics["total_loss"] == pytest.approx(expected, abs=1e-5)
+    saved = torch.load(tmp_path / "run--5_chkpt" / "align_projectors--5_checkpoint.pt")
+    resume = ["--resume", "True", "--resume_step", "5", "--vla_path", str(tmp_path / "run--5_chkpt")]
+    again = launch(patched, *aligned, *resume, "--max_steps", "1")
+    assert "align_loss" in steps(again.stdout)[0, 6][1], again.stderr[-3000:]
+    after = torch.load(tmp_path / "run--6_chkpt" / "align_projectors--6_checkpoint.pt")
+    assert torch.equal(after["center_means"], saved["center_means"])
+
+
 def test_trains_without_alignment(patched: Path, tmp_path: Path) -> None:
     done = launch(patched, "--run_root_dir", str(tmp_path), "--max_steps", "1", processes=1)
     assert done.returncode == 0, done.stderr[-3000:]
