@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rocket_align.analysis.selection import select_layers
+from rocket_align.teacher.files import read_object
 
 LayerConvention = Literal["released", "states", "python"]
 TapConvention = Literal["blocks", "openvla", "openpi-torch", "openpi-jax"]
@@ -218,25 +219,16 @@ class LayerFile:
         return json.dumps(content, indent=2) + "\n"
 
 
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; accepted: a file written by select_layers.py") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
-        raise ValueError(f'{path}: no layer file; accepted: a JSON object with "format": "{FORMAT}", version {VERSION}')
-    return content
-
-
 def read_layer_file(path: str | Path) -> LayerFile:
     """Read and check a layer file; negative layers are resolved by the conventions that it names.
 
     Raises ValueError: one line that names the file, what was found and what is accepted.
     """
     file = Path(path)
-    content = _object(file)
+    content = read_object(file)
+    if content.get("format") != FORMAT or content.get("version") != VERSION:
+        wanted = f'a file that select_layers.py wrote, with "format": "{FORMAT}", "version": {VERSION}'
+        raise ValueError(f"{file}: no layer file; accepted: {wanted}")
     conventions = content.get("convention")
     layers: dict[str, tuple[int, ...]] = {}
     for side, accepted in _CONVENTIONS.items():

@@ -78,13 +78,17 @@ def sine_position_embedding(
     return torch.cat((by_column, by_row), dim=-1).flatten(0, 1).float()
 
 
+def resize_patches(features_NPC: Tensor, grid_hw: tuple[int, int], target_hw: tuple[int, int]) -> Tensor:
+    """Bilinear resize (corners aligned) of patches, row-major over `grid_hw`, to another grid: (N, P', C)."""
+    maps = features_NPC.unflatten(1, grid_hw).permute(0, 3, 1, 2)
+    return F.interpolate(maps, size=target_hw, mode="bilinear", align_corners=True).flatten(2).transpose(1, 2)
+
+
 def _resample(features_BVPC: Tensor, grid_hw: tuple[int, int], num_tokens: int) -> Tensor:
-    """Bilinear resize (corners aligned) of every view to the student's grid."""
-    batch, views, _, channels = features_BVPC.shape
+    """Every view on the student's grid."""
+    batch, views = features_BVPC.shape[:2]
     target = student_grid(num_tokens, views, grid_hw)
-    maps = features_BVPC.reshape(batch * views, *grid_hw, channels).permute(0, 3, 1, 2)
-    pooled = F.interpolate(maps, size=target, mode="bilinear", align_corners=True)
-    return pooled.flatten(2).transpose(1, 2).reshape(batch, num_tokens, channels)
+    return resize_patches(features_BVPC.flatten(0, 1), grid_hw, target).reshape(batch, num_tokens, -1)
 
 
 def _sample(features_BVPC: Tensor, num_tokens: int) -> Tensor:

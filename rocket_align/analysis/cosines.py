@@ -18,8 +18,7 @@ class TokenCone:
     def __init__(self) -> None:
         self.samples = 0
         self.tokens = 0
-        self._directions: Tensor | None = None
-        self._within = torch.zeros((), dtype=torch.float64)
+        self._directions = self._within = torch.zeros((), dtype=torch.float64)
 
     def update(self, tokens_BND: Tensor) -> None:
         """Add the tokens of a batch. Raises ValueError: not three-dimensional, or fewer than 2 tokens a sample."""
@@ -29,8 +28,7 @@ class TokenCone:
         sums_BD = F.normalize(tokens_BND.double(), dim=-1).sum(dim=1)
         per_sample = (sums_BD.square().sum(dim=-1) - count) / (count * (count - 1))
         self._within = self._within.to(sums_BD.device) + per_sample.sum()
-        total = sums_BD.sum(dim=0)
-        self._directions = total if self._directions is None else self._directions + total
+        self._directions = self._directions.to(sums_BD.device) + sums_BD.sum(dim=0)
         self.samples += batch
         self.tokens += batch * count
 
@@ -41,13 +39,12 @@ class TokenCone:
 
     def overall(self) -> float:
         """Mean cosine between any two different tokens of all samples."""
-        directions = self._require_samples()
-        return float((directions.square().sum() - self.tokens) / (self.tokens * (self.tokens - 1)))
+        self._require_samples()
+        return float((self._directions.square().sum() - self.tokens) / (self.tokens * (self.tokens - 1)))
 
-    def _require_samples(self) -> Tensor:
-        if self._directions is None:
+    def _require_samples(self) -> None:
+        if not self.samples:
             raise ValueError("tokens: found none; accepted: at least one batch")
-        return self._directions
 
 
 @torch.no_grad()

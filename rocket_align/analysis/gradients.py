@@ -81,27 +81,20 @@ class GradientCosines:
             gradients = iter(torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True))
             for name, group in self._groups.items():
                 rows[name].append(_flatten(group, [next(gradients) for _ in group]))
-        grams = {name: torch.stack(vectors) for name, vectors in rows.items()}
-        for name, gradients_KP in grams.items():
-            self._sums[name] = self._sums[name] + gradients_KP if name in self._sums else gradients_KP
-        self._count_batch({name: _gram(gradients_KP) for name, gradients_KP in grams.items()})
-
-    def _count_batch(self, grams: dict[str, Tensor]) -> None:
-        grams["all"] = torch.stack(list(grams.values())).sum(dim=0)
-        for name, gram in grams.items():
+        batch = {name: torch.stack(vectors) for name, vectors in rows.items()}
+        self._sums = {name: self._sums.get(name, 0) + gradients_KP for name, gradients_KP in batch.items()}
+        for name, gram in _grams(batch).items():
             cosine = cosines_of_gram(gram)
-            self._batch_sums[name] = self._batch_sums.get(name, torch.zeros_like(cosine)) + cosine
-            self._batch_squares[name] = self._batch_squares.get(name, torch.zeros_like(cosine)) + cosine.square()
+            self._batch_sums[name] = self._batch_sums.get(name, 0) + cosine
+            self._batch_squares[name] = self._batch_squares.get(name, 0) + cosine.square()
         self.batches += 1
 
     def result(self) -> dict[str, GradientReport]:
         """Per group, and for "all" of them together. Raises ValueError: no batch."""
         if not self.batches:
             raise ValueError("losses: found none; accepted: at least one batch")
-        grams = {name: _gram(total / self.batches) for name, total in self._sums.items()}
-        grams["all"] = torch.stack(list(grams.values())).sum(dim=0)
         reports = {}
-        for name, gram in grams.items():
+        for name, gram in _grams({name: total / self.batches for name, total in self._sums.items()}).items():
             mean = self._batch_sums[name] / self.batches
             spread = (self._batch_squares[name] / self.batches - mean.square()).clamp(min=0).sqrt()
             reports[name] = GradientReport(cosines_of_gram(gram), mean, spread, gram.diagonal().clamp(min=0).sqrt())
@@ -116,8 +109,10 @@ def _flatten(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -
     return torch.cat(parts)
 
 
-def _gram(vectors_KP: Tensor) -> Tensor:
-    return (vectors_KP @ vectors_KP.T).double()
+def _grams(groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inner products (K, K) of each group's vectors (K, P), and of "all" groups together."""
+    grams = {name: (vectors_KP @ vectors_KP.T).double() for name, vectors_KP in groups.items()}
+    return {**grams, "all": torch.stack(list(grams.values())).sum(dim=0)}
 
 
 @dataclass(frozen=True)
@@ -190,9 +185,7 @@ class TheoremCheck:
             "eta": eta,
             "increment": (distances_KT / reference_TD.double().norm(dim=-1)).T,
         }
-        for name, values in terms.items():
-            total = values.sum(dim=0)
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._sums = {name: self._sums.get(name, 0) + values.sum(dim=0) for name, values in terms.items()}
         self._tokens += tokens_KTD.shape[1]
 
     def _pulls(self, tokens_KTD: Tensor, targets_KTC: Tensor) -> tuple[Tensor, Tensor]:

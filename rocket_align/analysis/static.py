@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class StaticTargets:
             raise ValueError(f"num_views: found {num_views}; accepted: 1 or more")
         self.num_views = num_views
         self.samples = 0
-        self._sum_KNC: Tensor | None = None
+        self._sum_KNC = torch.zeros((), dtype=torch.float64)
 
     def update(self, targets_KBNC: Tensor) -> None:
         """Add the targets of a batch, as `MultiLayerAlignment.targets` gives them.
@@ -46,8 +47,8 @@ class StaticTargets:
             raise ValueError(
                 f"targets: found {targets_KBNC.shape[2]} tokens; accepted: a multiple of the {self.num_views} views"
             )
-        total = F.normalize(targets_KBNC.double(), dim=-1).sum(dim=1)
-        self._sum_KNC = total if self._sum_KNC is None else self._sum_KNC + total
+        total_KNC = F.normalize(targets_KBNC.double(), dim=-1).sum(dim=1)
+        self._sum_KNC = self._sum_KNC.to(total_KNC.device) + total_KNC
         self.samples += targets_KBNC.shape[1]
 
     def result(self) -> StaticShare:
@@ -55,7 +56,7 @@ class StaticTargets:
 
         Raises ValueError: no batch.
         """
-        if self._sum_KNC is None:
+        if not self.samples:
             raise ValueError("targets: found none; accepted: at least one batch")
         mean_KVPC = (self._sum_KNC / self.samples).unflatten(1, (self.num_views, -1))
         lengths_KVP = mean_KVPC.norm(dim=-1)

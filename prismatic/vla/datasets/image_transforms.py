@@ -22,9 +22,9 @@ import simplejpeg
 from PIL import Image
 
 from prismatic.vla.datasets.resampling import lanczos_axis, lanczos_crop_axis, resample
+from prismatic.vla.datasets.rlds_writer import encode_jpeg
 
 CROP_AREA = 0.9
-JPEG_QUALITY = 95
 
 
 class CropBox(NamedTuple):
@@ -135,9 +135,7 @@ def as_rgb(image: np.ndarray) -> np.ndarray:
 
 def jpeg_round_trip(image_HW3: np.ndarray) -> np.ndarray:
     """Encode and decode as the training data was (quality 95, 4:2:0 chroma), uint8 (H, W, 3) in and out."""
-    buffer = io.BytesIO()
-    Image.fromarray(image_HW3).save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
-    return decode_image(buffer.getvalue())
+    return decode_image(encode_jpeg(image_HW3))
 
 
 def _resize_and_crop(image_HW3: np.ndarray, size: tuple[int, int], crop: CropBox) -> np.ndarray:

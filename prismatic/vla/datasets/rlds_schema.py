@@ -9,25 +9,15 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 _CLASSES = "tensorflow_datasets.core.features."
 
 Values = np.ndarray | Sequence[float | str | bytes] | Sequence[bytes] | Sequence[str]
-
-
-class _Protobuf(Protocol):
-    """A tf.train.Feature, whose class is generated."""
-
-    bytes_list: _List
-    float_list: _List
-    int64_list: _List
-
-
-class _List(Protocol):
-    value: list[object]
+# The list of a tf.train.Feature that holds the values, and the values.
+Stored = tuple[str, Sequence[object]]
 
 
 @dataclass(frozen=True)
@@ -47,15 +37,14 @@ class Numbers:
             "tensor": {"dtype": self.dtype, "encoding": encoding, "shape": dimensions},
         }
 
-    def fill(self, feature: _Protobuf, values: Values) -> None:
-        """Write the values of all steps into a tf.train.Feature."""
+    def store(self, values: Values) -> Stored:
+        """The values of all steps."""
         array = np.asarray(values, dtype=self.dtype)
         if self.zlib:
-            feature.bytes_list.value.extend(zlib.compress(step.tobytes()) for step in array)
-        elif array.dtype.kind == "f":
-            feature.float_list.value.extend(array.astype(np.float32).ravel().tolist())
-        else:
-            feature.int64_list.value.extend(array.astype(np.int64).ravel().tolist())
+            return "bytes_list", [zlib.compress(step.tobytes()) for step in array]
+        if array.dtype.kind == "f":
+            return "float_list", array.astype(np.float32).ravel().tolist()
+        return "int64_list", array.astype(np.int64).ravel().tolist()
 
 
 @dataclass(frozen=True)
@@ -75,9 +64,9 @@ class Images:
             "pythonClassName": _CLASSES + "image_feature.Image",
         }
 
-    def fill(self, feature: _Protobuf, values: Values) -> None:
-        """Write encoded images (bytes) into a tf.train.Feature."""
-        feature.bytes_list.value.extend(values)
+    def store(self, values: Values) -> Stored:
+        """The encoded images of all steps."""
+        return "bytes_list", list(values)
 
 
 @dataclass(frozen=True)
@@ -87,9 +76,9 @@ class Texts:
     def describe(self) -> dict[str, object]:
         return {"pythonClassName": _CLASSES + "text_feature.Text", "text": {}}
 
-    def fill(self, feature: _Protobuf, values: Values) -> None:
-        """Write texts (or bytes) into a tf.train.Feature."""
-        feature.bytes_list.value.extend(v if isinstance(v, bytes) else str(v).encode() for v in values)
+    def store(self, values: Values) -> Stored:
+        """The texts (or bytes) of all steps."""
+        return "bytes_list", [text if isinstance(text, bytes) else str(text).encode() for text in values]
 
 
 Feature = Numbers | Images | Texts
@@ -152,13 +141,11 @@ class Schema:
             raise ValueError(f"features of different numbers of steps: {lengths}")
         example = protocol.Example()
         for name, feature in expected.items():
-            _check_shape(name, feature, steps[name])
-            feature.fill(example.features.feature[f"steps/{name}"], steps[name])
-        for name, feature in episode_features.items():
-            feature.fill(example.features.feature[name], [given[name]])
+            if isinstance(feature, Numbers) and np.size(steps[name]) != lengths[name] * math.prod(feature.shape):
+                shape = np.shape(steps[name])[1:]
+                raise ValueError(f"feature {name}: values of shape {shape} a step; accepted: {feature.shape}")
+        stored = {f"steps/{name}": feature.store(steps[name]) for name, feature in expected.items()}
+        stored |= {name: feature.store([given[name]]) for name, feature in episode_features.items()}
+        for name, (kind, values) in stored.items():
+            getattr(example.features.feature[name], kind).value.extend(values)
         return bytes(example.SerializeToString(deterministic=True))
-
-
-def _check_shape(name: str, feature: Feature, values: Values) -> None:
-    if isinstance(feature, Numbers) and np.size(values) != len(values) * math.prod(feature.shape):
-        raise ValueError(f"feature {name}: values of shape {np.shape(values)[1:]} a step; accepted: {feature.shape}")

@@ -47,19 +47,12 @@ def encode_jpeg(image: np.ndarray) -> bytes:
 
 def _check(episode: Episode) -> None:
     steps = len(episode.images)
-    shapes = {
-        "wrist_images": (len(episode.wrist_images),),
-        "state": episode.state.shape,
-        "joint_state": episode.joint_state.shape,
-        "action": episode.action.shape,
-    }
-    wanted = {
-        "wrist_images": (steps,),
-        "state": (steps, STATE_DIM),
-        "joint_state": (steps, JOINT_DIM),
-        "action": (steps, ACTION_DIM),
-    }
-    wrong = [f"{name} {shapes[name]} (expected {wanted[name]})" for name in wanted if shapes[name] != wanted[name]]
+    widths = {"state": STATE_DIM, "joint_state": JOINT_DIM, "action": ACTION_DIM}
+    shapes = [
+        ("wrist_images", (len(episode.wrist_images),), (steps,)),
+        *((name, getattr(episode, name).shape, (steps, width)) for name, width in widths.items()),
+    ]
+    wrong = [f"{name} {shape} (expected {needed})" for name, shape, needed in shapes if shape != needed]
     if not steps or wrong:
         raise ValueError(f"episode {episode.source}: {steps} images and {', '.join(wrong) or 'nothing else'}")
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rocket_align.pooling import POSITION_WEIGHT, sine_position_embedding
+from rocket_align.pooling import POSITION_WEIGHT, resize_patches, sine_position_embedding
 from rocket_align.teacher.base import AlignmentTargets, TeacherFeatures
 from rocket_align.teacher.store.layout import StoreError
 
@@ -43,13 +42,11 @@ def pool_to_grid(features: TeacherFeatures, grid_hw: tuple[int, int]) -> Tensor:
     Returns:
         (B, K, V, P, C) float32.
     """
-    pooled = []
-    for layer_BVPC in features.layers:
-        batch, views, _, channels = layer_BVPC.shape
-        maps = layer_BVPC.float().reshape(batch * views, *features.grid_hw, channels).permute(0, 3, 1, 2)
-        resized = F.interpolate(maps, size=grid_hw, mode="bilinear", align_corners=True)
-        pooled.append(resized.flatten(2).transpose(1, 2).unflatten(0, (batch, views)))
-    return torch.stack(pooled, dim=1)
+    layers = [
+        resize_patches(layer_BVPC.float().flatten(0, 1), features.grid_hw, grid_hw).unflatten(0, layer_BVPC.shape[:2])
+        for layer_BVPC in features.layers
+    ]
+    return torch.stack(layers, dim=1)
 
 
 class BasisFit:
@@ -57,20 +54,18 @@ class BasisFit:
 
     def __init__(self) -> None:
         self._count = 0
-        self._sum_KC: Tensor | None = None
-        self._products_KCC: Tensor | None = None
+        self._sum_KC = self._products_KCC = torch.zeros((), dtype=torch.float64)
 
     def add(self, features_BKVPC: Tensor) -> None:
         """Take in the tokens of some frames."""
         tokens_KTC = features_BKVPC.transpose(0, 1).flatten(1, 3).double()
-        products = tokens_KTC.transpose(1, 2) @ tokens_KTC
         self._count += tokens_KTC.shape[1]
-        self._sum_KC = tokens_KTC.sum(1) if self._sum_KC is None else self._sum_KC + tokens_KTC.sum(1)
-        self._products_KCC = products if self._products_KCC is None else self._products_KCC + products
+        self._sum_KC = tokens_KTC.sum(1) + self._sum_KC.to(tokens_KTC.device)
+        self._products_KCC = tokens_KTC.mT @ tokens_KTC + self._products_KCC.to(tokens_KTC.device)
 
     def result(self, components: int) -> Basis:
         """The basis with at most `components` directions a layer. Raises ValueError: no features were added."""
-        if self._sum_KC is None or self._products_KCC is None:
+        if not self._count:
             raise ValueError("feature basis: found no features; accepted: at least one frame")
         mean_KC = self._sum_KC / self._count
         if components >= mean_KC.shape[1]:
@@ -173,11 +168,8 @@ class StoredTeacher(nn.Module):
 
     def _position(self, channels: int) -> Tensor:
         grid, image = self.geometry.teacher_hw, self.geometry.teacher_image_hw
-        table = sine_position_embedding(grid, image, channels, self.mean_KC.device).unflatten(0, grid)
-        pooled = F.interpolate(
-            table.permute(2, 0, 1)[None], size=self.geometry.student_hw, mode="bilinear", align_corners=True
-        )
-        return POSITION_WEIGHT * pooled[0].flatten(1).T.contiguous()
+        table_PC = sine_position_embedding(grid, image, channels, self.mean_KC.device)
+        return POSITION_WEIGHT * resize_patches(table_PC[None], grid, self.geometry.student_hw)[0].contiguous()
 
     @torch.no_grad()
     def forward(self, values_BKVPR: Tensor, crops_BV4: Tensor, scales_BKVP: Tensor | None = None) -> AlignmentTargets:

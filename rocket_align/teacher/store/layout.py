@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from rocket_align.teacher.files import files_hash, replacing
+from rocket_align.teacher.files import files_hash, read_object, replacing
 from rocket_align.teacher.registry import TeacherInfo
 
 FORMAT = 1
@@ -83,13 +83,11 @@ def _short(value: Any) -> str:
 def read_index(path: Path) -> dict[str, Any]:
     """A store's JSON file. Raises StoreError: missing, damaged, or of another version of the format; one line."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StoreError(
-            f"{path}: no index of a feature store ({' '.join(str(error).split())}); "
-            "accepted: a folder that vla-scripts/build_feature_store.py wrote"
-        ) from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        values = read_object(path)
+    except ValueError as error:
+        accepted = "a folder that vla-scripts/build_feature_store.py wrote"
+        raise StoreError(f"{path}: no index of a feature store ({error}); accepted: {accepted}") from error
+    if values.get("format") != FORMAT:
         raise StoreError(f"{path}: no feature store of format {FORMAT}; accepted: one built by this version")
     return values
 
@@ -115,8 +113,3 @@ def made_from(root: Path, layout: StoreLayout, fingerprint: str, frames: bytes) 
     """SHA-256 of what a data set's shards depend on: the data, its frames, the layout and the basis there is now."""
     parts = [fingerprint, json.dumps(dataclasses.asdict(layout), sort_keys=True), files_hash([root / BASIS_NAME])]
     return hashlib.sha256("\n".join(parts).encode() + frames).hexdigest()
-
-
-def shard_name(number: int, total: int) -> str:
-    """File name of shard `number` (from 0) of `total`."""
-    return f"features-{number:05d}-of-{total:05d}.safetensors"

@@ -25,7 +25,6 @@ from rocket_align.teacher.store.layout import (
     made_from,
     read_index,
     read_layout,
-    shard_name,
 )
 
 _MAX_OPEN_SHARDS = 64
@@ -224,8 +223,3 @@ class FeatureStore:
         values, scales = features.record(features.row_of(frame), self.rows)
         result = {"values_BKVPR": values, "crops_BV4": torch.tensor(crops, dtype=torch.float32)}
         return result if scales is None else {**result, "scales_BKVP": scales}
-
-
-def shard_files(folder: Path, total: int) -> list[Path]:
-    """The shards a data set's folder should hold."""
-    return [folder / shard_name(number, total) for number in range(total)]

@@ -27,7 +27,7 @@ from rocket_align.teacher.store.layout import (
     read_layout,
     write_index,
 )
-from rocket_align.teacher.store.reader import read_basis, record_checksums, shard_files
+from rocket_align.teacher.store.reader import read_basis, record_checksums
 
 
 def begin_store(root: Path, layout: StoreLayout) -> None:
@@ -80,7 +80,8 @@ class DatasetBuild:
     @property
     def shards(self) -> list[Path]:
         """All files there will be."""
-        return shard_files(self.folder, -(-len(self.frames) // self.layout.shard_frames))
+        total = -(-len(self.frames) // self.layout.shard_frames)
+        return [self.folder / f"features-{number:05d}-of-{total:05d}.safetensors" for number in range(total)]
 
     def frames_of(self, shard: int) -> np.ndarray:
         """Frame numbers of a shard."""
