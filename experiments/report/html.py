@@ -111,16 +111,17 @@ def _ticks(values: Sequence[float]) -> list[float]:
 
 @functools.lru_cache(maxsize=1)
 def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
         loader=PackageLoader("experiments.report"),
-        autoescape=True,
+        autoescape=select_autoescape(),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    environment.filters["percent"] = percent
+    environment.filters.update(percent=percent, percent_range=percent_range)
     environment.globals.update(color=color)
     return environment
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from experiments.report import markdown_table, percent, percent_range
+from experiments.report.html import render
 from prismatic.checkpoint.layout import (
     ADAPTER_CONFIG,
     MODEL_WEIGHTS,
@@ -215,28 +215,22 @@ def model_card(
         model_name=name if results else None,
         eval_results=results or None,
     )
-    sections = [f"# {name}", _introduction(facts), "## Loading", _loading(facts, repo_id)]
-    if facts.run_config:
-        sections += ["## Training", _training(facts)]
-    if summaries:
-        sections += ["## Success rates", _table(summaries)]
-    return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    return render(
+        "model_card.md",
+        metadata=metadata.to_yaml(),
+        name=name,
+        facts=facts,
+        repo_id=repo_id,
+        flags=_acting_flags(facts),
+        suite=next((key.removesuffix("_no_noops") for key in facts.datasets if key.startswith("libero_")), None),
+        shown={name: facts.run_config[name] for name in _SHOWN if facts.run_config.get(name) is not None},
+        summaries=summaries,
+        other_protocol=any(row.get("identity", {}).get("standard_protocol") is False for row in summaries),
+    )
 
 
-def _introduction(facts: CardFacts) -> str:
-    kind = "A vision-language-action policy" if facts.merged else "A LoRA adapter of a vision-language-action policy"
-    text = f"{kind} in OpenVLA-OFT's checkpoint layout"
-    text += f", fine-tuned from `{facts.base_model}`" if facts.base_model else ""
-    text += f" on {', '.join(f'`{name}`' for name in facts.datasets)}"
-    text += f" for {facts.step:,} steps" if facts.step is not None else ""
-    if facts.recipe and facts.recipe != "baseline":
-        teacher = f"the 3D teacher `{facts.teacher}`" if facts.teacher else "a 3D teacher's stored features"
-        text += f". Its hidden states were aligned with {teacher} (recipe `{facts.recipe}`); "
-        text += "the teacher is not needed to use it"
-    return text + "."
-
-
-def _loading(facts: CardFacts, repo_id: str) -> str:
+def _acting_flags(facts: CardFacts) -> str:
+    """Flags with which the checkpoint is served and evaluated, as far as its files tell."""
     flags = {
         "num_images_in_input": facts.run_config.get("num_images_in_input", 2),
         "use_proprio": "proprio_projector" in facts.components,
@@ -244,32 +238,4 @@ def _loading(facts: CardFacts, repo_id: str) -> str:
         "use_diffusion": "noisy_action_projector" in facts.components,
     }
     flags["use_l1_regression"] = "action_head" in facts.components and not flags["use_diffusion"]
-    words = " ".join(f"--{name} {value}" for name, value in flags.items())
-    lines = [f"python vla-scripts/deploy.py --pretrained_checkpoint {repo_id} {words}"]
-    suites = [name for name in facts.datasets if name.startswith("libero_")]
-    if suites:
-        suite = suites[0].removesuffix("_no_noops")
-        command = "python experiments/robot/libero/run_libero_eval.py"
-        lines.append(f"{command} --pretrained_checkpoint {repo_id} --task_suite_name {suite} {words}")
-    keys = ", ".join(f"`{name}`" for name in facts.datasets)
-    return "```bash\n" + "\n".join(lines) + f"\n```\n\nKeys of the statistics (`--unnorm_key`): {keys}."
-
-
-def _training(facts: CardFacts) -> str:
-    rows = [("data", facts.run_config.get("dataset_name")), ("recipe", facts.recipe)]
-    rows += [(name, facts.run_config[name]) for name in _SHOWN if facts.run_config.get(name) is not None]
-    return "\n".join(markdown_table(("flag", "value"), ((name, str(value)) for name, value in rows), text_columns=2))
-
-
-def _table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    rows, notes = [], []
-    for summary in summaries:
-        for suite, row in summary["suites"].items():
-            if row["success_rate"] is not None:
-                episodes = str(row["successes"] + row["failures"])
-                interval = percent_range(row["interval_95"], 1)
-                rows.append((suite, percent(row["success_rate"]), interval, episodes, str(row["errors"])))
-        if summary.get("identity", {}).get("standard_protocol") is False:
-            notes.append("Some of these were not measured by LIBERO's published protocol.")
-    lines = markdown_table(("suite", "success", "95% interval", "episodes", "errors"), rows)
-    return "\n".join(lines) + ("\n\n" + notes[0] if notes else "")
+    return " ".join(f"--{name} {value}" for name, value in flags.items())
