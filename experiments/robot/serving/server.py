@@ -24,17 +24,14 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 import uvicorn
-from fastapi import FastAPI, HTTPException, WebSocket, WebSocketDisconnect
+from fastapi import Depends, FastAPI, HTTPException, WebSocket, WebSocketDisconnect
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from starlette.applications import Starlette
-from starlette.types import Lifespan
 
 from experiments.robot.openvla_utils import OpenVLAPolicy, image_size
 from experiments.robot.policy import Array, Query
@@ -98,69 +95,44 @@ def create_app(batcher: Batcher, spec: PolicySpec, settings: ServerSettings) -> 
         if refused := refusal(request.headers, settings.token):
             raise HTTPException(*refused)
 
+    @app.get("/health")
+    @app.get("/healthz")
     async def health() -> PlainTextResponse:
         return PlainTextResponse("ok")
 
-    async def metadata(request: HTTPRequest) -> JSONResponse:
-        check_access(request)
+    @app.get("/metadata", dependencies=[Depends(check_access)])
+    async def metadata() -> JSONResponse:
         return JSONResponse(spec.metadata())
 
+    @app.post("/act", dependencies=[Depends(check_access)])
     async def act(request: HTTPRequest) -> Response:
-        check_access(request)
         body = await _read_body(request, settings.max_request_bytes)
         try:
             payload, encoded = _decode_payload(body)
             actions_TA = await _infer(batcher, spec, payload)
-        except (WireError, RequestError) as error:
-            raise HTTPException(400, str(error)) from None
-        except Overloaded as error:
-            raise HTTPException(503, str(error)) from None
-        except PolicyFailed as error:
-            raise HTTPException(500, str(error)) from None
+        except tuple(_STATUSES) as error:
+            raise HTTPException(_STATUSES[type(error)], str(error)) from None
         text = to_json(list(actions_TA))
         return Response(to_json(text) if encoded else text, media_type="application/json")
 
+    @app.websocket("/")
     async def openpi(websocket: WebSocket) -> None:
-        if refused := refusal(websocket.headers, settings.token):
-            await websocket.send_denial_response(PlainTextResponse(refused[1], status_code=refused[0]))
-            return
-        await websocket.accept()
-        with contextlib.suppress(WebSocketDisconnect):
-            simulator = {"gripper": "-1 = open, +1 = closed", "gripper_open": -1}
-            simulator = simulator if settings.websocket_gripper == "libero" else {}
-            await websocket.send_bytes(to_msgpack({**spec.metadata(), **simulator}))
-            while True:
-                await _answer_message(websocket, batcher, spec, settings.websocket_gripper)
+        if await _admit(websocket, settings.token):
+            await _serve_openpi(websocket, batcher, spec, settings.websocket_gripper)
 
+    @app.websocket("/vla-eval")
     async def harness(websocket: WebSocket) -> None:
-        if refused := refusal(websocket.headers, settings.token):
-            await websocket.send_denial_response(PlainTextResponse(refused[1], status_code=refused[0]))
-            return
-        await websocket.accept()
-        session = VlaEvalSession(spec, lambda payload: _infer(batcher, spec, payload))
-        with contextlib.suppress(WebSocketDisconnect):
-            while True:
-                message = await websocket.receive()
-                if message["type"] == "websocket.disconnect":
-                    return
-                try:
-                    answer = await session.answer(message.get("bytes"))
-                except (Overloaded, PolicyFailed) as error:
-                    answer = session.error(str(error))
-                if answer is not None:
-                    await websocket.send_bytes(answer)
+        if await _admit(websocket, settings.token):
+            await _serve_vla_eval(websocket, batcher, spec)
 
-    for path in ("/health", "/healthz"):
-        app.add_api_route(path, health, methods=["GET"], response_model=None)
-    app.add_api_route("/metadata", metadata, methods=["GET"], response_model=None)
-    app.add_api_route("/act", act, methods=["POST"], response_model=None)
-    app.add_api_websocket_route("/", openpi)
-    app.add_api_websocket_route("/vla-eval", harness)
     return app
 
 
 class PolicyFailed(RuntimeError):
     """The policy raised; details are in the server's log only."""
+
+
+_STATUSES = {WireError: 400, RequestError: 400, Overloaded: 503, PolicyFailed: 500}
 
 
 async def _infer(batcher: Batcher, spec: PolicySpec, payload: object) -> Array:
@@ -198,22 +170,50 @@ async def _read_body(request: HTTPRequest, limit: int) -> bytes:
     return b"".join(parts)
 
 
-async def _answer_message(websocket: WebSocket, batcher: Batcher, spec: PolicySpec, gripper: str) -> None:
-    message = await websocket.receive()
-    if message["type"] == "websocket.disconnect":
-        raise WebSocketDisconnect(message.get("code", 1000))
-    start = time.perf_counter()
-    try:
-        if message.get("bytes") is None:
-            raise RequestError("message: found text; accepted: msgpack bytes")
-        actions_TA = await _infer(batcher, spec, from_openpi(from_msgpack(message["bytes"], lenient=True)))
-    except (WireError, RequestError, Overloaded, PolicyFailed) as error:
-        await websocket.send_text(str(error))
-        return
-    if gripper == "libero":
-        actions_TA = invert_gripper_action(normalize_gripper_action(actions_TA))
-    timing = {"infer_ms": 1000 * (time.perf_counter() - start)}
-    await websocket.send_bytes(to_msgpack({"actions": actions_TA, "server_timing": timing}))
+async def _admit(websocket: WebSocket, token: str | None) -> bool:
+    """Accept a connection, or refuse it."""
+    if refused := refusal(websocket.headers, token):
+        await websocket.send_denial_response(PlainTextResponse(refused[1], status_code=refused[0]))
+        return False
+    await websocket.accept()
+    return True
+
+
+async def _messages(websocket: WebSocket) -> AsyncIterator[bytes | None]:
+    """Yield what the client sends until it leaves; None for text."""
+    while (message := await websocket.receive())["type"] != "websocket.disconnect":
+        yield message.get("bytes")
+
+
+async def _serve_openpi(websocket: WebSocket, batcher: Batcher, spec: PolicySpec, gripper: str) -> None:
+    simulator = {"gripper": "-1 = open, +1 = closed", "gripper_open": -1} if gripper == "libero" else {}
+    with contextlib.suppress(WebSocketDisconnect):
+        await websocket.send_bytes(to_msgpack({**spec.metadata(), **simulator}))
+        async for data in _messages(websocket):
+            start = time.perf_counter()
+            try:
+                if data is None:
+                    raise RequestError("message: found text; accepted: msgpack bytes")
+                actions_TA = await _infer(batcher, spec, from_openpi(from_msgpack(data, lenient=True)))
+            except tuple(_STATUSES) as error:
+                await websocket.send_text(str(error))
+                continue
+            if gripper == "libero":
+                actions_TA = invert_gripper_action(normalize_gripper_action(actions_TA))
+            timing = {"infer_ms": 1000 * (time.perf_counter() - start)}
+            await websocket.send_bytes(to_msgpack({"actions": actions_TA, "server_timing": timing}))
+
+
+async def _serve_vla_eval(websocket: WebSocket, batcher: Batcher, spec: PolicySpec) -> None:
+    session = VlaEvalSession(spec, lambda payload: _infer(batcher, spec, payload))
+    with contextlib.suppress(WebSocketDisconnect):
+        async for data in _messages(websocket):
+            try:
+                answer = await session.answer(data)
+            except (Overloaded, PolicyFailed) as error:
+                answer = session.error(str(error))
+            if answer is not None:
+                await websocket.send_bytes(answer)
 
 
 class PolicyServer:
@@ -238,10 +238,8 @@ class PolicyServer:
         self._socket.listen(128)  # From here on clients get through; they wait until the server runs.
         self.port: int = self._socket.getsockname()[1]
         self.batcher = Batcher(policy, max_batch=settings.max_batch, max_wait_s=settings.max_wait_s)
-        app = create_app(self.batcher, spec, settings)
-        app.router.lifespan_context = self._lifespan(app.router.lifespan_context)
         config = uvicorn.Config(
-            app,
+            create_app(self.batcher, spec, settings),
             log_level="warning",
             ws="websockets-sansio",
             ws_max_size=settings.max_request_bytes,
@@ -251,7 +249,6 @@ class PolicyServer:
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self.run, name="server", daemon=True)
-        self._ready = threading.Event()
 
     @property
     def url(self) -> str:
@@ -271,23 +268,13 @@ class PolicyServer:
         """Ask :meth:`run` to return."""
         self._server.should_exit = True
 
-    def _lifespan(self, inner: Lifespan[Starlette]) -> Lifespan[Starlette]:
-        @contextlib.asynccontextmanager
-        async def lifespan(app: Starlette) -> AsyncIterator[Mapping[str, object]]:
-            async with inner(app) as state:
-                self._ready.set()
-                yield state or {}
-
-        return lifespan
-
     def __enter__(self) -> PolicyServer:
         self._thread.start()
-        self._ready.wait(timeout=60)
+        while self._thread.is_alive() and not self._server.started:
+            time.sleep(0.01)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.stop()
         self._thread.join(timeout=60)
 
@@ -301,11 +288,7 @@ def warm_up(policy: ServablePolicy, spec: PolicySpec) -> None:
 
 
 def bind_address(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, which does not listen yet: taken before a large policy is loaded.
-
-    Raises:
-        UsageError: no such address, or the port is in use.
-    """
+    """A socket bound before a large policy is loaded, not yet listening. Raises UsageError when that cannot be."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
