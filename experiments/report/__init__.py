@@ -24,8 +24,12 @@ def percent_range(interval: Sequence[float], digits: int = 0) -> str:
     return f"{100 * low:.{digits}f} to {100 * high:.{digits}f}%"
 
 
+def cell(value: object) -> str:
+    """A value as a cell of a Markdown table."""
+    return str(value).replace("|", "\\|")
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> list[str]:
     """The lines of a Markdown table; columns after the first `text_columns` hold numbers and are set to the right."""
     ruler = ["---" if column < text_columns else "---:" for column in range(len(header))]
-    escaped = ([cell.replace("|", "\\|") for cell in row] for row in (header, ruler, *rows))
-    return [f"| {' | '.join(row)} |" for row in escaped]
+    return [f"| {' | '.join(map(cell, row))} |" for row in (header, ruler, *rows)]

@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from experiments.report import percent, percent_range
+from experiments.report import cell, percent, percent_range
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -121,7 +121,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(percent=percent, percent_range=percent_range)
+    environment.filters.update(percent=percent, percent_range=percent_range, cell=cell)
     environment.globals.update(color=color)
     return environment
 

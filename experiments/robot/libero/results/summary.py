@@ -7,8 +7,8 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from experiments.report import markdown_table, percent, percent_range
-from experiments.robot.libero.rollouts.result import CONFIDENCE, Rate, rate, wilson_interval
+from experiments.report.html import render
+from experiments.robot.libero.rollouts.result import CONFIDENCE, rate, wilson_interval
 from experiments.robot.libero.suites.tasks import SUITES
 from prismatic.util.errors import UsageError
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from experiments.robot.libero.rollouts.result import EpisodeResult
 
 __all__ = ["CONFIDENCE", "compare", "comparison_to_markdown", "rate", "summarize", "to_markdown", "wilson_interval"]
-RATE_HEADER = ("success", "95% interval", "episodes", "errors")
 Episode = TypeVar("Episode", bound=Hashable)
 Report = dict[str, Any]  # What is written as JSON; the functions that return it list its entries.
 
@@ -128,52 +127,9 @@ def _by_kind(results: Sequence[EpisodeResult]) -> Report:
 
 def to_markdown(report: Report) -> str:
     """The table of :func:`summarize`."""
-    rows = []
-    for suite, suite_rates in report["suites"].items():
-        # Thousands of tasks with one episode each are no table to read; their kinds are, below.
-        has_kinds = suite in SUITES and bool(SUITES[suite].kinds)
-        for task_id, task_rates in suite_rates["tasks"].items() if not has_kinds else ():
-            rows.append((suite, f"{task_id} {task_rates['task']}", *rate_cells(task_rates)))
-        rows.append((f"**{suite}**", "**all tasks**", *rate_cells(suite_rates)))
-    if len(report["suites"]) > 1:
-        rows.append(("**all**", "**all episodes**", *rate_cells(report["total"])))
-    lines = markdown_table(("suite", "task", *RATE_HEADER), rows, text_columns=2)
-    if len(report["suites"]) > 1:
-        lines += ["", f"Mean of the {len(report['suites'])} suites: {percent(report['total']['mean_of_suites'])}"]
-    if "perturbations" in report:
-        lines += _kind_lines(report["perturbations"])
-    if report.get("deviations"):
-        lines += ["", f"Not the protocol of published numbers: {', '.join(report['deviations'])}."]
-    if report.get("missing"):
-        lines += ["", f"**Incomplete: {report['missing']} of {report['planned']} episodes have not run.**"]
-    if report["total"]["errors"]:
-        lines += [
-            "",
-            "Episodes with errors are not counted as failures; run again with the same --run_name to repeat them.",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def rate_cells(entry: Rate) -> tuple[str, str, str, str]:
-    """Cells of a table for what :func:`rate` returns, see `RATE_HEADER`."""
-    completed = entry["successes"] + entry["failures"]
-    interval = percent_range(entry["interval_95"], 1) if completed else "-"
-    return percent(entry["success_rate"]), interval, str(completed), str(entry["errors"])
-
-
-def _kind_lines(report: Report) -> list[str]:
-    rows = [(kind, *rate_cells(entry)) for kind, entry in report["kinds"].items()]
-    lines = [
-        "",
-        *markdown_table(("perturbation", *RATE_HEADER), rows),
-        "",
-        f"Mean of the {'seven' if len(rows) == 7 else len(rows)} kinds: {percent(report['mean_of_kinds'])}. "
-        f"Task-weighted total: {percent(report['task_weighted_total'])} "
-        f"({report['tasks_run']} of {report['benchmark_tasks']} tasks were run).",
-    ]
-    if report["not_run"]:
-        lines += ["", f"**Not run: {', '.join(report['not_run'])}. Both numbers are over the rest.**"]
-    return lines
+    # Thousands of tasks with one episode each are no table to read; their kinds are, below it.
+    listed = [suite for suite in report["suites"] if suite not in SUITES or not SUITES[suite].kinds]
+    return render("summary.md", report=report, listed=listed)
 
 
 def compare(results_a: Sequence[EpisodeResult], results_b: Sequence[EpisodeResult]) -> Report:
@@ -221,29 +177,4 @@ def _compare_paired(results_a: Sequence[EpisodeResult], results_b: Sequence[Epis
 
 def comparison_to_markdown(content: Report) -> str:
     """The table of :func:`compare`."""
-    sides = (
-        (
-            name.upper(),
-            percent(content[f"success_rate_{name}"]),
-            percent_range(content[f"interval_95_{name}"], 1),
-            str(content[f"only_{name}"]),
-        )
-        for name in ("a", "b")
-    )
-    lines = markdown_table(("run", "success", "95% interval", "solved by it alone"), sides)
-    if content.get("kinds"):
-        header = ("perturbation", "A", "B", "episodes", "solved by A alone", "by B alone", "p")
-        lines += ["", *markdown_table(header, (_kind_cells(*item) for item in content["kinds"].items()))]
-    lines += [
-        "",
-        f"B minus A: {100 * content['difference_b_minus_a']:+.1f} points on {content['episodes']} shared episodes "
-        f"({content['left_out']} left out); exact McNemar test, two-sided: p = {content['p_value']:.4g}",
-    ]
-    if content.get("protocols_differ"):
-        lines += ["", f"The runs differ in their protocol: {'; '.join(content['protocols_differ'])}."]
-    return "\n".join(lines) + "\n"
-
-
-def _kind_cells(kind: str, entry: Report) -> tuple[str, ...]:
-    rates = (percent(entry["success_rate_a"]), percent(entry["success_rate_b"]))
-    return kind, *rates, *(str(entry[name]) for name in ("episodes", "only_a", "only_b")), f"{entry['p_value']:.3g}"
+    return render("comparison.md", report=content)
