@@ -83,11 +83,7 @@ class Frames:
 
 
 def patch_size(config: FinetuneConfig) -> int:
-    """Side of the student's image patches in pixels, from its config file.
-
-    Raises:
-        UsageError: a backbone whose name does not tell.
-    """
+    """Side of the student's image patches in pixels, as its backbone's name tells it; else raises UsageError."""
     backbone = str((OpenVLAConfig.from_pretrained(resolve_checkpoint(config).base).timm_model_ids or [""])[0])
     patch = re.search(r"patch(\d+)", backbone)
     if patch is None:
@@ -98,11 +94,7 @@ def patch_size(config: FinetuneConfig) -> int:
 
 
 def plan_store(config: StoreConfig, frames: Frames, targets: TeacherTargets, layers: tuple[int, ...]) -> StoreLayout:
-    """The layout: grids come from one frame that the teacher sees.
-
-    Raises:
-        UsageError: a student whose patch size cannot be told.
-    """
+    """The layout; its grids come from one frame that the teacher sees."""
     info = describe_teacher(config.teacher, config.teacher_type)
     name = frames.data.mixture[0].name
     features = targets(next(frames.pixels(name, [frames.numbers(name)[:1]])))
@@ -184,11 +176,7 @@ def build_shards(
 
 
 def verify(config: StoreConfig) -> None:
-    """Check every record of a store.
-
-    Raises:
-        UsageError: the first thing found wrong.
-    """
+    """Check every record of a store. Raises UsageError for the first thing found wrong."""
     root = Path(config.feature_store)
     try:
         layout = read_layout(root)

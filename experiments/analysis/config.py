@@ -229,11 +229,7 @@ class SelectConfig(SubjectFlags):
 
 
 def training_config(flags: SubjectFlags, folder: str) -> FinetuneConfig:
-    """The flags of fine-tuning: those of the checkpoint's run, with the given ones over them.
-
-    Raises:
-        UsageError: the run's file is not readable.
-    """
+    """Flags of fine-tuning: those of the checkpoint's run, with the given ones over them. Raises UsageError."""
     path = Path(folder)
     resume = path.is_dir() and is_checkpoint(path)
     values = read_record(path) if resume else {}
@@ -258,11 +254,7 @@ def training_config(flags: SubjectFlags, folder: str) -> FinetuneConfig:
 
 
 def teacher_source(config: FinetuneConfig) -> tuple[str, str]:
-    """Path and kind of the run's teacher.
-
-    Raises:
-        UsageError: none given.
-    """
+    """Path and kind of the run's teacher. Raises UsageError when none is given."""
     path = config.teacher
     if not path:
         raise UsageError("--vggt_path: empty; accepted: the teacher's folder, weights file or hub id")
@@ -270,11 +262,7 @@ def teacher_source(config: FinetuneConfig) -> tuple[str, str]:
 
 
 def describe_teacher_of(config: FinetuneConfig) -> TeacherInfo:
-    """Sizes of the run's teacher, from its config file alone.
-
-    Raises:
-        UsageError: no teacher is given, or there is none.
-    """
+    """Sizes of the run's teacher, from its config file alone. Raises UsageError when there is none."""
     try:
         return describe_teacher(*teacher_source(config))
     except ValueError as error:

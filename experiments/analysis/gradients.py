@@ -25,11 +25,7 @@ _BLOCK = re.compile(r"language_model\.(?:.*\.)?layers\.(\d+)\.")
 
 
 def block_parameters(vla: nn.Module) -> dict[str, list[Tensor]]:
-    """The trainable parameters of every block of the LLM, by the block's number.
-
-    Raises:
-        UsageError: none of them trains.
-    """
+    """The trainable parameters of every block of the LLM, by its number. Raises UsageError when none trains."""
     groups: dict[str, list[Tensor]] = {}
     for name, parameter in vla.named_parameters():
         if parameter.requires_grad and (block := _BLOCK.search(name)):

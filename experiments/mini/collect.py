@@ -179,11 +179,7 @@ def _summarize(config: CollectConfig, tasks: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _existing(config: CollectConfig) -> dict[str, Any] | None:
-    """Summary of the dataset that is there, if it came from the same recipe.
-
-    Raises:
-        UsageError: another dataset of this name is there.
-    """
+    """Summary of the dataset that is there; raises UsageError when it came from another recipe."""
     summary = config.folder / "1.0.0" / "collection.json"
     if not (config.folder / "1.0.0" / "dataset_info.json").exists():
         return None

@@ -51,11 +51,7 @@ class Goal:
 
 
 def read_goal(task: TaskSpec) -> Goal:
-    """The goal of a task, from its file.
-
-    Raises:
-        UsageError: the expert cannot solve this kind of task.
-    """
+    """The goal of a task, from its file. Raises UsageError for a kind of task that the expert cannot solve."""
     choose_renderer()  # LIBERO's module loads MuJoCo, after which it is too late.
     import_robosuite()
     from libero.libero.envs.bddl_utils import robosuite_parse_problem

@@ -107,11 +107,7 @@ def seconds_of_a_seed(seconds: dict[str, float]) -> float:
 
 
 def run_stages(paths: StudyPaths, runner: JobRunner, parallel: int, minutes: float) -> tuple[int, ...]:
-    """Run everything; returns the seeds that were run.
-
-    Raises:
-        JobFailed: a command ended with an error.
-    """
+    """Run everything; returns the seeds that were run. Raises JobFailed when a command ends with an error."""
     started = time.monotonic()
     runner.console.rule("1/3 demonstrations")
     runner.run([collect_job(paths)], 1)

@@ -94,11 +94,7 @@ class JobRunner:
         self._stopping = threading.Event()
 
     def run(self, jobs: Sequence[Job], parallel: int) -> None:
-        """Run what is not done yet.
-
-        Raises:
-            JobFailed: one ended with a code other than 0, or without its result.
-        """
+        """Run what is not done yet. Raises JobFailed when one ends with another code than 0, or without its result."""
         failures = self.run_chains([Chain((job,)) for job in jobs], parallel, keep_going=False)
         if failures:
             raise failures[0]

@@ -97,11 +97,7 @@ def _duration(seconds: float) -> str:
 
 
 def load_runs(folders: Sequence[Path], eval_dir: Path | None = None) -> list[Run]:
-    """Read the runs, in the order given.
-
-    Raises:
-        UsageError: a folder holds no log.
-    """
+    """Read the runs, in the order given. Raises UsageError for a folder without a log."""
     runs = []
     for series, folder in enumerate(folders):
         # Validation lines have no loss of a training step.
@@ -134,11 +130,7 @@ def find_evaluations(run: str, eval_dir: Path) -> tuple[Evaluation, ...]:
 def build_page(
     folders: Sequence[Path], out: Path, eval_dir: Path | None = None, title: str = "Fine-tuning", note: str = ""
 ) -> None:
-    """Write the page of some runs to `out`; `note` stands above the numbers.
-
-    Raises:
-        UsageError: a folder holds no log.
-    """
+    """Write the page of some runs to `out`, `note` above the numbers. Raises UsageError as :func:`load_runs`."""
     runs = load_runs(folders, eval_dir)
     charts = [
         line_chart(lines, title=name, x_label="step", y_label=unit)

@@ -102,11 +102,7 @@ def write_copy(folder: Path, files: Sequence[PurePosixPath], texts: Mapping[str,
 def publish(
     folder: Path, files: Sequence[PurePosixPath], texts: Mapping[str, str], repo_id: str, *, private: bool, message: str
 ) -> str:
-    """Commit the files and texts to the hub repository `repo_id`, all at once; returns its address.
-
-    Raises:
-        UsageError: the hub cannot be reached or refuses.
-    """
+    """Commit all at once to the hub repository `repo_id`; returns its address. Raises UsageError if the hub refuses."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     sources: dict[str, str | bytes] = {str(name): str(folder / name) for name in files}

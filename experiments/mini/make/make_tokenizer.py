@@ -38,11 +38,7 @@ PROMPT_TAIL = ("Out", ":")
 
 
 def read_instructions(path: Path = INSTRUCTIONS) -> list[str]:
-    """The training text, one instruction a line.
-
-    Raises:
-        UsageError: the file is absent or has no instruction.
-    """
+    """The training text, one instruction a line. Raises UsageError when the file is absent or has none."""
     if not path.is_file():
         raise UsageError(f"instructions: no file {path}; give a text file with one instruction a line")
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -98,11 +94,7 @@ def _vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 
 
 def build_vocabulary(instructions: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """(token -> id, merges in order); the same instructions always give the same ids.
-
-    Raises:
-        UsageError: an instruction uses characters outside printable ASCII.
-    """
+    """(token -> id, merges in order), the same for the same instructions; raises UsageError for what is not ASCII."""
     odd = next((line for line in instructions if not (line.isascii() and line.isprintable())), None)
     if odd is not None:
         raise UsageError(f"instructions: {odd!r} has characters outside printable ASCII; use plain ASCII instructions")

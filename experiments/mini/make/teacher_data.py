@@ -44,11 +44,7 @@ _WORKSPACE = np.array([[-0.25, -0.3, 0.02], [0.15, 0.35, 0.35]])
 
 
 def parse_tasks(flag: str, spec: str) -> list[tuple[str, int]]:
-    """ "libero_object:0-2,5;libero_goal:0" -> [("libero_object", 0), ...].
-
-    Raises:
-        UsageError: anything else.
-    """
+    """ "libero_object:0-2,5;libero_goal:0" -> [("libero_object", 0), ...]. Raises UsageError for anything else."""
     tasks = []
     for part in spec.split(";"):
         suite, _, listed = (word.strip() for word in part.partition(":"))

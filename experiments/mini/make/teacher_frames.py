@@ -67,11 +67,7 @@ class Targets:
 
 
 def load_frames(folder: Path, tasks: Sequence[tuple[str, int]], image_size: int) -> FrameSet:
-    """Read the shards of `tasks`.
-
-    Raises:
-        UsageError: a shard is missing.
-    """
+    """Read the shards of `tasks`. Raises UsageError when one is missing."""
     parts = []
     for suite, task_id in tasks:
         shard = folder / f"{suite}-{task_id}.npz"

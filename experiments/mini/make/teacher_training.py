@@ -169,11 +169,7 @@ class Trainer:
         }
 
     def load(self, path: Path) -> None:
-        """Continue from `path`.
-
-        Raises:
-            UsageError: the checkpoint was made with other flags.
-        """
+        """Continue from `path`. Raises UsageError when that checkpoint was made with other flags."""
         stored = torch.load(path, map_location="cpu", weights_only=True)
         current = self.state()["config"]
         free = {"data", "out", "weights", "log_every", "save_every", "threads"}

@@ -95,11 +95,7 @@ def demonstration_file(folder: Path, task: str) -> Path:
 
 
 def demonstration_files(folder: Path, flag: str) -> list[Path]:
-    """All demonstration files of a folder, by name.
-
-    Raises:
-        UsageError: no such folder, or none in it.
-    """
+    """All demonstration files of a folder, by name. Raises UsageError when there are none."""
     if not folder.is_dir():
         raise UsageError(f"{flag}: no such folder: {folder}")
     files = sorted(folder.glob(f"*{_SUFFIX}"))
@@ -129,11 +125,7 @@ def instruction_of(file: Path) -> str:
 
 
 def open_demonstrations(path: Path) -> Any:
-    """The HDF5 file, opened for reading.
-
-    Raises:
-        UsageError: it is missing, no HDF5 file, or has no group `data`.
-    """
+    """The HDF5 file, opened for reading. Raises UsageError when it is missing, of another kind, or without `data`."""
     if not path.is_file():
         raise UsageError(f"{path}: no such file; accepted: LIBERO's demonstrations of this task")
     try:
@@ -152,11 +144,7 @@ def demonstration_names(file: Any) -> list[str]:
 
 
 def read_array(file: Any, demo: str, attribute: str) -> np.ndarray:
-    """One array of a demonstration, by the name of the attribute of :class:`Demonstration`.
-
-    Raises:
-        UsageError: it is missing or has the wrong width.
-    """
+    """An array by its name in :class:`Demonstration`; raises UsageError when it is missing or of another width."""
     name = _DATASETS[attribute]
     group = file["data"][demo]
     if name not in group:
@@ -169,11 +157,7 @@ def read_array(file: Any, demo: str, attribute: str) -> np.ndarray:
 
 
 def read_demonstrations(path: Path) -> Iterator[tuple[str, Demonstration]]:
-    """(name, demonstration) of everything in a file, one in memory at a time.
-
-    Raises:
-        UsageError: see :func:`open_demonstrations` and :func:`read_array`; or lengths that do not agree.
-    """
+    """Yield (name, demonstration), one in memory at a time. Raises UsageError for one that is not whole."""
     with open_demonstrations(path) as file:
         for name in demonstration_names(file):
             content = Demonstration(**{attribute: read_array(file, name, attribute) for attribute in _DATASETS})

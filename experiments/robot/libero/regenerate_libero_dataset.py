@@ -210,11 +210,7 @@ def _reports(config: RegenerateConfig, tasks: list[int]) -> Iterator[tuple[int, 
 
 
 def regenerate(config: RegenerateConfig) -> Path:
-    """Regenerate what is missing; returns the metainfo file.
-
-    Raises:
-        UsageError: a wrong flag, a missing or damaged file.
-    """
+    """Regenerate what is missing; returns the metainfo file. Raises UsageError for a wrong flag or a damaged file."""
     from experiments.robot.libero.simulator.rendering import choose_renderer
 
     choose_renderer()

@@ -49,11 +49,7 @@ class Batcher:
         self._thread.start()
 
     def submit(self, request: Request) -> Future[Array]:
-        """The actions (T, A) to come; cancel the future when nobody waits for them any more.
-
-        Raises:
-            Overloaded: too many requests wait, or :meth:`close` was called.
-        """
+        """The actions (T, A) to come; cancel the future when nobody waits. Raises Overloaded: full, or closed."""
         future: Future[Array] = Future()
         with self._entrance:
             if self._closed.is_set():

@@ -72,11 +72,7 @@ class Run:
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read the run folders, in the order given.
-
-    Raises:
-        UsageError: a folder holds no results.
-    """
+    """Read the run folders, in the order given. Raises UsageError for a folder without results."""
     names = [folder.resolve().name for folder in folders]
     runs = []
     for series, (folder, name) in enumerate(zip(folders, names)):
@@ -92,11 +88,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def build_page(folders: Sequence[Path], out: Path, title: str = "Evaluation in LIBERO") -> None:
-    """Write the page of some runs to `out`.
-
-    Raises:
-        UsageError: a folder holds no results.
-    """
+    """Write the page of some runs to `out`. Raises UsageError as :func:`load_runs`."""
     runs = load_runs(folders)
     records = [dict(run.record) for run in runs]
     everything = [(run.series, result) for run in runs for result in run.episodes]

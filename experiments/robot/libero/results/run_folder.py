@@ -168,11 +168,7 @@ def _read_plan(file: Path) -> set[Key]:
 
 
 def load_episodes(folder: Path) -> list[EpisodeResult]:
-    """Episodes of a run folder in the order (suite, task, init state).
-
-    Raises:
-        UsageError: the folder has no results, or a line other than a half-written last one cannot be read.
-    """
+    """Episodes of a run folder by (suite, task, init state); raises UsageError for none, or an unreadable line."""
     files = sorted(folder.glob("episodes*.jsonl"))
     if not files:
         raise UsageError(
@@ -215,11 +211,7 @@ def read_identity(run: Path) -> Mapping[str, object]:
 
 
 def read_episode_lines(file: Path) -> Iterator[tuple[EpisodeResult, bytes]]:
-    """Every whole line of a results file, parsed and as it is.
-
-    Raises:
-        UsageError: a line other than a half-written last one cannot be read.
-    """
+    """Yield every whole line of a results file, parsed and as it is; raises UsageError for one that is no episode."""
     names = {entry.name for entry in fields(EpisodeResult)}
     lines = file.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):  # What follows the last newline was not finished.

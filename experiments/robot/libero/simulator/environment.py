@@ -207,11 +207,7 @@ class LiberoEnv:
         )
 
     def observe_geometry(self) -> dict[str, CameraView]:
-        """Depth, segmentation and camera geometry of the moment that :meth:`observe` shows, by camera name.
-
-        Raises:
-            UsageError: the environment was made without camera_depths=True.
-        """
+        """Depth, segmentation and camera geometry of what :meth:`observe` shows; needs camera_depths=True."""
         if not self.camera_depths:
             raise UsageError("observe_geometry: make the environment with camera_depths=True")
         cameras = self._draw_ready()

@@ -127,11 +127,7 @@ class PlusTask:
 
 
 def parse_name(suite: str, task_id: int, name: str) -> PlusTask:
-    """The task called `name`.
-
-    Raises:
-        ValueError: the name has none of LIBERO-Plus's endings, or two perturbations at once.
-    """
+    """The task called `name`. Raises ValueError when the name tells no perturbation, or two."""
     match = _ENDING.fullmatch(name)
     if match is None:
         raise ValueError(f"{name}: not a name of LIBERO-Plus")
@@ -158,11 +154,7 @@ def parse_name(suite: str, task_id: int, name: str) -> PlusTask:
 
 @functools.lru_cache(maxsize=1)
 def data_folder() -> Path:
-    """Folder of the installed package that holds `bddl_files`, `init_files` and, once it was unpacked, `assets`.
-
-    Raises:
-        UsageError: the package is missing.
-    """
+    """The package's folder of `bddl_files`, `init_files` and, once unpacked, `assets`; raises UsageError: none."""
     spec = importlib.util.find_spec("liberoplus")
     for place in (spec.submodule_search_locations or ()) if spec else ():
         folder = Path(place) / "liberoplus"
@@ -183,11 +175,7 @@ def _names() -> dict[str, list[str]]:
 
 @functools.lru_cache(maxsize=8)
 def plus_tasks(suite: str) -> tuple[PlusTask, ...]:
-    """All tasks of a part of LIBERO-Plus, or of the whole ("libero_plus").
-
-    Raises:
-        UsageError: no such suite, or the package is missing.
-    """
+    """All tasks of a part of LIBERO-Plus, or of the whole ("libero_plus"). Raises UsageError for another suite."""
     if suite == PLUS_ALL:
         return tuple(task for part in PLUS_SUITES for task in plus_tasks(part))
     if suite not in PLUS_SUITES:
@@ -233,11 +221,7 @@ def _bddl_file(task: PlusTask) -> Path:
 
 
 def plus_spec(task: PlusTask, source: str = "bddl") -> TaskSpec:
-    """Files, instruction and perturbation of a task, as :mod:`tasks` describes tasks.
-
-    Raises:
-        UsageError: a file is missing.
-    """
+    """Files, instruction and perturbation of a task, as :mod:`tasks` has them. Raises UsageError: a file is missing."""
     folder = data_folder()
     states = folder / "init_files" / task.folder / f"{task.base}.pruned_init"
     if task.kind == "layout":
@@ -359,11 +343,7 @@ def suites(task_name: Callable[[str, int], str]) -> dict[str, Suite[PlusFlags]]:
 def _chosen(
     suite: str, task_name: Callable[[str, int], str], flags: PlusFlags, numbers: Sequence[int]
 ) -> tuple[int, ...]:
-    """Those of the task `numbers` that the flags name.
-
-    Raises:
-        UsageError: nothing is left, or the flags name what is not there.
-    """
+    """Those of the task `numbers` that the flags name. Raises UsageError when that is none."""
     parts = parse_kinds(flags.perturbations)
     tasks = plus_tasks(suite)
     numbers = [number for number in numbers if tasks[number].part in parts]

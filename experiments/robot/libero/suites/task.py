@@ -102,11 +102,7 @@ class Suite(Generic[FlagsT]):
 
 
 def bddl_sentence(path: Path) -> str:
-    """The instruction that a BDDL file states, in lower case (LIBERO's evaluation and data have no capitals).
-
-    Raises:
-        UsageError: the file is missing or states none.
-    """
+    """The instruction that a BDDL file states, in lower case as LIBERO's data. Raises UsageError when there is none."""
     if not path.is_file():
         raise UsageError(f"no task file {path}; reinstall the package that it belongs to")
     match = re.search(r"\(:language\s+([^()]*?)\s*\)", path.read_text(encoding="utf-8"))

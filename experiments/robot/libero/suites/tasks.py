@@ -76,11 +76,7 @@ class _InstalledTask(Protocol):
 
 @functools.lru_cache(maxsize=1)
 def check_installation() -> None:
-    """Refuse a missing LIBERO, or two distributions of it in one environment.
-
-    Raises:
-        UsageError: no distribution provides `libero`, or several do.
-    """
+    """Raises UsageError when no distribution provides `libero`, or several do."""
     if importlib.util.find_spec("libero") is None:
         raise UsageError(f"LIBERO is not installed (no package `libero`); install it with: {INSTALL_HINT}")
     owners = sorted(set(importlib.metadata.packages_distributions().get("libero", ())))
@@ -130,11 +126,7 @@ def _suite_tasks(suite: str) -> tuple[_InstalledTask, ...]:
 
 
 def _installed_task(suite: str, task_id: int, source: str) -> TaskSpec:
-    """A task of the installed LIBERO.
-
-    Raises:
-        UsageError: the distribution lacks the task's file.
-    """
+    """A task of the installed LIBERO. Raises UsageError when the distribution lacks its file."""
     spec = replace(_task_files(suite, _suite_tasks(suite)[task_id]), task_id=task_id)
     if not spec.bddl_path.is_file():
         raise UsageError(f"{suite} task {task_id}: the installed LIBERO lacks its task file {spec.bddl_path}")
@@ -149,11 +141,7 @@ def _task_files(suite: str, task: _InstalledTask) -> TaskSpec:
 
 
 def _instruction(task: TaskSpec, source: str) -> str:
-    """The instruction that the policy is given; see the top of the module.
-
-    Raises:
-        UsageError: another source than "bddl", "base" (the same here) or "name", or a file that states none.
-    """
+    """The instruction that the policy is given, as the top of the module says. Raises UsageError when there is none."""
     if source not in INSTRUCTION_SOURCES:
         raise unknown_name("--instruction_source", source, INSTRUCTION_SOURCES)
     sentence = bddl_sentence(task.bddl_path) if source != "name" else ""
@@ -199,11 +187,7 @@ def find_suite(name: str) -> Suite[SuiteFlags]:
 
 
 def num_tasks(suite: str) -> int:
-    """Number of tasks of `suite` (10 for the standard suites).
-
-    Raises:
-        UsageError: LIBERO (for a suite of LIBERO-Plus: that) is missing or the suite is unknown.
-    """
+    """Number of tasks of `suite` (10 for the standard ones). Raises UsageError for one that is not installed."""
     return find_suite(suite).num_tasks()
 
 
