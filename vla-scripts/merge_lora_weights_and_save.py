@@ -19,7 +19,7 @@ from experiments.robot.policy import DType
 from prismatic.checkpoint.layout import LORA_FOLDER
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
-from prismatic.util.files import refuse_long_name
+from prismatic.util.files import find_folder, refuse_long_name
 from prismatic.util.flags import check, limited
 
 _ADAPTED = "a checkpoint folder with lora_adapter/"
@@ -47,7 +47,6 @@ def main(config: ConvertConfig) -> int:
     import torch
 
     from prismatic.checkpoint.merge import merge_checkpoint
-    from prismatic.util.hub import find_folder
     from prismatic.util.tensor_files import parse_size
 
     max_shard_bytes = parse_size(config.max_shard_size, "--max_shard_size")

@@ -17,9 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
-from prismatic.util.files import refuse_long_name
+from prismatic.util.files import HUB_ID, refuse_long_name
 from prismatic.util.flags import check, limited, names, split_names, split_paths
-from prismatic.util.hub import HUB_ID
 
 _LICENSE = "the hub's name of a license, such as llama2 (OpenVLA-7B's weights) or mit"
 

@@ -26,8 +26,7 @@ from prismatic.checkpoint.layout import (
     weight_files,
 )
 from prismatic.util.errors import UsageError
-from prismatic.util.files import read_json, temporary_prefix
-from prismatic.util.hub import HUB_ID
+from prismatic.util.files import HUB_ID, read_json, temporary_prefix
 from rocket_align.flags import recipe_of
 
 CARD = "README.md"

@@ -39,8 +39,7 @@ from prismatic.checkpoint.layout import (
     weight_files,
 )
 from prismatic.util.errors import UsageError
-from prismatic.util.files import read_json
-from prismatic.util.hub import HUB_ID, find_folder
+from prismatic.util.files import HUB_ID, find_folder, read_json
 from prismatic.vla.platforms import Platform, get_platform, platform_of_statistics
 
 if TYPE_CHECKING:

@@ -14,9 +14,8 @@ from typing import Literal
 from prismatic.checkpoint.layout import LOG_FILE, is_checkpoint, last_checkpoint, split_checkpoint_name
 from prismatic.checkpoint.newest import damage, is_run, newest_checkpoint
 from prismatic.util.errors import UsageError
-from prismatic.util.files import fitting_name, longest_name
+from prismatic.util.files import HUB_ID, fitting_name, longest_name
 from prismatic.util.flags import check, limited, names, numbers, split_names, split_numbers
-from prismatic.util.hub import HUB_ID
 from prismatic.vla.datasets.dataset_file import read_datasets
 from prismatic.vla.platforms import get_platform
 

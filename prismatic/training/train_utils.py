@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
-from prismatic.vla.action_tokenizer import get_all_actions_mask, get_current_action_mask, get_next_actions_mask
-
-if TYPE_CHECKING:
-    from prismatic.vla.action_tokenizer import ActionTokenizer
-
-__all__ = [
-    "compute_actions_l1_loss",
-    "compute_token_accuracy",
-    "get_all_actions_mask",
-    "get_current_action_mask",
-    "get_next_actions_mask",
-]
+from prismatic.vla.action_tokenizer import (  # noqa: F401 - upstream's code has the masks from here
+    ActionTokenizer,
+    get_all_actions_mask,
+    get_current_action_mask,
+    get_next_actions_mask,
+)
 
 
 def compute_token_accuracy(

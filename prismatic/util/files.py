@@ -1,17 +1,26 @@
-"""Atomic writes (a reader sees the old file or the whole new one, also after a power cut) and reading of JSON."""
+"""Atomic writes (a reader sees the old file or the whole new one, also after a power cut), reading of JSON, and local
+copies of the model hub's repositories.
+
+`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and `HF_HUB_OFFLINE` mean what they mean to huggingface_hub. Python files of a
+repository are never fetched, since nothing of a checkpoint is ever run.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prismatic.util.errors import UsageError
+
+# What is taken for the id of a model hub's repository.
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def _fsync(path: Path) -> None:
@@ -115,3 +124,29 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell whether `name` can be a hub repository: it looks like owner/name, and its first part is no folder here."""
+    return HUB_ID.fullmatch(name) is not None and not Path(name).parent.is_dir()
+
+
+def find_folder(flag: str, name: str, patterns: Sequence[str] | None = None) -> Path:
+    """The local folder `name`, or the local snapshot of the hub repository of that id, downloaded where needed.
+
+    `patterns` are the files wanted of a hub repository, as in "*.json"; None: all of them. Raises UsageError: neither
+    exists.
+    """
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path
+    if not is_hub_id(name):
+        raise UsageError(f"{flag}: no such folder: {name!r}; accepted: a checkpoint folder or a hub id (owner/name)")
+    import huggingface_hub
+
+    wanted = None if patterns is None else list(patterns)
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*.py"]))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UsageError(f"{flag}: {name!r} is no folder here and could not be had from the hub: {reason}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +23,7 @@ class ActionBins:
     def __init__(self, vocab_size: int, num_bins: int = 256, min_action: float = -1.0, max_action: float = 1.0) -> None:
         if num_bins < 2 or num_bins >= vocab_size:
             raise ValueError(f"num_bins is {num_bins}; accepted: 2 to {vocab_size - 1} (the vocabulary size less one)")
-        self.vocab_size, self.num_bins = vocab_size, num_bins
+        self._vocabulary, self.num_bins = vocab_size, num_bins
         self.min_action, self.max_action = float(min_action), float(max_action)
         self.bins = np.linspace(min_action, max_action, num_bins)
         self.bin_centers = (self.bins[:-1] + self.bins[1:]) / 2.0
@@ -32,20 +31,20 @@ class ActionBins:
     @property
     def token_begin_idx(self) -> int:
         """Ids above this one are action tokens: 31743 for 32000 tokens and 256 bins, as upstream."""
-        return self.vocab_size - (self.num_bins + 1)
+        return self._vocabulary - (self.num_bins + 1)
 
     def encode(self, action: np.ndarray) -> np.ndarray:
         """Token ids (int64, same shape) of normalized actions; values outside the range are clipped."""
         clipped = np.clip(action, self.min_action, self.max_action)
-        return self.vocab_size - np.digitize(clipped, self.bins)
+        return self._vocabulary - np.digitize(clipped, self.bins)
 
     def decode(self, token_ids: np.ndarray) -> np.ndarray:
         """Bin centers (float64, same shape) of token ids; ids that are no action tokens give the nearest end."""
-        index = np.clip(self.vocab_size - np.asarray(token_ids) - 1, 0, len(self.bin_centers) - 1)
+        index = np.clip(self._vocabulary - np.asarray(token_ids) - 1, 0, len(self.bin_centers) - 1)
         return self.bin_centers[index]
 
 
-class ActionTokenizer:
+class ActionTokenizer(ActionBins):
     """Turns normalized actions into text made of the tokenizer's last tokens, and token ids back into actions.
 
     Source: upstream behavior; the released checkpoints use 256 bins on [-1, 1] at the end of 32000 tokens.
@@ -54,43 +53,25 @@ class ActionTokenizer:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, bins: int = 256, min_action: float = -1.0, max_action: float = 1.0
     ) -> None:
+        super().__init__(tokenizer.vocab_size, bins, min_action, max_action)
         self.tokenizer = tokenizer
-        self._bins = ActionBins(tokenizer.vocab_size, bins, min_action, max_action)
 
     def __call__(self, action: np.ndarray) -> str | list[str]:
         """One action (A,) -> its text; a batch or chunk of actions (T, A) -> a list of T texts."""
-        token_ids = self._bins.encode(np.asarray(action))
+        token_ids = self.encode(action)
         if token_ids.ndim == 1:
             return str(self.tokenizer.decode(token_ids.tolist()))
         return [str(self.tokenizer.decode(row)) for row in token_ids.tolist()]
 
-    def encode_actions_to_token_ids(self, action: np.ndarray) -> np.ndarray:
-        """Token ids (int64) in the shape of `action`, without the way through text."""
-        return self._bins.encode(np.asarray(action))
-
-    def decode_token_ids_to_actions(self, action_token_ids: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Normalized actions (float64, bin centers) in the shape of the token ids."""
-        return self._bins.decode(np.asarray(action_token_ids))
-
-    @property
-    def bins(self) -> np.ndarray:
-        """The bin edges."""
-        return self._bins.bins
-
-    @property
-    def bin_centers(self) -> np.ndarray:
-        """The values that token ids decode to."""
-        return self._bins.bin_centers
+    # Upstream's names.
+    encode_actions_to_token_ids = ActionBins.encode
+    decode_token_ids_to_actions = ActionBins.decode
+    action_token_begin_idx = ActionBins.token_begin_idx
 
     @property
     def vocab_size(self) -> int:
         """Number of bins, under upstream's name."""
-        return self._bins.num_bins
-
-    @property
-    def action_token_begin_idx(self) -> int:
-        """Token ids above this one are action tokens."""
-        return self._bins.token_begin_idx
+        return self.num_bins
 
 
 def action_prompt(instruction: str) -> str:

@@ -5,7 +5,7 @@ Code that may meet another platform takes them from a :class:`prismatic.vla.plat
 
 from __future__ import annotations
 
-from prismatic.vla.platforms import LIBERO, NormalizationType
+from prismatic.vla.platforms import LIBERO, NormalizationType  # noqa: F401 - upstream's code has it from here
 
 # Label value that losses and masks skip.
 IGNORE_INDEX = -100
@@ -20,15 +20,3 @@ NUM_ACTIONS_CHUNK = LIBERO.chunk
 ACTION_DIM = LIBERO.action_dim
 PROPRIO_DIM = LIBERO.proprio_dim
 ACTION_PROPRIO_NORMALIZATION_TYPE = LIBERO.normalization
-
-__all__ = [
-    "ACTION_DIM",
-    "ACTION_PROPRIO_NORMALIZATION_TYPE",
-    "ACTION_TOKEN_BEGIN_IDX",
-    "EMPTY_TOKEN_ID",
-    "IGNORE_INDEX",
-    "NUM_ACTIONS_CHUNK",
-    "NormalizationType",
-    "PROPRIO_DIM",
-    "STOP_INDEX",
-]

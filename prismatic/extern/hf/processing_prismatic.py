@@ -26,14 +26,7 @@ from prismatic.extern.hf.configuration_prismatic import RESIZE_STRATEGIES
 from prismatic.util.errors import unknown_name
 from prismatic.util.files import atomic_write
 
-_RESAMPLE = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+_RESAMPLE = {resampling.name.lower(): resampling for resampling in Image.Resampling}
 
 # A PIL image, HWC uint8 pixels as an array or a tensor.
 ImageLike = Image.Image | np.ndarray | torch.Tensor

@@ -10,7 +10,7 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -41,13 +41,6 @@ def frame_times(path: Path) -> np.ndarray:
             return np.sort(np.array(times, np.float64)) * float(stream.time_base)
     except (av.FFmpegError, OSError, IndexError) as error:
         raise UsageError(f"{path}: no readable video ({' '.join(str(error).split())})") from error
-
-
-class ImageStore(Protocol):
-    """The images of one view."""
-
-    def image(self, frame: int) -> np.ndarray:
-        """The image (H, W, 3) of a frame of the split; raises UsageError."""
 
 
 class PackedImages:

@@ -18,20 +18,28 @@ import numpy as np
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path
 from prismatic.vla.datasets.episodes import EpisodeData, cache_folder, code_digest, has_size, load_index, save_index
-from prismatic.vla.datasets.lerobot.features import Columns, as_rlds_actions, find_columns
 from prismatic.vla.datasets.lerobot.images import (
     TIME_TOLERANCE,
-    ImageStore,
     PackedImages,
     VideoImages,
     frame_times,
     time_tolerance,
 )
-from prismatic.vla.datasets.lerobot.metadata import EpisodePlace, Metadata, read_metadata, read_rows, require
+from prismatic.vla.datasets.lerobot.metadata import (
+    Columns,
+    EpisodePlace,
+    Metadata,
+    as_rlds_actions,
+    find_columns,
+    read_metadata,
+    read_rows,
+    require,
+)
 from prismatic.vla.datasets.oxe import operations
 from prismatic.vla.datasets.specs import DatasetSpec
 from prismatic.vla.platforms import Platform
 
+Images = PackedImages | VideoImages
 FORMAT_VERSION = 2
 _BATCH_ROWS = 64
 
@@ -40,7 +48,7 @@ _BATCH_ROWS = 64
 class LeRobotEpisodes(EpisodeData):
     """Episodes of a LeRobot dataset; `stores` holds the images of each view that is used."""
 
-    stores: tuple[ImageStore | None, ...]
+    stores: tuple[Images | None, ...]
 
     def image(self, view: int, frame: int) -> np.ndarray:
         """The image (H, W, 3) of a frame; raises UsageError."""
@@ -166,7 +174,7 @@ class LeRobotSplit:
         lengths = [len(rows) for rows in kept_rows]
         return np.concatenate(actions), np.concatenate(states), np.concatenate(kept_rows), lengths
 
-    def _store(self, view: str, arrays: dict[str, np.ndarray], frames: np.ndarray, pack: Path) -> ImageStore | None:
+    def _store(self, view: str, arrays: dict[str, np.ndarray], frames: np.ndarray, pack: Path) -> Images | None:
         feature = self.columns.views[view]
         if view not in self.columns.used:
             return None
