@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,17 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from experiments.join import FinetuneConfig, StoreConfig
+from experiments.join import StoreConfig
 from prismatic.checkpoint.folder import resolve_checkpoint
-from prismatic.checkpoint.load import load_processor, student_depth
-from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+from prismatic.policies import get_family, student_depth
 from prismatic.training.precision import make_accelerator
 from prismatic.training.run import make_dataset
-from prismatic.util.data_utils import PaddedCollatorForActionPrediction
 from prismatic.util.errors import UsageError
 from prismatic.util.progress import progress_bar
 from prismatic.vla.batch import Batch
-from prismatic.vla.platforms import get_platform
 from rocket_align.targets import TeacherTargets
 from rocket_align.teacher.registry import describe_teacher, load_teacher, teacher_hash
 from rocket_align.teacher.store.codec import Basis
@@ -46,12 +42,15 @@ class Frames:
     def __init__(self, config: StoreConfig, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cpu")
         self._num_workers = config.num_workers
-        processor = load_processor(resolve_checkpoint(config).base)
+        start = resolve_checkpoint(config)
+        family = get_family(start.kind)
+        family.check(config, start)
+        processor = family.load_processor(start.base)
         self.image_processor = processor.image_processor
+        self.patch_pixels = family.patch_pixels(start.base)
         plain = dataclasses.replace(config, image_aug=False, use_proprio=False)
-        self.data = make_dataset(plain, processor, get_platform(config.platform), train=True)
-        tokenizer = processor.tokenizer
-        self._collate = PaddedCollatorForActionPrediction(tokenizer.model_max_length, tokenizer.pad_token_id)
+        self.data = make_dataset(plain, family, processor, family.platform(config, start.base), train=True)
+        self._collate = family.collator(processor)
         height, width = self.data.image_transform.size
         if height != width:
             raise UsageError(f"--vla_path: views of {height} x {width} pixels; accepted for a store: square ones")
@@ -82,23 +81,12 @@ class Frames:
             yield from self.pixels(part.name, np.array_split(numbers, -(-share // batch_size)))
 
 
-def patch_size(config: FinetuneConfig) -> int:
-    """Side of the student's image patches in pixels, as its backbone's name tells it; else raises UsageError."""
-    backbone = str((OpenVLAConfig.from_pretrained(resolve_checkpoint(config).base).timm_model_ids or [""])[0])
-    patch = re.search(r"patch(\d+)", backbone)
-    if patch is None:
-        raise UsageError(
-            f"--vla_path: backbone {backbone} does not tell its patch size; accepted: timm's ..._patchN_..."
-        )
-    return int(patch[1])
-
-
 def plan_store(config: StoreConfig, frames: Frames, targets: TeacherTargets, layers: tuple[int, ...]) -> StoreLayout:
     """The layout; its grids come from one frame that the teacher sees."""
     info = describe_teacher(config.teacher, config.teacher_type)
     name = frames.data.mixture[0].name
     features = targets(next(frames.pixels(name, [frames.numbers(name)[:1]])))
-    side = max(1, round(config.grid_scale * (frames.view_pixels // patch_size(config))))
+    side = max(1, round(config.grid_scale * (frames.view_pixels // frames.patch_pixels)))
     return StoreLayout(
         teacher_kind=info.kind,
         teacher_hash=teacher_hash(config.teacher),

@@ -69,7 +69,7 @@ def plan_alignment(config: FinetuneConfig) -> tuple[AlignConfig, int]:
     Raises:
         UsageError: a wrong flag, or layers the models do not have.
     """
-    from prismatic.checkpoint.load import student_depth  # torch: not for --help, nor before a wrong flag is told
+    from prismatic.policies import student_depth  # torch: not for --help, nor before a wrong flag is told
 
     try:
         config.validate_alignment()
@@ -117,7 +117,7 @@ def build_alignment(training: TrainingRun, align: AlignConfig, teacher_dim: int)
     from rocket_align.alignment import MultiLayerAlignment  # torch: as above
 
     flags = cast(FinetuneConfig, training.config)
-    alignment = MultiLayerAlignment(align, training.vla.llm_dim, teacher_dim)
+    alignment = MultiLayerAlignment(align, training.family.student_dim(training.parts), teacher_dim)
     if not align.num_pairs:
         return alignment, lambda batch: None
     make_targets = read_stored_targets(training, align) if flags.feature_store else _online_targets(training, align)
@@ -183,7 +183,7 @@ def read_stored_targets(training: TrainingRun, align: AlignConfig) -> Targets:
     from rocket_align.teacher.store.reader import FeatureStore  # torch: as above
 
     flags = cast(FinetuneConfig, training.config)
-    data, backbone = training.dataset, training.vla.vision_backbone
+    data, tokens = training.dataset, training.family.image_tokens(training.parts)
     try:
         store = FeatureStore(
             flags.feature_store,
@@ -193,7 +193,7 @@ def read_stored_targets(training: TrainingRun, align: AlignConfig) -> Targets:
             views=data.views,
             view_pixels=data.image_transform.size[0],
         )
-        teacher = store.teacher(backbone.get_num_patches(), position_embedding=align.teacher_pe)
+        teacher = store.teacher(tokens, position_embedding=align.teacher_pe)
     except ValueError as error:
         raise UsageError(f"--feature_store: {error}") from error
     data.extras = store

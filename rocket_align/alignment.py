@@ -326,6 +326,7 @@ class MultiLayerAlignment(nn.ModuleList):
         vision_start: int,
         num_vision_tokens: int,
         teacher: TeacherFeatures | AlignmentTargets | None,
+        mask_BN: Tensor | None = None,
     ) -> AlignOutput:
         """Loss between the student's vision tokens and the teacher, over all pairs.
 
@@ -337,6 +338,7 @@ class MultiLayerAlignment(nn.ModuleList):
             num_vision_tokens: vision tokens over all views.
             teacher: features of `config.teacher_layers`, in that order, or targets made of them; may be None when
                 there are no pairs.
+            mask_BN: bool, False for tokens that do not count: see `cosine_loss`.
 
         Raises:
             ValueError: layers the student does not have, a slice outside the sequence, features that do not fit.
@@ -344,7 +346,7 @@ class MultiLayerAlignment(nn.ModuleList):
         if not self.config.num_pairs:
             zero = hidden_states[0].new_zeros((), dtype=torch.float32)
             return AlignOutput(zero, zero.new_zeros(0))
-        losses = self.pair_losses(hidden_states, vision_start, num_vision_tokens, teacher)
+        losses = self.pair_losses(hidden_states, vision_start, num_vision_tokens, teacher, mask_BN)
         return AlignOutput(self._mean(losses), losses.detach())
 
     def _mean(self, losses_K: Tensor) -> Tensor:
@@ -365,9 +367,11 @@ class MultiLayerAlignment(nn.ModuleList):
         vision_start: int,
         num_vision_tokens: int,
         teacher: TeacherFeatures | AlignmentTargets | None,
+        mask_BN: Tensor | None = None,
     ) -> Tensor:
         """(K,) losses with gradient, averaged over the ensemble; arguments and refusals of `forward`."""
-        return self._losses(self.student_tokens(hidden_states, vision_start, num_vision_tokens), teacher)
+        tokens_KBND = self.student_tokens(hidden_states, vision_start, num_vision_tokens)
+        return self._losses(tokens_KBND, teacher, mask_BN)
 
     def _losses(
         self, tokens_KBND: Tensor, teacher: TeacherFeatures | AlignmentTargets | None, mask_BN: Tensor | None = None

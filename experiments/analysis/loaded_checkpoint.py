@@ -17,9 +17,8 @@ from experiments.analysis.config import SubjectFlags, describe_teacher_of, train
 from experiments.analysis.report import Report
 from experiments.join import Targets, build_alignment, plan_alignment
 from prismatic.checkpoint.layout import component_file, split_checkpoint_name
-from prismatic.checkpoint.load import load_component, student_depth
-from prismatic.training.module import TrainableVLA
-from prismatic.training.objectives import make_objective
+from prismatic.checkpoint.load import load_component
+from prismatic.policies import student_depth
 from prismatic.training.run import TrainingRun
 from prismatic.util.errors import UsageError
 from prismatic.util.flags import check
@@ -84,22 +83,22 @@ class LoadedCheckpoint:
             raise UsageError(
                 f"{folder}: no alignment (recipe {self.config.recipe_name}); accepted: one, with --vggt_path"
             )
-        self.training = TrainingRun(self.config, {})
+        self.training = TrainingRun(self.config, {}, self.align.student_layers)
         self.device = self.training.device
         self._targets: Targets = lambda batch: None
         self.alignment: MultiLayerAlignment = self._build_alignment(teacher_dim, teacher_layers)
-        objective = make_objective(self.config, self.training.platform, self.training.processor.tokenizer)
         self._recorder = _Recorder()
-        module = TrainableVLA(
-            self.training.parts, objective, self._recorder, auxiliary_coeff=0.0, use_film=self.config.use_film
-        )
-        self.module = module.to(self.device).eval()
+        self.module = self.training.make_module(self._recorder, 0.0).to(self.device).eval()
+
+    @property
+    def _student_dim(self) -> int:
+        return self.training.family.student_dim(self.training.parts)
 
     def _build_alignment(self, teacher_dim: int, teacher_layers: TeacherLayers) -> MultiLayerAlignment:
         if teacher_layers == "aligned":
             alignment, self._targets = build_alignment(self.training, self.align, teacher_dim)
         else:
-            alignment = MultiLayerAlignment(self.align, self.training.vla.llm_dim, teacher_dim)
+            alignment = MultiLayerAlignment(self.align, self._student_dim, teacher_dim)
         self.full_alignment: MultiLayerAlignment | None = None
         if teacher_layers == "all":
             sizes = describe_teacher_of(self.config)

@@ -18,7 +18,7 @@ from experiments.analysis.config import (
 )
 from experiments.analysis.loaded_checkpoint import LoadedCheckpoint
 from experiments.analysis.report import Report, to_json_values
-from prismatic.checkpoint.load import student_depth
+from prismatic.policies import student_depth
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
 from rocket_align.analysis.importance import layer_importance, residual_stream

@@ -14,17 +14,14 @@ import torch
 
 from experiments.analysis.config import StaticConfig, teacher_source, training_config
 from experiments.analysis.report import Report, line_style, new_figure, save_figure, write_json
-from experiments.feature_store import patch_size
 from experiments.join import FinetuneConfig, plan_alignment
 from prismatic.checkpoint.folder import resolve_checkpoint
-from prismatic.checkpoint.load import load_processor
+from prismatic.policies import get_family
 from prismatic.training.precision import make_accelerator
 from prismatic.training.run import make_dataset
-from prismatic.util.data_utils import PaddedCollatorForActionPrediction
 from prismatic.util.errors import UsageError
 from prismatic.util.flags import check
 from prismatic.vla.datasets import MixtureSampler, make_dataloader
-from prismatic.vla.platforms import get_platform
 from rocket_align.alignment import MultiLayerAlignment
 from rocket_align.analysis.static import StaticShare, StaticTargets
 from rocket_align.targets import TeacherTargets
@@ -51,21 +48,22 @@ class StaticStudy:
             teacher = load_teacher(path, self.align.teacher_layers, kind, dtype=dtype, device=self.device)
         except ValueError as error:
             raise UsageError(f"--vggt_path: {error}") from error
-        self.processor = load_processor(resolve_checkpoint(self.flags).base)
+        start = resolve_checkpoint(self.flags)
+        self.family = get_family(start.kind)
+        self.platform = self.family.platform(self.flags, start.base)
+        self.processor = self.family.load_processor(start.base)
         self.targets = TeacherTargets(teacher, self.processor.image_processor)
         # No student's state is projected: its width is of no consequence.
         self.alignment = MultiLayerAlignment(self.align, 1, teacher_dim)
-        side = self.processor.image_processor.input_sizes[0][-1] // patch_size(self.flags)
+        side = self.processor.image_processor.input_sizes[0][-1] // self.family.patch_pixels(start.base)
         self.num_tokens = self.flags.num_images_in_input * side * side
         self.num_batches = math.ceil(config.num_samples / config.batch_size)
 
     def pixels(self, flags: FinetuneConfig) -> Iterator[torch.Tensor]:
         """`pixel_values` of the measured batches, the same samples at every call, augmented as the flags say."""
-        data = make_dataset(flags, self.processor, get_platform(flags.platform), train=True)
-        tokenizer = self.processor.tokenizer
-        collate = PaddedCollatorForActionPrediction(tokenizer.model_max_length, tokenizer.pad_token_id)
+        data = make_dataset(flags, self.family, self.processor, self.platform, train=True)
         sampler = MixtureSampler(data, flags.batch_size, flags.seed, rank=0, world_size=1)
-        loader = make_dataloader(data, sampler, collate, flags.num_workers)
+        loader = make_dataloader(data, sampler, self.family.collator(self.processor), flags.num_workers)
         for batch in itertools.islice(loader, self.num_batches):
             yield batch["pixel_values"].to(self.device)
 

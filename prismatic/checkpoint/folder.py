@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from prismatic.checkpoint.layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    FAMILIES,
     LORA_FOLDER,
     MODEL_CONFIG,
     MODEL_WEIGHTS,
@@ -253,11 +254,13 @@ def _file_hash(file: Path) -> str:
 
 @dataclass
 class StartingPoint:
-    """The start of a training: the base model; the folder whose adapter and heads it takes, if any; its step."""
+    """The start of a training: the base model; the folder whose adapter and heads it takes, if any; its step; the
+    family of the policy."""
 
     base: str
     checkpoint: Path | None
     step: int
+    kind: str = "openvla"
 
 
 def resolve_checkpoint(config: TrainConfig) -> StartingPoint:
@@ -265,19 +268,19 @@ def resolve_checkpoint(config: TrainConfig) -> StartingPoint:
 
     Raises:
         UsageError: the checkpoint's adapter does not name its base model, its step cannot be told, the flags do not
-            fit the parts it holds, or there is another model than OpenVLA's.
+            fit the parts it holds, or there is a model of no known family.
     """
     if not config.resume:
         # Of a hub repository the heads are wanted here; the model itself is fetched by from_pretrained.
         checkpoint = find_folder("--vla_path", str(config.vla_path), ["config.json", "*_checkpoint.pt"])
-        _check_components(config, checkpoint)
-        _check_model(str(checkpoint))
-        return StartingPoint(config.vla_path, checkpoint, 0)
+        kind = _family(config, str(checkpoint))
+        _check_components(config, checkpoint, kind)
+        return StartingPoint(config.vla_path, checkpoint, 0, kind)
     folder = Path(config.vla_path)
-    _check_components(config, folder)
     base = _base_to_resume(config, folder)
-    _check_model(base)
-    return StartingPoint(base, folder, _step_to_resume(config, folder))
+    kind = _family(config, base)
+    _check_components(config, folder, kind)
+    return StartingPoint(base, folder, _step_to_resume(config, folder), kind)
 
 
 def _base_to_resume(config: TrainConfig, folder: Path) -> str:
@@ -302,8 +305,10 @@ def _step_to_resume(config: TrainConfig, folder: Path) -> int:
     return step
 
 
-def _check_components(config: TrainConfig, folder: Path) -> None:
+def _check_components(config: TrainConfig, folder: Path, kind: str) -> None:
     """Refuse flags that leave trained parts of a checkpoint out or, in a resume, begin others anew."""
+    if kind != "openvla":
+        return  # Its heads are parts of the model.
     uses = {
         "action_head": ("--use_l1_regression, --use_diffusion", config.objective != "discrete"),
         "noisy_action_projector": ("--use_diffusion", config.objective == "diffusion"),
@@ -317,11 +322,18 @@ def _check_components(config: TrainConfig, folder: Path) -> None:
             raise UsageError(f"{flag}: {used} found, but {folder} {holds} {name}; accepted: {not used}")
 
 
-def _check_model(base: str) -> None:
-    """Refuse a folder that holds another model than OpenVLA's; of a hub id nothing is known yet."""
+def _family(config: TrainConfig, base: str) -> str:
+    """The family of the policy: the base model's own, which `--policy` may name too, or tell where its files do not.
+
+    Of a hub id nothing is known yet: it is OpenVLA's, unless `--policy` says otherwise.
+    """
     if not Path(base).is_dir():
-        return
+        return config.policy or "openvla"
     file = Path(base) / MODEL_CONFIG
-    kind = read_json(file).get("model_type")
-    if kind != "openvla":
-        raise UsageError(f"--vla_path: {file}: model_type {kind!r} found; accepted: 'openvla'")
+    content = read_json(file)
+    told = content.get("model_type") or content.get("type")
+    if told not in FAMILIES:
+        raise UsageError(f"--vla_path: {file}: model_type {told!r} found; accepted: {', '.join(map(repr, FAMILIES))}")
+    if config.policy and config.policy != told:
+        raise UsageError(f"--policy: {config.policy} found, but {file} is a {told} model; accepted: {told}")
+    return str(told)

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from prismatic.checkpoint.folder import Checkpoint, StartingPoint, resolve_checkpoint
+from prismatic.checkpoint.folder import Checkpoint, StartingPoint
 from prismatic.checkpoint.layout import HEADS, LORA_FOLDER, VISION, PolicyShape, component_file, component_files
 from prismatic.models.lora import merge_lora_state_dict, strip_module_prefix
 from prismatic.util.errors import UsageError
@@ -148,7 +148,7 @@ def load_processor(folder: str | Path, flag: str = "--vla_path") -> PrismaticPro
     """
     from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 
-    with _readable(folder, flag):
+    with readable(folder, flag):
         return PrismaticProcessor.from_pretrained(str(folder))
 
 
@@ -162,7 +162,7 @@ def load_model(folder: str | Path, flag: str, dtype: torch.dtype, *, film: bool,
     """
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 
-    with _readable(folder, flag):
+    with readable(folder, flag):
         loaded: Any = OpenVLAForActionPrediction.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -173,15 +173,6 @@ def load_model(folder: str | Path, flag: str, dtype: torch.dtype, *, film: bool,
             f"{flag}: {folder}: {len(wrong)} weights missing or of the wrong shape: {', '.join(wrong[:3])}"
         )
     return vla
-
-
-def student_depth(config: TrainConfig) -> int:
-    """Blocks of the base model's LLM, from its config file alone."""
-    from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
-
-    base = resolve_checkpoint(config).base
-    with _readable(base, "--vla_path"):
-        return int(OpenVLAConfig.from_pretrained(base).text_config.num_hidden_layers)
 
 
 def load_for_training(config: TrainConfig, start: StartingPoint, platform: Platform, dtype: torch.dtype) -> PolicyModel:
@@ -371,7 +362,7 @@ def _load_film(vla: VLA, file: Path) -> None:
 
 
 @contextmanager
-def _readable(folder: str | Path, flag: str) -> Iterator[None]:
+def readable(folder: str | Path, flag: str) -> Iterator[None]:
     """Turn what transformers says of a missing or damaged file of a model into one line."""
     try:
         yield

@@ -35,8 +35,8 @@ from prismatic.util.files import atomic_path, atomic_write, temporary_prefix
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
-    from prismatic.training.module import TrainableVLA
+    from prismatic.policies.base import Processor
+    from prismatic.training.module import TrainablePolicy
 
 
 def _save_model(folder: Path, vla: Any, *, merge: bool) -> None:
@@ -88,8 +88,8 @@ class CheckpointWriter:
     def __init__(
         self,
         run_dir: Path,
-        module: TrainableVLA,
-        processor: PrismaticProcessor,
+        module: TrainablePolicy,
+        processor: Processor,
         *,
         statistics: Mapping[str, object],
         run_config: Mapping[str, object],
@@ -123,7 +123,7 @@ class CheckpointWriter:
     def _write(self, folder: Path, tag: str) -> None:
         self.processor.save_pretrained(folder)
         _save_model(folder, self.module.vla, merge=self.merge)
-        vision = self.module.vla.vision_backbone if self.module.use_film else None
+        vision = self.module.vla.vision_backbone if getattr(self.module, "use_film", False) else None
         for name in COMPONENTS:
             component = vision if name == VISION else getattr(self.module, name)
             if component is not None and (state := component.state_dict()):

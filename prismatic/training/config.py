@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from prismatic.checkpoint.layout import LOG_FILE, is_checkpoint, last_checkpoint, split_checkpoint_name
+from prismatic.checkpoint.layout import FAMILIES, LOG_FILE, is_checkpoint, last_checkpoint, split_checkpoint_name
 from prismatic.checkpoint.newest import damage, is_run, newest_checkpoint
 from prismatic.util.errors import UsageError
 from prismatic.util.files import HUB_ID, fitting_name, longest_name
@@ -28,6 +28,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 @dataclass
 class TrainConfig:
     # Model and data
+    policy: str = limited("", choices=FAMILIES)  # openvla; default: what the base checkpoint is
     vla_path: str = "openvla/openvla-7b"  # Base checkpoint: local folder or hub id; with --resume a *_chkpt folder
     data_root_dir: Path = Path("datasets/rlds")  # Folder that holds the RLDS datasets
     dataset_name: str = "libero_spatial_no_noops"  # A dataset, a comma list of datasets, or a named mixture

@@ -21,7 +21,7 @@ from rich.progress import Progress, TaskID
 
 from prismatic.training.config import TrainConfig
 from prismatic.training.metrics import MetricAverager, MetricLog
-from prismatic.training.module import TrainableVLA, move_batch
+from prismatic.training.module import TrainablePolicy, move_batch
 from prismatic.util.errors import UsageError
 from prismatic.util.progress import progress_bar
 from prismatic.vla.batch import Batch
@@ -71,7 +71,7 @@ class Trainer:
     Args:
         config: the run's flags.
         accelerator: processes, devices and precision.
-        module: the wrapped :class:`TrainableVLA`.
+        module: the wrapped :class:`TrainablePolicy`.
         optimizer, scheduler: as `make_optimizer` returns them, prepared.
         targets: from a batch (on the device) to the auxiliary loss's targets; called without gradients.
         save: writes a checkpoint of a step.
@@ -136,7 +136,7 @@ class Trainer:
         """One optimizer step over `grad_accumulation_steps` batches."""
         micro_steps = self.config.grad_accumulation_steps
         metrics = []
-        module = cast(TrainableVLA, self.accelerator.unwrap_model(self.module))
+        module = cast(TrainablePolicy, self.accelerator.unwrap_model(self.module))
         module.step = self.state.step
         for micro in range(micro_steps):
             batch = move_batch(next(batches), self.accelerator.device)
@@ -203,7 +203,7 @@ class Trainer:
 
     def _sampled_errors(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Errors of whole action chunks sampled on a training batch; its noise is not taken from training's."""
-        unwrapped = cast(TrainableVLA, self.accelerator.unwrap_model(self.module))
+        unwrapped = cast(TrainablePolicy, self.accelerator.unwrap_model(self.module))
         seed = (self.config.seed * 1_000_003 + self.state.step) * 4096 + self.accelerator.process_index
         self.module.eval()
         with self.accelerator.autocast():

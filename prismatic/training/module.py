@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,29 +32,23 @@ class StepOutput:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-class TrainableVLA(nn.Module):
-    """Policy, heads and auxiliary loss behind one `forward(batch, targets)`.
+# Weight of the auxiliary loss, or a function of the step that gives it.
+Coefficient: TypeAlias = float | Callable[[int], float]
+
+
+class TrainablePolicy(nn.Module):
+    """Policy, heads and auxiliary loss behind one `forward(batch, targets) -> StepOutput`, a family's own.
 
     Args:
         parts: the model and its heads.
-        objective: the action loss.
         auxiliary: a loss on the LLM's hidden states at the vision tokens: called with `hidden_states`, `vision_start`,
             `num_vision_tokens` and `teacher` (what `targets` made of the batch), it returns an object with `loss` and,
             detached, `per_pair`. One without terms (a baseline) costs nothing.
         auxiliary_coeff: its weight in the total loss, or a function that gives it for `step`; where it is 0, the
             auxiliary loss is left out.
-        use_film: the model conditions its vision on language.
     """
 
-    def __init__(
-        self,
-        parts: PolicyParts,
-        objective: Objective,
-        auxiliary: nn.Module,
-        *,
-        auxiliary_coeff: float | Callable[[int], float],
-        use_film: bool = False,
-    ) -> None:
+    def __init__(self, parts: PolicyParts, auxiliary: nn.Module, auxiliary_coeff: Coefficient) -> None:
         super().__init__()
         self.vla: Any = parts.vla
         self.action_head = parts.action_head
@@ -63,8 +57,6 @@ class TrainableVLA(nn.Module):
         self.align_projectors = auxiliary
         self._coefficient = auxiliary_coeff
         self.step = 0  # Finished optimizer steps, which the training loop counts.
-        self.objective = objective
-        self.use_film = use_film
 
     @property
     def auxiliary_coeff(self) -> float:
@@ -81,8 +73,51 @@ class TrainableVLA(nn.Module):
         """The policy's modules, without the auxiliary loss."""
         return PolicyParts(self.vla, self.action_head, self.proprio_projector, self.noisy_action_projector)
 
+    def add_auxiliary(self, action_loss: Tensor, metrics: dict[str, Tensor], **shown: Any) -> StepOutput:
+        """Total loss = action loss + coefficient * auxiliary loss, which is called with `shown`."""
+        total, coefficient = action_loss, self.auxiliary_coeff
+        if self.uses_targets:
+            aligned = self.align_projectors(**shown)
+            total = action_loss + coefficient * aligned.loss
+            if len(aligned.per_pair):
+                metrics["align_loss"] = aligned.loss.detach()
+                metrics |= {f"align_loss_pair_{index}": value for index, value in enumerate(aligned.per_pair)}
+        metrics |= {"action_loss": action_loss.detach(), "loss": total.detach()}
+        return StepOutput(total, metrics)
+
+    def sampled_errors(self, batch: Batch, seed: int) -> dict[str, Tensor]:
+        """L1 errors of whole action chunks sampled from noise of that seed; nothing for policies that do not sample."""
+        return {}
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Everything the optimizer updates."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+
+class TrainableVLA(TrainablePolicy):
+    """OpenVLA with its heads.
+
+    Args:
+        parts, auxiliary, auxiliary_coeff: see :class:`TrainablePolicy`.
+        objective: the action loss.
+        use_film: the model conditions its vision on language.
+    """
+
+    def __init__(
+        self,
+        parts: PolicyParts,
+        objective: Objective,
+        auxiliary: nn.Module,
+        *,
+        auxiliary_coeff: Coefficient,
+        use_film: bool = False,
+    ) -> None:
+        super().__init__(parts, auxiliary, auxiliary_coeff)
+        self.objective = objective
+        self.use_film = use_film
+
     def forward(self, batch: Batch, targets: object) -> StepOutput:
-        """Total loss = action loss + coefficient * auxiliary loss.
+        """The objective's loss with the auxiliary one.
 
         Args:
             batch: see :mod:`prismatic.vla.batch`.
@@ -91,17 +126,14 @@ class TrainableVLA(nn.Module):
         parts = self.parts
         output = self._run(batch, self.objective.model_inputs(parts, batch))
         action_loss, metrics = self.objective.loss(parts, batch, output)
-        total, coefficient = action_loss, self.auxiliary_coeff
-        if self.uses_targets:
-            aligned = self.align_projectors(
-                output.hidden_states, vision_start=1, num_vision_tokens=self._num_vision_tokens(), teacher=targets
-            )
-            total = action_loss + coefficient * aligned.loss
-            if len(aligned.per_pair):
-                metrics["align_loss"] = aligned.loss.detach()
-                metrics |= {f"align_loss_pair_{index}": value for index, value in enumerate(aligned.per_pair)}
-        metrics |= {"action_loss": action_loss.detach(), "loss": total.detach()}
-        return StepOutput(total, metrics)
+        return self.add_auxiliary(
+            action_loss,
+            metrics,
+            hidden_states=output.hidden_states,
+            vision_start=1,
+            num_vision_tokens=self._num_vision_tokens(),
+            teacher=targets,
+        )
 
     def _run(self, batch: Batch, inputs: ModelInputs) -> PolicyOutput:
         """The policy's forward pass on a batch, with the inputs that the objective adds."""
@@ -134,10 +166,6 @@ class TrainableVLA(nn.Module):
     def _num_vision_tokens(self) -> int:
         backbone = self.vla.vision_backbone
         return backbone.get_num_patches() * backbone.get_num_images_in_input()
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Everything the optimizer updates."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
 
 def count_parameters(module: nn.Module | None) -> tuple[int, int]:

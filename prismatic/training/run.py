@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,33 +15,25 @@ from torch import nn
 
 from prismatic.checkpoint.folder import resolve_checkpoint
 from prismatic.checkpoint.layout import LOG_FILE, RUN_CONFIG, component_file, load_training_state, read_record
-from prismatic.checkpoint.load import build_parts, load_component, load_for_training, load_processor
+from prismatic.checkpoint.load import load_component
 from prismatic.checkpoint.newest import checkpoints_of, remove_older
 from prismatic.checkpoint.write import CheckpointWriter, gather_training_state, restore_random_state
+from prismatic.policies import get_family
 from prismatic.training.config import TrainConfig
 from prismatic.training.loop import Targets, Trainer, TrainState
 from prismatic.training.metrics import MetricLog, read_log
-from prismatic.training.module import TrainableVLA, count_parameters, move_batch
-from prismatic.training.objectives import make_objective
+from prismatic.training.module import Coefficient, TrainablePolicy, count_parameters, move_batch
 from prismatic.training.precision import base_weights_dtype, make_accelerator
 from prismatic.training.schedule import make_optimizer, make_schedule
 from prismatic.training.validation import Validator
-from prismatic.util.data_utils import PaddedCollatorForActionPrediction
 from prismatic.util.errors import UsageError
 from prismatic.util.versions import code_version, package_versions
-from prismatic.vla.action_tokenizer import ActionTokenizer
-from prismatic.vla.datasets import (
-    MixtureLoader,
-    MixtureSampler,
-    RLDSBatchTransform,
-    RLDSDataset,
-    make_dataloader,
-)
+from prismatic.vla.datasets import MixtureLoader, MixtureSampler, RLDSDataset, make_dataloader
 from prismatic.vla.datasets.dataset_file import register_datasets
-from prismatic.vla.platforms import Platform, get_platform
 
 if TYPE_CHECKING:
-    from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
+    from prismatic.policies.base import PolicyFamily, Processor
+    from prismatic.vla.platforms import Platform
 
 # What a checkpoint records that differs between a run and its resumption, or does not shape training.
 NOT_COMPARED_ON_RESUME = {
@@ -70,25 +62,19 @@ def changed_flags(before: dict[str, Any], flags: dict[str, Any]) -> list[str]:
     return [f"--{name} {now[name]} (was {before[name]})" for name in differing]
 
 
-def make_dataset(config: TrainConfig, processor: PrismaticProcessor, platform: Platform, *, train: bool) -> RLDSDataset:
+def make_dataset(
+    config: TrainConfig, family: PolicyFamily, processor: Processor, platform: Platform, *, train: bool
+) -> RLDSDataset:
     """The training data of the flags (augmented where they say so), or the validation split without augmentation."""
     if config.dataset_file:
         register_datasets(Path(config.dataset_file))
-    transform = RLDSBatchTransform(
-        ActionTokenizer(processor.tokenizer),
-        processor.tokenizer,
-        image_transform=processor.image_processor.apply_transform,
-        use_wrist_image=config.num_images_in_input > 1,
-        use_proprio=config.use_proprio,
-        num_images=config.num_images_in_input,
-    )
-    size = processor.image_processor.input_sizes[0][-2:]
+    image_transform = family.image_transform(processor, image_aug=config.image_aug and train)
     return RLDSDataset(
         config.data_root_dir,
         config.dataset_name,
-        transform,
-        resize_resolution=(int(size[0]), int(size[1])),
-        image_aug=config.image_aug and train,
+        family.batch_transform(config, processor, platform),
+        image_transform.size,
+        image_transform=image_transform,
         train=train,
         platform=platform,
         seed=config.seed,
@@ -103,23 +89,26 @@ class TrainingRun:
     Args:
         config: validated flags.
         run_config: flags to record in checkpoints, beside the platform's numbers and the versions of code and packages.
+        states: the student's hidden states that the auxiliary loss will use.
     """
 
-    def __init__(self, config: TrainConfig, run_config: dict[str, Any]) -> None:
+    def __init__(self, config: TrainConfig, run_config: dict[str, Any], states: Sequence[int] = ()) -> None:
         self.config = config
-        self.platform = get_platform(config.platform)
+        self.start = resolve_checkpoint(config)
+        self.family = get_family(self.start.kind)
+        self.family.check(config, self.start)
+        self.platform = self.family.platform(config, self.start.base)
         self.run_config = {
             **run_config,
             "platform_numbers": self.platform.to_json(),  # Where the model is opened, its name may mean nothing.
+            "family": self.family.name,
             "code": code_version(),
             "versions": package_versions(),
         }
-        self.start = resolve_checkpoint(config)
         self.run_dir = Path(config.run_root_dir) / config.run_id()
         self.accelerator = make_accelerator(
             config.mixed_precision,
-            # The last vision block and, without logits, the LM head take no part in the loss.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=self.family.unused_parameters)],
             log_with=self._trackers() or None,
             project_dir=str(config.run_root_dir),
         )
@@ -128,13 +117,23 @@ class TrainingRun:
         self.compute_dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
         set_seed(config.seed)
         weights_dtype = base_weights_dtype(self.compute_dtype, self.device, frozen=config.use_lora)
-        self.processor = load_processor(self.start.base)
+        self.processor = self.family.load_processor(self.start.base)
         self.dataset = self._dataset(train=True)
-        self.vla = load_for_training(config, self.start, self.platform, weights_dtype)
-        self.parts = build_parts(config, self.start, self.vla, self.platform, self.accelerator.print)
+        self.parts = self.family.build(
+            config, self.start, self.platform, weights_dtype, states=states, report=self.accelerator.print
+        )
+
+    @property
+    def vla(self) -> Any:
+        """The model, or the PEFT wrapper that passes attributes on to it."""
+        return self.parts.vla
+
+    def make_module(self, auxiliary: nn.Module, auxiliary_coeff: Coefficient) -> TrainablePolicy:
+        """The module that training wraps, with this auxiliary loss."""
+        return self.family.trainable(self.config, self.parts, self.platform, self.processor, auxiliary, auxiliary_coeff)
 
     def _dataset(self, *, train: bool) -> RLDSDataset:
-        return make_dataset(self.config, self.processor, self.platform, train=train)
+        return make_dataset(self.config, self.family, self.processor, self.platform, train=train)
 
     def _loader(self, dataset: RLDSDataset) -> MixtureLoader:
         accelerator = self.accelerator
@@ -145,20 +144,14 @@ class TrainingRun:
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
-        return make_dataloader(dataset, sampler, self._collator(), self.config.num_workers)
-
-    def _collator(self) -> PaddedCollatorForActionPrediction:
-        tokenizer = self.processor.tokenizer
-        return PaddedCollatorForActionPrediction(tokenizer.model_max_length, tokenizer.pad_token_id)
+        return make_dataloader(dataset, sampler, self.family.collator(self.processor), self.config.num_workers)
 
     def batches(self) -> Iterator[Any]:
         """The training data in training's order, endless, on the device; for who looks instead of training."""
         for batch in self._loader(self.dataset):
             yield move_batch(batch, self.device)
 
-    def fit(
-        self, auxiliary: nn.Module, auxiliary_coeff: float | Callable[[int], float], targets: Targets
-    ) -> TrainState:
+    def fit(self, auxiliary: nn.Module, auxiliary_coeff: Coefficient, targets: Targets) -> TrainState:
         """Train to the end (or to a stop) with the given auxiliary loss; checkpoints are written on the way.
 
         Its coefficient is a number, or a function of the optimizer step.
@@ -167,10 +160,7 @@ class TrainingRun:
         if accelerator.process_index:
             # All processes made the same weights; noise and dropout are to differ.
             set_seed(config.seed, device_specific=True)
-        objective = make_objective(config, self.platform, self.processor.tokenizer)
-        module = TrainableVLA(
-            self.parts, objective, auxiliary, auxiliary_coeff=auxiliary_coeff, use_film=config.use_film
-        )
+        module = self.make_module(auxiliary, auxiliary_coeff)
         optimizer, scheduler = make_optimizer(module.trainable_parameters(), config)
         loader = self._loader(self.dataset)
         random_state = self._restore(module, optimizer, loader)
@@ -209,8 +199,9 @@ class TrainingRun:
                 log=log,
             )
             if config.use_val_set:
+                collate = self.family.collator(self.processor)
                 trainer.validate = Validator(
-                    config, accelerator, module, self._dataset(train=False), collate=self._collator(), targets=targets
+                    config, accelerator, module, self._dataset(train=False), collate=collate, targets=targets
                 )
             if random_state is not None:
                 restore_random_state(random_state)
@@ -230,7 +221,7 @@ class TrainingRun:
         remove_older(self.run_dir, config.keep_checkpoints, kept)
 
     def _restore(
-        self, module: TrainableVLA, optimizer: torch.optim.Optimizer, loader: MixtureLoader
+        self, module: TrainablePolicy, optimizer: torch.optim.Optimizer, loader: MixtureLoader
     ) -> dict[str, Any] | None:
         """Load a checkpoint's auxiliary weights, optimizer and data position; return its random state.
 
@@ -271,7 +262,7 @@ class TrainingRun:
         name = self.run_dir.name
         return {"wandb": {"entity": self.config.wandb_entity or None, "name": name}, "trackio": {"name": name}}
 
-    def _describe(self, module: TrainableVLA) -> None:
+    def _describe(self, module: TrainablePolicy) -> None:
         for name in ("vla", "action_head", "proprio_projector", "noisy_action_projector", "align_projectors"):
             trainable, total = count_parameters(getattr(module, name))
             if total:

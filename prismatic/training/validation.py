@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from prismatic.training.config import TrainConfig
 from prismatic.training.loop import Targets
-from prismatic.training.module import TrainableVLA, move_batch
+from prismatic.training.module import TrainablePolicy, move_batch
 from prismatic.vla.batch import Batch, Sample
 from prismatic.vla.datasets.dataset import FrameDraw, MixturePart, RLDSDataset
 from prismatic.vla.datasets.sampler import outlive_stop_signals, worker_error
@@ -59,7 +59,7 @@ class Validator:
         self,
         config: TrainConfig,
         accelerator: Accelerator,
-        module: TrainableVLA,
+        module: TrainablePolicy,
         dataset: RLDSDataset,
         *,
         collate: Callable[[Sequence[Sample]], Batch],

@@ -243,12 +243,12 @@ def test_wrong_flags_are_refused_before_any_weights_are_loaded(
     teacher_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import prismatic.training.run as training_run
+    import prismatic.policies.openvla as family
 
     def fail(*_: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(training_run, "load_for_training", fail)
+    monkeypatch.setattr(family, "load_for_training", fail)
     with pytest.raises(UsageError) as refusal:
         finetune(**{"vggt_path": str(teacher_folder), **flags})
     message = str(refusal.value)

@@ -191,6 +191,7 @@ class RLDSDataset(Dataset):
         batch_transform: Callable[[Frame], Sample],
         resize_resolution: tuple[int, int],
         *,
+        image_transform: PolicyImageTransform | None = None,
         image_aug: bool = False,
         train: bool = True,
         platform: Platform = LIBERO,
@@ -203,7 +204,8 @@ class RLDSDataset(Dataset):
         Args:
             batch_transform: applied to each frame, see :class:`RLDSBatchTransform`.
             resize_resolution: (height, width) of the images.
-            image_aug: random crop and colors; the transform is `self.image_transform`.
+            image_transform: camera image to the policy's; by default a resize to `resize_resolution`, with random crop
+                and colors where `image_aug` says so.
             train: split "train", else "val".
             holdout: a dataset without a split "val" has this part of its episodes in place of it, drawn with the seed,
                 and the others in "train".
@@ -216,8 +218,10 @@ class RLDSDataset(Dataset):
         self.batch_transform, self.platform, self.seed = batch_transform, platform, int(seed)
         self._num_views = _num_views(batch_transform)
         self.fraction, self.holdout = fraction if train else 1.0, holdout
-        size = (int(resize_resolution[0]), int(resize_resolution[1]))
-        self.image_transform = PolicyImageTransform(size, AugmentRanges() if image_aug else None)
+        if image_transform is None:
+            size = (int(resize_resolution[0]), int(resize_resolution[1]))
+            image_transform = PolicyImageTransform(size, AugmentRanges() if image_aug else None)
+        self.image_transform = image_transform
         self.dataset_statistics: dict[str, Statistics] = {}
         self._sources: list[_Source] = []
         parts, first = [], 0
