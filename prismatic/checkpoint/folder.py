@@ -273,14 +273,13 @@ def resolve_checkpoint(config: TrainConfig) -> StartingPoint:
     if not config.resume:
         # Of a hub repository the heads are wanted here; the model itself is fetched by from_pretrained.
         checkpoint = find_folder("--vla_path", str(config.vla_path), ["config.json", "*_checkpoint.pt"])
-        kind = _family(config, str(checkpoint))
-        _check_components(config, checkpoint, kind)
-        return StartingPoint(config.vla_path, checkpoint, 0, kind)
+        _check_components(config, checkpoint)
+        return StartingPoint(config.vla_path, checkpoint, 0, _family(config, str(checkpoint)))
     folder = Path(config.vla_path)
+    if read_record(folder).get("family", "openvla") == "openvla":
+        _check_components(config, folder)  # Other policies' heads are parts of the model.
     base = _base_to_resume(config, folder)
-    kind = _family(config, base)
-    _check_components(config, folder, kind)
-    return StartingPoint(base, folder, _step_to_resume(config, folder), kind)
+    return StartingPoint(base, folder, _step_to_resume(config, folder), _family(config, base))
 
 
 def _base_to_resume(config: TrainConfig, folder: Path) -> str:
@@ -305,10 +304,8 @@ def _step_to_resume(config: TrainConfig, folder: Path) -> int:
     return step
 
 
-def _check_components(config: TrainConfig, folder: Path, kind: str) -> None:
+def _check_components(config: TrainConfig, folder: Path) -> None:
     """Refuse flags that leave trained parts of a checkpoint out or, in a resume, begin others anew."""
-    if kind != "openvla":
-        return  # Its heads are parts of the model.
     uses = {
         "action_head": ("--use_l1_regression, --use_diffusion", config.objective != "discrete"),
         "noisy_action_projector": ("--use_diffusion", config.objective == "diffusion"),
