@@ -9,7 +9,6 @@ operator, nothing is computed. So the prediction follows each change of the code
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.util.cli import run
-from prismatic.util.files import atomic_write, read_json
+from prismatic.util.files import read_json
 from prismatic.util.flags import limited, names, numbers, split_names, split_numbers
 from rocket_align.config import RECIPES
 
@@ -51,6 +50,7 @@ class BudgetConfig:
 def main(config: BudgetConfig) -> int:
     """Predict, print the table, write the results; returns 0."""
     from benchmarks.full_size import Sizes
+    from benchmarks.memory_probe import write_results
 
     batch_sizes, recipes = split_numbers("--batch_sizes", config.batch_sizes), split_names(config.recipes)
     measured = read_json(Path(config.measured)) if config.measured else None
@@ -61,13 +61,12 @@ def main(config: BudgetConfig) -> int:
         for checkpointing in (True, False)
         for batch in batch_sizes
     ]
-    results: dict[str, Any] = {"benchmark": "budget", "flags": dict(vars(config)), "rows": rows}
+    results: dict[str, Any] = {"rows": rows}
     print_table(rows)
     if measured is not None:
         results["against_measured"] = compare_with_measured(measured, config)
     results["against_published"] = compare_with_published(rows)
-    atomic_write(config.out, json.dumps(results, indent=2) + "\n")
-    print(f"results: {config.out}")
+    write_results(config.out, "budget", vars(config), results)
     return 0
 
 

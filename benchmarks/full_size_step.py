@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -81,7 +80,7 @@ def main(config: StepConfig) -> int:
         if not config.keep_weights:
             for name in ("student", "teacher"):
                 shutil.rmtree(work_dir / name, ignore_errors=True)
-    write_results(Path(config.out), config, sizes, results)
+    report(config.out, config, sizes, results)
     return 0
 
 
@@ -192,7 +191,12 @@ def measure(config: StepConfig, sizes: Sizes, student: Path, teacher_folder: Pat
         "memory": {"python and libraries": before, "models loaded": loaded},
         "phases": probe.to_dict(),
         "losses": losses,
-        "sequence": {"llm": _sequence_length(module, batch), "teacher": _teacher_tokens(teacher, config)},
+        "sequence": {
+            "llm": batch["input_ids"].shape[1] + module._num_vision_tokens() + 1,  # One token of proprio
+            "teacher": (teacher.config.grid_size**2 + teacher.config.num_special_tokens)
+            * config.views
+            * config.batch_size,
+        },
     }
 
 
@@ -255,48 +259,21 @@ def _components(module: TrainableVLA, teacher: nn.Module, trainer: Trainer) -> d
     return report
 
 
-def _sequence_length(module: TrainableVLA, batch: dict[str, Any]) -> int:
-    return batch["input_ids"].shape[1] + module._num_vision_tokens() + 1  # One token of proprio
-
-
-def _teacher_tokens(teacher: Any, config: StepConfig) -> int:
-    per_view = teacher.config.grid_size**2 + teacher.config.num_special_tokens
-    return per_view * config.views * config.batch_size
-
-
-def write_results(path: Path, config: StepConfig, sizes: Sizes, results: dict[str, Any]) -> None:
+def report(path: str, config: StepConfig, sizes: Sizes, results: dict[str, Any]) -> None:
     """The results file, and a few lines of it on the terminal."""
-    import json
-
     import torch
 
-    from prismatic.util.files import atomic_write
+    from benchmarks.memory_probe import machine, write_results
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    machine = {
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": memory,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": _processor(),
-    }
-    flags = {name: value for name, value in vars(config).items() if name not in ("work_dir", "out", "keep_weights")}
-    content = {"benchmark": "full_size_step", "flags": flags, "sizes": sizes.to_dict(), "machine": machine, **results}
-    atomic_write(path, json.dumps(content, indent=2) + "\n")
+    facts = {**machine(), "threads": torch.get_num_threads(), "memory_bytes": memory}
+    write_results(path, "full_size_step", vars(config), {"sizes": sizes.to_dict(), "machine": facts, **results})
     for name, phase in results["phases"].items():
         print(
             f"{name:34s} {phase['seconds']:7.1f} s   anonymous {phase['peak_anonymous'] / 2**30:6.2f} GiB"
             f"   mapped {phase['peak_file'] / 2**30:6.2f} GiB"
         )
-    print(f"losses: {results['losses'][-1]}\nresults: {path}")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+    print(f"losses: {results['losses'][-1]}")
 
 
 if __name__ == "__main__":

@@ -10,23 +10,21 @@ read the same two images and decode them with Pillow. Ratios to it carry over to
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import platform
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.memory_probe import machine, resident_memory, write_results
 from prismatic.util.cli import run
-from prismatic.util.files import atomic_write
 from prismatic.util.flags import limited
 
 if TYPE_CHECKING:
@@ -209,20 +207,17 @@ def _memory(root: str, name: str, frames: int, answer: Any) -> None:
 
     torch.set_num_threads(1)
     dataset, _ = open_dataset(Path(root), name)
-    rows = {"opened_mb": resident_mb()}
+    rows = {"opened_mb": _anonymous_mb()}
     for frame in np.random.default_rng(0).integers(0, len(dataset), frames).tolist():
         dataset[frame]
-    rows["after_mb"] = resident_mb()
+    rows["after_mb"] = _anonymous_mb()
     rows["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
     answer.put({"frames_in_dataset": len(dataset), **rows})
 
 
-def resident_mb() -> float:
+def _anonymous_mb() -> float:
     """Memory of this process that no file backs, MB: what other processes cannot use."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return round(int(line.split()[1]) / 1024, 1)
-    return float("nan")
+    return round(resident_memory()["anonymous"] / 2**20, 1)
 
 
 def memory(root: Path, name: str, frames: int) -> dict[str, Any]:
@@ -236,32 +231,11 @@ def memory(root: Path, name: str, frames: int) -> dict[str, Any]:
     return result
 
 
-def machine() -> dict[str, Any]:
-    """Collect what the numbers depend on, without names or paths."""
-    import torch
-    from PIL import Image
-
-    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "processor": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pillow": Image.__version__,
-        "load_before": round(os.getloadavg()[0], 2),
-    }
-
-
-def _lines(path: str) -> Iterator[str]:
-    try:
-        yield from Path(path).read_text().splitlines()
-    except OSError:
-        return
-
-
 def main(config: LoaderConfig) -> None:
     """Measure, print, write the results."""
-    facts = machine()
+    from PIL import Image
+
+    facts = {**machine(), "pillow": Image.__version__, "load_before": round(os.getloadavg()[0], 2)}
     with tempfile.TemporaryDirectory() as folder:
         results: dict[str, Any] = {}
         root = Path(config.data_root_dir).expanduser() if config.data_root_dir else Path(folder) / "small"
@@ -274,10 +248,8 @@ def main(config: LoaderConfig) -> None:
         results |= compare(config, root)
         results["frames_per_second"] = round(throughput(config, root), 1)
         results["memory"] = [memory(path, config.dataset_name, 1000) for path in sizes]
-    flags = {name: value for name, value in vars(config).items() if name not in ("out", "data_root_dir")}
-    flags["data"] = "given" if config.data_root_dir else "made up"
-    content = {"benchmark": "loader", "flags": flags, "machine": facts, **results}
-    atomic_write(config.out, json.dumps(content, indent=2) + "\n")
+    flags = {**vars(config), "data": "given" if config.data_root_dir else "made up"}
+    write_results(config.out, "loader", flags, {"machine": facts, **results})
     loader, decoding = results["loader"], results["decoding_alone"]
     for label, row in (("loader", loader), ("decoding alone", decoding)):
         print(f"{label:16s} {row['cpu_ms']:6.2f} ms CPU a frame, {row['cpu_ms_best']:.2f} in the best round")
@@ -288,7 +260,6 @@ def main(config: LoaderConfig) -> None:
         print(
             f"{row['frames_in_dataset']:7d} frames: {row['opened_mb']} MB when opened, {row['after_mb']} MB after use"
         )
-    print(f"results: {config.out}")
 
 
 if __name__ == "__main__":

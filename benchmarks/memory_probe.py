@@ -1,4 +1,4 @@
-"""Memory and time of the phases of this process, sampled from /proc while they run (Linux).
+"""The machine, memory and time of the phases of this process, sampled while they run (Linux), and results files.
 
 Not obvious: pages of a file that is mapped privately and only read count as "file": the kernel may drop and read them
 again, so they are needed in the sense of speed, not of survival. "anonymous" memory is what cannot be dropped.
@@ -6,27 +6,54 @@ again, so they are needed in the sense of speed, not of survival. "anonymous" me
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import os
+import platform
+import resource
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 
-def resident_memory() -> dict[str, int]:
-    """Bytes of this process in memory: {"anonymous": ..., "file": ...}."""
-    values = {}
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        if name in ("RssAnon", "RssFile"):
-            values[name] = int(rest.split()[0]) * 1024
-    return {"anonymous": values["RssAnon"], "file": values["RssFile"]}
+from prismatic.util.files import atomic_write
+
+_FLAGS_OF_PLACES = ("work_dir", "out", "keep_weights", "data_root_dir")
+
+
+def machine() -> dict[str, Any]:
+    """Collect what numbers depend on, without names or paths."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
+    }
+
+
+def write_results(path: str | Path, benchmark: str, flags: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    """Write a results file: the benchmark's name, the flags that shape its numbers, and `content`."""
+    shaping = {name: value for name, value in flags.items() if name not in _FLAGS_OF_PLACES}
+    atomic_write(path, json.dumps({"benchmark": benchmark, "flags": shaping, **content}, indent=2) + "\n")
+    print(f"results: {path}")
+
+
+def resident_memory(pid: int | None = None) -> dict[str, int]:
+    """Bytes of a process (default: this one) in memory: {"anonymous": ..., "file": ...}."""
+    usage = psutil.Process(pid).memory_info()
+    return {"anonymous": usage.rss - usage.shared, "file": usage.shared}
 
 
 def major_faults() -> int:
     """Pages that this process had to wait for from the disk."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    return int(fields[9])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 @dataclass

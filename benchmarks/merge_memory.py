@@ -8,7 +8,6 @@ linear layer. `merge_lora_weights_and_save.py` runs in a process of its own, who
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -19,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.memory_probe import write_results
 from prismatic.util.cli import run
-from prismatic.util.files import atomic_write
 from prismatic.util.flags import limited
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,8 +57,6 @@ def main(config: MergeConfig) -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     results = {
-        "benchmark": "merge_memory",
-        "flags": {name: value for name, value in vars(config).items() if name not in ("work_dir", "out")},
         "model_bytes": size,
         "peak_bytes": peak,
         "peak_of_imports_bytes": imports,
@@ -67,10 +64,10 @@ def main(config: MergeConfig) -> int:
         "over_imports_and_model": round((peak - imports) / size, 3),
         "seconds": round(seconds, 1),
     }
-    atomic_write(config.out, json.dumps(results, indent=2) + "\n")
+    write_results(config.out, "merge_memory", vars(config), results)
     print(
         f"model {size / 1e9:.2f} GB; peak {peak / 1e9:.2f} GB ({results['peak_over_model']} of the model), of which "
-        f"the libraries take {imports / 1e9:.2f} GB; {seconds:.1f} s\nresults: {config.out}"
+        f"the libraries take {imports / 1e9:.2f} GB; {seconds:.1f} s"
     )
     return 0
 

@@ -26,8 +26,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.memory_probe import resident_memory
 from experiments.robot.policy import Render
 from prismatic.util.cli import CommandParser, exit_code
+from prismatic.util.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,8 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows[way] = json.loads(run.stdout.strip().splitlines()[-1])
         print(f"{way}: {rows[way]['seconds_per_episode']:.2f} s an episode", file=sys.stderr, flush=True)
     report = {**describe_machine(arguments), "ways": rows, **compare(rows)}
-    from prismatic.util.files import atomic_write
-
     atomic_write(arguments.out, json.dumps(report, indent=2) + "\n")
     print(table(report))
     return 0
@@ -172,10 +172,7 @@ def run_ours(plan: Any, policy: Any, workers: int) -> tuple[list[dict[str, Any]]
 
 def _resident(pid: int) -> float:
     """Resident memory of a process in MB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1000
-    return 0.0
+    return sum(resident_memory(pid).values()) / 1e6
 
 
 def _cpu_seconds() -> float:
