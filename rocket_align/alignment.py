@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rocket_align.centering import Center
 from rocket_align.config import AlignConfig
 from rocket_align.layers import resolve_layers
+from rocket_align.matmul import autocasts, linear
 from rocket_align.pooling import pool_teacher
 from rocket_align.teacher.base import AlignmentTargets, TeacherFeatures
 
@@ -65,14 +66,6 @@ def matryoshka_widths(hidden_dim: int, num_layers: int, ratios: Sequence[float] 
     return tuple(max(1, int(hidden_dim * ratio)) for ratio in ratios)
 
 
-def _autocasts(device_type: str) -> bool:
-    """Tell whether autocast is on; before torch 2.4, each kind of device has a query of its own."""
-    try:
-        return torch.is_autocast_enabled(device_type)
-    except TypeError:
-        return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
-
-
 class AlignmentProjector(nn.Module):
     """p(x) = W2 GELU(W1 norm(x)), where a pair uses the first hidden units of W1 and W2 only (nested prefixes).
 
@@ -109,13 +102,13 @@ class AlignmentProjector(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def _normalize(self, tokens: Tensor) -> Tensor:
-        if not _autocasts(tokens.device.type):
+        if not autocasts(tokens.device.type):
             tokens = tokens.to(self.fc1.weight.dtype)
         return self.vlm_norm(tokens)
 
     def _project(self, normalized: Tensor, width: int) -> Tensor:
-        hidden = F.gelu(F.linear(normalized, self.fc1.weight[:width], self.fc1.bias[:width]))
-        return F.linear(hidden, self.fc2.weight[:, :width], self.fc2.bias)
+        hidden = F.gelu(linear(normalized, self.fc1.weight[:width], self.fc1.bias[:width]))
+        return linear(hidden, self.fc2.weight[:, :width], self.fc2.bias)
 
     def forward(self, tokens_BND: Tensor, pair: int) -> Tensor:
         """Project the tokens of one pair.

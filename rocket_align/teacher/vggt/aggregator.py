@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rocket_align.matmul import attention, linear
 from rocket_align.teacher.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from rocket_align.teacher.vggt.config import VGGTConfig
 
@@ -77,12 +78,13 @@ class Attention(nn.Module):
         self.k_norm: nn.Module = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
 
     def forward(self, x_BSD: Tensor, table: RotaryTable | None) -> Tensor:
-        query, key, value = self.qkv(x_BSD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = linear(x_BSD, self.qkv.weight, self.qkv.bias)
+        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         query, key = self.q_norm(query), self.k_norm(key)
         if table is not None:
             query, key = rotate(query, table), rotate(key, table)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        mixed = attention(query, key, value)
+        return linear(mixed.transpose(1, 2).flatten(2), self.proj.weight, self.proj.bias)
 
 
 class Mlp(nn.Module):
@@ -94,7 +96,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim if out_dim is None else out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        hidden = F.gelu(linear(x, self.fc1.weight, self.fc1.bias))
+        return linear(hidden, self.fc2.weight, self.fc2.bias)
 
 
 class LayerScale(nn.Module):
