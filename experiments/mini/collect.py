@@ -226,7 +226,6 @@ def collect(config: CollectConfig) -> Path:
 
 
 def main(config: CollectConfig) -> None:
-    """Entry point of the command line."""
     collect(config)
 
 

@@ -13,25 +13,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
+from experiments.robot.libero.rollouts.protocol import EvalFlags
 from experiments.robot.libero.suites.tasks import unnorm_key_for
-from experiments.robot.policy import Gripper, Policy
+from experiments.robot.policy import Policy
 from prismatic.util.errors import UsageError
 
 SERVER_TIMEOUT_S = 60.0
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-
-
-class ExternalFlags(Protocol):
-    """The flags of an evaluation that concern a policy of others."""
-
-    policy: str
-    policy_gripper: Gripper
-    policy_timeout: float
-    unnorm_key: str
-    task_suite_name: str
-    num_open_loop_steps: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +35,7 @@ class ExternalPolicy:
     identity: Mapping[str, object]
 
 
-def open_policy(config: ExternalFlags) -> ExternalPolicy:
+def open_policy(config: EvalFlags) -> ExternalPolicy:
     """The policy that `config.policy` names.
 
     Raises:
@@ -60,7 +49,7 @@ def open_policy(config: ExternalFlags) -> ExternalPolicy:
     return _open_factory(config)
 
 
-def _open_server(config: ExternalFlags) -> ExternalPolicy:
+def _open_server(config: EvalFlags) -> ExternalPolicy:
     from experiments.robot.serving.access import read_token
     from experiments.robot.serving.remote import open_remote
 
@@ -86,7 +75,7 @@ def _open_server(config: ExternalFlags) -> ExternalPolicy:
     return ExternalPolicy(policy, identity)
 
 
-def _unnorm_key(config: ExternalFlags, metadata: Mapping[str, object]) -> str:
+def _unnorm_key(config: EvalFlags, metadata: Mapping[str, object]) -> str:
     """The statistics to ask for: those that a checkpoint would be evaluated with, else the server's default ("")."""
     keys = metadata.get("unnorm_keys")
     if not isinstance(keys, list):
@@ -95,7 +84,7 @@ def _unnorm_key(config: ExternalFlags, metadata: Mapping[str, object]) -> str:
     return unnorm_key_for(dict.fromkeys(keys), config.unnorm_key, config.task_suite_name, default)
 
 
-def _check_sizes(config: ExternalFlags, metadata: Mapping[str, object]) -> None:
+def _check_sizes(config: EvalFlags, metadata: Mapping[str, object]) -> None:
     chunk, size = metadata.get("action_horizon"), metadata.get("action_dim")
     if isinstance(chunk, int) and config.num_open_loop_steps > chunk:
         raise UsageError(
@@ -106,7 +95,7 @@ def _check_sizes(config: ExternalFlags, metadata: Mapping[str, object]) -> None:
         raise UsageError(f"--policy: {config.policy} answers {size} numbers an action; accepted: 7, as LIBERO takes")
 
 
-def _open_factory(config: ExternalFlags) -> ExternalPolicy:
+def _open_factory(config: EvalFlags) -> ExternalPolicy:
     from experiments.robot.wrappers import TimeLimited
 
     module, _, name = config.policy.partition(":")

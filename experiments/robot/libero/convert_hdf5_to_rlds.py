@@ -14,17 +14,22 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+import numpy as np
+
+from experiments.robot.libero.demonstrations import (
+    Demonstration,
+    demonstration_files,
+    instruction_of,
+    read_demonstrations,
+    rotate,
+)
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 from prismatic.util.files import refuse_long_name
-
-if TYPE_CHECKING:
-    from experiments.robot.libero.demonstrations import Demonstration
-    from prismatic.vla.datasets.rlds_writer import Episode
+from prismatic.vla.datasets.rlds_writer import Episode, RLDSWriter, encode_jpeg, serialize_episode
 
 
 @dataclass
@@ -43,11 +48,6 @@ class ConvertConfig:
 
 def as_episode(demonstration: Demonstration, instruction: str, source: str) -> Episode:
     """The demonstration in the layout of the RLDS data."""
-    import numpy as np
-
-    from experiments.robot.libero.demonstrations import rotate
-    from prismatic.vla.datasets.rlds_writer import Episode, encode_jpeg
-
     return Episode(
         images=[encode_jpeg(rotate(image)) for image in demonstration.images],
         wrist_images=[encode_jpeg(rotate(image)) for image in demonstration.wrist_images],
@@ -65,9 +65,6 @@ def convert(config: ConvertConfig) -> Path:
     Raises:
         UsageError: no or damaged files, images of different sizes, no demonstration at all, or a dataset in the way.
     """
-    from experiments.robot.libero.demonstrations import demonstration_files, instruction_of, read_demonstrations
-    from prismatic.vla.datasets.rlds_writer import RLDSWriter, serialize_episode
-
     files = demonstration_files(config.hdf5_dir, "--hdf5_dir")
     target = config.out / config.dataset_name
     refuse_long_name("--dataset_name", target)
@@ -98,7 +95,6 @@ def convert(config: ConvertConfig) -> Path:
 
 
 def main(config: ConvertConfig) -> None:
-    """Entry point of the command line."""
     convert(config)
 
 

@@ -24,6 +24,24 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+import numpy as np
+
+from experiments.robot.libero.demonstrations import (
+    INSTRUCTION,
+    Demonstration,
+    demonstration_file,
+    demonstration_names,
+    describe,
+    h5py_module,
+    is_no_op,
+    open_demonstrations,
+    read_array,
+    rotate,
+    write_demonstration,
+)
+from experiments.robot.libero.rollouts.protocol import DUMMY_ACTION
+from experiments.robot.libero.simulator.rendering import choose_renderer
+from experiments.robot.libero.suites.tasks import get_task, num_tasks
 from experiments.robot.policy import Render
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
@@ -31,9 +49,6 @@ from prismatic.util.files import atomic_path, atomic_write, read_json
 from prismatic.util.flags import check, choose_numbers, limited, numbers
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from experiments.robot.libero.demonstrations import Demonstration
     from experiments.robot.libero.simulator.environment import LiberoEnv
 
 _SETTLE_STEPS = 10
@@ -68,11 +83,6 @@ def replay(env: LiberoEnv, actions_TA: np.ndarray, initial_state: np.ndarray) ->
     A skipped no-op is not executed, so that what follows in the record is what happened. Success is the task's goal
     after the last action.
     """
-    import numpy as np
-
-    from experiments.robot.libero.demonstrations import Demonstration, is_no_op, rotate
-    from experiments.robot.libero.rollouts.protocol import DUMMY_ACTION
-
     env.reset(initial_state)
     for _ in range(_SETTLE_STEPS):
         env.step(np.array(DUMMY_ACTION))
@@ -104,8 +114,6 @@ def replay(env: LiberoEnv, actions_TA: np.ndarray, initial_state: np.ndarray) ->
 
 def quaternions(axis_angle_T3: np.ndarray) -> np.ndarray:
     """(x, y, z, w) of rotation vectors of 0 to 2 pi, with the sign that robosuite's conversion came from."""
-    import numpy as np
-
     angle = np.linalg.norm(axis_angle_T3, axis=1, keepdims=True)
     axis = np.divide(axis_angle_T3, angle, out=np.zeros_like(axis_angle_T3), where=angle > 0)
     return np.concatenate([axis * np.sin(angle / 2), np.cos(angle / 2)], axis=1)
@@ -117,18 +125,7 @@ def regenerate_task(config: RegenerateConfig, task_id: int) -> dict[str, Any]:
     Raises:
         UsageError: its file is missing or damaged, or its states do not fit the installed simulator.
     """
-    from experiments.robot.libero.demonstrations import (
-        INSTRUCTION,
-        demonstration_file,
-        demonstration_names,
-        describe,
-        h5py_module,
-        open_demonstrations,
-        read_array,
-        write_demonstration,
-    )
     from experiments.robot.libero.simulator.environment import LiberoEnv
-    from experiments.robot.libero.suites.tasks import get_task
 
     task = get_task(config.libero_task_suite, task_id)
     target = demonstration_file(config.libero_target_dir, task.name)
@@ -162,9 +159,6 @@ def _todo(config: RegenerateConfig, done: dict[str, Any]) -> dict[int, str]:
     Raises:
         UsageError: unknown suite or task, a missing file of a task, or files in the way.
     """
-    from experiments.robot.libero.demonstrations import demonstration_file
-    from experiments.robot.libero.suites.tasks import get_task, num_tasks
-
     count = num_tasks(config.libero_task_suite)
     if not config.libero_raw_data_dir.is_dir():
         raise UsageError(f"--libero_raw_data_dir: no such folder: {config.libero_raw_data_dir}")
@@ -211,8 +205,6 @@ def _reports(config: RegenerateConfig, tasks: list[int]) -> Iterator[tuple[int, 
 
 def regenerate(config: RegenerateConfig) -> Path:
     """Regenerate what is missing; returns the metainfo file. Raises UsageError for a wrong flag or a damaged file."""
-    from experiments.robot.libero.simulator.rendering import choose_renderer
-
     choose_renderer()
     before = metainfo = read_json(config.metainfo) if config.metainfo.is_file() else {}
     todo = _todo(config, metainfo)
@@ -228,7 +220,6 @@ def regenerate(config: RegenerateConfig) -> Path:
 
 
 def main(config: RegenerateConfig) -> None:
-    """Entry point of the command line."""
     regenerate(config)
 
 
