@@ -34,7 +34,6 @@ def measure_cka(checkpoint: LoadedCheckpoint, rows: str, *, debiased: bool, esti
 
 
 def measure(config: CkaConfig, folder: str) -> Report:
-    """One checkpoint's part of the report."""
     checkpoint = LoadedCheckpoint(config, folder, teacher_layers="all")
     values = measure_cka(checkpoint, config.rows, debiased=config.debiased, estimator=config.estimator)  # type: ignore[arg-type]
     pairs = match_layers(values)

@@ -85,7 +85,6 @@ class SubjectFlags:
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
-        """The folders one by one."""
         return split_paths(self.checkpoint)
 
     def overrides(self) -> dict[str, Any]:
@@ -193,7 +192,6 @@ class ReachConfig:
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
-        """The folders one by one."""
         return split_paths(self.checkpoint)
 
 

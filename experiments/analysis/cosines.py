@@ -95,7 +95,6 @@ def draw_cone(config: ConeConfig, parts: list[Report]) -> None:
 
 
 def measure_projectors(config: ProjectorsConfig, folder: str) -> Report:
-    """One checkpoint's part of the report."""
     checkpoint = LoadedCheckpoint(config, folder, teacher_layers="none")
     if not checkpoint.align.num_pairs:
         raise UsageError(

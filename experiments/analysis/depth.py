@@ -87,7 +87,6 @@ class DepthStudy:
         self.layers: tuple[int, ...] = self.teacher.layers
 
     def features(self, images: Tensor) -> TeacherFeatures:
-        """Features of a batch."""
         return self.teacher(images.to(self.device))
 
     def targets(self, depths: Tensor, grid_hw: tuple[int, int]) -> Tensor:

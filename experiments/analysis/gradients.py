@@ -131,7 +131,6 @@ def draw_gradients(config: GradientsConfig, parts: list[Report]) -> None:
 
 
 def measure_theorem(config: TheoremConfig, folder: str) -> Report:
-    """One checkpoint's part of the report."""
     checkpoint = LoadedCheckpoint(config, folder)
     check = TheoremCheck(checkpoint.alignment, reference=config.reference)  # type: ignore[arg-type]
     for forward in checkpoint.passes():

@@ -81,7 +81,6 @@ class Watch:
         return [episode.task_id, episode.init_state, turn.steps if closed else None, *map(float, place)]
 
     def close(self) -> None:
-        """Free the environments."""
         for runner in self._runners.values():
             runner.close()
 
@@ -98,7 +97,6 @@ def policy_flags(config: ReachConfig, folder: str) -> GenerateConfig:
 
 
 def measure(flags: GenerateConfig, plan: Plan, watch: Watch) -> Report:
-    """One checkpoint's part of the report."""
     assert plan.checkpoint is not None
     set_seed_everywhere(flags.seed)
     policy = OpenVLAPolicy.from_checkpoint(plan.checkpoint, flags, plan.unnorm_key)

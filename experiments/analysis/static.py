@@ -77,7 +77,6 @@ class StaticStudy:
 
 
 def measure(config: StaticConfig, folder: str) -> Report:
-    """One part of the report."""
     study = StaticStudy(config, folder)
     shares = {name: study.measure(image_aug=name == "augmented") for name in ("plain", "augmented")}
     return {

@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from experiments.report import cell, percent, percent_range
+from experiments.report import cell, markdown_table, percent, percent_range
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -56,7 +56,6 @@ class Rate:
 
     @property
     def interval(self) -> str:
-        """The interval as text."""
         return percent_range((self.low, self.high))
 
 
@@ -122,6 +121,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters.update(percent=percent, percent_range=percent_range, cell=cell)
+    environment.filters["markdown_table"] = lambda table: "\n".join(markdown_table(*table))
     environment.globals.update(color=color)
     return environment
 

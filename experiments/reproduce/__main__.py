@@ -28,7 +28,6 @@ from prismatic.util.flags import split_names, split_numbers
 
 
 def make_parser() -> CommandParser:
-    """The command line."""
     parser = CommandParser(prog="python -m experiments.reproduce", description="The paper's experiments.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="name the tables and figures")
@@ -170,7 +169,6 @@ def run_studies(arguments: argparse.Namespace) -> int:
 
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
     arguments = make_parser().parse_args(argv)
     if arguments.command == "list":
         for study in STUDIES.values():

@@ -52,7 +52,6 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Tell whether there is nothing left to do."""
         return self.check(self.result)
 
 
@@ -65,7 +64,6 @@ class Chain:
 
     @property
     def done(self) -> bool:
-        """Tell whether every job's result is there."""
         return all(job.done for job in self.jobs)
 
 
@@ -121,7 +119,7 @@ class JobRunner:
                 for job in chain.jobs:
                     if self._stopping.is_set() or (failures and not keep_going):
                         return
-                    self._run_or_skip(job, threads)
+                    self._run_one(job, threads)
                 if chain.finish is not None:
                     chain.finish()
             except JobFailed as failure:
@@ -142,13 +140,10 @@ class JobRunner:
             display.join()
         return failures
 
-    def _run_or_skip(self, job: Job, threads: int) -> None:
+    def _run_one(self, job: Job, threads: int) -> None:
         if job.done:
             self.console.print(f"[dim]{job.name}: already done ({job.result})[/dim]", highlight=False, soft_wrap=True)
-        else:
-            self._run_one(job, threads)
-
-    def _run_one(self, job: Job, threads: int) -> None:
+            return
         self.logs.mkdir(parents=True, exist_ok=True)
         state = _Running(time.monotonic(), self.logs / f"{job.name}.log")
         environment = {

@@ -187,7 +187,6 @@ class Outcome:
         }
 
     def only_seeds(self, seeds: Collection[int]) -> Outcome:
-        """The part of some seeds."""
         return replace(self, episodes={key: success for key, success in self.episodes.items() if key[0] in seeds})
 
     @property

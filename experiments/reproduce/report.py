@@ -14,7 +14,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from experiments.report import Table, markdown_table, percent, percent_range
+from experiments.report import Table, percent, percent_range
 from experiments.report.html import render
 from experiments.reproduce.profiles import PROFILES, Profile
 from experiments.reproduce.published import PUBLISHED
@@ -71,19 +71,14 @@ class Results:
     pictures: Mapping[str, str] = field(default_factory=dict)
 
 
-def make_sections(results: Results) -> tuple[Section, ...]:
-    """Sections of all studies, in the paper's order."""
-    return tuple(make_section(study, results) for study in STUDIES.values())
-
-
 def make_section(study: Study, results: Results) -> Section:
     """One study's section; it says what was not run."""
     if study.unsupported:
         return Section(study.name, study.title, (published_table(study.name),), reason=study.unsupported)
     tables, missing = [], []
     if study.name in PUBLISHED or not study.analyses:
-        table = _policies(study, results)
-        tables.append(table)
+        make_table = cost_table if study.name == "table7" else curve_table if study.curve else success_table
+        tables.append(table := make_table(study, results))
         missing += [row[0] for row in table.rows if NOT_RUN in row]
         tables += [kinds] if study.plus and (kinds := kind_table(study, results)) else []
     pictures = [results.pictures[study.name]] if study.name in results.pictures else []
@@ -96,12 +91,6 @@ def make_section(study: Study, results: Results) -> Section:
         tables.append(analysis_table(analysis.command, records))
         pictures += [record["picture"] for record in records if record.get("picture")]
     return Section(study.name, study.title, tuple(tables), tuple(pictures), tuple(missing))
-
-
-def _policies(study: Study, results: Results) -> Table:
-    if study.curve:
-        return curve_table(study, results)
-    return cost_table(study, results) if study.name == "table7" else success_table(study, results)
 
 
 def success_table(study: Study, results: Results) -> Table:
@@ -213,7 +202,6 @@ def published_value(study: str, arm: Arm) -> str:
 
 
 def published_table(study: str) -> Table:
-    """The paper's whole table."""
     table = PUBLISHED[study]
     rows = ((label, *(f"{value:g}" for value in values)) for label, values in table.rows.items())
     return Table(("paper", *table.columns), tuple(rows))
@@ -320,30 +308,23 @@ def write_report(profile_name: str, out: Path | None = None, results: Path = RES
     analyses = load_analyses(source, folder)
     drawn = draw_pictures(records, profile, folder, analyses)
     everything = Results(profile, records, analyses, {name: path.name for name, path in drawn.items()})
-    introduction = introduction_lines(records, profile)
     findings = (source / "findings.md").read_text().strip() if (source / "findings.md").is_file() else ""
-    sections = make_sections(everything)
-    training = drawn["training"].name if "training" in drawn else ""
-    lines = [f"# Results, {profile.name} profile", "", *introduction, ""]
-    lines += [findings, ""] if findings else []
-    lines += ["## Training", "", f"![losses, pairs and widths]({training})", ""] if training else []
-    for section in sections:
-        lines += markdown_section(section)
-    atomic_write(folder / "report.md", "\n".join(lines) + "\n")
-    page = render(
-        "reproduce.html",
-        title=f"ROCKET: results, {profile.name} profile",
-        subtitle=introduction[0],
-        note=introduction[-1],
-        findings=Markup(MarkdownIt("js-default").render(findings)),
-        training=training,
-        sections=sections,
-    )
-    atomic_write(folder / "report.html", page)
+    subtitle, note = introduction(records, profile)
+    content = {
+        "title": f"ROCKET: results, {profile.name} profile",
+        "profile": profile.name,
+        "subtitle": subtitle,
+        "note": note,
+        "training": drawn["training"].name if "training" in drawn else "",
+        "sections": [make_section(study, everything) for study in STUDIES.values()],
+    }
+    atomic_write(folder / "report.md", render("reproduce.md", findings=findings, **content))
+    shown = Markup(MarkdownIt("js-default").render(findings))
+    atomic_write(folder / "report.html", render("reproduce.html", findings=shown, **content))
     return folder / "report.md"
 
 
-def introduction_lines(records: Sequence[Record], profile: Profile) -> list[str]:
+def introduction(records: Sequence[Record], profile: Profile) -> tuple[str, str]:
     """Say what was run, where, and what may be compared."""
     commits = sorted({record["code"].get("commit", "unknown")[:10] for record in records})
     versions = [record["versions"] for record in records]
@@ -355,26 +336,11 @@ def introduction_lines(records: Sequence[Record], profile: Profile) -> list[str]
         if profile.collect
         else "Both the paper's numbers and ours are of OpenVLA-7B and VGGT-1B."
     )
-    return [
+    return (
         f"{len(records)} fine-tuned policies; code {', '.join(commits)}; {'; '.join(machines)}. All were trained with "
         f"the same budget ({train}). Rates are over the episodes of all seeds. Two intervals of 95%: Wilson's over the "
         "episodes, of these trained policies; Student's over the seeds' rates, of the method. p is of an exact paired "
         "test against the policies without alignment on equal data, seeds, tasks and initial states; it too is of "
         "these policies: where seeds differ much, only the interval over seeds says something of a method.",
-        "",
         scale,
-    ]
-
-
-def markdown_section(section: Section) -> list[str]:
-    """A section as Markdown."""
-    lines = [f"## {section.heading}", ""]
-    if section.reason:
-        lines += [f"Not run: {section.reason}.", ""]
-    for table in section.tables:
-        lines += [*markdown_table(*table), ""]
-    if section.missing:
-        lines += [f"Not run: {', '.join(section.missing)}.", ""]
-    for picture in section.pictures:
-        lines += [f"![{section.title}]({picture})", ""]
-    return lines
+    )

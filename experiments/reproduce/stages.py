@@ -5,6 +5,7 @@ Everything is a command of this repository that can be run by hand; its log begi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,19 +41,15 @@ class StudyPaths:
 
     @property
     def logs(self) -> Path:
-        """Folder of the commands' logs."""
         return self.out / "logs"
 
     def run_id(self, arm: Arm, seed: int) -> str:
-        """Name of a fine-tuning run."""
         return f"{arm.name}-seed{seed}"
 
     def checkpoint(self, arm: Arm, seed: int, step: int) -> Path:
-        """Folder of a checkpoint."""
         return self.out / "runs" / f"{self.run_id(arm, seed)}--{step}_chkpt"
 
     def evaluation(self, arm: Arm, seed: int, step: int, suite: str) -> str:
-        """Name of the results folder of one evaluation."""
         return self.run_id(arm, seed) + ("" if self.evaluated_once else f"-step{step}-{suite}")
 
     def layers_file(self, arm: Arm) -> Path:
@@ -158,11 +155,6 @@ def train_job(paths: StudyPaths, arm: Arm, seed: int) -> Job:
     return Job(f"train-{run_id}", paths.launched("vla-scripts/finetune.py", flags), result)
 
 
-def evaluate_job(paths: StudyPaths, arm: Arm, seed: int, step: int, suite: str) -> Job:
-    """Rollouts of one checkpoint in one suite."""
-    return rollouts_job(paths, paths.evaluation(arm, seed, step, suite), paths.checkpoint(arm, seed, step), suite)
-
-
 def rollouts_job(
     paths: StudyPaths, name: str, checkpoint: Path | str, suite: str, further: Mapping[str, object] | None = None
 ) -> Job:
@@ -187,7 +179,6 @@ def is_complete(summary: Path) -> bool:
 
 
 def analysis_job(paths: StudyPaths, analysis: Analysis, seed: int) -> Job:
-    """One analysis of one seed."""
     profile = paths.profile
     folder = paths.analysis_folder(analysis, seed)
     flags: dict[str, object] = {}
@@ -211,5 +202,7 @@ def arm_jobs(paths: StudyPaths, study: Study, arm: Arm, seed: int) -> tuple[Job,
     steps = profile.curve_steps if study.curve else (profile.final_step,)
     suites = (*profile.suites, profile.plus_suite) if study.plus else profile.suites
     jobs = [*preparation_jobs(paths, arm), train_job(paths, arm, seed)]
-    jobs += [evaluate_job(paths, arm, seed, step, suite) for suite in suites for step in steps]
+    for suite, step in itertools.product(suites, steps):
+        name, checkpoint = paths.evaluation(arm, seed, step, suite), paths.checkpoint(arm, seed, step)
+        jobs.append(rollouts_job(paths, name, checkpoint, suite))
     return tuple(jobs)

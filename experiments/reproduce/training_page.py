@@ -204,7 +204,6 @@ def videos(run: Run, out: Path) -> list[dict[str, Any]]:
 
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of this module; see its docstring."""
     parser = CommandParser(
         prog="python -m experiments.reproduce.training_page", description=(__doc__ or "").split("\n")[0]
     )

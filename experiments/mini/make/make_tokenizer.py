@@ -122,7 +122,6 @@ class MakeTokenizerConfig:
 
 
 def main(cfg: MakeTokenizerConfig) -> None:
-    """Build and save."""
     tokenizer = build_tokenizer(read_instructions(cfg.instructions))
     tokenizer.save_pretrained(cfg.out)
     prompt = PROMPT.format(instruction="pick up the alphabet soup and place it in the basket") + "\nOut:"

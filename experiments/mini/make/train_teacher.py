@@ -15,7 +15,6 @@ from prismatic.util.cli import run
 
 
 def main(cfg: TrainTeacherConfig) -> None:
-    """Train, evaluate, save."""
     # Late, so that --help answers without torch.
     from experiments.mini.make import teacher_training
 

@@ -90,7 +90,6 @@ def h5py_module() -> Any:
 
 
 def demonstration_file(folder: Path, task: str) -> Path:
-    """The file of a task's demonstrations."""
     return folder / f"{task}{_SUFFIX}"
 
 
@@ -180,9 +179,3 @@ def write_demonstration(file: Any, name: str, demonstration: Demonstration) -> N
     group.create_dataset("dones", data=last)
     group.create_dataset("rewards", data=last)
     group.attrs["num_samples"] = len(demonstration)
-
-
-def describe(path: Path, instruction: str, demonstrations: dict[str, Any]) -> str:
-    """One line about what a file keeps, for people."""
-    kept = sum(bool(entry["success"]) for entry in demonstrations.values())
-    return f"{path.name}: {kept} of {len(demonstrations)} demonstrations kept ({json.dumps(instruction)})"

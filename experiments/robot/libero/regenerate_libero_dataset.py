@@ -31,7 +31,6 @@ from experiments.robot.libero.demonstrations import (
     Demonstration,
     demonstration_file,
     demonstration_names,
-    describe,
     h5py_module,
     is_no_op,
     open_demonstrations,
@@ -73,7 +72,6 @@ class RegenerateConfig:
 
     @property
     def metainfo(self) -> Path:
-        """The file about all demonstrations."""
         return self.libero_target_dir / f"{self.libero_task_suite}_metainfo.json"
 
 
@@ -149,7 +147,7 @@ def regenerate_task(config: RegenerateConfig, task_id: int) -> dict[str, Any]:
             file["data"].attrs["num_demos"] = kept
             file["data"].attrs[INSTRUCTION] = task.instruction
             file["data"].attrs["env_args"] = json.dumps({"image_size": config.image_size, "render": config.render})
-    print(describe(target, task.instruction, report), flush=True)
+    print(f"{target.name}: {kept} of {len(report)} demonstrations kept ({json.dumps(task.instruction)})", flush=True)
     return report
 
 

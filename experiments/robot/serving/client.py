@@ -125,7 +125,6 @@ class PolicyClient:
 
 
 def _reason(content: bytes) -> str:
-    """The one-line reason in an error's body."""
     try:
         return str(json.loads(content)["detail"])
     except (ValueError, KeyError, TypeError):

@@ -73,7 +73,6 @@ def _parser() -> argparse.ArgumentParser:
 
 @exit_code
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of this module; see its docstring."""
     arguments = _parser().parse_args(argv)
     return arguments.function(arguments)
 

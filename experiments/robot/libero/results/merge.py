@@ -160,7 +160,6 @@ def _write(out: Path, config: Report, planned: set[Key], lines: Sequence[tuple[E
 
 
 def parser() -> argparse.ArgumentParser:
-    """Arguments of the command."""
     arguments = argparse.ArgumentParser(add_help=False)
     arguments.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     arguments.add_argument("--out", type=Path, help="folder of the merged run (default: RUN/merged)")

@@ -49,7 +49,6 @@ class Run:
 
     @property
     def rate(self) -> Rate:
-        """Success over all episodes."""
         return Rate.of(summary.rate(self.episodes))
 
     @property
@@ -65,8 +64,7 @@ class Run:
         if solved:
             rows.append(("steps of a success", f"{sum(solved) / len(solved):.0f}"))
         rows.append(("suite", ", ".join(suites)))
-        identity = self.record.get("identity", {})
-        if identity.get("standard_protocol") is False:
+        if self.record.get("identity", {}).get("standard_protocol") is False:
             rows.append(("protocol", "not the published one"))
         return rows
 
@@ -93,13 +91,14 @@ def build_page(folders: Sequence[Path], out: Path, title: str = "Evaluation in L
     records = [dict(run.record) for run in runs]
     everything = [(run.series, result) for run in runs for result in run.episodes]
     suites = sorted({result.suite for _, result in everything})
+    named = ", ".join(suites[:4]) + (f" and {len(suites) - 4} more" if len(suites) > 4 else "")
     videos = _videos(runs, out)
     failures, successes = ([video for video in videos if video["status"] == kind] for kind in ("failure", "success"))
     ordered = sorted(everything, key=lambda entry: (_URGENCY[entry[1].status], entry[1].key, entry[0]))
     page = render(
         "libero_results.html",
         title=title,
-        subtitle=_subtitle(runs, suites),
+        subtitle=f"{len(runs)} run{'s' * (len(runs) > 1)}, {len(everything)} episodes, {named}",
         runs=runs,
         comparisons=_comparisons(runs),
         kinds=_kinds(runs),
@@ -116,12 +115,6 @@ def build_page(folders: Sequence[Path], out: Path, title: str = "Evaluation in L
 
 
 _URGENCY = {"error": 0, "failure": 1, "success": 2}
-
-
-def _subtitle(runs: Sequence[Run], suites: Sequence[str]) -> str:
-    episodes = sum(len(run.episodes) for run in runs)
-    named = ", ".join(suites[:4]) + (f" and {len(suites) - 4} more" if len(suites) > 4 else "")
-    return f"{len(runs)} run{'s' * (len(runs) > 1)}, {episodes} episodes, {named}"
 
 
 def _entry(series: int, result: EpisodeResult) -> dict[str, Any]:
@@ -173,15 +166,9 @@ def _kinds(runs: Sequence[Run]) -> dict[str, Any] | None:
     if not kinds:
         return None
     rows = [_row(runs, [kind], lambda result, kind=kind: result.kind == kind) for kind in kinds]
-    means = []
-    for run in runs:
-        rates = [row["rates"][run.series].value for row in rows if row["rates"][run.series].value is not None]
-        means.append(sum(rates) / len(rates) if rates else None)
-    totals: list[dict[str, Any]] = [
-        _row(runs, ["all episodes"], lambda result: result.kind),
-        {"labels": [f"mean of {len(kinds)} kinds"], "rates": means},
-    ]
-    return {"rows": rows, "totals": totals}
+    means = [summary.mean(row["rates"][run.series].value for row in rows) for run in runs]
+    total = _row(runs, ["all episodes"], lambda result: result.kind)
+    return {"rows": rows, "totals": [total, {"labels": [f"mean of {len(kinds)} kinds"], "rates": means}]}
 
 
 def _videos(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
@@ -202,7 +189,6 @@ def _videos(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Arguments of the command."""
     arguments = argparse.ArgumentParser(add_help=False)
     arguments.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder written by run_libero_eval.py")
     arguments.add_argument(

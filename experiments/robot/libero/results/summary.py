@@ -4,7 +4,7 @@ runs. Pure functions of episode results."""
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from experiments.report.html import render
@@ -18,14 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["CONFIDENCE", "compare", "comparison_to_markdown", "rate", "summarize", "to_markdown", "wilson_interval"]
 Episode = TypeVar("Episode", bound=Hashable)
 Report = dict[str, Any]  # What is written as JSON; the functions that return it list its entries.
-
-
-def mcnemar_p_value(only_a: int, only_b: int) -> float:
-    """Two-sided p-value of the exact McNemar test, from the episodes that one run solved and the other did not."""
-    from scipy.stats import binomtest
-
-    discordant = only_a + only_b
-    return float(binomtest(only_b, discordant, 0.5).pvalue) if discordant else 1.0
 
 
 @dataclass(frozen=True)
@@ -44,10 +36,13 @@ def paired_test(solved_a: Mapping[Episode, bool], solved_b: Mapping[Episode, boo
     Only episodes that one side solved and the other did not tell the sides apart; under the null hypothesis they split
     evenly, so the p-value is that of a binomial test at 0.5.
     """
+    from scipy.stats import binomtest
+
     shared = solved_a.keys() & solved_b.keys()
     only_a = sum(solved_a[key] and not solved_b[key] for key in shared)
     only_b = sum(solved_b[key] and not solved_a[key] for key in shared)
-    return PairedTest(len(shared), only_a, only_b, mcnemar_p_value(only_a, only_b))
+    p_value = float(binomtest(only_b, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
+    return PairedTest(len(shared), only_a, only_b, p_value)
 
 
 def summarize(results: Sequence[EpisodeResult]) -> Report:
@@ -75,12 +70,13 @@ def summarize(results: Sequence[EpisodeResult]) -> Report:
     perturbed = [result for result in results if _has_kind(result)]
     return {
         "suites": suites,
-        "total": {**rate(results), "mean_of_suites": _mean(suite["success_rate"] for suite in suites.values())},
+        "total": {**rate(results), "mean_of_suites": mean(suite["success_rate"] for suite in suites.values())},
         **({"perturbations": _by_kind(perturbed)} if perturbed else {}),
     }
 
 
-def _mean(rates: Iterable[float | None]) -> float | None:
+def mean(rates: Iterable[float | None]) -> float | None:
+    """Mean of the rates that are known."""
     known = [value for value in rates if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -117,7 +113,7 @@ def _by_kind(results: Sequence[EpisodeResult]) -> Report:
     weighted = sum(entry["benchmark_tasks"] * entry["success_rate"] for entry in rated)
     return {
         "kinds": kinds,
-        "mean_of_kinds": _mean(entry["success_rate"] for entry in rated),
+        "mean_of_kinds": mean(entry["success_rate"] for entry in rated),
         "task_weighted_total": weighted / weight if weight else None,
         "tasks_run": len({(result.suite, result.task_id) for result in results}),
         "benchmark_tasks": sum(tasks.values()),
@@ -162,16 +158,13 @@ def _compare_paired(results_a: Sequence[EpisodeResult], results_b: Sequence[Epis
     test = paired_test(by_key_a, by_key_b)
     successes_a, successes_b = sum(by_key_a[key] for key in shared), sum(by_key_b[key] for key in shared)
     return {
-        "episodes": len(shared),
+        **asdict(test),
         "left_out": len(by_key_a.keys() ^ by_key_b.keys()),
         "success_rate_a": successes_a / len(shared),
         "success_rate_b": successes_b / len(shared),
         "difference_b_minus_a": (successes_b - successes_a) / len(shared),
         "interval_95_a": list(wilson_interval(successes_a, len(shared))),
         "interval_95_b": list(wilson_interval(successes_b, len(shared))),
-        "only_a": test.only_a,
-        "only_b": test.only_b,
-        "p_value": test.p_value,
     }
 
 
