@@ -10,6 +10,7 @@
     depth       depth read out of every teacher layer, against the simulator's (Figure 2)
     static      share of the targets that a token's place explains alone, with and without augmentation
     theorem     both sides of the bound on gradient coherence
+    readout     depth and camera pose read out of a policy's own tokens by a probe that knows each token's place
     reach       where the hand closes for the first time in LIBERO, beside the object it is to pick up
 
 Models are built as finetune.py builds them, with the flags that the checkpoint's run recorded; flags
@@ -34,6 +35,7 @@ from experiments.analysis.config import (
     GradientsConfig,
     ProjectorsConfig,
     ReachConfig,
+    ReadoutConfig,
     StaticConfig,
     TheoremConfig,
 )
@@ -49,6 +51,7 @@ COMMANDS: dict[str, type] = {
     "static": StaticConfig,
     "theorem": TheoremConfig,
     "reach": ReachConfig,
+    "readout": ReadoutConfig,
 }
 # The module of experiments.analysis with the function of the command's name, where that is not the module's too.
 MODULES = {"projectors": "cosines", "cone": "cosines", "theorem": "gradients"}

@@ -174,6 +174,33 @@ class DepthConfig:
 
 
 @dataclass
+class ReadoutConfig:
+    """Depth and camera pose read out of a policy's own tokens by a linear probe that knows each token's place."""
+
+    checkpoint: str = limited("", needed=_CHECKPOINTS)  # Checkpoint folders (...--STEP_chkpt) as a comma list
+    base_checkpoint: str = ""  # The base model, when it is not where the checkpoint's adapter says
+    unnorm_key: str = ""  # Dataset whose statistics normalize the robot's state; default: the checkpoint's first
+    frames_dir: Path | None = None  # Frames with depth, taken as they are; default: OUT_DIR/frames, made when missing
+    train_tasks: str = "libero_object:7"  # Tasks the probe is fitted on: SUITE:NUMBERS[;...]
+    test_tasks: str = "libero_object:9"  # Tasks it is tested on
+    episodes: int = limited(14, least=1)  # Episodes a task, where frames are rendered
+    frames: int = limited(14, least=1)  # Two-view frames an episode, where frames are rendered
+    image_size: int = limited(128, least=1)  # Side of the pictures in pixels, where frames are rendered
+    shift: bool = True  # Take the token after each patch's, as the alignment does
+    ridge: float = limited(1e-2, above=0)  # Penalty of the regression
+    batch_size: int = limited(16, least=1)  # Frames per forward pass
+    seed: int = limited(0, least=0)  # Seed of the rendered frames, and of the policy's noise
+    device: Device = "auto"  # auto | cpu | cuda
+    dtype: DType = "auto"  # auto | float32 | bfloat16
+    out_dir: Path = Path("analysis")  # Folder for the JSON file and the PNG picture
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """The folders one by one."""
+        return split_paths(self.checkpoint)
+
+
+@dataclass
 class ReachConfig:
     """Measure where the hand first closes in LIBERO's pick-and-place tasks, beside the object it is to pick up."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from experiments.analysis.config import ReachConfig
+from experiments.analysis.config import ReachConfig, ReadoutConfig
 from experiments.analysis.report import COLORS, Report, new_figure, save_figure, write_json
 from experiments.mini.expert import read_goal
 from experiments.robot.libero.rollouts.episode import EpisodeRunner, make_libero_env
@@ -85,7 +85,7 @@ class Watch:
             runner.close()
 
 
-def policy_flags(config: ReachConfig, folder: str) -> GenerateConfig:
+def policy_flags(config: ReachConfig | ReadoutConfig, folder: str) -> GenerateConfig:
     """The evaluation's flags for a checkpoint: inputs and heads as its run recorded them."""
     trained = read_record(Path(folder))
     values = {name: trained[name] for name in POLICY_FLAGS if name in trained}

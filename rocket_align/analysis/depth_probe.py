@@ -51,13 +51,17 @@ class RidgeProbe:
             raise ValueError("probe: found no data; accepted: at least one batch")
         mean, output_mean = self._feature_sum / self.samples, self._output_sum / self.samples
         covariance = self._squares / self.samples - torch.outer(mean, mean)
-        scale = covariance.diagonal().clamp(min=0).sqrt()
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        correlation = covariance / torch.outer(scale, scale)
-        cross = (self._cross / self.samples - torch.outer(mean, output_mean)) / scale[:, None]
-        penalty = self.ridge * torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
-        weights = torch.linalg.solve(correlation + penalty, cross) / scale[:, None]
+        weights = solve_ridge(covariance, self._cross / self.samples - torch.outer(mean, output_mean), self.ridge)
         return LinearReadout(weights, output_mean - (mean + self._offset) @ weights)
+
+
+def solve_ridge(covariance_CC: Tensor, cross_CK: Tensor, ridge: float) -> Tensor:
+    """Weights (C, K) of standardized features with a penalty of `ridge`, for features as they are."""
+    scale = covariance_CC.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    correlation = covariance_CC / torch.outer(scale, scale)
+    penalty = ridge * torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
+    return torch.linalg.solve(correlation + penalty, cross_CK / scale[:, None]) / scale[:, None]
 
 
 @dataclass(frozen=True)

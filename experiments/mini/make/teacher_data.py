@@ -212,6 +212,7 @@ def _frame(env: LiberoEnv, kinds: KindMap) -> Frame:
     views = list(geometry.values())
     return {
         "images": np.stack([observation.image, observation.wrist_image]),
+        "states": observation.state,
         "depths": np.stack([view.depth for view in views]).astype(np.float16),
         "kinds": np.stack([kinds(view.segmentation) for view in views]),
         "intrinsics": np.stack([view.intrinsics for view in views]).astype(np.float32),

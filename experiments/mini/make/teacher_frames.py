@@ -8,7 +8,7 @@ are those of right-handed cameras in a mirrored world. As in VGGT, the first vie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +76,8 @@ def load_frames(folder: Path, tasks: Sequence[tuple[str, int]], image_size: int)
                 f"--data: no {shard.name} in {folder}; make it with python -m experiments.mini.make.teacher_data"
             )
         with np.load(shard, allow_pickle=False) as archive:
-            arrays = {name: torch.from_numpy(archive[name]) for name in archive.files}
+            names = (field.name for field in fields(FrameSet))
+            arrays = {name: torch.from_numpy(archive[name]) for name in names}
         arrays["images"] = _resize(arrays["images"], image_size)
         parts.append(arrays)
     return FrameSet(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
