@@ -147,7 +147,7 @@ def build_on_meta(
         vla.vision_backbone.set_num_images_in_input(config.views)
         parts = build_parts(training, StartingPoint("", None, 0), vla, LIBERO)
         teacher = VGGTTeacher(sizes.teacher(), align.teacher_layers) if align.num_pairs else None
-        module = build_module(parts, align, sizes.teacher().embed_dim, None)
+        module = build_module(parts, align, sizes.teacher().embed_dim)
     return module, None if teacher is None else teacher.to(torch.bfloat16)
 
 

@@ -7,7 +7,7 @@ be cut (`Sizes`) to try a benchmark in a minute; the widths stay those of the re
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.training.config import TrainConfig
 from prismatic.training.module import TrainableVLA
-from prismatic.training.objectives import L1Objective, Objective, PolicyParts
+from prismatic.training.objectives import L1Objective, PolicyParts
 from prismatic.vla.constants import IGNORE_INDEX, STOP_INDEX
 from prismatic.vla.platforms import LIBERO
 from rocket_align import AlignConfig, MultiLayerAlignment
@@ -71,10 +71,6 @@ class Sizes:
         """The recipe's alignment: for the real depths ten pairs, 2, 4, ..., 18, -1 of both models."""
         return RECIPES[recipe](self.llm_blocks, self.teacher_blocks)
 
-    def to_dict(self) -> dict[str, Any]:
-        """For a results file."""
-        return asdict(self)
-
 
 def make_batch(batch_size: int, views: int = 2, prompt_tokens: int = 40, image_size: int = 224) -> dict[str, Any]:
     """Random inputs of a LIBERO batch, see `prismatic.vla.batch`: prompts of `prompt_tokens`, no padding.
@@ -99,19 +95,15 @@ def make_batch(batch_size: int, views: int = 2, prompt_tokens: int = 40, image_s
     }
 
 
-def build_module(parts: PolicyParts, align: AlignConfig, teacher_dim: int, objective: Objective | None) -> TrainableVLA:
-    """Build what training wraps: policy, heads and alignment, with the L1 objective unless another is given."""
+def build_module(parts: PolicyParts, align: AlignConfig, teacher_dim: int) -> TrainableVLA:
+    """Build what training wraps: policy, heads and alignment, with the L1 objective."""
     alignment = MultiLayerAlignment(align, parts.vla.llm_dim, teacher_dim)
-    return TrainableVLA(parts, objective or L1Objective(LIBERO), alignment, auxiliary_coeff=align.coeff)
+    return TrainableVLA(parts, L1Objective(LIBERO), alignment, auxiliary_coeff=align.coeff)
 
 
 def teacher_targets(teacher: nn.Module) -> Callable[[dict[str, Any]], Any]:
     """From a batch to the teacher's features of its images, as `finetune.py` computes them."""
-
-    def targets(batch: dict[str, Any]) -> Any:
-        return teacher(unnormalize_views(batch["pixel_values"], channels_per_view=CHANNELS_PER_VIEW))
-
-    return targets
+    return lambda batch: teacher(unnormalize_views(batch["pixel_values"], channels_per_view=CHANNELS_PER_VIEW))
 
 
 def training_config(batch_size: int, *, gradient_checkpointing: bool, lora_rank: int = 32) -> TrainConfig:

@@ -173,7 +173,7 @@ def measure(config: StepConfig, sizes: Sizes, student: Path, teacher_folder: Pat
         parts = build_parts(training, start, vla, LIBERO)
         probe.enter("load teacher, build alignment")
         teacher = VGGTTeacher.from_pretrained(teacher_folder, align.teacher_layers, dtype=torch.bfloat16)
-        module = build_module(parts, align, teacher.embed_dim, None)
+        module = build_module(parts, align, teacher.embed_dim)
         trainer = _make_trainer(training, accelerator, module, teacher_targets(teacher), probe)
         probe.enter(None)
         gc.collect()
@@ -267,7 +267,7 @@ def report(path: str, config: StepConfig, sizes: Sizes, results: dict[str, Any])
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts = {**machine(), "threads": torch.get_num_threads(), "memory_bytes": memory}
-    write_results(path, "full_size_step", vars(config), {"sizes": sizes.to_dict(), "machine": facts, **results})
+    write_results(path, "full_size_step", vars(config), {"sizes": vars(sizes), "machine": facts, **results})
     for name, phase in results["phases"].items():
         print(
             f"{name:34s} {phase['seconds']:7.1f} s   anonymous {phase['peak_anonymous'] / 2**30:6.2f} GiB"

@@ -12,31 +12,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from patches.checkout import SCRIPT, Checkout
 from prismatic.util.cli import CommandParser, exit_code
 
-
-def apply(checkout: Checkout) -> int:
-    before = checkout.state
-    checkout.apply()
-    said = {"absent": "injected", "outdated": "brought up to date", "applied": "was there already"}
-    print(f"{checkout.root}: alignment {said[before]}")
-    return 0
-
-
-def check(checkout: Checkout) -> int:
-    said = {
+SAID = {
+    "apply": {
+        "absent": "alignment injected",
+        "outdated": "alignment brought up to date",
+        "applied": "alignment was there already",
+    },
+    "check": {
         "absent": f"no alignment; every place it needs is in {SCRIPT}",
         "outdated": "an alignment that is incomplete or of another version; `apply` brings it up to date",
         "applied": "alignment injected and intact",
-    }
-    print(f"{checkout.root}: {said[checkout.state]}")
-    return 0 if checkout.state == "applied" else 1
-
-
-def revert(checkout: Checkout) -> int:
-    print(f"{checkout.root}: {'alignment taken out' if checkout.revert() else 'there was no alignment'}")
-    return 0
-
-
-COMMANDS = {"apply": apply, "check": check, "revert": revert}
+    },
+}
 
 
 @exit_code
@@ -46,11 +33,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m patches", description="Put rocket_align into a checkout of moojink/openvla-oft, or take it out."
     )
     parser.add_argument(
-        "command", choices=COMMANDS, help="apply (may be repeated), check (exit code 0: there) or revert"
+        "command", choices=(*SAID, "revert"), help="apply (may be repeated), check (exit code 0: there) or revert"
     )
     parser.add_argument("path", help="top folder of the checkout")
     arguments = parser.parse_args(argv)
-    return COMMANDS[arguments.command](Checkout(arguments.path))
+    checkout = Checkout(arguments.path)
+    if arguments.command == "revert":
+        print(f"{checkout.root}: {'alignment taken out' if checkout.revert() else 'there was no alignment'}")
+        return 0
+    state = checkout.state
+    if arguments.command == "apply":
+        checkout.apply()
+    print(f"{checkout.root}: {SAID[arguments.command][state]}")
+    return 0 if arguments.command == "apply" or state == "applied" else 1
 
 
 if __name__ == "__main__":

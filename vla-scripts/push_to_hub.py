@@ -41,19 +41,11 @@ class PushConfig:
 def main(config: PushConfig) -> int:
     """Publish, or write what would be published; returns 0."""
     _check(config)
-    from experiments.robot.publish import (
-        CARD,
-        CardFacts,
-        changed_texts,
-        model_card,
-        publish,
-        published_files,
-        write_copy,
-    )
+    from experiments.robot import publish
     from prismatic.util.files import read_json
 
     folder = Path(config.checkpoint).expanduser()
-    facts = CardFacts.from_checkpoint(folder, config.base_model)
+    facts = publish.CardFacts.from_checkpoint(folder, config.base_model)
     summaries = [read_json(Path(file)) for file in split_paths(config.results)]
     for file, summary in zip(split_paths(config.results), summaries, strict=True):
         if "suites" not in summary:
@@ -64,14 +56,14 @@ def main(config: PushConfig) -> int:
             "accepted: the base model's hub id"
         )
     dataset_ids = list(split_names(config.datasets))
-    card = model_card(facts, config.repo_id, config.license, dataset_ids=dataset_ids, summaries=summaries)
-    files = published_files(folder)
-    texts = {CARD: card, **changed_texts(folder, facts.base_model)}
+    card = publish.model_card(facts, config.repo_id, config.license, dataset_ids=dataset_ids, summaries=summaries)
+    files = publish.published_files(folder)
+    texts = {publish.CARD: card, **publish.changed_texts(folder, facts.base_model)}
     if config.dry_run:
-        write_copy(folder, files, texts, Path(config.dry_run).expanduser())
+        publish.write_copy(folder, files, texts, Path(config.dry_run).expanduser())
         print(f"would publish {len(files) + 1} files as {config.repo_id}: {config.dry_run}")
         return 0
-    url = publish(folder, files, texts, config.repo_id, private=config.private, message=config.message)
+    url = publish.publish(folder, files, texts, config.repo_id, private=config.private, message=config.message)
     print(f"published {len(files) + 1} files: {url}")
     return 0
 

@@ -23,7 +23,6 @@ class MLPResNetBlock(nn.Module):
         self.ffn = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.ReLU())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., dim) -> (..., dim)."""
         return x + self.ffn(x)
 
 
@@ -40,7 +39,6 @@ class MLPResNet(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, output_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., input_dim) -> (..., output_dim)."""
         x = self.relu(self.fc1(self.layer_norm1(x)))
         for block in self.mlp_resnet_blocks:
             x = block(x)
@@ -100,7 +98,6 @@ class NoisePredictionModel(nn.Module):
         self.mlp_resnet = MLPResNet(2, transformer_hidden_dim, hidden_dim, action_dim)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        """(B, T, A*D) -> (B, T, A)."""
         return self.mlp_resnet(obs)
 
 

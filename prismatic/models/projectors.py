@@ -17,7 +17,6 @@ class _TokenProjector(nn.Module):
         self.fc2 = nn.Linear(llm_dim, llm_dim)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """(..., in_dim) -> (..., llm_dim)."""
         return self.fc2(self.act_fn1(self.fc1(values)))
 
 

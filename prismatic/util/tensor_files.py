@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import convert_file_size_to_int
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
 from prismatic.util.errors import UsageError
@@ -125,20 +126,18 @@ def write_model(
     `read` gives each tensor in turn; its result must have the shape and type that `specs` announce.
     A tensor larger than `max_shard_bytes` gets a shard of its own.
     """
-    shards: list[list[TensorSpec]] = [[]]
-    for spec in specs:
-        used = sum(other.num_bytes for other in shards[-1])
-        if shards[-1] and used + spec.num_bytes > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(spec)
-    if len(shards) == 1:
-        return [_write_file(folder / WEIGHTS, shards[0], read)]
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    files = [_write_file(folder / name, shard, read) for name, shard in zip(names, shards)]
-    index = {
-        "metadata": {"total_size": sum(spec.num_bytes for shard in shards for spec in shard)},
-        "weight_map": {spec.name: name for name, shard in zip(names, shards) for spec in shard},
-    }
+    by_name = {spec.name: spec for spec in specs}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda spec: spec.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    shards = {name: [by_name[tensor] for tensor in tensors] for name, tensors in split.filename_to_tensors.items()}
+    files = [_write_file(folder / name, shard, read) for name, shard in shards.items()]
+    if not split.is_sharded:
+        return files
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     atomic_write(folder / WEIGHTS_INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
     return [*files, folder / WEIGHTS_INDEX]
 

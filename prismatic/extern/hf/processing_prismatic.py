@@ -70,7 +70,8 @@ class PrismaticImageProcessor(BaseImageProcessor):
         self.means = [tuple(mean) for mean in means or [(0.5, 0.5, 0.5)]]
         self.stds = [tuple(std) for std in stds or [(0.5, 0.5, 0.5)]]
         self._check()
-        self._views = [self._view(index) for index in range(len(self.input_sizes))]
+        sizes = zip(self.input_sizes, self.interpolations, strict=True)
+        self._views = [_View(height, width, _RESAMPLE[name]) for (_, height, width), name in sizes]
         self._scale, self._shift = self._affine()
 
     def _check(self) -> None:
@@ -84,10 +85,6 @@ class PrismaticImageProcessor(BaseImageProcessor):
             if len(getattr(self, name)) != expected:
                 entries = len(getattr(self, name))
                 raise ValueError(f"{name}: found {entries} entries; accepted: {expected}, one per vision model")
-
-    def _view(self, index: int) -> _View:
-        _, height, width = self.input_sizes[index]
-        return _View(height, width, _RESAMPLE[self.interpolations[index]])
 
     @property
     def _letterbox_fill(self) -> tuple[int, ...]:

@@ -11,14 +11,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from prismatic.util.errors import UsageError
-from prismatic.vla.datasets.episodes import DatasetSplit
 from prismatic.vla.datasets.frame_index import ImageFeature, NumberFeature, RLDSSplit
-from prismatic.vla.datasets.lerobot.split import open_lerobot
+from prismatic.vla.datasets.lerobot.split import LeRobotSplit, open_lerobot
 from prismatic.vla.datasets.specs import DatasetSpec
 from prismatic.vla.platforms import Platform
 
 SplitT = TypeVar("SplitT")
 
+# One split of a dataset, its schema checked, its episodes not read yet.
+DatasetSplit = RLDSSplit | LeRobotSplit
 FILE_FORMATS = ("tfrecord", "array_record")
 
 

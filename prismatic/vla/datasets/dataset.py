@@ -19,9 +19,8 @@ from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
 from prismatic.vla.batch import Frame, Sample
 from prismatic.vla.datasets import statistics as statistics_module
-from prismatic.vla.datasets.builder import choose_split, find_splits
+from prismatic.vla.datasets.builder import DatasetSplit, choose_split, find_splits
 from prismatic.vla.datasets.episodes import (
-    DatasetSplit,
     EpisodeData,
     cache_folder,
     choose_episodes,

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -69,24 +69,6 @@ class EpisodeData(ABC):
 
         Raises UsageError: its file is gone or damaged; names file and frame.
         """
-
-
-class DatasetSplit(Protocol):
-    """One split of a data set that was found on disk, its schema checked, its episodes not read yet."""
-
-    @property
-    def folder(self) -> Path:
-        """The data set's folder."""
-
-    @property
-    def split(self) -> str:
-        """Its name, such as "train"."""
-
-    def fingerprint(self) -> dict[str, object]:
-        """Everything the episodes depend on, JSON-ready; two equal fingerprints mean the same table."""
-
-    def load(self) -> EpisodeData:
-        """Read the episodes (or their cached index)."""
 
 
 def choose_episodes(instructions: Sequence[str], fraction: float, seed: int) -> np.ndarray:

@@ -10,7 +10,7 @@ be read at random places: they are copied once into `array_records-<split>.bin`,
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -154,6 +154,7 @@ class _Columns:
 
 def _matrix(example: Example, name: str, steps: int, feature: NumberFeature) -> np.ndarray:
     """The (steps, width) float32 values of a feature."""
+    _check_present(example, name)
     if feature.packed:
         packed = example.byte_strings(name)
         try:
@@ -183,6 +184,7 @@ def _texts(example: Example, name: str, feature: NumberFeature | None) -> list[b
 
 def _spans(example: Example, name: str, steps: int, form: ImageFeature) -> np.ndarray:
     """(steps, 2): first byte and end of every image within the record."""
+    _check_present(example, name)
     spans = example.integer_spans(name, steps) if form.shape and not form.packed else example.byte_spans(name)
     if len(spans) != steps:
         raise MalformedExample(f"{name} holds {len(spans)} images for {steps} steps")
@@ -194,12 +196,14 @@ def _check_present(example: Example, name: str) -> None:
         raise MalformedExample(f"missing feature {name}; it holds {', '.join(example.names())}")
 
 
-def _read(columns: _Columns, split: RLDSSplit, feature: str, read: Callable[[str], np.ndarray]) -> np.ndarray | None:
-    """The feature's values by `read`; None, and a note in `faults`, for damaged ones that are not needed."""
+def _read(
+    columns: _Columns, needed: Collection[str], feature: str, read: Callable[..., np.ndarray], *what: object
+) -> np.ndarray | None:
+    """The feature's values by `read(*what)`; None, and a note in `faults`, for damaged ones that are not needed."""
     try:
-        return read(f"steps/{feature}")
+        return read(*what)
     except MalformedExample as error:
-        if feature in split.needed:
+        if feature in needed:
             raise
         columns.faults.setdefault(feature, str(error))
         return None
@@ -211,21 +215,13 @@ def _add_episode(columns: _Columns, example: Example, offset: int, split: RLDSSp
     _check_present(example, f"steps/{spec.language}")
     texts = _texts(example, f"steps/{spec.language}", split.numbers.get(spec.language))
     steps = len(texts)
-
-    def matrix(name: str) -> np.ndarray:
-        _check_present(example, name)
-        return _matrix(example, name, steps, split.numbers[name.removeprefix("steps/")])
-
-    def spans(name: str) -> np.ndarray:
-        _check_present(example, name)
-        return _spans(example, name, steps, split.images[name.removeprefix("steps/")])
-
     numbers, places = {}, []
     for name in spec.numbers:
-        values = _read(columns, split, name, matrix)
-        numbers[name] = np.zeros((steps, split.numbers[name].width), np.float32) if values is None else values
+        form = split.numbers[name]
+        values = _read(columns, split.needed, name, _matrix, example, f"steps/{name}", steps, form)
+        numbers[name] = np.zeros((steps, form.width), np.float32) if values is None else values
     for name in spec.stored_images.values():
-        values = _read(columns, split, name, spans)
+        values = _read(columns, split.needed, name, _spans, example, f"steps/{name}", steps, split.images[name])
         places.append(np.zeros((steps, 2), np.int64) if values is None else values)
     spans_VT2 = np.stack(places) if places else np.zeros((0, steps, 2), np.int64)
     action, state, kept = spec.assembled(numbers)

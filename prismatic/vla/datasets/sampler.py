@@ -7,7 +7,6 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,13 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from prismatic.util.errors import UsageError
 from prismatic.vla.batch import Batch, Sample
-from prismatic.vla.datasets.dataset import FrameDraw, MixturePart
-
-
-class HasMixture(Protocol):
-    """All the sampler needs of a dataset."""
-
-    mixture: tuple[MixturePart, ...]
+from prismatic.vla.datasets.dataset import FrameDraw, RLDSDataset
 
 
 class MixtureSampler(Sampler[list[FrameDraw]]):
@@ -34,7 +27,9 @@ class MixtureSampler(Sampler[list[FrameDraw]]):
     position alone is the state.
     """
 
-    def __init__(self, dataset: HasMixture, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, dataset: RLDSDataset, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
         """Raises UsageError for a batch size below 1 or a rank outside the world."""
         if batch_size < 1:
             raise UsageError(f"--batch_size: {batch_size}; accepted: 1 or more")
