@@ -8,6 +8,7 @@
     dataset_statistics.json                 replaces the `norm_stats` of config.json
     run_config.json                         the run's flags, its platform, versions; ours alone
     training_state/state.pt                 step, optimizer, data position, random states; ours alone
+    training_state/optimizer/               the optimizer of a sharded run, a file a process
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ RUN_CONFIG = "run_config.json"
 STATISTICS = "dataset_statistics.json"
 MODEL_CONFIG = "config.json"
 STATE_FILE = Path("training_state") / "state.pt"
+OPTIMIZER_SHARDS = STATE_FILE.with_name("optimizer")
 LORA_FOLDER = "lora_adapter"
 ADAPTER_CONFIG = Path(LORA_FOLDER) / "adapter_config.json"
 PREPROCESSOR = "preprocessor_config.json"

@@ -7,7 +7,6 @@ merged into copies, without touching the weights that are being trained.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from peft import PeftModel
 from prismatic.checkpoint.layout import (
     COMPONENTS,
     LORA_FOLDER,
+    OPTIMIZER_SHARDS,
     RUN_CONFIG,
     STATE_FILE,
     STATISTICS,
@@ -33,13 +33,21 @@ from prismatic.models.lora import merge_lora_state_dict, state_dict_without_film
 from prismatic.util.files import atomic_path, atomic_write, temporary_prefix
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from prismatic.policies.base import Processor
+    from prismatic.training.engine import Engine
     from prismatic.training.module import TrainablePolicy
 
 
-def _save_model(folder: Path, vla: Any, *, merge: bool) -> None:
+Weights = Mapping[str, torch.Tensor]
+
+
+def _part(weights: Weights, module: torch.nn.Module, part: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a submodule, from that of the module."""
+    prefix = next(f"{name}." for name, candidate in module.named_modules() if candidate is part)
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _save_model(folder: Path, vla: Any, weights: Weights, *, merge: bool) -> None:
     """LoRA: the adapter and, when asked, the merged model, formed from copies; else the whole model.
 
     The model has the plain one's names, as a merge from disk writes them: with FiLM, the vision backbone's component
@@ -47,15 +55,15 @@ def _save_model(folder: Path, vla: Any, *, merge: bool) -> None:
     """
     if isinstance(vla, PeftModel):
         # Without its adapters the head is the base model's; by itself PEFT would warn, and write it at every save.
-        vla.save_pretrained(str(folder / LORA_FOLDER), save_embedding_layers=False)
+        vla.save_pretrained(str(folder / LORA_FOLDER), state_dict=dict(weights), save_embedding_layers=False)
         if not merge:
             return
         base: Any = vla.get_base_model()
         lora: Any = vla.peft_config[vla.active_adapter]
-        weights = merge_lora_state_dict(base.state_dict(), lora.lora_alpha)
+        plain = merge_lora_state_dict(_part(weights, vla, base), lora.lora_alpha)
     else:
-        base, weights = vla, vla.state_dict()
-    base.save_pretrained(folder, state_dict=state_dict_without_film(weights))
+        base, plain = vla, dict(weights)
+    base.save_pretrained(folder, state_dict=state_dict_without_film(plain))
 
 
 def _random_state() -> dict[str, object]:
@@ -80,6 +88,7 @@ class CheckpointWriter:
     Args:
         run_dir: the run's folder.
         module: the unwrapped trainable module.
+        engine: holds its weights and its optimizer.
         processor: saved beside the model.
         statistics: dataset statistics; a policy cannot act without them.
         run_config: what the folder records of the run: its flags, and more.
@@ -89,44 +98,59 @@ class CheckpointWriter:
         self,
         run_dir: Path,
         module: TrainablePolicy,
-        processor: Processor,
+        engine: Engine,
         *,
+        processor: Processor,
         statistics: Mapping[str, object],
         run_config: Mapping[str, object],
         latest_only: bool,
         merge: bool,
     ) -> None:
         self.run_dir = run_dir
-        self.module = module
+        self.module, self.engine = module, engine
+        self._film = getattr(module, "use_film", False)
         self.processor = processor
         self.statistics = statistics
         self.run_config = run_config
         self.latest_only = latest_only
         self.merge = merge
 
-    def save(self, step: int, training_state: Mapping[str, object]) -> Path:
-        """Write the checkpoint of `step` and return its folder. Call on the main process only."""
+    def save(self, step: int, sampler_state: Mapping[str, object]) -> Path:
+        """Write the checkpoint of `step` and return its folder. Call on every process; the main one writes."""
         target = checkpoint_folder(self.run_dir, step, latest_only=self.latest_only)
-        temporary = target.with_name(f"{temporary_prefix(target)}{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)  # Of a killed process that had this one's number.
-        temporary.mkdir(parents=True)
+        temporary = target.with_name(f"{temporary_prefix(target)}tmp")
+        state = {"step": step, **_training_state(self.engine, sampler_state)}
+        weights = self.engine.weights(self._written)
+        main = self.engine.accelerator.is_main_process
         try:
-            self._write(temporary, "latest" if self.latest_only else str(step))
-            with atomic_path(temporary / STATE_FILE) as file:
-                torch.save({"step": step, **training_state}, file)
-            write_checksums(temporary)
-            _move_into_place(temporary, target)
+            if main:
+                shutil.rmtree(temporary, ignore_errors=True)  # Of a killed process.
+                (temporary / STATE_FILE).parent.mkdir(parents=True)
+            self.engine.save_optimizer(temporary / OPTIMIZER_SHARDS)
+            if main:
+                self._write(temporary, weights, "latest" if self.latest_only else str(step))
+                with atomic_path(temporary / STATE_FILE) as file:
+                    torch.save(state, file)
+                write_checksums(temporary)
+                _move_into_place(temporary, target)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if main:
+                shutil.rmtree(temporary, ignore_errors=True)
         return target
 
-    def _write(self, folder: Path, tag: str) -> None:
+    def _written(self, name: str) -> bool:
+        """Tell whether a checkpoint holds a tensor: of the base model only where it is merged, or with FiLM."""
+        if self.merge or not isinstance(self.module.vla, PeftModel) or not name.startswith("vla."):
+            return True
+        return ".lora_" in name or (self._film and f".{VISION}." in name)
+
+    def _write(self, folder: Path, weights: Weights, tag: str) -> None:
         self.processor.save_pretrained(folder)
-        _save_model(folder, self.module.vla, merge=self.merge)
-        vision = self.module.vla.vision_backbone if getattr(self.module, "use_film", False) else None
+        _save_model(folder, self.module.vla, _part(weights, self.module, self.module.vla), merge=self.merge)
+        vision = self.module.vla.vision_backbone if self._film else None
         for name in COMPONENTS:
             component = vision if name == VISION else getattr(self.module, name)
-            if component is not None and (state := component.state_dict()):
+            if component is not None and (state := _part(weights, self.module, component)):
                 torch.save(state, folder / component_name(name, tag))
         atomic_write(folder / STATISTICS, json.dumps(self.statistics, indent=2))
         atomic_write(folder / RUN_CONFIG, json.dumps(self.run_config, indent=2, default=str))
@@ -155,15 +179,14 @@ def _move_into_place(temporary: Path, target: Path) -> None:
     shutil.rmtree(aside)
 
 
-def gather_training_state(
-    accelerator: Accelerator, optimizer: torch.optim.Optimizer, sampler_state: Mapping[str, object]
-) -> dict[str, object]:
-    """Collect what a resume needs beside the weights; call on every process (each has its own random state)."""
+def _training_state(engine: Engine, sampler_state: Mapping[str, object]) -> dict[str, object]:
+    """Collect what a resume needs beside the weights, each process's own random state too."""
     from accelerate.utils import gather_object
 
     return {
-        "optimizer": optimizer.state_dict(),
+        "optimizer": engine.optimizer_state(),
+        "trained": list(engine.parameters),
         "sampler": sampler_state,
         "random": gather_object([_random_state()]),
-        "num_processes": accelerator.num_processes,
+        "num_processes": engine.accelerator.num_processes,
     }

@@ -22,6 +22,7 @@ from prismatic.vla.platforms import get_platform
 # Aliases, since draccus finds no help beside a field whose annotation has quotes.
 Precision = Literal["auto", "no", "bf16"]
 Scheduler = Literal["MultiStepLR", "CosineAnnealingLR"]
+Shard = Literal["auto", "none", "fsdp", "zero2", "zero3"]
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 
 
@@ -61,6 +62,8 @@ class TrainConfig:
     grad_accumulation_steps: int = limited(1, least=1)  # Forward passes per optimizer step
     max_steps: int = limited(200_000, least=1)  # Optimizer steps
     mixed_precision: Precision = "auto"  # auto (bf16 where the device is fast at it) | no | bf16
+    # Divide weights, gradients and optimizer among the processes: fsdp | zero2 | zero3 | none | auto (the launcher's)
+    shard: Shard = "auto"
     gradient_checkpointing: bool = False  # Recompute the LLM's blocks in the backward pass: less memory, more time
     use_val_set: bool = False  # Measure validation losses
     val_freq: int = limited(10_000, least=1)  # Steps between validations

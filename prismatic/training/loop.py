@@ -9,19 +9,18 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from prismatic.training.config import TrainConfig
+from prismatic.training.engine import Engine
 from prismatic.training.metrics import MetricAverager, MetricLog
-from prismatic.training.module import TrainablePolicy, move_batch
+from prismatic.training.module import move_batch
 from prismatic.util.errors import UsageError
 from prismatic.util.progress import progress_bar
 from prismatic.vla.batch import Batch
@@ -70,9 +69,8 @@ class Trainer:
 
     Args:
         config: the run's flags.
-        accelerator: processes, devices and precision.
-        module: the wrapped :class:`TrainablePolicy`.
-        optimizer, scheduler: as `make_optimizer` returns them, prepared.
+        engine: holds the prepared :class:`TrainablePolicy` and its optimizer.
+        scheduler: of that optimizer.
         targets: from a batch (on the device) to the auxiliary loss's targets; called without gradients.
         save: writes a checkpoint of a step.
     """
@@ -80,19 +78,15 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        accelerator: Accelerator,
-        module: torch.nn.Module,
+        engine: Engine,
         *,
-        optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
         targets: Targets,
         save: Callable[[int], None],
         log: MetricLog,
     ) -> None:
         self.config = config
-        self.accelerator = accelerator
-        self.module = module
-        self.optimizer = optimizer
+        self.engine, self.accelerator, self.module = engine, engine.accelerator, engine.module
         self.scheduler = scheduler
         self.targets = targets
         self.save = save
@@ -136,7 +130,7 @@ class Trainer:
         """One optimizer step over `grad_accumulation_steps` batches."""
         micro_steps = self.config.grad_accumulation_steps
         metrics = []
-        module = cast(TrainablePolicy, self.accelerator.unwrap_model(self.module))
+        module = self.engine.plain
         module.step = self.state.step
         for micro in range(micro_steps):
             batch = move_batch(next(batches), self.accelerator.device)
@@ -144,34 +138,30 @@ class Trainer:
                 self._averages.add(self._sampled_errors(batch))
             with torch.no_grad(), self.accelerator.autocast():
                 targets = self.targets(batch) if module.uses_targets else None
-            last = micro == micro_steps - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.module):
+            with self.engine.micro_step(last=micro == micro_steps - 1):
                 with self.accelerator.autocast():
                     output = self.module(batch, targets)
-                self.accelerator.backward(output.loss / micro_steps)
+                self.engine.backward(output.loss / micro_steps)
             metrics.append(output.metrics)
             self._recent.append((self.state.step + 1, batch.get("dataset_names", []), output.loss.detach()))
         if self.config.skip_nonfinite and self._left_out():
             return
         for values in metrics:
             self._averages.add(values)
-        if self.config.max_grad_norm > 0:
-            norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm)
+        norm = self.engine.update(self.config.max_grad_norm)
+        if norm is not None:
             self._averages.add({"grad_norm": norm})
-        self.optimizer.step()
         self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
 
     def _left_out(self) -> bool:
         """Leave the step out, but for its place, where the gradient, which all processes share, is not finite."""
-        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        if torch.nn.utils.get_total_norm(gradients).isfinite():
+        if self.engine.gradient_norm().isfinite():
             return False
         step, names, _ = self._recent[-1]
         self._report(f"step {step}: loss or gradient is not finite; left out the batch of {_datasets(names)}")
         self._recent = [recent for recent in self._recent if recent[0] != step]
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.leave_out()
         self.scheduler.step()
         self.state.step = step
         return True
@@ -186,8 +176,7 @@ class Trainer:
         if not recent:
             return
         wrong = torch.stack([~loss.isfinite().all() for _, _, loss in recent]).float()
-        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        spoiled = ~torch.stack([parameter.detach().isfinite().all() for parameter in trained]).all()
+        spoiled = ~torch.stack([held.isfinite().all() for held in self.engine.held()]).all()
         flags = self.accelerator.gather(torch.cat([wrong, spoiled[None].float()])[None]).amax(dim=0).tolist()
         if not any(flags):
             return
@@ -203,11 +192,10 @@ class Trainer:
 
     def _sampled_errors(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Errors of whole action chunks sampled on a training batch; its noise is not taken from training's."""
-        unwrapped = cast(TrainablePolicy, self.accelerator.unwrap_model(self.module))
         seed = (self.config.seed * 1_000_003 + self.state.step) * 4096 + self.accelerator.process_index
         self.module.eval()
         with self.accelerator.autocast():
-            errors = unwrapped.sampled_errors(batch, seed % 2**63)
+            errors = self.engine.plain.sampled_errors(batch, seed % 2**63)
         self.module.train()
         return errors
 

@@ -10,20 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.tracking import TensorBoardTracker
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 
 from prismatic.checkpoint.folder import resolve_checkpoint
-from prismatic.checkpoint.layout import LOG_FILE, RUN_CONFIG, component_file, load_training_state, read_record
+from prismatic.checkpoint.layout import (
+    LOG_FILE,
+    OPTIMIZER_SHARDS,
+    RUN_CONFIG,
+    component_file,
+    load_training_state,
+    read_record,
+)
 from prismatic.checkpoint.load import load_component
 from prismatic.checkpoint.newest import checkpoints_of, remove_older
-from prismatic.checkpoint.write import CheckpointWriter, gather_training_state, restore_random_state
+from prismatic.checkpoint.write import CheckpointWriter, restore_random_state
 from prismatic.policies import get_family
 from prismatic.training.config import TrainConfig
+from prismatic.training.engine import make_engine
 from prismatic.training.loop import Targets, Trainer, TrainState
 from prismatic.training.metrics import MetricLog, read_log
 from prismatic.training.module import Coefficient, TrainablePolicy, count_parameters, move_batch
-from prismatic.training.precision import base_weights_dtype, make_accelerator
+from prismatic.training.precision import base_weights_dtype
 from prismatic.training.schedule import make_optimizer, make_schedule
 from prismatic.training.validation import Validator
 from prismatic.util.errors import UsageError
@@ -40,19 +48,6 @@ NOT_COMPARED_ON_RESUME = {
     *("vla_path", "base_checkpoint", "resume", "resume_step", "max_steps"),
     *("run_root_dir", "run_id_override", "run_id_note", "keep_checkpoints", "keep_best", "code", "versions"),
 }
-
-
-def refuse_sharding(launched: DistributedType) -> None:
-    """Refuse a launch whose processes hold parts of the model each: the main process alone writes checkpoints.
-
-    Raises:
-        UsageError: names the kind of launch.
-    """
-    if launched in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UsageError(
-            f"accelerate's configuration: {launched.value} found; accepted: one process a GPU, each with the whole "
-            "model (torchrun, or accelerate launch --multi_gpu)"
-        )
 
 
 def changed_flags(before: dict[str, Any], flags: dict[str, Any]) -> list[str]:
@@ -106,13 +101,15 @@ class TrainingRun:
             "versions": package_versions(),
         }
         self.run_dir = Path(config.run_root_dir) / config.run_id()
-        self.accelerator = make_accelerator(
+        self.engine = make_engine(
+            config.shard,
             config.mixed_precision,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=self.family.unused_parameters)],
+            trains_all=not config.use_lora,
+            unused_parameters=self.family.unused_parameters,
             log_with=self._trackers() or None,
             project_dir=str(config.run_root_dir),
         )
-        refuse_sharding(self.accelerator.distributed_type)
+        self.accelerator = self.engine.accelerator
         self.device = self.accelerator.device
         self.compute_dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
         set_seed(config.seed)
@@ -163,15 +160,17 @@ class TrainingRun:
         module = self.make_module(auxiliary, auxiliary_coeff)
         optimizer, scheduler = make_optimizer(module.trainable_parameters(), config)
         loader = self._loader(self.dataset)
-        random_state = self._restore(module, optimizer, loader)
+        self._restore_auxiliary(module)
+        self._describe(module)
+        self.engine.prepare(module, optimizer)
+        random_state = self._restore(loader)
         if self.start.step:
             scheduler = make_schedule(optimizer, config, self.start.step)
-        wrapped, optimizer = accelerator.prepare(module, optimizer)
-        self._describe(module)
         writer = CheckpointWriter(
             self.run_dir,
             module,
-            self.processor,
+            self.engine,
+            processor=self.processor,
             statistics=self.dataset.dataset_statistics,
             run_config=self.run_config,
             latest_only=config.save_latest_checkpoint_only,
@@ -179,9 +178,9 @@ class TrainingRun:
         )
 
         def save(step: int) -> None:
-            state = gather_training_state(accelerator, optimizer, loader.state_dict())
+            folder = writer.save(step, loader.state_dict())
             if accelerator.is_main_process:
-                accelerator.print(f"saved {writer.save(step, state)}")
+                accelerator.print(f"saved {folder}")
                 self._remove_older()
             accelerator.wait_for_everyone()
 
@@ -190,9 +189,7 @@ class TrainingRun:
         with contextlib.closing(MetricLog(self.run_dir, accelerator, last_step=self.start.step)) as log:
             trainer = Trainer(
                 config,
-                accelerator,
-                wrapped,
-                optimizer=optimizer,
+                self.engine,
                 scheduler=scheduler,
                 targets=targets,
                 save=save,
@@ -201,7 +198,7 @@ class TrainingRun:
             if config.use_val_set:
                 collate = self.family.collator(self.processor)
                 trainer.validate = Validator(
-                    config, accelerator, module, self._dataset(train=False), collate=collate, targets=targets
+                    config, self.engine, module, self._dataset(train=False), collate=collate, targets=targets
                 )
             if random_state is not None:
                 restore_random_state(random_state)
@@ -220,19 +217,20 @@ class TrainingRun:
             kept |= {int(step) for step in sorted(losses.keys() & saved.keys(), key=losses.__getitem__)[:1]}
         remove_older(self.run_dir, config.keep_checkpoints, kept)
 
-    def _restore(
-        self, module: TrainablePolicy, optimizer: torch.optim.Optimizer, loader: MixtureLoader
-    ) -> dict[str, Any] | None:
-        """Load a checkpoint's auxiliary weights, optimizer and data position; return its random state.
+    def _restore_auxiliary(self, module: TrainablePolicy) -> None:
+        if not self.config.resume or self.start.checkpoint is None or not module.align_projectors.state_dict():
+            return
+        if file := component_file(self.start.checkpoint, "align_projectors"):
+            load_component(module.align_projectors, file)
+
+    def _restore(self, loader: MixtureLoader) -> dict[str, Any] | None:
+        """Load a checkpoint's optimizer and data position; return its random state.
 
         Raises:
             UsageError: damaged files, or an optimizer of other parameters than train here.
         """
         if not self.config.resume or self.start.checkpoint is None:
             return None
-        file = component_file(self.start.checkpoint, "align_projectors")
-        if file is not None and module.align_projectors.state_dict():
-            load_component(module.align_projectors, file)
         for line in changed_flags(read_record(self.start.checkpoint), self.run_config):
             self.accelerator.print(f"other than the run it goes on with: {line}")
         state = load_training_state(self.start.checkpoint)
@@ -240,7 +238,7 @@ class TrainingRun:
             self.accelerator.print("the checkpoint has no training_state: optimizer and data start anew")
             return None
         try:
-            optimizer.load_state_dict(state["optimizer"])
+            self.engine.load_optimizer(state["optimizer"], self.start.checkpoint / OPTIMIZER_SHARDS)
         except ValueError as error:
             raise UsageError(
                 f"--resume: the optimizer in {self.start.checkpoint} belongs to other parameters than train here; "

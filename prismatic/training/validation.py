@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from prismatic.training.config import TrainConfig
+from prismatic.training.engine import Engine
 from prismatic.training.loop import Targets
 from prismatic.training.module import TrainablePolicy, move_batch
 from prismatic.vla.batch import Batch, Sample
@@ -49,6 +49,7 @@ class Validator:
 
     Args:
         config: batch_size, seed, num_workers, val_time_limit.
+        engine: of the run.
         module: the unwrapped trainable module, in evaluation mode when called.
         dataset: the validation split, without augmentation.
         collate: samples to a batch.
@@ -58,14 +59,14 @@ class Validator:
     def __init__(
         self,
         config: TrainConfig,
-        accelerator: Accelerator,
+        engine: Engine,
         module: TrainablePolicy,
         dataset: RLDSDataset,
         *,
         collate: Callable[[Sequence[Sample]], Batch],
         targets: Targets,
     ) -> None:
-        self.config, self.accelerator, self.module = config, accelerator, module
+        self.config, self.engine, self.accelerator, self.module = config, engine, engine.accelerator, module
         self.dataset, self.collate, self.targets = dataset, collate, targets
         self._batches = validation_batches(dataset.mixture, config.batch_size, config.seed)
 
@@ -80,14 +81,23 @@ class Validator:
         sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         deadline = time.monotonic() + self.config.val_time_limit
         share = self._batches[self.accelerator.process_index :: self.accelerator.num_processes]
-        for (number, dataset, frames), batch in zip(share, self._load(share)):
+        own = len(share)
+        if self.engine.sharded and own * self.accelerator.num_processes < len(self._batches):
+            share = [*share, self._batches[0]]  # Not counted: all processes run the same number of forward passes.
+        for position, ((number, dataset, frames), batch) in enumerate(zip(share, self._load(share))):
             values = self._measure(batch, number)
-            sums[dataset]["num_samples"] += len(frames)
-            for name, value in values.items():
-                sums[dataset][name] += value * len(frames)
-            if time.monotonic() > deadline:
+            if position < own:
+                sums[dataset]["num_samples"] += len(frames)
+                for name, value in values.items():
+                    sums[dataset][name] += value * len(frames)
+            if self._is_late(deadline):
                 break
         return _means(gather_object([{dataset: dict(values) for dataset, values in sums.items()}]))
+
+    def _is_late(self, deadline: float) -> bool:
+        """Tell whether the time is over; processes that share a model agree on it."""
+        late = time.monotonic() > deadline
+        return any(gather_object([late])) if self.engine.sharded else late
 
     def _load(self, batches: list[NumberedBatch]) -> Iterator[Batch]:
         """The batches in their order. Raises UsageError for bad data."""

@@ -1,0 +1,175 @@
+"""Processes over gloo train as one process does, replicated (DDP) or sharded (FSDP2), and go on from each other's
+checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prismatic.checkpoint.layout import OPTIMIZER_SHARDS, load_training_state
+from prismatic.training.engine import moments_by_name, read_shards
+from prismatic.training.metrics import read_log
+
+TORCHRUN = "torch.distributed.run --standalone --nproc_per_node"
+ACCELERATE = "accelerate.commands.launch --use_fsdp --fsdp_version 2 --main_process_port 0 --num_processes"
+# AdamW turns a gradient's rounding into at most a learning rate, whatever its size.
+FLAGS = {"learning_rate": 1e-4, "max_grad_norm": 1.0, "merge_lora_during_training": False}
+
+
+@pytest.fixture
+def launch(repo_root: Path, student_folder: Path, teacher_folder: Path, rlds_root: Path, tmp_path: Path) -> Any:
+    """Run the script's main with flags after flags, in the processes of one launch."""
+    common = {"vla_path": str(student_folder), "vggt_path": str(teacher_folder), "data_root_dir": str(rlds_root)}
+    common |= {"run_id_override": "run", "num_images_in_input": 2, "use_proprio": True, "num_workers": 0}
+    common |= {"lora_rank": 4, "wandb_log_freq": 1, "mixed_precision": "no", "trackers": "none", **FLAGS}
+
+    def run(processes: int, *cases: dict[str, Any], launcher: str = TORCHRUN) -> None:
+        file = tmp_path / "cases.json"
+        file.write_text(json.dumps([{**common, **case} for case in cases], default=str))
+        worker = repo_root / "tests" / "integration" / "engine_worker.py"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(repo_root), str(repo_root / "vla-scripts")])
+        command = [sys.executable, "-m", *launcher.split(), str(processes), str(worker), str(file)]
+        done = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+    return run
+
+
+def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds for a policy, by file and name."""
+    tensors = {}
+    for file in sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("lora_adapter/*.safetensors")]):
+        tensors |= {f"{file.name}/{name}": value for name, value in load_file(file).items()}
+    for file in sorted(checkpoint.glob("*_checkpoint.pt")):
+        state = torch.load(file, weights_only=True)
+        tensors |= {f"{file.name}/{name}": value for name, value in state.items()}
+    return tensors
+
+
+def _moments(checkpoint: Path) -> list[torch.Tensor]:
+    """The optimizer's first moments in its order: after one step a tenth of the gradients."""
+    saved = load_training_state(checkpoint)
+    assert saved is not None
+    if saved["optimizer"] is not None:
+        return [saved["optimizer"]["state"][index]["exp_avg"] for index in sorted(saved["optimizer"]["state"])]
+    folder = checkpoint / OPTIMIZER_SHARDS
+    sizes: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for key, value in load_file(file).items():
+            if key.endswith(".exp_avg"):
+                before = sizes.get(key.removesuffix(".exp_avg"), [0, *value.shape[1:]])
+                sizes[key.removesuffix(".exp_avg")] = [before[0] + len(value), *value.shape[1:]]
+    moments = read_shards(folder, {name: torch.empty(size) for name, size in sizes.items()})
+    return [moments[name]["exp_avg"] for name in saved["trained"] if name in moments]
+
+
+def _assert_equal(actual: Path, expected: Path, steps: int) -> None:
+    """Losses and parameters of every step, gradients of the first: within 1e-6."""
+    rows, wanted = (read_log(folder / "run" / "metrics.jsonl") for folder in (actual, expected))
+    assert [row["step"] for row in rows] == [row["step"] for row in wanted] and len(rows) >= steps
+    for row, other in zip(rows, wanted):
+        for name in other.keys() - {"seconds"}:
+            assert row[name] == pytest.approx(other[name], rel=1e-6, abs=1e-6), name
+    for step in (1, steps):
+        got, want = (_weights(folder / f"run--{step}_chkpt") for folder in (actual, expected))
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert (got[name] - value).abs().max() <= 1e-6, (step, name)
+    gradients, others = (_moments(folder / "run--1_chkpt") for folder in (actual, expected))
+    assert len(gradients) == len(others) > 50
+    for gradient, other in zip(gradients, others):
+        assert gradient.shape == other.shape and (gradient - other).abs().max() <= 1e-6
+
+
+def test_two_processes_train_as_one(
+    launch: Callable[..., None], finetune: Callable[..., Path], teacher_folder: Path, tmp_path: Path
+) -> None:
+    """Replicated and sharded, with LoRA and without, in accumulated batches or a whole one."""
+    lora = {"recipe": "rocket", "max_steps": 3, "save_freq": 1}
+    full = {"recipe": "naive", "use_lora": False, "use_l1_regression": False, "max_steps": 2, "save_freq": 1}
+    halves = {"batch_size": 1, "grad_accumulation_steps": 2}
+    teacher = {"vggt_path": str(teacher_folder)}
+    finetune(**FLAGS, **lora, **teacher, run_root_dir=tmp_path / "one", batch_size=4)
+    finetune(**FLAGS, **full, **teacher, run_root_dir=tmp_path / "one_full", batch_size=2)
+    launch(
+        2,
+        lora | halves | {"run_root_dir": tmp_path / "ddp", "shard": "none"},
+        lora | halves | {"run_root_dir": tmp_path / "fsdp", "shard": "fsdp", "gradient_checkpointing": True},
+        full | {"run_root_dir": tmp_path / "fsdp_full", "shard": "fsdp", "batch_size": 1},
+    )
+    _assert_equal(tmp_path / "ddp", tmp_path / "one", 3)
+    _assert_equal(tmp_path / "fsdp", tmp_path / "one", 3)
+    _assert_equal(tmp_path / "fsdp_full", tmp_path / "one_full", 2)
+
+
+def test_a_sharded_run_goes_on_with_another_number_of_processes(
+    launch: Callable[..., None], finetune: Callable[..., Path], teacher_folder: Path, tmp_path: Path
+) -> None:
+    """Two processes exactly, one and four (started by accelerate) within rounding."""
+    flags = {"recipe": "shared", "max_steps": 2, "save_freq": 1, "batch_size": 2}
+    straight, halfway = tmp_path / "straight", tmp_path / "straight" / "run--1_chkpt"
+    goes_on = {"resume": True, "vla_path": halfway}
+    launch(
+        2,
+        flags | {"run_root_dir": straight, "shard": "fsdp"},
+        flags | goes_on | {"run_root_dir": tmp_path / "two", "shard": "fsdp"},
+    )
+    four = {"run_root_dir": tmp_path / "four", "batch_size": 1}
+    launch(4, flags | goes_on | four, launcher=ACCELERATE)
+    one: dict[str, Any] = {"run_root_dir": tmp_path / "one", "vggt_path": str(teacher_folder)}
+    finetune(**FLAGS, **flags | goes_on | one | {"batch_size": 4})
+    expected = _weights(straight / "run--2_chkpt")
+    for folder, tolerance in (("two", 0.0), ("four", 1e-6), ("one", 1e-6)):
+        actual = _weights(tmp_path / folder / "run--2_chkpt")
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            assert (actual[name] - value).abs().max() <= tolerance, (folder, name)
+    assert (tmp_path / "four" / "run--2_chkpt" / OPTIMIZER_SHARDS).is_dir()
+
+
+def test_sharding_changes_no_random_number(launch: Callable[..., None], tmp_path: Path) -> None:
+    """FiLM, diffusion, dropout and validation, begun with shards or gone on with them."""
+    flags = {"recipe": "baseline", "use_l1_regression": False, "use_diffusion": True, "lora_dropout": 0.5}
+    flags |= {"use_film": True, "num_diffusion_steps_train": 3, "diffusion_sample_freq": 1, "max_steps": 2}
+    flags |= {"use_val_set": True, "val_fraction": 0.7, "val_freq": 2, "save_freq": 1, "batch_size": 2}
+    replicated = tmp_path / "replicated"
+    launch(
+        2,
+        flags | {"run_root_dir": replicated, "shard": "none"},
+        flags | {"run_root_dir": tmp_path / "sharded", "shard": "fsdp"},
+        flags
+        | {"run_root_dir": tmp_path / "resumed", "shard": "fsdp", "resume": True}
+        | {"vla_path": replicated / "run--1_chkpt"},
+    )
+    other, want = read_log(replicated / "run" / "metrics.jsonl")[-1], _weights(replicated / "run--2_chkpt")
+    assert other["val/num_samples"] > 0
+    for folder in ("sharded", "resumed"):
+        last = read_log(tmp_path / folder / "run" / "metrics.jsonl")[-1]
+        assert last["val/num_samples"] == other["val/num_samples"]
+        assert last["val/action_loss"] == pytest.approx(other["val/action_loss"], rel=1e-6)
+        got = _weights(tmp_path / folder / "run--2_chkpt")
+        assert all((got[name] - value).abs().max() <= 1e-6 for name, value in want.items())
+
+
+def test_a_state_of_other_parameters_is_refused() -> None:
+    parameters = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(value.clone()) for value in parameters.values()])
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moments = moments_by_name(optimizer.state_dict(), parameters)
+    assert list(moments) == ["a", "b"] and moments["b"]["exp_avg"].shape == (4,)
+    for others in ({"a": torch.zeros(2, 3)}, {"a": torch.zeros(3, 2), "b": torch.zeros(4)}):
+        with pytest.raises(ValueError, match=r"parameters, but|of another shape"):
+            moments_by_name(optimizer.state_dict(), others)
