@@ -202,27 +202,27 @@ def measure(config: StepConfig, sizes: Sizes, student: Path, teacher_folder: Pat
 
 def _make_trainer(training: Any, accelerator: Any, module: TrainableVLA, targets: Any, probe: MemoryProbe) -> Trainer:
     """The real trainer, with the probe told where teacher, forward, backward and optimizer begin."""
+    from prismatic.training.engine import Engine
     from prismatic.training.loop import Trainer
     from prismatic.training.metrics import MetricLog
     from prismatic.training.schedule import make_optimizer
 
     optimizer, scheduler = make_optimizer(module.trainable_parameters(), training)
-    wrapped, prepared = accelerator.prepare(module, optimizer)
+    engine = Engine(accelerator)
+    engine.prepare(module, optimizer)
 
     def timed_targets(batch: dict[str, Any]) -> Any:
         probe.enter("teacher forward")
         return targets(batch)
 
-    wrapped.register_forward_pre_hook(lambda *_: probe.enter("student forward"))
-    wrapped.register_forward_hook(lambda *_: probe.enter("backward"))
+    engine.module.register_forward_pre_hook(lambda *_: probe.enter("student forward"))
+    engine.module.register_forward_hook(lambda *_: probe.enter("backward"))
     optimizer.register_step_pre_hook(lambda *_: probe.enter("optimizer"))
     with tempfile.TemporaryDirectory() as folder:
         log = MetricLog(Path(folder), accelerator)
     return Trainer(
         training,
-        accelerator,
-        wrapped,
-        optimizer=prepared,
+        engine,
         scheduler=scheduler,
         targets=timed_targets,
         save=lambda step: None,
@@ -242,7 +242,7 @@ def _components(module: TrainableVLA, teacher: nn.Module, trainer: Trainer) -> d
         name: getattr(module, name) for name in ("vla", "action_head", "proprio_projector", "align_projectors")
     }
     parts["teacher"] = teacher
-    state = trainer.optimizer.state
+    state = trainer.engine.optimizer.state
     report = {}
     for name, part in parts.items():
         parameters = list(part.parameters())
