@@ -59,7 +59,7 @@ class Engine:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """What trains, by name: the optimizer's, since a module may hold gathered ones for a while."""
+        """Parameters that train, by name: the optimizer's, since a module may hold gathered ones for a while."""
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         return dict(zip(self._names, held, strict=True))
 
@@ -95,7 +95,7 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def held(self) -> list[Tensor]:
-        """What this process holds of what trains."""
+        """Parts that this process holds of what trains."""
         return [p.detach() for p in self.parameters.values()]
 
     def weights(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -317,7 +317,7 @@ def _fsdp_plugin(mixed_precision: str, *, trains_all: bool) -> Any:
 
 
 def resolve_shard(flag: Shard) -> Shard:
-    """What the flag says or, for "auto", the launcher's environment.
+    """Choose what the flag says or, for "auto", the launcher's environment.
 
     Raises:
         UsageError: they disagree, or the launcher asks for what is not known here.
