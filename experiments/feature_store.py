@@ -104,11 +104,7 @@ def plan_store(config: StoreConfig, frames: Frames, targets: TeacherTargets, lay
 
 
 def build(config: StoreConfig) -> None:
-    """Build what is missing of the store, together with the other processes of the launch.
-
-    Raises:
-        UsageError: the folder holds another store, or wrong flags or data.
-    """
+    """Build what is missing, with the launch's other processes. Raises UsageError for another store or data."""
     accelerator = make_accelerator(config.mixed_precision)
     frames = Frames(config, accelerator.device)
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32

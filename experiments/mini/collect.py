@@ -190,11 +190,7 @@ def _existing(config: CollectConfig) -> dict[str, Any] | None:
 
 
 def collect(config: CollectConfig) -> Path:
-    """Collect what is missing and write the dataset; returns its folder.
-
-    Raises:
-        UsageError: a wrong flag, another dataset in the way, or a task that the expert never solved.
-    """
+    """Collect what is missing, write the dataset, return its folder. Raises UsageError when that cannot be."""
     from prismatic.vla.datasets.rlds_writer import RLDSWriter
 
     refuse_long_name("--name", config.folder)

@@ -11,7 +11,6 @@ import importlib
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.robot.libero.rollouts.protocol import EvalFlags
@@ -23,23 +22,10 @@ SERVER_TIMEOUT_S = 60.0
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
-@dataclass(frozen=True)
-class ExternalPolicy:
-    """A policy and what is recorded of it.
+def open_policy(config: EvalFlags) -> tuple[Policy, dict[str, object]]:
+    """The policy that `config.policy` names, and what it tells that influences results: for the run's identity.
 
-    Attributes:
-        identity: entries of the run's identity: what influences results, as far as the policy tells.
-    """
-
-    policy: Policy
-    identity: Mapping[str, object]
-
-
-def open_policy(config: EvalFlags) -> ExternalPolicy:
-    """The policy that `config.policy` names.
-
-    Raises:
-        UsageError: nobody answers there, the module or factory does not exist, or the policy does not fit LIBERO.
+    Raises UsageError when there is none, or it does not fit LIBERO.
     """
     if "://" in config.policy:
         return _open_server(config)
@@ -49,7 +35,7 @@ def open_policy(config: EvalFlags) -> ExternalPolicy:
     return _open_factory(config)
 
 
-def _open_server(config: EvalFlags) -> ExternalPolicy:
+def _open_server(config: EvalFlags) -> tuple[Policy, dict[str, object]]:
     from experiments.robot.serving.access import read_token
     from experiments.robot.serving.remote import open_remote
 
@@ -72,7 +58,7 @@ def _open_server(config: EvalFlags) -> ExternalPolicy:
         "policy": {"name": metadata.get("policy", "server"), **known, **place, "metadata": metadata},
         "numerics": settings.get("numerics", []) if isinstance(settings, dict) else [],
     }
-    return ExternalPolicy(policy, identity)
+    return policy, identity
 
 
 def _unnorm_key(config: EvalFlags, metadata: Mapping[str, object]) -> str:
@@ -95,7 +81,7 @@ def _check_sizes(config: EvalFlags, metadata: Mapping[str, object]) -> None:
         raise UsageError(f"--policy: {config.policy} answers {size} numbers an action; accepted: 7, as LIBERO takes")
 
 
-def _open_factory(config: EvalFlags) -> ExternalPolicy:
+def _open_factory(config: EvalFlags) -> tuple[Policy, dict[str, object]]:
     from experiments.robot.wrappers import TimeLimited
 
     module, _, name = config.policy.partition(":")
@@ -112,6 +98,9 @@ def _open_factory(config: EvalFlags) -> ExternalPolicy:
     if not callable(getattr(policy, "act", None)):
         raise UsageError(f"--policy: {config.policy} made a {type(policy).__name__}, which has no method act(queries)")
     metadata = getattr(policy, "metadata", {})
-    identity = {"policy": {"name": name, "factory": config.policy, "metadata": metadata}, "numerics": []}
+    identity: dict[str, object] = {
+        "policy": {"name": name, "factory": config.policy, "metadata": metadata},
+        "numerics": [],
+    }
     limited = TimeLimited(policy, config.policy_timeout) if config.policy_timeout else policy
-    return ExternalPolicy(limited, identity)
+    return limited, identity

@@ -36,11 +36,7 @@ if TYPE_CHECKING:
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """ "auto" is this process's GPU when there is one, else the CPU.
-
-    Raises:
-        UsageError: a GPU was asked for and there is none.
-    """
+    """ "auto" is this process's GPU when there is one, else the CPU. Raises UsageError for a GPU that is not there."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -56,11 +52,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def quantization(cfg: PolicyFlags) -> str:
-    """ "8bit" or "4bit" where the flags ask for such weights, else "".
-
-    Raises:
-        UsageError: both are given, or bitsandbytes is not installed.
-    """
+    """ "8bit" or "4bit" where the flags ask for it, else "". Raises UsageError for both, or without bitsandbytes."""
     kinds = [kind for kind in ("8bit", "4bit") if getattr(cfg, f"load_in_{kind}", False)]
     if len(kinds) > 1:
         raise UsageError("--load_in_8bit, --load_in_4bit: both are True; accepted: one of them")
@@ -85,11 +77,7 @@ def normalize_proprio(
 
 
 def get_vla(cfg: PolicyFlags) -> nn.Module:
-    """Load the model of `cfg.pretrained_checkpoint`, ready for inference.
-
-    Raises:
-        UsageError: the checkpoint cannot be used.
-    """
+    """Load the model of `cfg.pretrained_checkpoint`, ready for inference. Raises UsageError when that cannot be."""
     return load_policy_model(_checkpoint_of(cfg), cfg, *_placement(cfg), quantization(cfg))
 
 
@@ -109,11 +97,7 @@ def get_noisy_action_projector(cfg: PolicyFlags, llm_dim: int) -> nn.Module:
 
 
 def get_action_head(cfg: PolicyFlags, llm_dim: int, action_dim: int = LIBERO.action_dim) -> nn.Module:
-    """The trained L1 or diffusion head, whichever `cfg` asks for.
-
-    Raises:
-        UsageError: `cfg` asks for both or none, or the checkpoint lacks the head.
-    """
+    """The trained L1 or diffusion head, as `cfg` asks. Raises UsageError for both or none, or without its file."""
     if cfg.use_l1_regression == cfg.use_diffusion:
         raise UsageError("--use_l1_regression, --use_diffusion: a head needs exactly one of them")
     flag = "--use_l1_regression" if cfg.use_l1_regression else "--use_diffusion"
@@ -212,11 +196,7 @@ class OpenVLAPolicy:
 
     @classmethod
     def from_checkpoint(cls: type[PolicyT], checkpoint: Checkpoint | str, cfg: PolicyFlags, unnorm_key: str) -> PolicyT:
-        """Load everything that `cfg` asks for, all of it from `checkpoint`.
-
-        Raises:
-            UsageError: the checkpoint lacks something or does not fit.
-        """
+        """Load all that `cfg` asks for, from `checkpoint` alone. Raises UsageError when it lacks something."""
         if isinstance(checkpoint, str):
             checkpoint = open_checkpoint(checkpoint, getattr(cfg, "base_checkpoint", "") or None)
         suite = getattr(cfg, "task_suite_name", "")

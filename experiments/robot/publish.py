@@ -11,30 +11,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from experiments.report.html import render
-from prismatic.checkpoint.layout import (
-    ADAPTER_CONFIG,
-    MODEL_WEIGHTS,
-    POLICY_FLAGS,
-    RUN_CONFIG,
-    STATE_FILE,
-    STATISTICS,
-    VISION,
-    component_files,
-    read_record,
-    read_statistics,
-    recorded_step,
-    weight_files,
-)
+from prismatic.checkpoint import layout
 from prismatic.util.errors import UsageError
 from prismatic.util.files import HUB_ID, read_json, temporary_prefix
 from rocket_align.flags import recipe_of
 
 CARD = "README.md"
-_LEFT_HERE = (STATE_FILE.parts[0], "tensorboard", "wandb")
+_LEFT_HERE = (layout.STATE_FILE.parts[0], "tensorboard", "wandb")
 # Flags of a run that tell about the machine or the account it ran on, and of no use to others.
 _PRIVATE_FLAGS = ("data_root_dir", "run_root_dir", "wandb_entity", "wandb_project", "vggt_cache_dir")
 _SHOWN = (
-    *POLICY_FLAGS,
+    *layout.POLICY_FLAGS,
     "platform",
     "batch_size",
     "grad_accumulation_steps",
@@ -70,15 +57,15 @@ def changed_texts(folder: Path, base_model: str) -> dict[str, str]:
     The run's flags lose what tells about the machine; the adapter names `base_model`, where others find it too.
     """
     texts = {}
-    if record := read_record(folder):
+    if record := layout.read_record(folder):
         flags = {name: value for name, value in record.items() if name not in _PRIVATE_FLAGS}
         for name, value in flags.items():
             if isinstance(value, str) and Path(value).is_absolute():
                 flags[name] = Path(value).name
-        texts[RUN_CONFIG] = json.dumps(flags, indent=2) + "\n"
-    if (folder / ADAPTER_CONFIG).is_file():
-        adapter = {**read_json(folder / ADAPTER_CONFIG), "base_model_name_or_path": base_model}
-        texts[ADAPTER_CONFIG.as_posix()] = json.dumps(adapter, indent=2) + "\n"
+        texts[layout.RUN_CONFIG] = json.dumps(flags, indent=2) + "\n"
+    if (folder / layout.ADAPTER_CONFIG).is_file():
+        adapter = {**read_json(folder / layout.ADAPTER_CONFIG), "base_model_name_or_path": base_model}
+        texts[layout.ADAPTER_CONFIG.as_posix()] = json.dumps(adapter, indent=2) + "\n"
     return texts
 
 
@@ -143,19 +130,15 @@ class CardFacts:
 
     @classmethod
     def from_checkpoint(cls, folder: Path, base_model: str = "") -> CardFacts:
-        """Read them from the files of `folder`; `base_model` goes before what they say.
-
-        Raises:
-            UsageError: no statistics, so that nobody could act with the checkpoint.
-        """
-        record = read_record(folder)
-        adapter = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else {}
-        merged = bool(weight_files(folder, MODEL_WEIGHTS))
+        """Read them from `folder`; `base_model` goes before what it says. Raises UsageError: no policy can act."""
+        record = layout.read_record(folder)
+        adapter = read_json(folder / layout.ADAPTER_CONFIG) if (folder / layout.ADAPTER_CONFIG).is_file() else {}
+        merged = bool(layout.weight_files(folder, layout.MODEL_WEIGHTS))
         if not merged and not adapter:
-            raise UsageError(f"--checkpoint: {folder} holds neither a model nor {ADAPTER_CONFIG}")
-        statistics = read_statistics(folder)
+            raise UsageError(f"--checkpoint: {folder} holds neither a model nor {layout.ADAPTER_CONFIG}")
+        statistics = layout.read_statistics(folder)
         if not statistics:
-            raise UsageError(f"--checkpoint: {folder} has no {STATISTICS}; no policy can act without it")
+            raise UsageError(f"--checkpoint: {folder} has no {layout.STATISTICS}; no policy can act without it")
         named = base_model or str(adapter.get("base_model_name_or_path") or record.get("vla_path") or "")
         teacher = str(record.get("teacher_path") or record.get("vggt_path") or "")
         recipe = recipe_of(record) if record else ""
@@ -164,9 +147,9 @@ class CardFacts:
             datasets=tuple(sorted(statistics)),
             recipe=recipe,
             teacher=Path(teacher).name if recipe not in ("", "baseline") else "",
-            step=recorded_step(folder),
+            step=layout.recorded_step(folder),
             run_config=record,
-            components=component_files(folder, "--checkpoint"),
+            components=layout.component_files(folder, "--checkpoint"),
             merged=merged,
         )
 
@@ -229,7 +212,7 @@ def _acting_flags(facts: CardFacts) -> str:
     flags = {
         "num_images_in_input": facts.run_config.get("num_images_in_input", 2),
         "use_proprio": "proprio_projector" in facts.components,
-        "use_film": VISION in facts.components,
+        "use_film": layout.VISION in facts.components,
         "use_diffusion": "noisy_action_projector" in facts.components,
     }
     flags["use_l1_regression"] = "action_head" in facts.components and not flags["use_diffusion"]

@@ -59,11 +59,7 @@ def get_image_resize_size(cfg: PolicyFlags) -> int | tuple[int, int]:
 
 
 def get_model(cfg: PolicyFlags, wrap_diffusion_policy_for_droid: bool = False) -> Any:
-    """Load the policy model `cfg.pretrained_checkpoint`. The second argument exists in upstream and changes nothing.
-
-    Raises:
-        UsageError: `cfg.model_family` is not supported, or the checkpoint cannot be used.
-    """
+    """Load the model `cfg.pretrained_checkpoint`; the second argument is upstream's, and changes nothing here."""
     from experiments.robot.openvla_utils import get_vla
 
     _check_family(cfg)

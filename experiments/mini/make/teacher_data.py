@@ -270,11 +270,7 @@ def _check_origin(cfg: TeacherDataConfig) -> None:
 
 
 def main(cfg: TeacherDataConfig) -> None:
-    """Make every shard that is not there yet.
-
-    Raises:
-        UsageError: the folder holds frames made with other flags, or with flags that nobody noted.
-    """
+    """Make every shard that is not there yet. Raises UsageError beside frames of other, or of unknown flags."""
     from prismatic.util.progress import progress_bar
 
     _check_origin(cfg)

@@ -60,11 +60,7 @@ def as_episode(demonstration: Demonstration, instruction: str, source: str) -> E
 
 
 def convert(config: ConvertConfig) -> Path:
-    """Convert every file of the folder; returns the dataset's folder.
-
-    Raises:
-        UsageError: no or damaged files, images of different sizes, no demonstration at all, or a dataset in the way.
-    """
+    """Convert every file; returns the dataset's folder. Raises UsageError: damaged files, or data in the way."""
     files = demonstration_files(config.hdf5_dir, "--hdf5_dir")
     target = config.out / config.dataset_name
     refuse_long_name("--dataset_name", target)

@@ -118,11 +118,7 @@ def quaternions(axis_angle_T3: np.ndarray) -> np.ndarray:
 
 
 def regenerate_task(config: RegenerateConfig, task_id: int) -> dict[str, Any]:
-    """Replay one task's demonstrations into its new file; returns {demonstration: {"success", "initial_state"}}.
-
-    Raises:
-        UsageError: its file is missing or damaged, or its states do not fit the installed simulator.
-    """
+    """Replay a task's demonstrations into its new file; returns {demonstration: {"success", "initial_state"}}."""
     from experiments.robot.libero.simulator.environment import LiberoEnv
 
     task = get_task(config.libero_task_suite, task_id)
@@ -152,11 +148,7 @@ def regenerate_task(config: RegenerateConfig, task_id: int) -> dict[str, Any]:
 
 
 def _todo(config: RegenerateConfig, done: dict[str, Any]) -> dict[int, str]:
-    """{task number: its key in the metainfo} of the tasks that are not finished yet.
-
-    Raises:
-        UsageError: unknown suite or task, a missing file of a task, or files in the way.
-    """
+    """{task number: its key in the metainfo} of what is to do. Raises UsageError: files missing, or in the way."""
     count = num_tasks(config.libero_task_suite)
     if not config.libero_raw_data_dir.is_dir():
         raise UsageError(f"--libero_raw_data_dir: no such folder: {config.libero_raw_data_dir}")

@@ -61,8 +61,8 @@ def eval_libero(config: EvalFlags, policy: Policy | None = None, make_env: MakeE
     """
     plan = make_plan(config, with_checkpoint=policy is None and not config.policy)
     if config.policy:
-        external = open_policy(config)
-        policy, identity = external.policy, {**run_identity(config, plan, ()), **external.identity}
+        policy, told = open_policy(config)
+        identity = {**run_identity(config, plan, ()), **told}
     else:
         identity = run_identity(config, plan, _numerics(config) if policy is None else (type(policy).__name__,))
     if config.deterministic:

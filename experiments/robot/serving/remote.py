@@ -117,11 +117,7 @@ class RemotePolicy:
 
 
 def open_remote(url: str, *, token: str | None = None, timeout_s: float = 60.0, gripper: str = "auto") -> RemotePolicy:
-    """Reach the server at `url` and read what it says about itself.
-
-    Raises:
-        UsageError: no such scheme, nobody answers, or the server wants another token.
-    """
+    """Reach the server at `url` and read what it says about itself. Raises UsageError when none admits us there."""
     parts = _split(url)
     client: PolicyClient | WebSocketPolicyClient
     if parts.scheme in ("ws", "wss"):

@@ -32,11 +32,7 @@ class Worker(Protocol):
     def submit(self, request: str, *arguments: object) -> None: ...
 
     def reply(self) -> WorkerReply:
-        """The reply to the last request.
-
-        Raises:
-            WorkerDied: there will be none.
-        """
+        """The reply to the last request. Raises WorkerDied when there will be none."""
 
     def restart(self) -> None: ...
 

@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
 
 class ArmControl:
-    """Torques of the operational space controller and the gripper's motion, for one robosuite environment.
-
-    Raises:
-        ValueError: another controller than the one LIBERO uses (OSC_POSE, fixed gains, no interpolation, uncoupled).
-    """
+    """LIBERO's control of arm and gripper (OSC_POSE, fixed gains, uncoupled); raises ValueError for another one."""
 
     def __init__(self, domain: MujocoEnv) -> None:
         robot = domain.robots[0]

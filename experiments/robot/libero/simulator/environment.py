@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import math
 import traceback
@@ -88,6 +89,9 @@ class LiberoEnv:
             (2-10 times faster, pixels differ slightly: never report its results as the protocol's).
         camera_depths: allow :meth:`observe_geometry`.
 
+    Attributes:
+        domain: the robosuite environment, privileged state for scripted experts and diagnosis; reset only through us.
+
     Raises:
         UsageError: unknown suite, task or render mode, a missing or doubled LIBERO installation, no OpenGL.
     """
@@ -104,15 +108,14 @@ class LiberoEnv:
         self.image_size, self.render, self.camera_depths = image_size, render, camera_depths
         self.robot_start = "perturbed"  # Or "package"; see `suites.perturbations`.
         self._black = np.zeros((image_size, image_size, 3), dtype=np.uint8)
-        self._init_states: np.ndarray | None = None
         self._cameras: Cameras | None = None
         with _one_line(self.task):
-            self._domain = _build_domain(self.task)
+            self.domain: MujocoEnv = _build_domain(self.task)
             if self.task.perturbation is not None:
-                self.task.perturbation.apply(self._domain)
-            self._model = self._domain.sim.model._model
-            self._data = self._domain.sim.data._data
-            self._arm = ArmControl(self._domain)
+                self.task.perturbation.apply(self.domain)
+            self._model = self.domain.sim.model._model
+            self._data = self.domain.sim.data._data
+            self._arm = ArmControl(self.domain)
             self._scratch = copy.copy(self._data)  # Kinematics of the sampled moment, for drawing.
             self._pristine = self._pristine_model()
             self._pristine_visuals = {name: dict(vis) for name, vis in self._visual_flags()}
@@ -123,17 +126,10 @@ class LiberoEnv:
         """The task's instruction as upstream's evaluation and the RLDS data word it."""
         return self.task.instruction
 
-    @property
+    @functools.cached_property
     def init_states(self) -> np.ndarray:
         """The task's fixed initial states, float64 (N, 1 + nq + nv)."""
-        if self._init_states is None:
-            self._init_states = load_init_states(self.task)
-        return self._init_states
-
-    @property
-    def domain(self) -> MujocoEnv:
-        """The robosuite environment: privileged state for scripted experts and diagnosis. Reset it only through us."""
-        return self._domain
+        return load_init_states(self.task)
 
     def reset(self, init_state: np.ndarray | None = None, seed: int = 0) -> None:
         """Start an episode; same arguments, same bytes, whatever ran before.
@@ -152,14 +148,14 @@ class LiberoEnv:
         self._rebuild(seed)
         self._seed = seed
         if init_state is not None and self.task.perturbation is not None and self.robot_start == "perturbed":
-            init_state = self.task.perturbation.start_state(init_state, self._domain)
-        timer = self._domain.model_timestep
+            init_state = self.task.perturbation.start_state(init_state, self.domain)
+        timer = self.domain.model_timestep
         if init_state is not None:
-            self._domain.sim.set_state_from_flattened(np.asarray(init_state, dtype=np.float64))
-            self._domain.sim.forward()
-            self._domain._check_success()
-            self._domain._post_process()
-            timer += self._domain.model_timestep  # robosuite's forced sampling advances its sensors' clock.
+            self.domain.sim.set_state_from_flattened(np.asarray(init_state, dtype=np.float64))
+            self.domain.sim.forward()
+            self.domain._check_success()
+            self.domain._post_process()
+            timer += self.domain.model_timestep  # robosuite's forced sampling advances its sensors' clock.
         self._sensor_clock, self._sampled = timer, True
         self._sample(self._data.qpos.copy())
 
@@ -178,7 +174,7 @@ class LiberoEnv:
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
             raise ValueError(f"action: expected {ACTION_DIM} finite numbers, got {action}")
-        domain = self._domain
+        domain = self.domain
         domain.timestep += 1
         domain.sim.forward()
         for substep in range(int(domain.control_timestep / domain.model_timestep)):
@@ -216,7 +212,7 @@ class LiberoEnv:
         """The third-person picture as the task perturbs it: the same one however often a moment is drawn."""
         if self.task.perturbation is None:
             return image
-        return self.task.perturbation.picture(image, f"{self.task.name}:{self._seed}:{self._domain.timestep}")
+        return self.task.perturbation.picture(image, f"{self.task.name}:{self._seed}:{self.domain.timestep}")
 
     @property
     def state(self) -> np.ndarray:
@@ -242,11 +238,11 @@ class LiberoEnv:
 
     @property
     def _robot(self) -> SingleArm:
-        return self._domain.robots[0]
+        return self.domain.robots[0]
 
     def _visual_flags(self) -> Iterator[tuple[str, dict[str, bool]]]:
         """Per object, the switches of its visual effects (a burner's glow), which steps change."""
-        for objects in (self._domain.objects_dict, self._domain.fixtures_dict):
+        for objects in (self.domain.objects_dict, self.domain.fixtures_dict):
             for name, item in objects.items():
                 yield name, item.object_properties["vis_site_names"]
 
@@ -259,8 +255,8 @@ class LiberoEnv:
                 raise RuntimeError(f"{self.task.name}: no valid placement in {_MAX_PLACEMENT_TRIES} tries, seed {seed}")
         finally:
             np.random.set_state(outer_random)  # noqa: NPY002
-        self._domain.sim.forward()
-        self._domain.visualize(vis_settings=dict.fromkeys(self._domain._visualizations, False))
+        self.domain.sim.forward()
+        self.domain.visualize(vis_settings=dict.fromkeys(self.domain._visualizations, False))
 
     def _place(self) -> bool:
         """Clear the simulation and draw one placement; False if the sampler found no room."""
@@ -273,9 +269,9 @@ class LiberoEnv:
         for name, flags in self._visual_flags():
             flags.update(self._pristine_visuals[name])
         self._robot.gripper.current_action = np.zeros(self._robot.gripper.dof)
-        self._domain.sim.forward()
+        self.domain.sim.forward()
         try:
-            self._domain._reset_internal()
+            self.domain._reset_internal()
         except RandomizationError:
             return False
         return True
@@ -286,8 +282,8 @@ class LiberoEnv:
         LIBERO's sampler needs them there, since it adds a fixture's drawn pose to where its sites are before the move.
         """
         fields = {name: getattr(self._model, name).copy() for name in _MODEL_FIELDS}
-        for fixture in self._domain.fixtures_dict.values():
-            element = self._domain.model.worldbody.find(f".//body[@name='{fixture.root_body}']")
+        for fixture in self.domain.fixtures_dict.values():
+            element = self.domain.model.worldbody.find(f".//body[@name='{fixture.root_body}']")
             index = self._model.body(fixture.root_body).id
             fields["body_pos"][index] = np.fromstring(element.get("pos", "0 0 0"), sep=" ")
             fields["body_quat"][index] = np.fromstring(element.get("quat", "1 0 0 0"), sep=" ")
@@ -296,7 +292,7 @@ class LiberoEnv:
     def _tick(self, kinematics_qpos: np.ndarray) -> None:
         """Advance robosuite's sensor clock by one physics step; sample when its sensors would."""
         period = 1.0 / _CONTROL_HZ
-        self._sensor_clock += self._domain.model_timestep
+        self._sensor_clock += self.domain.model_timestep
         if not self._sampled and period >= self._sensor_clock:
             self._sample(kinematics_qpos)
             self._sampled = True
