@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.report import Table, markdown_table, percent, percent_range
+from experiments.report import Table, percent, percent_range
+from experiments.report.html import render
 from experiments.reproduce.jobs import ROOT, Chain, Job, JobFailed, JobRunner
 from experiments.reproduce.profiles import MINI
 from experiments.reproduce.records import Outcome, Record, evaluation_record, outcome, training_curves
@@ -200,24 +201,9 @@ def write_report(paths: StudyPaths, seeds: Sequence[int], minutes: float) -> tup
         "videos": videos,
         "logs of every command": paths.logs,
     }
-    lines = [
-        "# Demo report",
-        "",
-        f"{profile.suites[0]}, tasks {profile.collect['tasks']}: {profile.collect['episodes']} scripted demonstrations "
-        f"a task, {profile.final_step} LoRA steps of batch {profile.train['batch_size']}, seeds "
-        f"{', '.join(map(str, seeds))}; {profile.evaluate['num_trials_per_task']} official initial states a task, none "
-        f"of them in the demonstrations; fast rendering at 128 pixels. This run took {minutes:.1f} minutes.",
-        "",
-        CAUTION,
-        "",
-        *markdown_table(*table),
-        "",
-        *markdown_table(*task_table(records, outcomes)),
-        *("", "![losses, success and a rollout](report.png)", ""),
-        *(f"- {name}: `{path}`" for name, path in places.items()),
-        "",
-    ]
-    atomic_write(out / "report.md", "\n".join(lines))
+    values = {"profile": profile, "seeds": seeds, "minutes": minutes, "caution": CAUTION, "places": places}
+    text = render("demo.md", table=table, tasks=task_table(records, outcomes), **values)
+    atomic_write(out / "report.md", text)
     runs = [out / "runs" / paths.run_id(arm, seed) for seed in seeds for arm in DEMO.arms(profile)]
     build_page(runs, out / "report.html", eval_dir, "Demo: fine-tuning with and without ROCKET", CAUTION)
     return table, places
