@@ -25,47 +25,37 @@ PAPER_LAYERS = (2, 4, 6, 8, 10, 12, 14, 16, 18, -1)
 class AlignConfig:
     """The alignment: its layers, projectors and loss.
 
-    Attributes:
-        coeff: weight of the alignment loss in the total loss (lambda in the paper).
-        student_layers: hidden states of the student, ascending; 0 is the embeddings; negative ones follow the
-            "released" convention of `resolve_layers`. Empty: no alignment. A comma string is accepted too.
-        teacher_layers: teacher blocks, one per student layer, 0-based, negative ones from the end; in any order, also
-            repeated.
-        projector: "matryoshka": one projector, pair i uses a prefix of its hidden units; "shared": one projector, full
-            width; "independent": one projector per pair.
-        width_ratios: fraction of hidden units per pair ("matryoshka" only); None: 0.2 to 1.0 in equal steps.
-        widths_increase_with_depth: shallow pairs are narrow; False reverses the widths.
-        ensemble_size: projectors per pair, whose losses are averaged.
-        student_norm: LayerNorm in front of the projector.
-        teacher_pe: add VGGT's sine position embedding to the teacher's features before pooling.
-        pooling: how teacher patches become student tokens.
-        shift: compare the student's token at position i + 1 with patch i (a causal model predicts the next token).
-        released_independent_width: reproduce the released code, whose independent projectors use only 20% of their
-            hidden units; by default they use all.
-        center: means subtracted from the targets of each pair and place: "none" (the paper), those of the whole
-            "dataset", or of each "task".
-        pair_weights: weights of the pairs in the mean loss, of which only the ratios count; None: all the same.
-        schedule: (step, factor) points between which the coefficient's factor is interpolated; before the first and
-            after the last it stays. None: 1 throughout.
-
-    Raises:
-        ValueError: a value that is not accepted, naming the field.
+    Raises ValueError: a value that is not accepted, naming the field.
     """
 
-    coeff: float = 0.5
+    coeff: float = 0.5  # Weight of the alignment loss in the total loss (lambda in the paper)
+    # Hidden states of the student, ascending; 0 is the embeddings; negative ones follow the "released" convention of
+    # `resolve_layers`. Empty: no alignment. A comma string is accepted too.
     student_layers: tuple[int, ...] = PAPER_LAYERS
+    # Teacher blocks, one per student layer, 0-based, negative ones from the end; in any order, also repeated
     teacher_layers: tuple[int, ...] = PAPER_LAYERS
+    # "matryoshka": one projector, pair i uses a prefix of its hidden units; "shared": one projector, full width;
+    # "independent": one projector per pair
     projector: ProjectorKind = "matryoshka"
+    # Fraction of hidden units per pair ("matryoshka" only); None: 0.2 to 1.0 in equal steps
     width_ratios: tuple[float, ...] | None = None
-    widths_increase_with_depth: bool = True
-    ensemble_size: int = 1
-    student_norm: bool = True
-    teacher_pe: bool = True
-    pooling: PoolingMode = "bilinear"
+    widths_increase_with_depth: bool = True  # Shallow pairs are narrow; False reverses the widths
+    ensemble_size: int = 1  # Projectors per pair, whose losses are averaged
+    student_norm: bool = True  # LayerNorm in front of the projector
+    teacher_pe: bool = True  # Add VGGT's sine position embedding to the teacher's features before pooling
+    pooling: PoolingMode = "bilinear"  # How teacher patches become student tokens
+    # Compare the student's token at position i + 1 with patch i (a causal model predicts the next token)
     shift: bool = True
+    # Reproduce the released code, whose independent projectors use only 20% of their hidden units; by default they use
+    # all
     released_independent_width: bool = False
+    # Means subtracted from the targets of each pair and place: "none" (the paper), those of the whole "dataset", or of
+    # each "task"
     center: CenterMode = "none"
+    # Weights of the pairs in the mean loss, of which only the ratios count; None: all the same
     pair_weights: tuple[float, ...] | None = None
+    # (step, factor) points between which the coefficient's factor is interpolated; before the first and after the last
+    # it stays. None: 1 throughout.
     schedule: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:

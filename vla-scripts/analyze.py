@@ -27,31 +27,20 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.analysis.config import (
-    AnalysisConfig,
-    CkaConfig,
-    ConeConfig,
-    DepthConfig,
-    GradientsConfig,
-    ProjectorsConfig,
-    ReachConfig,
-    ReadoutConfig,
-    StaticConfig,
-    TheoremConfig,
-)
+from experiments.analysis import config as flags
 from prismatic.util.cli import run
 from prismatic.util.errors import unknown_name
 
 COMMANDS: dict[str, type] = {
-    "cka": CkaConfig,
-    "gradients": GradientsConfig,
-    "projectors": ProjectorsConfig,
-    "cone": ConeConfig,
-    "depth": DepthConfig,
-    "static": StaticConfig,
-    "theorem": TheoremConfig,
-    "reach": ReachConfig,
-    "readout": ReadoutConfig,
+    "cka": flags.CkaConfig,
+    "gradients": flags.GradientsConfig,
+    "projectors": flags.ProjectorsConfig,
+    "cone": flags.ConeConfig,
+    "depth": flags.DepthConfig,
+    "static": flags.StaticConfig,
+    "theorem": flags.TheoremConfig,
+    "reach": flags.ReachConfig,
+    "readout": flags.ReadoutConfig,
 }
 # The module of experiments.analysis with the function of the command's name, where that is not the module's too.
 MODULES = {"projectors": "cosines", "cone": "cosines", "theorem": "gradients"}
@@ -67,7 +56,7 @@ def main(argv: Sequence[str]) -> NoReturn:
         print(f"error: {unknown_name('command', command, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
 
-    def analyze(config: AnalysisConfig) -> int:
+    def analyze(config: flags.AnalysisConfig) -> int:
         # Imported when the flags are right: torch, transformers or the simulator.
         module = importlib.import_module(f"experiments.analysis.{MODULES.get(command, command)}")
         return getattr(module, command)(config)

@@ -52,25 +52,15 @@ _SAMPLES, _SAMPLE_BYTES = 64, 2**20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that can be loaded.
+    """A checkpoint that can be loaded."""
 
-    Attributes:
-        name: as the user wrote it.
-        path: its folder.
-        model_path: folder of the model weights and config.json: `path` itself, or the adapter's base model.
-        adapter_path: the PEFT adapter to put on top, or None.
-        config: contents of `model_path`/config.json, with the platform the policy was trained for.
-        statistics: dataset name -> {"action": {...}, "proprio": {...}}.
-        components: component name -> state-dict file.
-    """
-
-    name: str
-    path: Path
-    model_path: Path
-    adapter_path: Path | None
-    config: Mapping[str, Any]
-    statistics: Mapping[str, Any]
-    components: Mapping[str, Path] = field(default_factory=dict)
+    name: str  # As the user wrote it
+    path: Path  # Its folder
+    model_path: Path  # Folder of the model weights and config.json: `path` itself, or the adapter's base model
+    adapter_path: Path | None  # The PEFT adapter to put on top, or None
+    config: Mapping[str, Any]  # Contents of `model_path`/config.json, with the platform the policy was trained for
+    statistics: Mapping[str, Any]  # Dataset name -> {"action": {...}, "proprio": {...}}
+    components: Mapping[str, Path] = field(default_factory=dict)  # Component name -> state-dict file
 
     @property
     def processor_path(self) -> Path:
@@ -85,8 +75,7 @@ class Checkpoint:
     def component(self, name: str, flag: str) -> Path:
         """The state-dict file of component `name`, which `flag` asks for.
 
-        Raises:
-            UsageError: the checkpoint has none.
+        Raises UsageError: the checkpoint has none.
         """
         if name not in self.components:
             present = ", ".join(sorted(self.components)) or "none"
@@ -112,8 +101,7 @@ class Checkpoint:
 def open_checkpoint(name: str, base_checkpoint: str | None = None) -> Checkpoint:
     """Find out what the folder or hub id `name` holds.
 
-    Raises:
-        UsageError: no such folder, no weights in it, a missing base model, damaged weights, or no statistics.
+    Raises UsageError: no such folder, no weights in it, a missing base model, damaged weights, or no statistics.
     """
     path = find_folder("--pretrained_checkpoint", name)
     if weight_files(path, MODEL_WEIGHTS):
@@ -148,8 +136,7 @@ def open_checkpoint(name: str, base_checkpoint: str | None = None) -> Checkpoint
 def resolve_unnorm_key(statistics: Collection[str], requested: str, suite: str) -> str:
     """Name the statistics that un-normalize the actions: `requested`, else the suite's, with or without "_no_noops".
 
-    Raises:
-        UsageError: that key is not among the statistics; the message lists those that are.
+    Raises UsageError: that key is not among the statistics; the message lists those that are.
     """
     wanted = requested or suite
     for key in (wanted, f"{wanted}_no_noops"):
@@ -164,8 +151,7 @@ def resolve_unnorm_key(statistics: Collection[str], requested: str, suite: str) 
 def check_policy_flags(flags: PolicyShape, checkpoint: Checkpoint, unnorm_key: str) -> None:
     """Compare the flags of a policy with what the checkpoint holds and records.
 
-    Raises:
-        UsageError: a component is missing, or the policy was trained with other flags (upstream's record none).
+    Raises UsageError: a component is missing, or the policy was trained with other flags (upstream's record none).
     """
     if flags.use_l1_regression or flags.use_diffusion:
         checkpoint.component("action_head", "--use_l1_regression" if flags.use_l1_regression else "--use_diffusion")
@@ -196,8 +182,7 @@ def check_policy_flags(flags: PolicyShape, checkpoint: Checkpoint, unnorm_key: s
 def check_weights(folder: Path, patterns: tuple[str, ...] = MODEL_WEIGHTS) -> list[Path]:
     """Weight files of a folder; refuses missing, incomplete or damaged ones (an interrupted copy or download).
 
-    Raises:
-        UsageError: names the files.
+    Raises UsageError: names the files.
     """
     for index in sorted(folder.glob("*.index.json")):
         shards = set(read_json(index).get("weight_map", {}).values())
@@ -266,9 +251,8 @@ class StartingPoint:
 def resolve_checkpoint(config: TrainConfig) -> StartingPoint:
     """Resolve --vla_path and --resume.
 
-    Raises:
-        UsageError: the checkpoint's adapter does not name its base model, its step cannot be told, the flags do not
-            fit the parts it holds, or there is a model of no known family.
+    Raises UsageError: the checkpoint's adapter does not name its base model, its step cannot be told, the flags do not
+    fit the parts it holds, or there is a model of no known family.
     """
     if not config.resume:
         # Of a hub repository the heads are wanted here; the model itself is fetched by from_pretrained.

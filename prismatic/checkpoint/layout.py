@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 from prismatic.util.files import read_json
 from prismatic.vla.platforms import Platform, get_platform
 
@@ -100,10 +100,8 @@ def component_name(component: str, tag: str) -> str:
 def component_file(folder: Path, component: str, flag: str = "--vla_path") -> Path | None:
     """The state-dict file of a component in a checkpoint folder, or None.
 
-    Of several, it is the one of the step that the folder is named after (`...--{step}_chkpt`), else `--latest_`.
-
-    Raises:
-        UsageError: several, and no telling which is meant; the message begins with `flag`, which named the folder.
+    Of several, it is the one of the step that the folder is named after (`...--{step}_chkpt`), else `--latest_`. Raises
+    UsageError: several, and no telling which is meant; the message begins with `flag`, which named the folder.
     """
     files = {file.name: file for file in sorted(folder.glob(component_name(component, "*")))}
     _, step = split_checkpoint_name(folder.resolve().name)
@@ -135,8 +133,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def recorded_platform(folder: Path) -> Platform | None:
     """The platform a checkpoint folder was trained for, as its run recorded it; None where there is no record.
 
-    Raises:
-        UsageError: the record names a platform that is not known here and does not give its numbers.
+    Raises UsageError: the record names a platform that is not known here and does not give its numbers.
     """
     record = read_record(folder)
     if numbers := record.get("platform_numbers"):
@@ -170,10 +167,8 @@ def read_statistics(folder: Path, config: Mapping[str, Any] | None = None) -> di
 def load_training_state(folder: Path, *, lazily: bool = False) -> dict[str, Any] | None:
     """The `training_state` of a checkpoint folder, or None for a checkpoint of upstream's, which has none.
 
-    `lazily` leaves tensors on disk until they are used: for who wants a number, not the optimizer's moments.
-
-    Raises:
-        UsageError: the file cannot be read.
+    `lazily` leaves tensors on disk until they are used: for who wants a number, not the optimizer's moments. Raises
+    UsageError: the file cannot be read.
     """
     file = folder / STATE_FILE
     if not file.is_file():
@@ -183,4 +178,4 @@ def load_training_state(folder: Path, *, lazily: bool = False) -> dict[str, Any]
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=lazily)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise UsageError(f"{file}: not readable, cut off? ({' '.join(str(error).split())[:120]})") from error
+        raise UsageError(f"{file}: not readable, cut off? ({one_line(error, 120)})") from error

@@ -24,7 +24,7 @@ from torch import nn
 from prismatic.checkpoint.folder import Checkpoint, StartingPoint
 from prismatic.checkpoint.layout import HEADS, LORA_FOLDER, VISION, PolicyShape, component_file, component_files
 from prismatic.models.lora import merge_lora_state_dict, strip_module_prefix
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 from prismatic.vla.platforms import Platform
 
 if TYPE_CHECKING:
@@ -59,13 +59,12 @@ class PolicyParts:
 def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
     """Tensors of a `torch.save` file; anything but tensors in it is refused without being run.
 
-    Raises:
-        UsageError: the file cannot be read so.
+    Raises UsageError: the file cannot be read so.
     """
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise UsageError(f"{file}: not a readable file of tensors ({_one_line(error)[:120]})") from error
+        raise UsageError(f"{file}: not a readable file of tensors ({one_line(error, 120)})") from error
 
 
 def load_component(module: nn.Module, file: Path, begin_anew: Callable[[str], None] | None = None) -> None:
@@ -103,8 +102,7 @@ def misfit(module: nn.Module, state: Mapping[str, torch.Tensor]) -> str:
 def wanted_heads(shape: PolicyShape) -> dict[str, str]:
     """The heads that the flags ask for, each with the flag that does.
 
-    Raises:
-        UsageError: both action heads are asked for.
+    Raises UsageError: both action heads are asked for.
     """
     if shape.use_l1_regression and shape.use_diffusion:
         raise UsageError("--use_l1_regression, --use_diffusion: both are True; accepted: at most one of them")
@@ -143,8 +141,7 @@ def _make_parts(vla: Any, shape: PolicyShape, platform: Platform) -> PolicyParts
 def load_processor(folder: str | Path, flag: str = "--vla_path") -> PrismaticProcessor:
     """Tokenizer and image processor of a model's folder or hub id, which `flag` named; reads no weights.
 
-    Raises:
-        UsageError: files are missing or damaged.
+    Raises UsageError: files are missing or damaged.
     """
     from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 
@@ -155,10 +152,8 @@ def load_processor(folder: str | Path, flag: str = "--vla_path") -> PrismaticPro
 def load_model(folder: str | Path, flag: str, dtype: torch.dtype, *, film: bool, **options: Any) -> VLA:
     """The model of a folder or hub id, which `flag` named, with all of its weights.
 
-    `film` says that the vision backbone's weights come from its component file, so they may be missing here.
-
-    Raises:
-        UsageError: there is no model, or weights are missing or of the wrong shape.
+    `film` says that the vision backbone's weights come from its component file, so they may be missing here. Raises
+    UsageError: there is no model, or weights are missing or of the wrong shape.
     """
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 
@@ -178,8 +173,7 @@ def load_model(folder: str | Path, flag: str, dtype: torch.dtype, *, film: bool,
 def load_for_training(config: TrainConfig, start: StartingPoint, platform: Platform, dtype: torch.dtype) -> PolicyModel:
     """The base model with LoRA: new, or the checkpoint's when resuming.
 
-    Raises:
-        UsageError: no weights at the base model's place, or not all of them.
+    Raises UsageError: no weights at the base model's place, or not all of them.
     """
     film = config.use_film and start.checkpoint is not None and component_file(start.checkpoint, VISION) is not None
     vla = load_model(start.base, "--vla_path", dtype, film=film)
@@ -190,8 +184,7 @@ def load_for_training(config: TrainConfig, start: StartingPoint, platform: Platf
 def prepare_for_training(vla: VLA, config: TrainConfig, platform: Platform, adapter: Path | None = None) -> PolicyModel:
     """A loaded base model as the flags want it trained: images, checkpointing, LoRA (new or `adapter`'s), FiLM.
 
-    Raises:
-        UsageError: an adapter that cannot be read, or of another model.
+    Raises UsageError: an adapter that cannot be read, or of another model.
     """
     from prismatic.models.lora import add_lora, load_lora
 
@@ -204,7 +197,7 @@ def prepare_for_training(vla: VLA, config: TrainConfig, platform: Platform, adap
         try:
             model = load_lora(vla, adapter, is_trainable=True)
         except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-            raise UsageError(f"--resume: {adapter}: {_one_line(error)}") from error
+            raise UsageError(f"--resume: {adapter}: {one_line(error, 300)}") from error
     elif config.use_lora:
         model = add_lora(vla, config.lora_rank, config.lora_dropout)
     if config.use_film:
@@ -228,11 +221,9 @@ def build_parts(
 ) -> PolicyParts:
     """The policy's heads; weights come from the folder of --vla_path when it holds them, else they are new.
 
-    A new run may begin from a policy with another head or of another robot: what does not fit begins anew, and one
-    line to `report` says so. A resumed one goes on with all of its parts.
-
-    Raises:
-        UsageError: a file is damaged or, in a resume or of the vision backbone, does not fit.
+    A new run may begin from a policy with another head or of another robot: what does not fit begins anew, and one line
+    to `report` says so. A resumed one goes on with all of its parts. Raises UsageError: a file is damaged or, in a
+    resume or of the vision backbone, does not fit.
     """
     parts = _make_parts(vla, config, platform)
     if start.checkpoint is None:
@@ -337,7 +328,7 @@ def _merge_adapter(vla: VLA, folder: Path) -> VLA:
     try:
         adapted = load_lora(vla, folder)
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-        raise UsageError(f"--pretrained_checkpoint: {folder}: {_one_line(error)}") from error
+        raise UsageError(f"--pretrained_checkpoint: {folder}: {one_line(error, 300)}") from error
     model: Any = adapted.get_base_model()
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLayer):
@@ -358,7 +349,7 @@ def _load_film(vla: VLA, file: Path) -> None:
     try:
         load_film_backbone(vla, read_state_dict(file))
     except (ValueError, RuntimeError) as error:
-        raise UsageError(f"{file}: {_one_line(error)}") from error
+        raise UsageError(f"{file}: {one_line(error, 300)}") from error
 
 
 @contextmanager
@@ -367,8 +358,4 @@ def readable(folder: str | Path, flag: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{flag}: {folder}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+        raise UsageError(f"{flag}: {folder}: {one_line(error, 300)}") from error

@@ -76,8 +76,7 @@ class LoraAdapter:
     def open(cls, folder: Path) -> LoraAdapter:
         """Read the configuration and headers of the adapter in `folder`.
 
-        Raises:
-            UsageError: no adapter, a kind that is not plain LoRA, or an A without its B.
+        Raises UsageError: no adapter, a kind that is not plain LoRA, or an A without its B.
         """
         settings_file = folder / ADAPTER_CONFIG.name
         settings = read_json(settings_file)

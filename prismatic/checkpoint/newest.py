@@ -22,7 +22,7 @@ from prismatic.checkpoint.layout import (
     split_checkpoint_name,
     weight_files,
 )
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 from prismatic.util.files import atomic_write, read_json
 
 CHECKSUMS = STATE_FILE.with_name("checksums.json")
@@ -66,7 +66,7 @@ def damage(folder: Path) -> str | None:
         if not sums:
             load_training_state(folder, lazily=True)
     except (UsageError, OSError) as error:
-        return " ".join(str(error).split())
+        return one_line(error)
     return None
 
 
@@ -92,8 +92,7 @@ def remove_older(run_dir: Path, keep: int, also: Collection[int]) -> None:
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The newest intact checkpoint of a run, or None if it has none at all. Damaged ones are named on standard error.
 
-    Raises:
-        UsageError: all of them are damaged.
+    Raises UsageError: all of them are damaged.
     """
     if not is_checkpoint(run_dir):  # Killed while the only checkpoint was being replaced: the one before is whole.
         for aside in sorted(run_dir.parent.glob(f".{run_dir.name}.*.old")):

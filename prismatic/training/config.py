@@ -129,8 +129,7 @@ class TrainConfig:
     def validate(self) -> None:
         """Refuse what cannot run.
 
-        Raises:
-            UsageError: one line that names the flag, what was found and what is accepted.
+        Raises UsageError: one line that names the flag, what was found and what is accepted.
         """
         check(self)
         if self.resume:

@@ -25,7 +25,7 @@ from typing import Any, Literal, NoReturn, ParamSpec, TypeVar, Union, get_args, 
 
 import yaml
 
-from prismatic.util.errors import UsageError, unknown_name
+from prismatic.util.errors import UsageError, one_line, unknown_name
 from prismatic.util.flags import check, declared, split_names
 
 ConfigT = TypeVar("ConfigT")
@@ -76,7 +76,7 @@ def _read_file(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"--config_path: {path} cannot be read: {error.strerror}") from error
     except (ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"--config_path: {path} is not valid: {' '.join(str(error).split())}") from error
+        raise UsageError(f"--config_path: {path} is not valid: {one_line(error)}") from error
     if content is None or isinstance(content, _Null):
         return {}
     if not isinstance(content, dict):

@@ -19,3 +19,8 @@ def unknown_name(kind: str, name: str, accepted: Iterable[str]) -> UsageError:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return UsageError(f"{kind}: unknown value {name!r}{hint}; accepted: {', '.join(names)}")
+
+
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """The text of an error on one line, cut after `most` characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 
 # What is taken for the id of a model hub's repository.
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -107,7 +107,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise UsageError(f"{path}: not valid YAML ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected a YAML mapping, found {type(content).__name__}")
     return content
@@ -148,5 +148,5 @@ def find_folder(flag: str, name: str, patterns: Sequence[str] | None = None) -> 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*.py"]))
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200)
         raise UsageError(f"{flag}: {name!r} is no folder here and could not be had from the hub: {reason}") from error

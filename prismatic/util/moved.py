@@ -29,13 +29,15 @@ class _MovedLoader(InspectLoader):
         # The import system has just put the alias's spec on a module that has run already.
         module.__spec__ = self._own_spec
 
-    def get_code(self, fullname: str) -> CodeType | None:
+    def _loader(self) -> InspectLoader | None:
         spec = find_spec(self.target)
-        return spec.loader.get_code(self.target) if spec and isinstance(spec.loader, InspectLoader) else None
+        return spec.loader if spec and isinstance(spec.loader, InspectLoader) else None
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        return loader.get_code(self.target) if (loader := self._loader()) else None
 
     def get_source(self, fullname: str) -> str | None:
-        spec = find_spec(self.target)
-        return spec.loader.get_source(self.target) if spec and isinstance(spec.loader, InspectLoader) else None
+        return loader.get_source(self.target) if (loader := self._loader()) else None
 
 
 class _MovedFinder(MetaPathFinder):

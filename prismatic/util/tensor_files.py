@@ -20,7 +20,7 @@ from accelerate.utils import convert_file_size_to_int
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 from prismatic.util.files import atomic_path, atomic_write
 
 WEIGHTS = "model.safetensors"
@@ -89,7 +89,7 @@ class TensorFiles:
                     for name, part in slices.items()
                 ]
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"{file}: not a readable safetensors file ({' '.join(str(error).split())})") from error
+            raise UsageError(f"{file}: not a readable safetensors file ({one_line(error)})") from error
         except KeyError as error:
             raise UsageError(f"{file}: data type {error} found; accepted: {', '.join(_DTYPES)}") from error
 
@@ -97,9 +97,7 @@ class TensorFiles:
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
-            raise UsageError(
-                f"{file}: not a readable file of tensors ({' '.join(str(error).split())[:120]})"
-            ) from error
+            raise UsageError(f"{file}: not a readable file of tensors ({one_line(error, 120)})") from error
         if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
             raise UsageError(f"{file}: holds other things than tensors; accepted: a state dict")
         self._mapped[file] = tensors
@@ -149,11 +147,7 @@ def _write_file(path: Path, specs: Sequence[TensorSpec], read: Callable[[str], t
     end = 0
     for spec in ordered:
         start, end = end, end + spec.num_bytes
-        header[spec.name] = {
-            "dtype": _DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [start, end],
-        }
+        header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with atomic_path(path) as temporary, temporary.open("wb") as stream:

@@ -13,6 +13,7 @@ al. 2021): a few numbers per pair of layers, for any width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -102,16 +103,12 @@ class _Moments:
         return diagonal_free + totals / ((samples - 1) * (samples - 2)) - 2 / (samples - 2) * rows
 
 
+@dataclass
 class _Sums:
     """Sum and summed squares of one set of features."""
 
-    def __init__(self, width: int, like: Tensor) -> None:
-        self.sum = like.new_zeros(width)
-        self.squares = like.new_zeros(())
-
-    def add(self, x_ND: Tensor) -> None:
-        self.sum += x_ND.sum(dim=0)
-        self.squares += x_ND.square().sum()
+    sum: Tensor
+    squares: Tensor
 
 
 class StreamingCKA:
@@ -166,14 +163,17 @@ class StreamingCKA:
         if not self._offsets:
             # Any fixed offset leaves both estimators as they are; the first batch's mean keeps the numbers small.
             self._offsets = [[features.double().mean(dim=0) for features in side] for side in sides]
-            self._sums = [[_Sums(len(offset), offset) for offset in side] for side in self._offsets]
+            self._sums = [
+                [_Sums(torch.zeros_like(offset), offset.new_zeros(())) for offset in side] for side in self._offsets
+            ]
         shifted = [
             [features.double() - offset for features, offset in zip(side, offsets, strict=True)]
             for side, offsets in zip(sides, self._offsets)
         ]
         for side, sums in zip(shifted, self._sums):
             for features, total in zip(side, sums):
-                total.add(features)
+                total.sum += features.sum(dim=0)
+                total.squares += features.square().sum()
         for key in self._pairs():
             first, second = shifted[key[0]][key[1]], shifted[key[2]][key[3]]
             self._moments.setdefault(key, _Moments()).add(first, second)

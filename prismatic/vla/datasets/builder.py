@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 from prismatic.vla.datasets.frame_index import ImageFeature, NumberFeature, RLDSSplit
 from prismatic.vla.datasets.lerobot.split import LeRobotSplit, open_lerobot
 from prismatic.vla.datasets.specs import DatasetSpec
@@ -131,7 +131,7 @@ def _open_builder(folder: Path) -> Any:
         info = tfds.builder_from_directory(folder).info
         _ = info.features["steps"].feature
     except (ProtobufJSONError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UsageError(
             f"{folder}: dataset_info.json or features.json is no valid RLDS description: {reason}"
         ) from error

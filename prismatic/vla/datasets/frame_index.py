@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 from prismatic.util.files import atomic_path
 from prismatic.vla.datasets.episodes import (
     ByteReader,
@@ -123,7 +123,7 @@ class RLDSEpisodes(EpisodeData):
             raise UsageError(
                 f"{self.shards[shard]}: record {int(self.episode_record[episode])}: "
                 f"step {frame - int(self.episode_start[episode])}: image {self.views[view]}: "
-                f"{' '.join(str(error).split())}"
+                f"{one_line(error)}"
             ) from error
 
 

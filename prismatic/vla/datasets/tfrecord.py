@@ -20,7 +20,7 @@ from typing import NamedTuple
 import google_crc32c
 import numpy as np
 
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 
 _HEADER, _FOOTER = 12, 4
 
@@ -94,7 +94,7 @@ def read_array_records(path: Path) -> Iterator[bytes]:
         for number in range(reader.num_records()):
             yield reader.read([number])[0]
     except (RuntimeError, ValueError, IndexError) as error:
-        raise UsageError(f"{path}: no readable array_record file ({' '.join(str(error).split())[:160]})") from error
+        raise UsageError(f"{path}: no readable array_record file ({one_line(error, 160)})") from error
 
 
 def _varint(buffer: bytes, at: int) -> tuple[int, int]:

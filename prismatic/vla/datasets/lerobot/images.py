@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 from prismatic.vla.datasets.episodes import ByteReader
 from prismatic.vla.datasets.image_transforms import decode_with_pillow
 from prismatic.vla.datasets.lerobot.metadata import require
@@ -40,7 +40,7 @@ def frame_times(path: Path) -> np.ndarray:
             times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
             return np.sort(np.array(times, np.float64)) * float(stream.time_base)
     except (av.FFmpegError, OSError, IndexError) as error:
-        raise UsageError(f"{path}: no readable video ({' '.join(str(error).split())})") from error
+        raise UsageError(f"{path}: no readable video ({one_line(error)})") from error
 
 
 class PackedImages:
@@ -55,7 +55,7 @@ class PackedImages:
         try:
             return decode_with_pillow(self._reader.read(0, int(self.start[frame]), int(self.size[frame])))
         except (OSError, ValueError) as error:
-            raise UsageError(f"{self._reader.files[0]}: frame {frame}: {' '.join(str(error).split())}") from error
+            raise UsageError(f"{self._reader.files[0]}: frame {frame}: {one_line(error)}") from error
 
 
 @dataclass
@@ -80,7 +80,7 @@ class VideoImages:
         try:
             image = self._decode(self._container(number), seconds)
         except (av.FFmpegError, OSError) as error:
-            raise UsageError(f"{path}: at {seconds:.3f} s: {' '.join(str(error).split())}") from error
+            raise UsageError(f"{path}: at {seconds:.3f} s: {one_line(error)}") from error
         if image is None:
             raise UsageError(f"{path}: no frame at {seconds:.3f} s (truncated, or not {self.fps:g} frames a second?)")
         if abs(image.time - seconds) > 2 * float(time_tolerance(np.array(seconds))):

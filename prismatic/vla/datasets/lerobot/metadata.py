@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 from prismatic.util.files import read_json
 from prismatic.vla.datasets.specs import DatasetSpec, libero_transform
 from prismatic.vla.platforms import Platform
@@ -98,7 +98,7 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Any:
             raise UsageError(f"{path}: no column {missing[0]!r}; found: {', '.join(file.schema_arrow.names)}")
         return file.read(columns=columns)
     except (arrow.ArrowInvalid, OSError) as error:
-        raise UsageError(f"{path}: no readable Parquet file ({' '.join(str(error).split())[:160]})") from error
+        raise UsageError(f"{path}: no readable Parquet file ({one_line(error, 160)})") from error
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -204,7 +204,7 @@ def read_metadata(folder: Path) -> Metadata:
     except KeyError as error:
         raise UsageError(f"{folder / 'meta'}: entry {error} is missing (version {version})") from error
     except (TypeError, AttributeError) as error:
-        raise UsageError(f"{path}: no valid LeRobot description ({' '.join(str(error).split())})") from error
+        raise UsageError(f"{path}: no valid LeRobot description ({one_line(error)})") from error
 
 
 @dataclass(frozen=True)
@@ -234,11 +234,7 @@ def _find(metadata: Metadata, feature: str, *, image: bool) -> str | None:
 
 
 def find_columns(
-    metadata: Metadata,
-    spec: DatasetSpec,
-    platform: Platform,
-    with_proprio: bool = True,
-    num_images: int | None = None,
+    metadata: Metadata, spec: DatasetSpec, platform: Platform, with_proprio: bool = True, num_images: int | None = None
 ) -> Columns:
     """The columns that hold what `spec` asks for; see :func:`prismatic.vla.datasets.builder.open_dataset`.
 

@@ -198,8 +198,7 @@ class LeRobotSplit:
 
     def _read(self, pack: Path) -> dict[str, np.ndarray]:
         """All numbers of the split by row; writes the packed images, if there are any."""
-        places = [frames_of_rows(file, episodes, first) for file, episodes, first in self._files()]
-        files = [file for file, _, _ in self._files()]
+        files = [(file, frames_of_rows(file, episodes, first)) for file, episodes, first in self._files()]
         count = sum(episode.length for episode in self.episodes)
         shapes = {f"number/{feature}": (self.metadata.width(name),) for feature, name in self.columns.numbers.items()}
         columns = {f"number/{feature}": name for feature, name in self.columns.numbers.items()}
@@ -210,7 +209,7 @@ class LeRobotSplit:
             columns["task"], types["task"] = "task_index", np.int64
         arrays = {name: np.empty((count, *shapes.get(name, ())), types.get(name, np.float32)) for name in columns}
         texts = np.empty(count, object)
-        for file, frames in zip(files, places, strict=True):
+        for file, frames in files:
             used = frames >= 0
             for name, column in list(columns.items()):
                 try:
@@ -228,7 +227,7 @@ class LeRobotSplit:
         if self.has_videos:
             self._check_times(arrays["timestamp"])
         if self.packed_views:
-            arrays |= self._pack(pack, list(zip(files, places, strict=True)), count)
+            arrays |= self._pack(pack, files, count)
         return arrays
 
     def _check_times(self, timestamp: np.ndarray) -> None:

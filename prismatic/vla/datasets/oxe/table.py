@@ -111,9 +111,7 @@ _BRIDGE = OXEDataset(
     drop_last=1,
 )
 _GNM = OXEDataset(
-    _cams(None, "image"),
-    (_obs("position"), Constant(0.0, 3), _obs("yaw"), _PAD, _PAD),
-    (_ACTION, Constant(0.0, 5)),
+    _cams(None, "image"), (_obs("position"), Constant(0.0, 3), _obs("yaw"), _PAD, _PAD), (_ACTION, Constant(0.0, 5))
 )
 _AUSTIN = OXEDataset(_cams("image", "wrist_image"), (_STATE,), (_ARM, _open_from_closing(_LAST)), _QUAT)
 _PR2 = OXEDataset(_cams("image"), _POSE_AND_GRIPPER, (_ACTION[:-1],))
@@ -172,11 +170,7 @@ OXE_DATASETS: dict[str, OXEDataset] = {
         language=_NATURAL,
     ),
     "roboturk": OXEDataset(
-        _cams("front_rgb"),
-        _NO_STATE,
-        (_WORLD, _TURN, _open_from_closing(_CLOSEDNESS)),
-        _NONE,
-        language=_NATURAL,
+        _cams("front_rgb"), _NO_STATE, (_WORLD, _TURN, _open_from_closing(_CLOSEDNESS)), _NONE, language=_NATURAL
     ),
     "nyu_door_opening_surprising_effectiveness": OXEDataset(
         _cams(None, "image"), _NO_STATE, _RELATIVE_GRASP, _NONE, language=_NATURAL
@@ -218,9 +212,7 @@ OXE_DATASETS: dict[str, OXEDataset] = {
     ),
     "nyu_rot_dataset_converted_externally_to_rlds": OXEDataset(_cams("image"), _POSE_AND_GRIPPER, (_ACTION[:7],)),
     "stanford_hydra_dataset_converted_externally_to_rlds": OXEDataset(
-        _cams("image", "wrist_image"),
-        (_STATE[:3], _STATE[7:10], _STATE[-3:-2]),
-        (_ARM, _LAST.then(Operation.INVERT)),
+        _cams("image", "wrist_image"), (_STATE[:3], _STATE[7:10], _STATE[-3:-2]), (_ARM, _LAST.then(Operation.INVERT))
     ),
     "austin_buds_dataset_converted_externally_to_rlds": OXEDataset(
         _cams("image", "wrist_image"), (_STATE[:8],), (_ARM, _open_from_closing(_LAST)), _JOINT
@@ -279,18 +271,10 @@ OXE_DATASETS: dict[str, OXEDataset] = {
         (_ACTION[:4], Constant(0.0, 2), _LAST),
     ),
     "berkeley_mvp_converted_externally_to_rlds": OXEDataset(
-        _cams(None, "hand_image"),
-        (_obs("pose"), _obs("gripper")),
-        (_ACTION,),
-        _QUAT,
-        ActionEncoding.JOINT_POS,
+        _cams(None, "hand_image"), (_obs("pose"), _obs("gripper")), (_ACTION,), _QUAT, ActionEncoding.JOINT_POS
     ),
     "berkeley_rpt_converted_externally_to_rlds": OXEDataset(
-        _cams(None, "hand_image"),
-        (_obs("joint_pos"), _obs("gripper")),
-        (_ACTION,),
-        _JOINT,
-        ActionEncoding.JOINT_POS,
+        _cams(None, "hand_image"), (_obs("joint_pos"), _obs("gripper")), (_ACTION,), _JOINT, ActionEncoding.JOINT_POS
     ),
     "kaist_nonprehensile_converted_externally_to_rlds": OXEDataset(
         _cams("image"), (_STATE[-7:], _PAD), (_ARM, Constant(0.0)), _QUAT
