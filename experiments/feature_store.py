@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from experiments.join import StoreConfig
-from prismatic.checkpoint.folder import resolve_checkpoint
-from prismatic.policies import get_family, student_depth
+from prismatic.policies import family_of
 from prismatic.training.precision import make_accelerator
 from prismatic.training.run import make_dataset
 from prismatic.util.errors import UsageError
@@ -42,8 +41,7 @@ class Frames:
     def __init__(self, config: StoreConfig, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cpu")
         self._num_workers = config.num_workers
-        start = resolve_checkpoint(config)
-        family = get_family(start.kind)
+        family, start = family_of(config)
         family.check(config, start)
         processor = family.load_processor(start.base)
         self.image_processor = processor.image_processor
@@ -110,7 +108,9 @@ def build(config: StoreConfig) -> None:
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     try:
         depth = describe_teacher(config.teacher, config.teacher_type).depth
-        layers = sorted(set(config.align_config(student_depth(config), depth).teacher_layers))
+        family, start = family_of(config)
+        align = config.align_config(family.depth(start.base), depth, indexing=family.indexing)
+        layers = sorted(set(align.teacher_layers))
         teacher = load_teacher(config.teacher, layers, config.teacher_type, dtype=dtype, device=accelerator.device)
     except ValueError as error:
         raise UsageError(str(error)) from error

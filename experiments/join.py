@@ -22,6 +22,8 @@ from rocket_align.teacher.registry import describe_teacher, load_teacher, teache
 from rocket_align.teacher.store.layout import StoreDType, read_layout
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from prismatic.training.run import TrainingRun
     from prismatic.vla.batch import Batch
     from rocket_align import AlignConfig, MultiLayerAlignment, TeacherFeatures
@@ -69,7 +71,7 @@ def plan_alignment(config: FinetuneConfig) -> tuple[AlignConfig, int]:
     Raises:
         UsageError: a wrong flag, or layers the models do not have.
     """
-    from prismatic.policies import student_depth  # torch: not for --help, nor before a wrong flag is told
+    from prismatic.policies import family_of  # torch: not for --help, nor before a wrong flag is told
 
     try:
         config.validate_alignment()
@@ -79,7 +81,8 @@ def plan_alignment(config: FinetuneConfig) -> tuple[AlignConfig, int]:
             raise UsageError("--use_val_set: True found; accepted with --feature_store (training frames): False")
         stored = read_layout(Path(config.feature_store)) if config.feature_store else None
         teacher = stored.teacher if stored else describe_teacher(config.teacher, config.teacher_type)
-        align = config.align_config(student_depth(config), teacher.depth)
+        family, start = family_of(config)
+        align = config.align_config(family.depth(start.base), teacher.depth, indexing=family.indexing)
         if stored:
             stored.check_layers(align.teacher_layers, f"--feature_store: {config.feature_store}")
         return align, teacher.channels // 2
@@ -122,6 +125,10 @@ def build_alignment(training: TrainingRun, align: AlignConfig, teacher_dim: int)
         return alignment, lambda batch: None
     make_targets = read_stored_targets(training, align) if flags.feature_store else _online_targets(training, align)
     if align.center == "task":
+        if training.family.name == "pi05" and flags.use_proprio:
+            raise UsageError(
+                "--align_center: task found; accepted for pi05, whose prompt holds the state: none, global"
+            )
         make_targets = _with_tasks(make_targets)
     if align.center != "none" and not flags.resume:
         alignment.center = measure_center(training, alignment, make_targets)
@@ -138,16 +145,28 @@ def _online_targets(training: TrainingRun, align: AlignConfig) -> Targets:
     except ValueError as error:
         raise UsageError(f"--{'teacher_path' if flags.teacher_path else 'vggt_path'}: {error}") from error
     targets = TeacherTargets(teacher, training.processor.image_processor)
-    return lambda batch: targets(batch["pixel_values"])
+    return lambda batch: targets(batch["pixel_values"], _present_cameras(batch))
+
+
+def _present_cameras(batch: Batch) -> Tensor | None:
+    """The cameras of each sample (B, V), on the host, where a policy can do without some."""
+    import torch  # as above
+
+    cameras = batch.get("cameras")
+    return None if cameras is None else torch.tensor(cameras)
 
 
 def _with_tasks(make_targets: Targets) -> Targets:
-    from rocket_align.centering import task_keys  # torch: as above
+    import torch  # as above
+
+    from prismatic.vla.constants import IGNORE_INDEX
+    from rocket_align.centering import task_keys
 
     def with_tasks(batch: Batch) -> TeacherFeatures | AlignmentTargets | None:
         targets = make_targets(batch)
         assert targets is not None
-        return targets._replace(tasks=task_keys(batch["input_ids"], batch["attention_mask"], batch["labels"]))
+        labels = batch.get("labels", torch.full_like(batch["input_ids"], IGNORE_INDEX))
+        return targets._replace(tasks=task_keys(batch["input_ids"], batch["attention_mask"], labels))
 
     return with_tasks
 
@@ -160,8 +179,7 @@ def measure_center(training: TrainingRun, alignment: MultiLayerAlignment, make_t
 
     flags, accelerator = cast(FinetuneConfig, training.config), training.accelerator
     samples = flags.align_center_samples or len(training.dataset)
-    backbone = training.vla.vision_backbone
-    num_tokens = backbone.get_num_patches() * backbone.get_num_images_in_input()
+    num_tokens = training.family.image_tokens(training.parts) * flags.num_images_in_input
     meter = CenterMeter(by_task=alignment.config.center == "task")
     for batch in itertools.islice(training.batches(), -(-samples // (flags.batch_size * accelerator.num_processes))):
         with torch.no_grad(), accelerator.autocast():
@@ -196,6 +214,10 @@ def read_stored_targets(training: TrainingRun, align: AlignConfig) -> Targets:
         teacher = store.teacher(tokens, position_embedding=align.teacher_pe)
     except ValueError as error:
         raise UsageError(f"--feature_store: {error}") from error
+    if training.family.name != "openvla" and data.missing_views:
+        raise UsageError(
+            f"--feature_store: no {data.missing_views[0]} camera; accepted for {training.family.name}: all views"
+        )
     data.extras = store
     teacher.to(training.device)
     return lambda batch: teacher(**batch["extras"])

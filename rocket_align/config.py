@@ -158,6 +158,25 @@ def baseline(num_student_layers: int = 32, num_teacher_layers: int = 24) -> Alig
     return replace(rocket(num_student_layers, num_teacher_layers), coeff=0.0, student_layers=(), teacher_layers=())
 
 
+def openpi_pairs(num_student_layers: int = 18, num_teacher_layers: int = 24) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Student states and teacher blocks of the paper's recipe for pi0 and pi0.5: 2, 3, ..., 10 and the final norm with
+    2, 4, ..., 18 and the last block; smaller models get consecutive ones from 1, and the last of each."""
+    last = (num_student_layers, num_teacher_layers - 1)
+    if num_student_layers > 10 and num_teacher_layers > 19:
+        return (*range(2, 11), last[0]), (*range(2, 19, 2), last[1])
+    early = tuple(range(1, min(num_student_layers, num_teacher_layers - 1, 10)))
+    return (*early, last[0]), (*early, last[1])
+
+
+def for_openpi(config: AlignConfig, num_student_layers: int, num_teacher_layers: int) -> AlignConfig:
+    """A recipe's configuration for pi0 or pi0.5: the release's pairs (spatial forcing: at two thirds of the depth), and
+    no shift, since all of the prefix sees all of it."""
+    pairs = openpi_pairs(num_student_layers, num_teacher_layers)
+    if config.num_pairs == 1:
+        pairs = (max(1, num_student_layers * 2 // 3),), (num_teacher_layers - 1,)
+    return replace(config, student_layers=pairs[0], teacher_layers=pairs[1], shift=False)
+
+
 RECIPES = {
     "rocket": rocket,
     "shared": shared,

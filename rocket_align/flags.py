@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rocket_align.config import RECIPES, AlignConfig
+from rocket_align.config import RECIPES, AlignConfig, for_openpi
 from rocket_align.layers import LayerConvention, layers_for_models, read_layer_file, resolve_layers
 
 POOLING = ("bilinear", "random")
@@ -144,14 +144,24 @@ class AlignFlags:
         except ValueError as error:
             raise ValueError(f"--align_layers_file: {error}") from None
 
-    def align_config(self, num_student_layers: int, num_teacher_layers: int) -> AlignConfig:
+    def align_config(
+        self, num_student_layers: int, num_teacher_layers: int, *, indexing: str = "openvla"
+    ) -> AlignConfig:
         """The recipe for models of these depths, with the flags that were given put over it.
+
+        `indexing` is the student's: "openvla", or "openpi-torch" for pi0 and pi0.5, whose -1 is the final norm.
 
         Raises ValueError: layers out of range or out of order, or a combination :class:`AlignConfig` refuses.
         """
         if not self.aligns:
             return RECIPES["baseline"]()
         base = RECIPES[self.recipe_name](num_student_layers, num_teacher_layers)
+        if indexing != "openvla":
+            if self.gain_feat_1move:
+                raise ValueError(
+                    "--gain_feat_1move: True found; accepted for pi0 and pi0.5: False, none of it is causal"
+                )
+            base = for_openpi(base, num_student_layers, num_teacher_layers)
         changes: dict[str, Any] = {
             "coeff": self.align_loss_coeff,
             "pooling": self.pooling_func,
@@ -163,7 +173,9 @@ class AlignFlags:
             "projector": self._projector(base.projector),
         }
         if self.vla_layers_align is not None:
-            changes["student_layers"] = self._layers("vla_layers_align", num_student_layers, "released")
+            changes["student_layers"] = self._layers(
+                "vla_layers_align", num_student_layers, "released" if indexing == "openvla" else "states"
+            )
         if self.vggt_layers_align is not None:
             changes["teacher_layers"] = self._layers("vggt_layers_align", num_teacher_layers, "python")
         if self.align_layers_file:

@@ -37,7 +37,7 @@ def main(config: FinetuneConfig) -> int:
     check_resumed_alignment(config, align)
     from prismatic.training.run import TrainingRun  # torch and transformers: not for --help, nor for a wrong flag
 
-    training = TrainingRun(config, asdict(config), align.student_layers)
+    training = TrainingRun(config, asdict(config), align.student_layers, pauses=bool(align.schedule))
     alignment, targets = build_alignment(training, align, teacher_dim)
     training.run_config["alignment"] = {**asdict(align), "widths": alignment.widths}
     state = training.fit(alignment, align.coeff_at if align.schedule else align.coeff, targets)

@@ -28,7 +28,7 @@ from prismatic.checkpoint.load import load_component, load_policy, load_policy_m
 from prismatic.util.errors import UsageError
 from prismatic.vla.action_tokenizer import action_prompt
 from prismatic.vla.datasets.image_transforms import center_crop_box, prepare_policy_image, resize_and_crop
-from prismatic.vla.platforms import LIBERO, NormalizationType, Platform
+from prismatic.vla.platforms import LIBERO, Normalization, Platform
 
 if TYPE_CHECKING:
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
@@ -64,7 +64,7 @@ def quantization(cfg: PolicyFlags) -> str:
 
 
 def normalize_proprio(
-    proprio: Array, norm_stats: Mapping[str, Any], kind: NormalizationType = LIBERO.normalization
+    proprio: Array, norm_stats: Mapping[str, Any], kind: Normalization = LIBERO.normalization
 ) -> Array:
     """Proprio state (..., P) to [-1, 1] with the "proprio" statistics of the training data, float64.
 

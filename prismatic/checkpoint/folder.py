@@ -304,17 +304,30 @@ def _check_components(config: TrainConfig, folder: Path) -> None:
 
 
 def _family(config: TrainConfig, base: str) -> str:
-    """The family of the policy: the base model's own, which `--policy` may name too, or tell where its files do not.
+    """The family of the policy: the base model's own, which `--policy` may name too.
 
-    Of a hub id nothing is known yet: it is OpenVLA's, unless `--policy` says otherwise.
+    Of a hub id nothing is known yet: it is OpenVLA's, unless `--policy` or a resumed run says otherwise.
     """
     if not Path(base).is_dir():
-        return config.policy or "openvla"
+        return config.policy or read_record(Path(config.vla_path)).get("family", "openvla")
     file = Path(base) / MODEL_CONFIG
-    content = read_json(file)
-    told = content.get("model_type") or content.get("type")
+    told = _told_family(Path(base), read_json(file))
     if told not in FAMILIES:
         raise UsageError(f"--vla_path: {file}: model_type {told!r} found; accepted: {', '.join(map(repr, FAMILIES))}")
     if config.policy and config.policy != told:
         raise UsageError(f"--policy: {config.policy} found, but {file} is a {told} model; accepted: {told}")
     return str(told)
+
+
+def _told_family(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The family that config.json names; openpi's does not, and there the names of the weights tell."""
+    if told := config.get("model_type") or config.get("type"):
+        return str(told)
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in weight_files(folder, MODEL_WEIGHTS[:1]):
+        with safe_open(file, framework="np") as stored:
+            names |= {name.removeprefix("model.") for name in stored.keys()}  # noqa: SIM118 - no dict
+    kinds = {"time_mlp_in.weight": "pi05", "action_time_mlp_in.weight": "pi0"}
+    return next((kind for name, kind in kinds.items() if name in names), None)

@@ -33,7 +33,7 @@ LORA_FOLDER = "lora_adapter"
 ADAPTER_CONFIG = Path(LORA_FOLDER) / "adapter_config.json"
 PREPROCESSOR = "preprocessor_config.json"
 # Families of policies, by the names of `--policy`.
-FAMILIES = ("openvla",)
+FAMILIES = ("openvla", "pi0", "pi05")
 # Attributes of the trained module with a state-dict file of their own, as upstream names them: the policy's heads,
 # the alignment's projectors, and the vision backbone with FiLM layers.
 HEADS = ("action_head", "proprio_projector", "noisy_action_projector")

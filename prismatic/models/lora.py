@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -57,7 +57,7 @@ def add_lora(model: OpenVLAForActionPrediction, rank: int = 32, dropout: float =
     return get_peft_model(model, lora_config(model, rank, dropout))
 
 
-def load_lora(model: OpenVLAForActionPrediction, folder: str | Path, is_trainable: bool = False) -> PeftModel:
+def load_lora(model: nn.Module, folder: str | Path, is_trainable: bool = False) -> PeftModel:
     """`model` wrapped by PEFT with the adapter in `folder`.
 
     Older PEFT also wrote the frozen base weight of the adapted head (`lm_head.base_layer.weight`) into the file; such a
@@ -69,10 +69,12 @@ def load_lora(model: OpenVLAForActionPrediction, folder: str | Path, is_trainabl
 
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trainable
-    config.base_model_name_or_path = model.name_or_path or None  # It may have moved since; PEFT would only warn.
+    config.base_model_name_or_path = (
+        getattr(model, "name_or_path", None) or None
+    )  # It may have moved since; PEFT would only warn.
     weights = load_peft_weights(str(folder), device="cpu")
     weights = {name_without_film(key): value for key, value in weights.items() if ".base_layer." not in key}
-    peft_model = get_peft_model(model, config)
+    peft_model: Any = get_peft_model(cast(Any, model), config)
     result: Any = set_peft_model_state_dict(peft_model, weights)
     missing = [key for key in result.missing_keys if _LORA_A in key or _LORA_B in key]
     if missing or result.unexpected_keys:

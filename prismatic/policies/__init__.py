@@ -8,13 +8,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from prismatic.checkpoint.folder import resolve_checkpoint
+from prismatic.checkpoint.folder import StartingPoint, resolve_checkpoint
 
 if TYPE_CHECKING:
     from prismatic.policies.base import PolicyFamily
     from prismatic.training.config import TrainConfig
 
-_HOMES = {"openvla": "prismatic.policies.openvla:OpenVLA"}
+_HOMES = {
+    "openvla": "prismatic.policies.openvla:OpenVLA",
+    "pi0": "prismatic.policies.pi:Pi0",
+    "pi05": "prismatic.policies.pi:Pi05",
+}
 
 
 def get_family(kind: str) -> PolicyFamily:
@@ -23,7 +27,13 @@ def get_family(kind: str) -> PolicyFamily:
     return getattr(import_module(module), name)()
 
 
+def family_of(config: TrainConfig) -> tuple[PolicyFamily, StartingPoint]:
+    """The family of the policy that the flags train, and where its training starts."""
+    start = resolve_checkpoint(config)
+    return get_family(start.kind), start
+
+
 def student_depth(config: TrainConfig) -> int:
     """Blocks of the base model's language model, from its config file alone."""
-    start = resolve_checkpoint(config)
-    return get_family(start.kind).depth(start.base)
+    family, start = family_of(config)
+    return family.depth(start.base)

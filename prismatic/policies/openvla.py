@@ -19,7 +19,7 @@ from prismatic.util.errors import UsageError
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from prismatic.vla.datasets import RLDSBatchTransform
 from prismatic.vla.datasets.image_transforms import AugmentRanges, PolicyImageTransform
-from prismatic.vla.platforms import Platform, get_platform
+from prismatic.vla.platforms import NormalizationType, Platform, get_platform
 
 if TYPE_CHECKING:
     from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
@@ -39,7 +39,13 @@ class OpenVLA:
 
     def platform(self, config: TrainConfig, base: str) -> Platform:
         """The robot of `--platform`."""
-        return get_platform(config.platform)
+        robot = get_platform(config.platform)
+        if not isinstance(robot.normalization, NormalizationType):
+            kinds = ", ".join(kind.value for kind in NormalizationType)
+            raise UsageError(
+                f"--platform: {robot.name} has normalization {robot.normalization.value}; accepted: {kinds}"
+            )
+        return robot
 
     def depth(self, base: str) -> int:
         """Blocks of the LLM."""

@@ -29,7 +29,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 @dataclass
 class TrainConfig:
     # Model and data
-    policy: str = limited("", choices=FAMILIES)  # openvla; default: what the base checkpoint is
+    policy: str = limited("", choices=FAMILIES)  # openvla | pi0 | pi05; default: what the base checkpoint is
     vla_path: str = "openvla/openvla-7b"  # Base checkpoint: local folder or hub id; with --resume a *_chkpt folder
     data_root_dir: Path = Path("datasets/rlds")  # Folder that holds the RLDS datasets
     dataset_name: str = "libero_spatial_no_noops"  # A dataset, a comma list of datasets, or a named mixture

@@ -85,9 +85,12 @@ class TrainingRun:
         config: validated flags.
         run_config: flags to record in checkpoints, beside the platform's numbers and the versions of code and packages.
         states: the student's hidden states that the auxiliary loss will use.
+        pauses: the auxiliary loss is left out at some steps, so what it alone trains gets no gradient then.
     """
 
-    def __init__(self, config: TrainConfig, run_config: dict[str, Any], states: Sequence[int] = ()) -> None:
+    def __init__(
+        self, config: TrainConfig, run_config: dict[str, Any], states: Sequence[int] = (), *, pauses: bool = False
+    ) -> None:
         self.config = config
         self.start = resolve_checkpoint(config)
         self.family = get_family(self.start.kind)
@@ -105,7 +108,7 @@ class TrainingRun:
             config.shard,
             config.mixed_precision,
             trains_all=not config.use_lora,
-            unused_parameters=self.family.unused_parameters,
+            unused_parameters=self.family.unused_parameters or pauses,
             log_with=self._trackers() or None,
             project_dir=str(config.run_root_dir),
         )

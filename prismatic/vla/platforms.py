@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
 from prismatic.util.errors import UsageError, unknown_name
 from prismatic.util.files import read_mapping
@@ -35,6 +35,25 @@ class NormalizationType(str, Enum):
         raise ValueError(f"normalization {self.value!r} has no bounds; accepted: bounds, bounds_q99")
 
 
+class OpenPINormalization(str, Enum):
+    """openpi's normalization for pi0 (mean_std) and pi0.5 (quantiles to [-1, 1]): of every number, unclipped."""
+
+    MEAN_STD = "mean_std"
+    QUANTILES = "quantiles"
+
+    def bounds(self, statistics: Mapping[str, Sequence[float]]) -> NoReturn:
+        """Raises ValueError: see `statistics.openpi_normalizer` instead."""
+        raise ValueError(f"normalization {self.value!r} is openpi's; accepted: bounds, bounds_q99")
+
+
+Normalization: TypeAlias = NormalizationType | OpenPINormalization
+
+
+def _normalization(value: str) -> Normalization:
+    openpi = value in tuple(OpenPINormalization)
+    return OpenPINormalization(value) if openpi else NormalizationType(value)
+
+
 @dataclass(frozen=True)
 class Platform:
     """The numbers of one robot platform.
@@ -47,10 +66,10 @@ class Platform:
     chunk: int
     action_dim: int
     proprio_dim: int
-    normalization: NormalizationType
+    normalization: Normalization
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "normalization", NormalizationType(self.normalization))
+        object.__setattr__(self, "normalization", _normalization(self.normalization))
         for field_name in ("chunk", "action_dim", "proprio_dim"):
             value = getattr(self, field_name)
             least = 0 if field_name == "proprio_dim" else 1

@@ -32,6 +32,7 @@ from prismatic.vla.datasets.image_transforms import (
     AugmentDraw,
     AugmentRanges,
     CropBox,
+    PixelBox,
     PolicyImageTransform,
 )
 from prismatic.vla.datasets.specs import DATASETS, DatasetSpec, resolve_mixture
@@ -317,6 +318,11 @@ class RLDSDataset(Dataset):
         """Names of the views that are read, in the order the policy sees them."""
         return tuple(self.augmentation(0))
 
+    @property
+    def missing_views(self) -> tuple[str, ...]:
+        """Views for which some dataset has no camera."""
+        return tuple(name for source in self._sources for name, cameras in source.views.items() if not cameras)
+
     def fingerprints(self) -> dict[str, str]:
         """A hash of the content of every dataset; the same for a copy of it.
 
@@ -339,10 +345,10 @@ class RLDSDataset(Dataset):
         """The frame that `batch_transform` gets."""
         draw = self._as_draw(key)
         source, start = self._locate(draw.frame)
-        images = {
-            f"image_{name}": self._image(source, name, draw, augment)[None]
-            for name, augment in self.augmentation(draw).items()
-        }
+        views, images = {}, {}
+        for name, augment in self.augmentation(draw).items():
+            image, views[name] = self._image(source, name, draw, augment)
+            images[f"image_{name}"] = image[None]
         state = {} if source.proprio is None else {"proprio": source.proprio[start : start + 1]}
         timestep = start - int(source.index.episode_start[source.index.episode_of(start)])
         return {
@@ -350,17 +356,22 @@ class RLDSDataset(Dataset):
             "action": source.action[start : start + self.platform.chunk],
             "observation": {**images, **state, "timestep": np.array([timestep])},
             "task": {"language_instruction": source.index.instructions[source.index.language[start]]},
+            "views": views,
+            "draw": (self.seed, draw.epoch, draw.frame),
         }
 
-    def _image(self, source: _Source, view: str, draw: FrameDraw, augment: AugmentDraw | None) -> np.ndarray:
-        """One view of a draw as the policy sees it, uint8 (height, width, 3)."""
+    def _image(
+        self, source: _Source, view: str, draw: FrameDraw, augment: AugmentDraw | None
+    ) -> tuple[np.ndarray, PixelBox | None]:
+        """One view of a draw as the policy sees it, uint8 (height, width, 3), and the part that the camera filled."""
         choices = source.views[view]
         if not choices:
-            return np.zeros((*self.image_transform.size, 3), np.uint8)
+            return np.zeros((*self.image_transform.size, 3), np.uint8), None
         choice = choices[0]
         if len(choices) > 1:
             choice = choices[int(np.random.default_rng((self.seed, 3, draw.epoch, draw.frame)).integers(len(choices)))]
-        return self.image_transform.train(source.index.image(choice, self._locate(draw.frame)[1]), augment)
+        image = source.index.image(choice, self._locate(draw.frame)[1])
+        return self.image_transform.train(image, augment), self.image_transform.content(image.shape[:2])
 
     def augmentation(self, key: int | FrameDraw) -> dict[str, AugmentDraw | None]:
         """The augmentation of every view that is read for this draw (None without image_aug), without reading it.
@@ -370,7 +381,7 @@ class RLDSDataset(Dataset):
         draw = self._as_draw(key)
         source, _ = self._locate(draw.frame)
         return {
-            name: self.image_transform.draw(np.random.default_rng((self.seed, draw.epoch, draw.frame, view)))
+            name: self.image_transform.draw(np.random.default_rng((self.seed, draw.epoch, draw.frame, view)), name)
             for view, name in enumerate(source.views)
         }
 

@@ -15,7 +15,7 @@ import functools
 import io
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import simplejpeg
@@ -36,6 +36,8 @@ class CropBox(NamedTuple):
     width: float
 
 
+# Top, left, bottom, right in pixels; the last two are outside.
+PixelBox: TypeAlias = tuple[int, int, int, int]
 FULL_IMAGE = CropBox(0.0, 0.0, 1.0, 1.0)
 
 
@@ -227,9 +229,13 @@ class PolicyImageTransform:
     # The training augmentation, or None for a policy trained without (then rollouts do not crop either)
     ranges: AugmentRanges | None = None
 
-    def draw(self, rng: np.random.Generator) -> AugmentDraw | None:
-        """An augmentation for one training image; None without augmentation."""
+    def draw(self, rng: np.random.Generator, view: str = "") -> AugmentDraw | None:
+        """An augmentation for one training image of a view; None without augmentation."""
         return None if self.ranges is None else self.ranges.draw(rng)
+
+    def content(self, image_hw: tuple[int, ...]) -> PixelBox:
+        """The part of the result that a camera image of this height and width fills."""
+        return 0, 0, *self.size
 
     def train(self, image_HW3: np.ndarray, draw: AugmentDraw | None) -> np.ndarray:
         """A stored training frame (uint8) resized and augmented with `draw` (None: only resized), uint8."""

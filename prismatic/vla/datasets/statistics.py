@@ -7,7 +7,8 @@ from typing import TypedDict
 
 import numpy as np
 
-from prismatic.vla.platforms import NormalizationType
+from prismatic.models.pi.normalization import Normalizer
+from prismatic.vla.platforms import Normalization, NormalizationType, OpenPINormalization
 
 
 class _AlwaysInStatistics(TypedDict):
@@ -56,14 +57,22 @@ def compute_statistics(
     return {**statistics, "proprio": _describe(proprio_NP)} if proprio_NP.shape[1] else statistics
 
 
-def normalize(values: np.ndarray, statistics: Mapping[str, Sequence[float]], kind: NormalizationType) -> np.ndarray:
+def openpi_normalizer(statistics: Mapping[str, Sequence[float]], kind: OpenPINormalization) -> Normalizer:
+    """openpi's normalization by these statistics."""
+    mean, std, q01, q99 = (np.asarray(statistics[name], np.float64) for name in ("mean", "std", "q01", "q99"))
+    return Normalizer(mean, std, q01, q99, quantiles=kind is OpenPINormalization.QUANTILES)
+
+
+def normalize(values: np.ndarray, statistics: Mapping[str, Sequence[float]], kind: Normalization) -> np.ndarray:
     """Normalize the last axis of `values` as training does; float32.
 
     bounds_q99 and bounds map [low, high] to [-1, 1] and clip; normal gives zero mean and unit variance. Numbers whose
     mask is False stay as they are. With bounds, numbers that never change (min == max) become 0, masked or not.
-    Source: upstream's normalize_action_and_proprio.
+    Source: upstream's normalize_action_and_proprio. mean_std and quantiles: openpi's Normalize.
     """
     values = np.asarray(values, dtype=np.float32)
+    if isinstance(kind, OpenPINormalization):
+        return openpi_normalizer(statistics, kind).normalize(values).astype(np.float32)
     mask = np.asarray(statistics.get("mask", np.ones(values.shape[-1], dtype=bool)), dtype=bool)
     if kind is NormalizationType.NORMAL:
         mean, std = (np.asarray(statistics[key], dtype=np.float32) for key in ("mean", "std"))
