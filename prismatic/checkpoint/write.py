@@ -29,7 +29,7 @@ from prismatic.checkpoint.layout import (
     component_name,
 )
 from prismatic.checkpoint.newest import write_checksums
-from prismatic.models.lora import merge_lora_state_dict, state_dict_without_film
+from prismatic.models.lora import FULLY_TRAINED, merge_lora_state_dict, state_dict_without_film
 from prismatic.util.files import atomic_path, atomic_write, temporary_prefix
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class CheckpointWriter:
         """Tell whether a checkpoint holds a tensor: of the base model only where it is merged, or with FiLM."""
         if self.merge or not isinstance(self.module.vla, PeftModel) or not name.startswith("vla."):
             return True
-        return ".lora_" in name or (self._film and f".{VISION}." in name)
+        return ".lora_" in name or FULLY_TRAINED in name or (self._film and f".{VISION}." in name)
 
     def _write(self, folder: Path, weights: Weights, tag: str) -> None:
         self.processor.save_pretrained(folder)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 
+# In the names of weights that PEFT trains in full beside adapters, and of those that they replace.
+FULLY_TRAINED, _REPLACED = ".modules_to_save.", ".original_module."
 _LORA_A, _LORA_B = ".lora_A.", ".lora_B."
 _FILM_LAYER = re.compile(r"vision_backbone\.vision_backbone\..*\.blocks\.\d+\.(?:scale|shift)\.")
 
@@ -107,15 +109,17 @@ def merge_lora_state_dict(
 ) -> dict[str, torch.Tensor]:
     """Plain weights of a state dict that holds `X.base_layer.*`, `X.lora_A.*.weight` and `X.lora_B.*.weight`.
 
+    Modules that were trained in full beside the adapters take their place.
+
     The update is (alpha / rank) * B @ A, alpha defaulting to min(rank, 16); works for linear and convolution layers. A
     state dict without adapters comes back as it is. Sums are formed on the weights' device and returned on the CPU: a
     GPU that trains a model may have no room for another one.
     """
     adapters = {key.split(_LORA_A)[0]: key for key in state_dict if _LORA_A in key}
     merged = {
-        key.replace(".base_layer.", "."): value
+        key.replace(".base_layer.", ".").replace(f"{FULLY_TRAINED}default.", "."): value
         for key, value in state_dict.items()
-        if _LORA_A not in key and _LORA_B not in key
+        if not any(part in key for part in (_LORA_A, _LORA_B, _REPLACED))
     }
     for name, key_a in adapters.items():
         lora_a, lora_b = state_dict[key_a].float(), state_dict[key_a.replace(_LORA_A, _LORA_B)].float()
