@@ -56,7 +56,11 @@ def add_lora(model: OpenVLAForActionPrediction, rank: int = 32, dropout: float =
     """`model` wrapped by PEFT with fresh adapters, which alone are trainable."""
     from peft import get_peft_model
 
-    return get_peft_model(model, lora_config(model, rank, dropout))
+    from prismatic.models.lora_linear import fuse_lora_layers
+
+    adapted = get_peft_model(model, lora_config(model, rank, dropout))
+    fuse_lora_layers(adapted)
+    return adapted
 
 
 def load_lora(model: nn.Module, folder: str | Path, is_trainable: bool = False) -> PeftModel:
@@ -69,6 +73,8 @@ def load_lora(model: nn.Module, folder: str | Path, is_trainable: bool = False) 
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
+    from prismatic.models.lora_linear import fuse_lora_layers
+
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trainable
     config.base_model_name_or_path = (
@@ -77,6 +83,7 @@ def load_lora(model: nn.Module, folder: str | Path, is_trainable: bool = False) 
     weights = load_peft_weights(str(folder), device="cpu")
     weights = {name_without_film(key): value for key, value in weights.items() if ".base_layer." not in key}
     peft_model: Any = get_peft_model(cast(Any, model), config)
+    fuse_lora_layers(peft_model)
     result: Any = set_peft_model_state_dict(peft_model, weights)
     missing = [key for key in result.missing_keys if _LORA_A in key or _LORA_B in key]
     if missing or result.unexpected_keys:
