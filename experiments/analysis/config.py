@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 from draccus.wrappers.docstring import get_attribute_docstring, get_preferred_help_text
 
 from experiments.join import FinetuneConfig
+from experiments.mini import SCENES
 from experiments.robot.policy import Device, DType, Render
 from prismatic.checkpoint.layout import is_checkpoint, read_record
 from prismatic.training.config import Precision
@@ -186,6 +187,8 @@ class ReadoutConfig:
     episodes: int = limited(14, least=1)  # Episodes a task, where frames are rendered
     frames: int = limited(14, least=1)  # Two-view frames an episode, where frames are rendered
     image_size: int = limited(128, least=1)  # Side of the pictures in pixels, where frames are rendered
+    # task, or moved: one object anywhere on the table; where frames are rendered
+    scene: str = limited("task", choices=SCENES)
     shift: bool = True  # Take the token after each patch's, as the alignment does
     ridge: float = limited(1e-2, above=0)  # Penalty of the regression
     batch_size: int = limited(16, least=1)  # Frames per forward pass
@@ -208,6 +211,8 @@ class ReachConfig:
     base_checkpoint: str = ""  # The base model, when it is not where the checkpoint's adapter says
     task_suite_name: str = "libero_object"  # A suite of LIBERO
     task_ids: str = numbers("", least=0)  # Tasks, as in 0,3,7 or 0-4; default: all
+    # task, or moved: the object put anywhere on the table, alone, and the third-person camera moved
+    scene: str = limited("task", choices=SCENES)
     num_trials_per_task: int = limited(10, least=1)  # Episodes a task, from its official initial states
     max_steps: int = limited(120, least=1)  # Steps after which a hand that has not closed is given up
     env_img_res: int = limited(256, least=16, most=4096)  # Side of the rendered images in pixels

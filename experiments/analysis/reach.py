@@ -18,6 +18,7 @@ import numpy.typing as npt
 from experiments.analysis.config import ReachConfig, ReadoutConfig
 from experiments.analysis.report import COLORS, Report, new_figure, save_figure, write_json
 from experiments.mini.expert import read_goal
+from experiments.mini.moved_scene import MovedScene
 from experiments.robot.libero.rollouts.episode import EpisodeRunner, make_libero_env
 from experiments.robot.libero.rollouts.plan import Plan, make_plan
 from experiments.robot.libero.rollouts.protocol import Episode, Protocol, to_env_action
@@ -46,14 +47,18 @@ class Watch:
     Keeps the environments of a few tasks for the next policy: to make one takes longer than its episodes.
     """
 
-    def __init__(self, protocol: Protocol, suite: str, tasks: Iterable[int]) -> None:
-        self._protocol = protocol
+    def __init__(self, protocol: Protocol, suite: str, tasks: Iterable[int], scene: str = "task") -> None:
+        self._protocol, self._scene = protocol, scene
         self._goals = {task: read_goal(get_task(suite, task)) for task in tasks}
         self._envs: dict[int, LiberoEnv] = {}
         self._runners: dict[int, EpisodeRunner] = {}
 
     def _make_env(self, episode: Episode, protocol: Protocol) -> LiberoEnv:
-        env: LiberoEnv = make_libero_env(episode, protocol)
+        env: LiberoEnv = (
+            make_libero_env(episode, protocol)
+            if self._scene == "task"
+            else MovedScene(episode.suite, episode.task_id, image_size=protocol.image_size, render=protocol.render)
+        )
         self._envs[episode.task_id] = env
         return env
 
@@ -147,12 +152,14 @@ def reach(config: ReachConfig) -> int:
     flags = [policy_flags(config, folder) for folder in config.checkpoints]
     plans = [make_plan(policy) for policy in flags]  # Before the first of them runs: a wrong folder is named at once.
     tasks = dict.fromkeys(episode.task_id for episode in plans[0].episodes)
-    watch = Watch(plans[0].protocol, config.task_suite_name, tasks)
+    watch = Watch(plans[0].protocol, config.task_suite_name, tasks, config.scene)
     try:
         parts = [measure(policy, plan, watch) for policy, plan in zip(flags, plans, strict=True)]
     finally:
         watch.close()
-    settings = {name: getattr(config, name) for name in ("task_suite_name", "num_trials_per_task", "render", "seed")}
+    settings = {
+        name: getattr(config, name) for name in ("task_suite_name", "scene", "num_trials_per_task", "render", "seed")
+    }
     write_json(config.out_dir / "reach.json", {"analysis": "reach", **settings, "near": NEAR, "subjects": parts})
     draw(config, parts)
     for part in parts:

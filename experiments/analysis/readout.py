@@ -178,6 +178,7 @@ def readout(config: ReadoutConfig) -> int:
                 frames=config.frames,
                 image_size=config.image_size,
                 seed=config.seed,
+                scene=config.scene,
             )
         )
     parts = [ReadoutStudy(config, folder).measure() for folder in config.checkpoints]

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.mini import SCENES
 from experiments.robot.policy import Render
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
@@ -44,6 +45,7 @@ class CollectConfig:
     seed: int = limited(0, least=0)  # of placements and noise
     image_size: int = limited(128, least=16, most=4096)  # pixels; the published datasets have 256
     render: Render = "fast"  # fast or protocol
+    scene: str = limited("task", choices=SCENES)  # task, or moved: one object anywhere, the third-person camera moved
     noise: bool = True  # perturb the executed action and the start; labels stay clean
     workers: int = limited(2, least=1)  # processes
     max_attempts: int = limited(4, least=1)  # placements tried for one episode before it is given up
@@ -58,7 +60,8 @@ class CollectConfig:
     def identity(self) -> dict[str, Any]:
         """Settings that the bytes of an episode depend on, beside its task and number."""
         fields = ("suite", "seed", "image_size", "render", "noise", "max_attempts")
-        return {"recipe_version": RECIPE_VERSION, **{name: getattr(self, name) for name in fields}}
+        scene = {"scene": self.scene} if self.scene != "task" else {}  # Data from before there were others have none.
+        return {"recipe_version": RECIPE_VERSION, **{name: getattr(self, name) for name in fields}, **scene}
 
     @property
     def folder(self) -> Path:
@@ -79,13 +82,13 @@ class CollectConfig:
 def _collect_block(config: CollectConfig, task: int, episodes: range) -> None:
     """Work of one process: the given episodes of one task, each stored when it is finished."""
     from experiments.mini.expert import demonstrate, derive_seed
-    from experiments.robot.libero.simulator.environment import LiberoEnv
+    from experiments.mini.moved_scene import make_scene
     from prismatic.vla.datasets.rlds_writer import serialize_episode
 
     todo = [number for number in episodes if not config.staged(task, number).with_suffix(".json").exists()]
     if not todo:
         return
-    with LiberoEnv(config.suite, task, image_size=config.image_size, render=config.render) as env:
+    with make_scene(config.scene, config.suite, task, image_size=config.image_size, render=config.render) as env:
         for number in todo:
             if not _parent_lives():
                 return

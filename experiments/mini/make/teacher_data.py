@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments.mini import SCENES
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path, atomic_write, read_json
@@ -69,6 +70,8 @@ class TeacherDataConfig:
     # Side of the pictures in pixels
     image_size: int = limited(128, least=1)
     seed: int = limited(0, least=0)
+    # task, or moved: one object anywhere on the table
+    scene: str = limited("task", choices=SCENES)
 
     def __post_init__(self) -> None:
         parse_tasks("--tasks", self.tasks)
@@ -110,6 +113,8 @@ class TrainTeacherConfig:
     # CPU threads; 0 leaves the choice to PyTorch
     threads: int = limited(0, least=0)
     seed: int = limited(0, least=0)
+    # task, or moved: one object anywhere on the table
+    scene: str = limited("task", choices=SCENES)
 
     def __post_init__(self) -> None:
         parse_tasks("--train_tasks", self.train_tasks)
@@ -238,10 +243,11 @@ def episode_frames(env: LiberoEnv, kinds: KindMap, count: int, rng: np.random.Ge
 
 def task_frames(cfg: TeacherDataConfig, suite: str, task_id: int) -> Iterator[Frame]:
     """All frames of a task; the same configuration gives the same frames."""
-    from experiments.robot.libero.simulator.environment import LiberoEnv
+    from experiments.mini.moved_scene import make_scene
 
     rng = np.random.default_rng([cfg.seed, *suite.encode(), task_id])
-    with LiberoEnv(suite, task_id, image_size=cfg.image_size, render="fast", camera_depths=True) as env:
+    options: dict[str, Any] = {"image_size": cfg.image_size, "render": "fast", "camera_depths": True}
+    with make_scene(cfg.scene, suite, task_id, **options) as env:
         kinds, shaker = KindMap(env), CameraShaker(env, rng)
         for _ in range(cfg.episodes):
             shaker.shake()
@@ -253,6 +259,7 @@ def task_frames(cfg: TeacherDataConfig, suite: str, task_id: int) -> Iterator[Fr
 def _check_origin(cfg: TeacherDataConfig) -> None:
     """Note beside the frames with which flags they are made; raises UsageError when those there have other ones."""
     record, ours = cfg.out / "frames.json", {name: getattr(cfg, name) for name in _RECORDED_FLAGS}
+    ours |= {"scene": cfg.scene} if cfg.scene != "task" else {}
     if not record.is_file():
         if any(cfg.out.glob("*.npz")):
             raise UsageError(
