@@ -24,21 +24,8 @@ from rocket_align.config import RECIPES
 from rocket_align.teacher.preprocess import unnormalize_views
 from rocket_align.teacher.vggt.config import VGGTConfig
 
-# Llama-2-7B with its vocabulary padded to 32,064, as in openvla/openvla-7b.
-LLAMA_2_7B: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 2048,
-    "vocab_size": 32064,
-    "pad_token_id": 32000,
-    "tie_word_embeddings": False,
-}
+# Llama-2-7B's sizes are transformers' defaults; its vocabulary is padded to 32,064, as in openvla/openvla-7b.
+LLAMA_2_7B: dict[str, Any] = {"model_type": "llama", "vocab_size": 32064, "pad_token_id": 32000}
 CHANNELS_PER_VIEW = 6
 _FIRST_ACTION_TOKEN = 31744
 

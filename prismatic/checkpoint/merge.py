@@ -22,16 +22,8 @@ from typing import Any
 
 import torch
 
+from prismatic.checkpoint import layout
 from prismatic.checkpoint.folder import check_weights
-from prismatic.checkpoint.layout import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    LORA_FOLDER,
-    MODEL_CONFIG,
-    MODEL_WEIGHTS,
-    PREPROCESSOR,
-    recorded_platform,
-)
 from prismatic.models.lora import merge_lora_state_dict, name_without_film
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
@@ -41,7 +33,7 @@ _PEFT_PREFIX = "base_model.model."
 _ELEMENTS_AT_ONCE = 2**23  # 32 MB of float32
 # From the base model, as far as the checkpoint lacks them: what loading the merged folder needs beside weights.
 _PROCESSOR_FILES = (
-    PREPROCESSOR,
+    layout.PREPROCESSOR,
     "processor_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -78,12 +70,12 @@ class LoraAdapter:
 
         Raises UsageError: no adapter, a kind that is not plain LoRA, or an A without its B.
         """
-        settings_file = folder / ADAPTER_CONFIG.name
+        settings_file = folder / layout.ADAPTER_CONFIG.name
         settings = read_json(settings_file)
         for name, plain in _PLAIN_SETTINGS.items():
             if name in settings and settings[name] not in plain:
                 raise UsageError(f"{settings_file}: {name} is {settings[name]!r}; accepted: {plain[0]!r}")
-        files = TensorFiles(check_weights(folder, ADAPTER_WEIGHTS))
+        files = TensorFiles(check_weights(folder, layout.ADAPTER_WEIGHTS))
         pairs = {}
         for name_a in (name for name in files.specs if ".lora_A." in name):
             name_b = name_a.replace(".lora_A.", ".lora_B.")
@@ -169,7 +161,7 @@ def merge_checkpoint(
         raise UsageError(f"--output_dir: {output} is the base model, which is never changed; accepted: another folder")
     if _weights_in(output) and not overwrite:
         raise UsageError(f"{output}: holds merged weights; accepted: --overwrite True, or another --output_dir")
-    adapter = LoraAdapter.open(checkpoint / LORA_FOLDER)
+    adapter = LoraAdapter.open(checkpoint / layout.LORA_FOLDER)
     weights = TensorFiles(check_weights(base))
     adapter.check_fits(weights, base)
     specs = [replace(spec, dtype=_target_type(spec, dtype)) for spec in weights.specs.values()]
@@ -183,7 +175,7 @@ def merge_checkpoint(
     parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".merging-"))
     try:
-        atomic_write(temporary / MODEL_CONFIG, json.dumps(config, indent=2) + "\n")
+        atomic_write(temporary / layout.MODEL_CONFIG, json.dumps(config, indent=2) + "\n")
         files = write_model(temporary, specs, read, max_shard_bytes)
         _copy_companions(base, checkpoint, output, temporary)
         _move(temporary, output)
@@ -199,7 +191,7 @@ def merge_checkpoint(
 
 
 def _weights_in(folder: Path) -> list[Path]:
-    patterns = (*MODEL_WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin.index.json")
+    patterns = (*layout.MODEL_WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin.index.json")
     return sorted({file for pattern in patterns for file in folder.glob(pattern)})
 
 
@@ -209,8 +201,8 @@ def _target_type(spec: TensorSpec, dtype: torch.dtype | None) -> torch.dtype:
 
 def _merged_config(base: Path, checkpoint: Path) -> dict[str, Any]:
     """The base model's configuration with the platform that the run was trained for, where the run tells it."""
-    config = read_json(base / MODEL_CONFIG)
-    if platform := recorded_platform(checkpoint):
+    config = read_json(base / layout.MODEL_CONFIG)
+    if platform := layout.recorded_platform(checkpoint):
         config["platform"] = platform.to_json()
     return config
 
@@ -225,11 +217,11 @@ def _check_space(output: Path, needed: int) -> None:
 def _copy_companions(base: Path, checkpoint: Path, output: Path, temporary: Path) -> None:
     """Copy what the merged folder needs beside weights and does not hold yet."""
     if output.resolve() != checkpoint.resolve():
-        replaced = {file.name for file in _weights_in(checkpoint)} | {MODEL_CONFIG}
+        replaced = {file.name for file in _weights_in(checkpoint)} | {layout.MODEL_CONFIG}
         for file in checkpoint.iterdir():
             if file.is_file() and file.name not in replaced and not (output / file.name).exists():
                 shutil.copy2(file, temporary / file.name)
-    if not (checkpoint / PREPROCESSOR).is_file():
+    if not (checkpoint / layout.PREPROCESSOR).is_file():
         for name in _PROCESSOR_FILES:
             if (base / name).is_file() and not (checkpoint / name).is_file():
                 shutil.copyfile(base / name, temporary / name)

@@ -13,19 +13,11 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-from prismatic.checkpoint.layout import (
-    ADAPTER_CONFIG,
-    LOG_FILE,
-    MODEL_WEIGHTS,
-    STATE_FILE,
-    is_checkpoint,
-    split_checkpoint_name,
-    weight_files,
-)
+from prismatic.checkpoint import layout
 from prismatic.util.errors import UsageError, one_line
 from prismatic.util.files import atomic_write, read_json
 
-CHECKSUMS = STATE_FILE.with_name("checksums.json")
+CHECKSUMS = layout.STATE_FILE.with_name("checksums.json")
 _CHUNK = 2**24
 
 
@@ -42,8 +34,8 @@ def _checksum(file: Path) -> str:
 def _trained_files(folder: Path) -> list[Path]:
     """Files that a resume reads: weights, without a merged model beside an adapter, and the training state."""
     files = [file for file in folder.rglob("*") if file.suffix in (".pt", ".bin", ".safetensors")]
-    merged = set(weight_files(folder, MODEL_WEIGHTS)) if (folder / ADAPTER_CONFIG).is_file() else set()
-    return sorted(set(files) - merged)
+    merged = layout.weight_files(folder, layout.MODEL_WEIGHTS) if (folder / layout.ADAPTER_CONFIG).is_file() else []
+    return sorted(set(files) - set(merged))
 
 
 def write_checksums(folder: Path) -> None:
@@ -54,8 +46,6 @@ def write_checksums(folder: Path) -> None:
 
 def damage(folder: Path) -> str | None:
     """The first thing wrong with the files that a resume reads, or None; without checksums, whether the state opens."""
-    from prismatic.checkpoint.layout import load_training_state
-
     try:
         sums = read_json(folder / CHECKSUMS) if (folder / CHECKSUMS).is_file() else {}
         for name, expected in sums.items():
@@ -64,7 +54,7 @@ def damage(folder: Path) -> str | None:
             if _checksum(folder / name) != expected:
                 return f"{folder / name}: damaged, its checksum is another than at saving"
         if not sums:
-            load_training_state(folder, lazily=True)
+            layout.load_training_state(folder, lazily=True)
     except (UsageError, OSError) as error:
         return one_line(error)
     return None
@@ -74,8 +64,8 @@ def checkpoints_of(run_dir: Path) -> dict[int, Path]:
     """The checkpoint folders beside a run's folder, by step."""
     folders = {}
     for folder in run_dir.parent.glob("*_chkpt"):
-        run, step = split_checkpoint_name(folder.name)
-        if run == run_dir.name and step is not None and is_checkpoint(folder):
+        run, step = layout.split_checkpoint_name(folder.name)
+        if run == run_dir.name and step is not None and layout.is_checkpoint(folder):
             folders[step] = folder
     return folders
 
@@ -94,13 +84,14 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
     Raises UsageError: all of them are damaged.
     """
-    if not is_checkpoint(run_dir):  # Killed while the only checkpoint was being replaced: the one before is whole.
+    # Killed while the only checkpoint was being replaced: the one before is whole.
+    if not layout.is_checkpoint(run_dir):
         for aside in sorted(run_dir.parent.glob(f".{run_dir.name}.*.old")):
-            if is_checkpoint(aside) and not run_dir.exists():
+            if layout.is_checkpoint(aside) and not run_dir.exists():
                 aside.replace(run_dir)
     folders = checkpoints_of(run_dir)
     candidates = [folders[step] for step in sorted(folders, reverse=True)]
-    if is_checkpoint(run_dir):
+    if layout.is_checkpoint(run_dir):
         candidates.insert(0, run_dir)
     for folder in candidates:
         reason = damage(folder)
@@ -115,5 +106,5 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 def is_run(folder: Path) -> bool:
     """Tell whether a folder is that of a run that took a step, or of which a checkpoint is left."""
-    log = folder / LOG_FILE
-    return (log.is_file() and log.stat().st_size > 0) or is_checkpoint(folder) or bool(checkpoints_of(folder))
+    log = folder / layout.LOG_FILE
+    return (log.is_file() and log.stat().st_size > 0) or layout.is_checkpoint(folder) or bool(checkpoints_of(folder))

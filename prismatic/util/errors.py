@@ -13,12 +13,16 @@ class UsageError(ValueError):
     """
 
 
+def did_you_mean(name: str, accepted: Iterable[str]) -> str:
+    """ " (did you mean 'NAME'?)" for the accepted name that `name` is close to, else ""."""
+    close = difflib.get_close_matches(name, list(accepted), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
 def unknown_name(kind: str, name: str, accepted: Iterable[str]) -> UsageError:
     """A :class:`UsageError` for `name`, none of the `accepted` names, with a "did you mean" when one is close."""
     names = sorted(name for name in accepted if name)
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return UsageError(f"{kind}: unknown value {name!r}{hint}; accepted: {', '.join(names)}")
+    return UsageError(f"{kind}: unknown value {name!r}{did_you_mean(name, names)}; accepted: {', '.join(names)}")
 
 
 def one_line(error: BaseException, most: int | None = None) -> str:

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from prismatic.util.errors import UsageError, one_line
 
 # What is taken for the id of a model hub's repository.
@@ -98,31 +100,25 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
     Raises UsageError: the file is missing, is of neither kind, or is not an object.
     """
-    if path.suffix not in (".yaml", ".yml"):
-        return read_json(path)
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"{path}: not valid YAML ({one_line(error)})") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: expected a YAML mapping, found {type(content).__name__}")
-    return content
+    return _read_object(path, "YAML" if path.suffix in (".yaml", ".yml") else "JSON")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises UsageError: the file is missing, is not JSON, or is not an object."""
+    return _read_object(path, "JSON")
+
+
+def _read_object(path: Path, kind: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) if kind == "YAML" else json.loads(text)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid JSON ({error})") from None
+    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"{path}: not valid {kind} ({one_line(error)})") from None
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        name = "mapping" if kind == "YAML" else "object"
+        raise UsageError(f"{path}: expected a {kind} {name}, found {type(content).__name__}")
     return content
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from prismatic.util.errors import UsageError, one_line
+from prismatic.util.errors import UsageError, did_you_mean, one_line
 from prismatic.vla.datasets.frame_index import ImageFeature, NumberFeature, RLDSSplit
 from prismatic.vla.datasets.lerobot.split import LeRobotSplit, open_lerobot
 from prismatic.vla.datasets.specs import DatasetSpec
@@ -39,8 +38,7 @@ def find_version_folder(data_root_dir: Path, name: str) -> Path:
     dataset = data_root_dir / name
     if not dataset.is_dir():
         names = sorted(path.name for path in data_root_dir.iterdir() if path.is_dir() and not path.name.startswith("."))
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = did_you_mean(name, names)
         raise UsageError(
             f"--data_root_dir: {data_root_dir} holds no dataset {name!r}{hint}; found: {', '.join(names) or 'none'}"
         )

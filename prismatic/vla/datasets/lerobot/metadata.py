@@ -22,6 +22,7 @@ from prismatic.util.files import read_json
 from prismatic.vla.datasets.specs import DatasetSpec, libero_transform
 from prismatic.vla.platforms import Platform
 
+_VIDEO_PLACE = ("chunk_index", "file_index", "from_timestamp")
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 _PACKAGES = {"pyarrow": "pyarrow", "av": "PyAV"}
 # Last part of the RLDS feature's name -> names in LeRobot datasets, the likeliest first: `lerobot/libero` has
@@ -146,22 +147,15 @@ def _episodes_v3(folder: Path, info: Mapping[str, Any], cameras: list[str]) -> I
         raise UsageError(f"{folder / 'meta' / 'episodes'}: no chunk-*/file-*.parquet (incomplete copy?)")
     columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
     for camera in cameras:
-        columns += [f"videos/{camera}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
-    for file in files:
-        for row in read_rows(file, columns).to_pylist():
+        columns += [f"videos/{camera}/{name}" for name in _VIDEO_PLACE]
+    for table in files:
+        for row in read_rows(table, columns).to_pylist():
             rows = str(info["data_path"]).format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
-            videos = {
-                camera: VideoPlace(
-                    folder
-                    / str(info["video_path"]).format(
-                        video_key=camera,
-                        chunk_index=row[f"videos/{camera}/chunk_index"],
-                        file_index=row[f"videos/{camera}/file_index"],
-                    ),
-                    float(row[f"videos/{camera}/from_timestamp"]),
-                )
-                for camera in cameras
-            }
+            videos = {}
+            for camera in cameras:
+                chunk, file, begin = (row[f"videos/{camera}/{name}"] for name in _VIDEO_PLACE)
+                path = str(info["video_path"]).format(video_key=camera, chunk_index=chunk, file_index=file)
+                videos[camera] = VideoPlace(folder / path, float(begin))
             yield EpisodePlace(int(row["episode_index"]), int(row["length"]), folder / rows, videos)
 
 
