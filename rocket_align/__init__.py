@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rocket_align.taps import AlignedModel, Taps, attach
     from rocket_align.targets import TeacherTargets
     from rocket_align.teacher.base import Teacher, TeacherFeatures
+    from rocket_align.teacher.frozen_copy import FrozenCopy
     from rocket_align.teacher.preprocess import preprocess_normed_images, unnormalize_views
     from rocket_align.teacher.vggt.config import VGGTConfig
     from rocket_align.teacher.vggt.teacher import VGGTTeacher
@@ -57,6 +58,7 @@ _NAMES = {
     "targets": "TeacherTargets",
     "taps": "AlignedModel Taps attach",
     "teacher.base": "Teacher TeacherFeatures",
+    "teacher.frozen_copy": "FrozenCopy",
     "teacher.preprocess": "preprocess_normed_images unnormalize_views",
     "teacher.vggt.config": "VGGTConfig",
     "teacher.vggt.teacher": "VGGTTeacher",

@@ -15,7 +15,7 @@ from rocket_align.layers import LayerConvention, layers_for_models, read_layer_f
 
 POOLING = ("bilinear", "random")
 CENTER_MODES = ("none", "dataset", "task")
-TEACHER_TYPES = ("auto", "vggt", "depth_anything", "dinov2")
+TEACHER_TYPES = ("auto", "vggt", "depth_anything", "dinov2", "timm", "transformers", "openvla")
 
 
 def recipe_of(flags: Mapping[str, Any]) -> str:
@@ -46,7 +46,7 @@ def parse_schedule(text: str) -> tuple[tuple[int, float], ...]:
 class AlignFlags:
     vggt_path: str = ""  # The 3D teacher: a folder, a weights file, or a hub id; empty: no alignment
     teacher_path: str = ""  # Another teacher, by --teacher_type: a folder or a hub id; given instead of --vggt_path
-    # auto (told by its config.json) | vggt | depth_anything | dinov2
+    # auto (told by its config.json) | vggt | depth_anything | dinov2 | timm | transformers | openvla
     teacher_type: str = field(default="auto", metadata={"choices": TEACHER_TYPES})
     feature_store: str = ""  # Teacher features of the data set that build_feature_store.py wrote: no teacher runs
     # rocket | shared | naive | spatial_forcing | baseline; rocket when there is a teacher

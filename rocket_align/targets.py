@@ -83,4 +83,4 @@ def present_views(teacher: Teacher, images_BV3HW: Tensor, view_mask_BV: Tensor |
             layers = [layer.new_zeros(*images_BV3HW.shape[:2], *layer.shape[2:]) for layer in seen.layers]
         for layer, features in zip(layers, seen.layers if views else ()):
             layer[torch.tensor(samples)[:, None], torch.tensor(views)] = features
-    return TeacherFeatures(tuple(layers), seen.grid_hw, seen.image_hw)
+    return seen._replace(layers=tuple(layers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,6 @@ from rocket_align.layers import LayerFile, layers_by_position, read_layer_file, 
 from rocket_align.targets import TeacherTargets
 from rocket_align.teacher.registry import load_teacher
 from rocket_align.teacher.vggt.teacher import VGGTTeacher
-from rocket_align.teacher.vit import ViTTeacher
 
 Layers = dict[str, tuple[int, ...]]
 
@@ -162,10 +162,13 @@ def teacher_importance(checkpoint: LoadedCheckpoint, window: int) -> list[float]
         return layer_importance(streams(), (window,))[window].tolist()
 
 
-def _teacher_blocks(teacher: VGGTTeacher | ViTTeacher) -> tuple[nn.ModuleList, nn.Module | None]:
+def _teacher_blocks(teacher: nn.Module) -> tuple[list[nn.Module], nn.Module | None]:
     """The blocks that begin the teacher's layers, and the module that ends the last one."""
     if isinstance(teacher, VGGTTeacher):
-        return teacher.aggregator.frame_blocks, teacher.aggregator.global_blocks[-1]
-    depth = max(teacher.layers) + 1
-    lists = (module for module in teacher.modules() if isinstance(module, nn.ModuleList))
-    return next(blocks for blocks in lists if len(blocks) == depth), None
+        return list(teacher.aggregator.frame_blocks), teacher.aggregator.global_blocks[-1]
+    depth = max(cast("tuple[int, ...]", teacher.layers)) + 1
+    lists = (module for module in teacher.modules() if isinstance(module, nn.ModuleList | nn.Sequential))
+    blocks = next((blocks for blocks in lists if len(blocks) == depth), None)
+    if blocks is None:
+        raise UsageError(f"--teacher_path: found no list of {depth} blocks in it; accepted: a vision transformer")
+    return list(blocks), None

@@ -76,6 +76,21 @@ def fit_images(images_BV3HW: Tensor, size: int, *, patch_size: int = 14, mode: F
     return images.unflatten(0, (batch, views))
 
 
+def resize_views(images_BV3HW: Tensor, size: int) -> Tensor:
+    """Resize whole views to `size` x `size` (bicubic, no antialiasing, align_corners False)."""
+    if images_BV3HW.shape[-2:] == (size, size):
+        return images_BV3HW
+    views = F.interpolate(images_BV3HW.flatten(0, 1), size=(size, size), mode="bicubic", align_corners=False)
+    return views.unflatten(0, images_BV3HW.shape[:2])
+
+
+def normalize_views(images_BV3HW: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(pixel - mean) / std of every color."""
+    # Plain numbers: a constant tensor would be copied from the host in every step.
+    colors = [(color - m) / s for color, m, s in zip(images_BV3HW.unbind(2), mean, std)]
+    return torch.stack(colors, dim=2)
+
+
 def preprocess_normed_images(
     pixels_BCHW: Tensor,
     mean: Sequence[float] = IMAGENET_MEAN,

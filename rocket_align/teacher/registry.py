@@ -12,14 +12,19 @@ from rocket_align.teacher.files import CONFIG_NAME, PREPROCESSOR_NAME, files_has
 if TYPE_CHECKING:
     import torch
 
+    from rocket_align.teacher.timm_model import TimmTeacher
     from rocket_align.teacher.vggt.teacher import VGGTTeacher
     from rocket_align.teacher.vit import ViTTeacher
 
-# Teacher -> the model types its config.json may have; VGGT's released one has none.
+# Teacher -> the model types its config.json may have. VGGT's released one has none, a model of timm names its
+# architecture instead. "transformers": any other plain vision transformer; "openvla": that policy's own vision encoder.
 TEACHER_TYPES = {
     "vggt": ("vggt", None),
     "depth_anything": ("depth_anything",),
     "dinov2": ("dinov2", "dinov2_with_registers"),
+    "timm": (),
+    "transformers": (),
+    "openvla": ("openvla",),
 }
 
 
@@ -44,18 +49,23 @@ def detect_kind(path: str | Path, kind: str = "auto") -> str:
     if not place.exists():
         raise ValueError(f"{place}: no such file or folder; accepted: a teacher's folder, weights file or hub id")
     config = (place if place.is_dir() else place.parent) / CONFIG_NAME
-    model_type = read_object(config).get("model_type") if config.is_file() else None
+    values = read_object(config) if config.is_file() else {}
+    model_type = values.get("model_type")
+    if model_type is None and "architecture" in values and kind in ("auto", "timm"):
+        return "timm"
     if model_type is None and kind not in ("auto", "vggt"):
         # That nothing is said does not make it VGGT's.
         lacks = f"{config} names no model_type" if config.is_file() else f"no {CONFIG_NAME} is there"
-        wanted = f"a folder or hub id with {CONFIG_NAME} (model_type {' or '.join(map(str, TEACHER_TYPES[kind]))})"
-        raise ValueError(
-            f"{place}: {lacks}; accepted for {kind}: {wanted} and model.safetensors, as transformers saves"
-        )
+        named = f"model_type {' or '.join(map(str, TEACHER_TYPES[kind])) or 'of a vision transformer'}"
+        wanted = f"a folder or hub id with {CONFIG_NAME} ({'architecture' if kind == 'timm' else named})"
+        saver = "timm" if kind == "timm" else "transformers"
+        raise ValueError(f"{place}: {lacks}; accepted for {kind}: {wanted} and model.safetensors, as {saver} saves")
     held = next((name for name, types in TEACHER_TYPES.items() if model_type in types), None)
     if held is None:
-        accepted = ", ".join(str(name) for types in TEACHER_TYPES.values() for name in types if name)
-        raise ValueError(f"{config}: model_type {model_type!r} is no teacher known here; accepted: {accepted}")
+        from rocket_align.teacher.vit import read_backbone_config
+
+        read_backbone_config(place)
+        held = "transformers"
     if kind not in ("auto", held):
         raise ValueError(f"teacher type: found {kind!r}, but {place} holds {held}; accepted: auto or {held}")
     return held
@@ -75,6 +85,11 @@ def describe_teacher(path: str | Path, kind: str = "auto") -> TeacherInfo:
     from rocket_align.teacher.vit import read_backbone_config, weight_files
 
     folder = local_copy(path)
+    if kind in ("timm", "openvla"):
+        from rocket_align.teacher.timm_model import describe_timm
+
+        weight_files(folder)
+        return TeacherInfo(kind, *describe_timm(folder))
     config = read_backbone_config(folder)
     weight_files(folder)
     return TeacherInfo(kind, int(config.num_hidden_layers), int(config.hidden_size))
@@ -87,17 +102,21 @@ def load_teacher(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-) -> VGGTTeacher | ViTTeacher:
+) -> VGGTTeacher | ViTTeacher | TimmTeacher:
     """The frozen teacher at `path`, cut after the last of `layers`; float32 unless `dtype` is given.
 
     Raises ValueError: nothing usable there, or layers out of range; one line.
     """
     import torch
 
-    from rocket_align.teacher.vggt.teacher import VGGTTeacher
-    from rocket_align.teacher.vit import ViTTeacher
-
-    cls = VGGTTeacher if detect_kind(path, kind) == "vggt" else ViTTeacher
+    kind = detect_kind(path, kind)
+    cls: type[VGGTTeacher | ViTTeacher | TimmTeacher]
+    if kind == "vggt":
+        from rocket_align.teacher.vggt.teacher import VGGTTeacher as cls
+    elif kind in ("timm", "openvla"):
+        from rocket_align.teacher.timm_model import TimmTeacher as cls
+    else:
+        from rocket_align.teacher.vit import ViTTeacher as cls
     return cls.from_pretrained(path, layers, dtype=dtype or torch.float32, device=device)
 
 

@@ -1,10 +1,14 @@
-"""Plain vision transformers as teachers: DINOv2 (with or without registers) and Depth Anything's DINOv2 backbone.
+"""Plain vision transformers of transformers as teachers: DINOv2 (with or without registers), Depth Anything's DINOv2
+backbone, and any other whose configuration names hidden_size, num_hidden_layers, patch_size and image_size, alone or as
+the vision encoder of a larger model (SigLIP, CLIP, PaliGemma, ...).
 
 Not obvious:
 - A layer's feature is the residual stream after that block, as transformers' `hidden_states[layer + 1]`: the model's
   final LayerNorm (which Depth Anything applies to what its depth head reads) is not applied.
 - Every view is seen alone. The whole view is resized; the crop of DINOv2's own preprocessor would lose its border, and
   the patches would not lie where the student's do.
+- Patches are the last tokens: class and register tokens stand before them in all of these models.
+- Only DINOv2 takes other image sizes than its own; the others see their configuration's.
 - transformers is imported when a model is built, so that nothing else here needs it.
 """
 
@@ -12,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +27,14 @@ from torch import Tensor, nn
 from rocket_align.layers import resolve_layers
 from rocket_align.teacher.base import TeacherFeatures
 from rocket_align.teacher.files import CONFIG_NAME, PREPROCESSOR_NAME, local_copy, read_object
-from rocket_align.teacher.preprocess import IMAGENET_MEAN, IMAGENET_STD, fit_images
+from rocket_align.teacher.preprocess import IMAGENET_MEAN, IMAGENET_STD, fit_images, normalize_views
 
 MODEL_TYPES = ("dinov2", "dinov2_with_registers", "depth_anything")
 _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-# Where the transformer's tensors lie in a Depth Anything model, and in a DINOv2 with a classification head.
-_PREFIXES = ("backbone.", "dinov2_with_registers.", "dinov2.")
 _BLOCK = re.compile(r"(?:encoder\.layer|layers?)\.(\d+)\.")
+# Nothing of these takes part in the features; some releases leave them out.
+_UNUSED = ("mask_token", "pooler", "head")
+_NEEDED = ("hidden_size", "num_hidden_layers", "patch_size", "image_size")
 
 
 def read_backbone_config(folder: Path) -> Any:
@@ -47,10 +52,14 @@ def read_backbone_config(folder: Path) -> Any:
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{file}: not readable as a model's configuration ({' '.join(str(error).split())})") from error
     if config.model_type == "depth_anything":
-        config = config.backbone_config
-    if config.model_type not in MODEL_TYPES:
-        raise ValueError(f"{file}: a {config.model_type} model; accepted: {', '.join(MODEL_TYPES)} (DINOv2 backbones)")
-    return config
+        return config.backbone_config
+    vision = getattr(config, "vision_config", config)
+    if not all(isinstance(getattr(vision, name, None), int) for name in _NEEDED):
+        raise ValueError(
+            f"{file}: a {config.model_type} model; accepted: {', '.join(MODEL_TYPES)}, or another plain vision "
+            f"transformer, whose configuration has {', '.join(_NEEDED)}"
+        )
+    return vision
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -71,37 +80,59 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_weights(folder: Path, num_layers: int) -> dict[str, Tensor]:
-    """Tensors of the first `num_layers` blocks and of what stands before them, under the bare model's names."""
-    weights = {}
+def read_tensors(folder: Path, names: Callable[[Collection[str]], Mapping[str, str]]) -> dict[str, Tensor]:
+    """Tensors of a model folder.
+
+    Args:
+        names: given the names in the files, says which of them to read, by the names that they get.
+
+    Raises:
+        ValueError: no safetensors, or unreadable ones; one line.
+    """
     try:
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(safe_open(path, framework="pt")) for path in weight_files(folder)]
             holders = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
-            prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in holders)), "")
-            for name, file in holders.items():
-                block = _BLOCK.search(name)
-                if name.startswith(prefix) and (block is None or int(block[1]) < num_layers):
-                    weights[name.removeprefix(prefix)] = file.get_tensor(name)
+            return {key: holders[name].get_tensor(name) for key, name in names(holders).items() if name in holders}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder}: not readable as safetensors ({str(error).splitlines()[0]})") from error
-    return weights
 
 
-def _build(config: Any, weights: dict[str, Tensor], folder: Path) -> Any:
-    """transformers' model with `weights`; every tensor it needs must be there."""
-    import transformers
+def _names_in_file(keys: Sequence[str], num_layers: int, stored: Collection[str]) -> dict[str, str]:
+    """Names in the files of a bare model's tensors, without blocks from `num_layers` on.
 
-    cls: Any = transformers.Dinov2Model
-    if config.model_type == "dinov2_with_registers":
-        cls = transformers.Dinov2WithRegistersModel
+    A larger model has its own prefix before them. Names behind it may be of an earlier release of transformers, which
+    renames them when it loads.
+    """
+    parts = next((key for key in keys if "patch" in key), keys[0]).split(".")
+    for start in range(len(parts)):
+        own, tail = "".join(f"{part}." for part in parts[:start]), ".".join(parts[start:])
+        prefixes = [name.removesuffix(tail) for name in stored if name == tail or name.endswith(f".{tail}")]
+        if prefixes:
+            prefix = min(prefixes, key=len)
+            blocks = {name: _BLOCK.search(name, len(prefix)) for name in stored if name.startswith(prefix)}
+            kept = [name for name, block in blocks.items() if block is None or int(block[1]) < num_layers]
+            return {own + name.removeprefix(prefix): name for name in kept}
+    return {}
+
+
+def _build(config: Any, folder: Path) -> Any:
+    """transformers' model with the folder's weights; every tensor it needs must be there."""
+    from transformers import AutoModel
+
+    try:
+        cls: Any = AutoModel._model_mapping[type(config)]
+    except KeyError:
+        raise ValueError(f"{folder / CONFIG_NAME}: transformers has no model for {config.model_type}") from None
+    with torch.device("meta"):
+        keys = list(cls(config).state_dict())
+    weights = read_tensors(folder, lambda stored: _names_in_file(keys, config.num_hidden_layers, stored))
     # A size that differs is reported by transformers with a RuntimeError of several lines.
     try:
         model, loading = cls.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
     except RuntimeError as error:
         raise ValueError(f"{folder}: weights that do not fit {CONFIG_NAME} ({' '.join(str(error).split())})") from error
-    # Depth Anything's backbone was saved without the mask token in some releases; it takes no part.
-    missing = sorted(name for name in loading["missing_keys"] if "mask_token" not in name)
+    missing = sorted(name for name in loading["missing_keys"] if not any(word in name for word in _UNUSED))
     if missing:
         raise ValueError(f"{folder}: missing {', '.join(missing[:3])} ({len(missing)} in all)")
     return model
@@ -117,6 +148,8 @@ def _preprocessing(folder: Path, config: Any) -> tuple[tuple[float, ...], tuple[
         sizes = values.get("crop_size") if values.get("do_center_crop") else values.get("size")
         sizes = sizes if isinstance(sizes, dict) else {"height": sizes or size}
         size = sizes.get("height") or sizes.get("shortest_edge") or size
+    if config.model_type not in MODEL_TYPES:
+        size = config.image_size
     if len(mean) != 3 or len(std) != 3:
         raise ValueError(f"{file}: image_mean and image_std have {len(mean)} and {len(std)} numbers; accepted: 3")
     side = size if isinstance(size, int) else size[0]
@@ -154,8 +187,7 @@ class ViTTeacher(nn.Module):
             raise ValueError(
                 f"image_size: found {image_size}; accepted: a multiple of the patch size {self.patch_size}"
             )
-        self._colors = tuple(zip(mean, std))
-        self._num_special = 1 + int(getattr(self.model.config, "num_register_tokens", 0))
+        self._mean, self._std = tuple(mean), tuple(std)
         self.requires_grad_(False)
         self.train(False)
 
@@ -195,8 +227,10 @@ class ViTTeacher(nn.Module):
         # Which stages a backbone hands out refers to its full depth.
         settings = {k: v for k, v in full.to_dict().items() if k not in ("out_features", "out_indices", "stage_names")}
         config = type(full).from_dict({**settings, "num_hidden_layers": max(chosen) + 1})
-        model = _build(config, _read_weights(folder, max(chosen) + 1), folder)
         mean, std, native = _preprocessing(folder, full)
+        if full.model_type not in MODEL_TYPES and image_size not in (None, native):
+            raise ValueError(f"image_size: found {image_size}; accepted for {full.model_type}: {native}")
+        model = _build(config, folder)
         teacher = cls(model, chosen, mean, std, image_size=image_size or native)
         return teacher.to(device=device, dtype=dtype)
 
@@ -217,11 +251,13 @@ class ViTTeacher(nn.Module):
         batch, views = images_BV3HW.shape[:2]
         fitted = fit_images(images_BV3HW.float().clamp(0, 1), self.image_size, patch_size=self.patch_size)
         height, width = fitted.shape[-2:]
-        # Plain numbers per channel: a constant tensor would be copied from the host in every step.
-        normed = [(color - mean) / std for color, (mean, std) in zip(fitted.unbind(2), self._colors)]
-        pixels = torch.stack(normed, dim=2).flatten(0, 1).to(next(self.model.parameters()).dtype)
+        pixels = normalize_views(fitted, self._mean, self._std).flatten(0, 1).to(next(self.model.parameters()).dtype)
         # The caller's autocast must not override the precision asked for.
         with torch.autocast(pixels.device.type, enabled=False):
             states = self.model(pixels, output_hidden_states=True).hidden_states
-        features = tuple(states[i + 1][:, self._num_special :].unflatten(0, (batch, views)) for i in self.layers)
-        return TeacherFeatures(features, (height // self.patch_size, width // self.patch_size), (height, width))
+        grid = height // self.patch_size, width // self.patch_size
+        special = states[-1].shape[1] - grid[0] * grid[1]
+        if special < 0:
+            raise ValueError(f"teacher: found {states[-1].shape[1]} tokens; accepted: one of each patch, {grid}")
+        features = tuple(states[i + 1][:, special:].unflatten(0, (batch, views)) for i in self.layers)
+        return TeacherFeatures(features, grid, (height, width))

@@ -60,3 +60,15 @@ def save_vit(model_type: str, folder: Path) -> Path:
     values = {"image_mean": list(MEAN), "image_std": list(STD), **sizes}
     (folder / "preprocessor_config.json").write_text(json.dumps(values))
     return folder
+
+
+def save_timm(folder: Path, architecture: str, size: int, **options: Any) -> Any:
+    """A model of timm with random weights, saved as timm publishes its own."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, pretrained=False, **options)
+    images = {"input_size": (3, size, size), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    model_config = {**model.pretrained_cfg, **images}
+    timm.models.save_for_hf(model.eval(), folder, model_config, options, safe_serialization=True)
+    return model
