@@ -3,7 +3,7 @@
     python vla-scripts/deploy.py --pretrained_checkpoint CKPT --unnorm_key libero_spatial_no_noops
 
 The server listens on this machine alone unless `--host` says otherwise. A token is asked for when the environment
-variable POLICY_SERVER_TOKEN or `--token_file` holds one. `experiments/robot/serving/server.py` describes the protocols.
+variable POLICY_SERVER_TOKEN or `--token_file` holds one. docs/serving.md describes the protocols.
 """
 
 from __future__ import annotations

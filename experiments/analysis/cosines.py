@@ -3,10 +3,7 @@ between the pairs' projectors, their weights and outputs (Figure 7)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 from experiments.analysis.config import ConeConfig, ProjectorsConfig
 from experiments.analysis.loaded_checkpoint import LoadedCheckpoint
@@ -22,38 +19,28 @@ KINDS = {
 }
 
 
-class _Cones:
-    """One `TokenCone` per layer."""
-
-    def __init__(self) -> None:
-        self._cones: list[TokenCone] = []
-
-    def update(self, layers: Sequence[Tensor]) -> None:
-        if not self._cones:
-            self._cones = [TokenCone() for _ in layers]
-        for cone, tokens_BND in zip(self._cones, layers, strict=True):
-            cone.update(tokens_BND)
-
-    def result(self) -> dict[str, list[float]]:
-        return {
-            "within_samples": [cone.within_samples() for cone in self._cones],
-            "overall": [cone.overall() for cone in self._cones],
-        }
-
-
 def measure_cone(config: ConeConfig, folder: str) -> Report:
     """One checkpoint's part of the report: student states, teacher blocks pooled to the student's tokens, and the
     aligned tokens behind each pair's projector."""
     checkpoint = LoadedCheckpoint(config, folder, teacher_layers="all")
-    cones = {name: _Cones() for name in ("student", "teacher", "projected")}
+    cones: dict[str, list[TokenCone]] = {"student": [], "teacher": [], "projected": []}
     for forward in checkpoint.passes():
         with torch.no_grad(), checkpoint.autocast():
-            cones["student"].update(list(checkpoint.student_states(forward)))
-            cones["teacher"].update(list(checkpoint.teacher_blocks(forward)))
+            layers = {"student": checkpoint.student_states(forward), "teacher": checkpoint.teacher_blocks(forward)}
             if checkpoint.align.num_pairs:
-                tokens = checkpoint.aligned_tokens(forward)
-                cones["projected"].update(list(checkpoint.alignment.project(tokens)[0]))
-    return {**checkpoint.describe(), **{name: cone.result() for name, cone in cones.items()}}
+                layers["projected"] = checkpoint.alignment.project(checkpoint.aligned_tokens(forward))[0]
+            for name, tokens_LBND in layers.items():
+                cones[name] = cones[name] or [TokenCone() for _ in tokens_LBND]
+                for token_cone, tokens_BND in zip(cones[name], tokens_LBND, strict=True):
+                    token_cone.update(tokens_BND)
+    means = {
+        name: {
+            "within_samples": [cone.within_samples() for cone in by_layer],
+            "overall": [cone.overall() for cone in by_layer],
+        }
+        for name, by_layer in cones.items()
+    }
+    return {**checkpoint.describe(), **means}
 
 
 def cone(config: ConeConfig) -> int:

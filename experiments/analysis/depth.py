@@ -86,20 +86,17 @@ class DepthStudy:
             raise UsageError(f"--vggt_path, --layers: {error}") from error
         self.layers: tuple[int, ...] = self.teacher.layers
 
-    def features(self, images: Tensor) -> TeacherFeatures:
-        return self.teacher(images.to(self.device))
-
-    def targets(self, depths: Tensor, grid_hw: tuple[int, int]) -> Tensor:
-        """Log-depth (B, V, P, cells * cells)."""
-        return patch_depths(depths.to(self.device), grid_hw, self.config.cells)
+    def see(self, images: Tensor, depths: Tensor) -> tuple[TeacherFeatures, Tensor]:
+        """Features of a batch, and its log-depth (B, V, P, cells * cells)."""
+        features: TeacherFeatures = self.teacher(images.to(self.device))
+        return features, patch_depths(depths.to(self.device), features.grid_hw, self.config.cells)
 
     def fit(self, frames: Frames) -> tuple[list[LinearReadout], LinearReadout]:
         """One readout a layer, and the control that knows a patch's view and place but no picture."""
         probes = [RidgeProbe(self.config.ridge) for _ in self.layers]
         control = RidgeProbe(1e-6)
         for images, depths in frames:
-            seen = self.features(images)
-            targets = self.targets(depths, seen.grid_hw)
+            seen, targets = self.see(images, depths)
             for probe, features in zip(probes, seen.layers, strict=True):
                 probe.update(features.flatten(0, 2), targets.flatten(0, 2))
             control.update(_places(targets), targets.flatten(0, 2))
@@ -111,8 +108,7 @@ class DepthStudy:
         drawn: list[Report] = []
         frames_seen = 0
         for images, depths in frames:
-            seen = self.features(images)
-            targets = self.targets(depths, seen.grid_hw)
+            seen, targets = self.see(images, depths)
             predicted = [
                 readout(features.flatten(0, 2)).reshape(targets.shape)
                 for readout, features in zip(readouts, seen.layers, strict=True)

@@ -133,11 +133,6 @@ class LoadedCheckpoint:
         return f"{split_checkpoint_name(self.name)[0]}, step {self.step:,}"
 
     @property
-    def num_blocks(self) -> int:
-        """Blocks of the LLM."""
-        return student_depth(self.config)
-
-    @property
     def num_samples(self) -> int:
         """Samples that the passes show: as many as the flags ask for, rounded up to whole batches."""
         return math.ceil(self.flags.num_samples / self.flags.batch_size) * self.flags.batch_size
@@ -189,7 +184,7 @@ class LoadedCheckpoint:
             "projector": self.align.projector,
             "student_layers": list(self.align.student_layers),
             "teacher_layers": list(self.align.teacher_layers),
-            "student_depth": self.num_blocks,
+            "student_depth": student_depth(self.config),
             "dataset": self.config.dataset_name,
             "samples": self.num_samples,
             "seed": self.flags.seed,

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.reproduce.jobs import Chain, Job, JobFailed, JobRunner
+from experiments.reproduce.jobs import Chain, JobFailed, JobRunner
 from experiments.reproduce.profiles import PROFILES, Profile
 from experiments.reproduce.stages import StudyPaths, analysis_job, arm_jobs, collect_job, preparation_jobs
 from experiments.reproduce.studies import STUDIES, Analysis, Arm, Study
@@ -82,6 +82,12 @@ def choose_studies(names: Sequence[str]) -> tuple[Study, ...]:
     return tuple(STUDIES[name] for name in names)
 
 
+def chosen_arms(studies: Sequence[Study], profile: Profile, wanted: frozenset[str] = frozenset()) -> tuple[Arm, ...]:
+    """The arms of the studies, each once; of those only the `wanted` ones, if any are named."""
+    arms = {arm.name: arm for study in studies for arm in study.arms(profile)}
+    return tuple(arm for arm in arms.values() if not wanted or arm.name in wanted)
+
+
 def make_chains(studies: Sequence[Study], paths: StudyPaths, wanted: frozenset[str]) -> tuple[Chain, ...]:
     """The commands of every arm and seed; studies that share an arm share its commands.
 
@@ -89,29 +95,19 @@ def make_chains(studies: Sequence[Study], paths: StudyPaths, wanted: frozenset[s
     """
     from experiments.reproduce.records import write_record
 
-    profile = paths.profile
-    jobs: dict[tuple[int, str], dict[str, Job]] = {}
-    arms: dict[str, Arm] = {}
-    for seed in profile.seeds:
-        for study in studies:
-            for arm in study.arms(profile):
-                if wanted and arm.name not in wanted:
-                    continue
-                arms[arm.name] = arm
-                commands = arm_jobs(paths, study, arm, seed)
-                jobs.setdefault((seed, arm.name), {}).update({job.name: job for job in commands})
+    def chain(arm: Arm, seed: int) -> Chain:
+        having = [study for study in studies if arm in study.arms(paths.profile)]
+        jobs = {job.name: job for study in having for job in arm_jobs(paths, study, arm, seed)}
+        commands = tuple(jobs.values())
+        return Chain(commands, lambda: write_record(paths, arm, seed, commands))
 
-    def chain(seed: int, name: str) -> Chain:
-        commands = tuple(jobs[seed, name].values())
-        return Chain(commands, lambda: write_record(paths, arms[name], seed, commands))
-
-    return tuple(chain(seed, name) for seed, name in jobs)
+    arms = chosen_arms(studies, paths.profile, wanted)
+    return tuple(chain(arm, seed) for seed in paths.profile.seeds for arm in arms)
 
 
 def make_preparations(studies: Sequence[Study], paths: StudyPaths, wanted: frozenset[str]) -> tuple[Chain, ...]:
     """Jobs of what seeds share: they would get in each other's way if each did."""
-    arms = {arm.name: arm for study in studies for arm in study.arms(paths.profile) if arm.name in wanted or not wanted}
-    jobs = (preparation_jobs(paths, arm) for arm in arms.values())
+    jobs = (preparation_jobs(paths, arm) for arm in chosen_arms(studies, paths.profile, wanted))
     return tuple(Chain(commands) for commands in jobs if commands)
 
 
@@ -134,7 +130,7 @@ def make_analysis_chains(studies: Sequence[Study], paths: StudyPaths) -> tuple[C
 def choose_arms(text: str, studies: Sequence[Study], profile: Profile) -> frozenset[str]:
     """Arm names from `--arms`; raises UsageError for one that no chosen study has."""
     wanted = frozenset(split_names(text))
-    known = {arm.name for study in studies for arm in study.arms(profile)}
+    known = {arm.name for arm in chosen_arms(studies, profile)}
     if wanted - known:
         raise UsageError(f"--arms: {', '.join(sorted(wanted - known))} found; accepted: {', '.join(sorted(known))}")
     return wanted

@@ -147,13 +147,6 @@ def read_results(paths: StudyPaths, seeds: Sequence[int]) -> list[Record]:
     ]
 
 
-def read_outcomes(paths: StudyPaths, records: Sequence[Record]) -> list[Outcome]:
-    """Success of every policy over its seeds; none for one whose episodes all ended in errors."""
-    names = dict.fromkeys(record["arm"] for record in records)
-    results = (outcome(records, name, paths.profile.final_step, paths.profile.suites) for name in names)
-    return [result for result in results if result is not None]
-
-
 def success_table(outcomes: Sequence[Outcome]) -> Table:
     """Success of every policy with its interval over episodes."""
     header = ("policy", "success", "95% interval", "episodes", "seeds")
@@ -187,7 +180,9 @@ def write_report(paths: StudyPaths, seeds: Sequence[int], minutes: float) -> tup
 
     profile, out = paths.profile, paths.out
     records = read_results(paths, seeds)
-    outcomes = read_outcomes(paths, records)
+    names = dict.fromkeys(record["arm"] for record in records)
+    results = (outcome(records, name, profile.final_step, profile.suites) for name in names)
+    outcomes = [result for result in results if result is not None]  # None: its episodes all ended in errors.
     table = success_table(outcomes)
     eval_dir, videos = out / "eval", out / "eval" / f"video-{paths.run_id(ROCKET, seeds[0])}" / "videos"
     draw_demo(records, outcomes, videos, out / "report.png")

@@ -199,14 +199,14 @@ class Outcome:
     @property
     def seed_interval(self) -> tuple[float, float] | None:
         """Student's 95% interval of the mean rate of fine-tuning runs, cut to [0, 1]; None for a single seed."""
-        from scipy.stats import t
+        from scipy.stats import sem, t
 
         rates = list(self.by_seed.values())
         if len(rates) < 2:
             return None
-        half = float(t.ppf(0.975, len(rates) - 1)) * statistics.stdev(rates) / len(rates) ** 0.5
-        mean = statistics.mean(rates)  # Not `rate`: a seed with errors has fewer episodes.
-        return max(0.0, mean - half), min(1.0, mean + half)
+        # The mean of rates is not `rate`: a seed with errors has fewer episodes.
+        low, high = t.interval(0.95, len(rates) - 1, statistics.mean(rates), sem(rates))
+        return max(0.0, float(low)), min(1.0, float(high))
 
 
 def load_records(folder: Path) -> list[Record]:

@@ -140,8 +140,8 @@ class Trainer:
                     restored = self.average.scale.restore(prediction, targets.kinds_BVGG)
                     collected.setdefault(f"layer_{layer}", []).append(scores(restored, targets))
                 for name, constant in constants.items():
-                    repeated = _expand(constant, targets)
-                    collected.setdefault(name, []).append(scores(repeated, targets))
+                    repeated = {key: part.expand_as(getattr(targets, key)) for key, part in vars(constant).items()}
+                    collected.setdefault(name, []).append(scores(Targets(**repeated), targets))
         return {name: summarize(batches) for name, batches in collected.items()}
 
     def _constant_predictions(self) -> dict[str, Targets]:
@@ -183,21 +183,6 @@ class Trainer:
         self.step, self.seconds = stored["step"], stored["seconds"]
 
 
-def _expand(constant: Targets, like: Targets) -> Targets:
-    """A constant prediction for every frame of a batch."""
-    return Targets(
-        constant.depth_BVGG.expand_as(like.depth_BVGG),
-        constant.points_BVGG3.expand_as(like.points_BVGG3),
-        like.kinds_BVGG,
-        constant.camera_BVK.expand_as(like.camera_BVK),
-    )
-
-
-def _save_checkpoint(trainer: Trainer) -> None:
-    with atomic_path(trainer.cfg.out / CHECKPOINT) as temporary:
-        torch.save(trainer.state(), temporary)
-
-
 def _train(trainer: Trainer) -> None:
     """The loop: log every `log_every` steps, checkpoint every `save_every` and at the end."""
     cfg, losses = trainer.cfg, []
@@ -216,7 +201,8 @@ def _train(trainer: Trainer) -> None:
                 progress.update(bar, info=f"loss {mean:.4f}")
                 losses = []
             if trainer.step % cfg.save_every == 0 or trainer.step == cfg.steps:
-                _save_checkpoint(trainer)
+                with atomic_path(cfg.out / CHECKPOINT) as temporary:
+                    torch.save(trainer.state(), temporary)
 
 
 def _write_weights(trainer: Trainer, folder: Path, evaluation: str) -> None:

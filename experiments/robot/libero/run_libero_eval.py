@@ -114,16 +114,14 @@ def _numerics(config: EvalFlags) -> tuple[str, str]:
 
 def _ready_policy(config: EvalFlags, plan: Plan, given: Policy | None) -> Policy:
     """The policy to ask: `given`, else the checkpoint's within --policy_timeout; of one batch shape if asked for."""
-    policy = given or _load_policy(config, plan)
+    policy = given
+    if policy is None:
+        assert plan.checkpoint is not None
+        set_seed_everywhere(config.seed)
+        policy = _loader().OpenVLAPolicy.from_checkpoint(plan.checkpoint, config, plan.unnorm_key)
     if config.deterministic:
         policy = FixedShape(policy, max(config.max_batch, 1))
     return TimeLimited(policy, config.policy_timeout) if config.policy_timeout and given is None else policy
-
-
-def _load_policy(config: EvalFlags, plan: Plan) -> Policy:
-    assert plan.checkpoint is not None
-    set_seed_everywhere(config.seed)
-    return _loader().OpenVLAPolicy.from_checkpoint(plan.checkpoint, config, plan.unnorm_key)
 
 
 def _run_episodes(

@@ -1,14 +1,8 @@
 """The policy server: OpenVLA-OFT's `POST /act` and openpi's WebSocket protocol on one port.
 
-    POST /act       {full_image, wrist_image ..., state, instruction [, unnorm_key, seed, prepared]}, arrays as
-                    json_numpy writes them, or {"encoded": "that as a JSON string"}. Answers the chunk as a list of
-                    arrays (A,), in the second form as a JSON string. Wrong requests get 4xx and {"detail": reason}, a
-                    failing policy 500.
-    GET  /metadata  what the policy takes and gives
-    GET  /health    "ok" once the policy is loaded; needs no token (also /healthz)
-    WS   /          msgpack: the server sends the metadata, then answers each observation with {"actions": (T, A),
-                    "server_timing": {"infer_ms"}}. Text instead of bytes is an error message, the connection stays.
-    WS   /vla-eval  vla-eval's protocol, see `vla_eval.py`
+docs/serving.md lists addresses, fields and statuses. `POST /act` answers the chunk as a list of arrays (A,), and as a
+JSON string whoever asked in one. openpi's WebSocket answers {"actions": (T, A), "server_timing": {"infer_ms"}}; text
+instead of bytes is an error message, and the connection stays.
 
 Not obvious:
 - An image of the policy's own size counts as prepared by the client (as upstream has it) and is only cropped; others go

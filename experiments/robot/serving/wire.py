@@ -64,18 +64,20 @@ def from_json(text: str | bytes, *, lenient: bool = False) -> object:
         raise WireError(f"not readable as JSON: {error}") from None
 
 
-def to_msgpack(value: object) -> bytes:
-    """msgpack bytes of a value that may hold arrays and NumPy scalars."""
+def to_msgpack(value: object, *, text_keys: bool = False) -> bytes:
+    """msgpack bytes of a value that may hold arrays and NumPy scalars; their fields are named by bytes, or text."""
     import msgpack
 
-    return msgpack.packb(value, default=_array_to_msgpack)
+    def encode(part: object) -> dict[str, object] | dict[bytes, object]:
+        fields = _array_to_msgpack(part)
+        return {key.decode(): field for key, field in fields.items()} if text_keys else fields
+
+    return msgpack.packb(value, default=encode)
 
 
 def to_vla_eval(value: object) -> bytes:
     """msgpack bytes as vla-eval's clients read them."""
-    import msgpack
-
-    return msgpack.packb(value, default=_array_to_vla_eval)
+    return to_msgpack(value, text_keys=True)
 
 
 def from_msgpack(data: bytes, *, lenient: bool = False) -> object:
@@ -122,7 +124,7 @@ def _array_from_json(value: dict[str, object]) -> object:
     return _decode(data, value.get("dtype"), value.get("shape"))
 
 
-def _array_to_msgpack(value: object) -> object:
+def _array_to_msgpack(value: object) -> dict[bytes, object]:
     if isinstance(value, np.ndarray):
         array = _checked(value)
         return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape}
@@ -147,13 +149,6 @@ def _array_from_msgpack(value: dict[object, object]) -> object:
     if "__image__" in value:
         return _decode_picture(value)
     return value
-
-
-def _array_to_vla_eval(value: object) -> object:
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"{type(value).__name__} cannot be sent; accepted: msgpack values and arrays")
-    array = _checked(value)
-    return {"__ndarray__": True, "data": array.tobytes(), "dtype": array.dtype.str, "shape": array.shape}
 
 
 def _decode_picture(value: Mapping[object, object]) -> np.ndarray | np.generic:
