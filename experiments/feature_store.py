@@ -30,10 +30,6 @@ from rocket_align.teacher.store.writer import DatasetBuild, begin_store, fit_bas
 class Frames:
     """The data set's un-augmented views, as the student's batches bring them to a teacher.
 
-    Args:
-        config: which student, which data.
-        device: where batches go.
-
     Raises:
         UsageError: a student whose views are not square.
     """

@@ -46,6 +46,8 @@ class Profile:
     reach: Mapping[str, object] = field(default_factory=dict)
 
 
+_FAST = {"env_img_res": 128, "render": "fast", "num_workers": 1}
+
 MINI = Profile(
     name="mini",
     vla_path="experiments/mini/weights/student",
@@ -68,13 +70,7 @@ MINI = Profile(
     curve_steps=(25, 50, 75, 100),
     seeds=(0, 1, 2),
     suites=("libero_object",),
-    evaluate={
-        "task_ids": "7,9",
-        "num_trials_per_task": 20,
-        "env_img_res": 128,
-        "render": "fast",
-        "num_workers": 1,
-    },
+    evaluate={"task_ids": "7,9", "num_trials_per_task": 20, **_FAST},
     plus_suite="libero_plus_object",
     plus={
         "perturbations": "available",
@@ -82,9 +78,7 @@ MINI = Profile(
         "task_subset": 100,
         # The wording of the demonstrations; LIBERO-Plus's own differs in a word.
         "instruction_source": "base",
-        "env_img_res": 128,
-        "render": "fast",
-        "num_workers": 1,
+        **_FAST,
     },
     pairs=(2, 4, 6),
     selection_count=3,

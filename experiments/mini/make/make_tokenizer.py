@@ -115,10 +115,8 @@ def build_tokenizer(instructions: Sequence[str] | None = None) -> LlamaTokenizer
 class MakeTokenizerConfig:
     """Write the mini student's tokenizer into a folder."""
 
-    # Folder to write tokenizer.json and tokenizer_config.json to
-    out: Path
-    # Text file, one instruction a line; LIBERO's by default
-    instructions: Path = INSTRUCTIONS
+    out: Path  # Folder to write tokenizer.json and tokenizer_config.json to
+    instructions: Path = INSTRUCTIONS  # Text file, one instruction a line; LIBERO's by default
 
 
 def main(cfg: MakeTokenizerConfig) -> None:

@@ -59,16 +59,11 @@ def parse_tasks(flag: str, spec: str) -> list[tuple[str, int]]:
 class TeacherDataConfig:
     """Render frames with geometry for the mini teacher."""
 
-    # Folder for the shards, one a task
-    out: Path
-    # SUITE:NUMBERS[;SUITE:NUMBERS]
-    tasks: str = "libero_object:0-9;libero_spatial:0-9;libero_goal:0,8"
-    # Episodes a task, each from a random official initial state
-    episodes: int = limited(14, least=1)
-    # Two-view frames an episode
-    frames: int = limited(14, least=1)
-    # Side of the pictures in pixels
-    image_size: int = limited(128, least=1)
+    out: Path  # Folder for the shards, one a task
+    tasks: str = "libero_object:0-9;libero_spatial:0-9;libero_goal:0,8"  # SUITE:NUMBERS[;SUITE:NUMBERS]
+    episodes: int = limited(14, least=1)  # Episodes a task, each from a random official initial state
+    frames: int = limited(14, least=1)  # Two-view frames an episode
+    image_size: int = limited(128, least=1)  # Side of the pictures in pixels
     seed: int = limited(0, least=0)
     # task, or moved: one object anywhere on the table
     scene: str = limited("task", choices=SCENES)
@@ -82,10 +77,8 @@ class TeacherDataConfig:
 class TrainTeacherConfig:
     """Train the mini teacher on frames of teacher_data."""
 
-    # Folder of teacher_data's shards
-    data: Path
-    # Folder for checkpoint.pt, log.jsonl and evaluation.json
-    out: Path
+    data: Path  # Folder of teacher_data's shards
+    out: Path  # Folder for checkpoint.pt, log.jsonl and evaluation.json
     # Folder for the teacher: config.json, model.safetensors, its readouts, scores and examples; not written if absent
     weights: Path | None = None
     train_tasks: str = "libero_object:0-7;libero_spatial:0-7;libero_goal:0,8"
@@ -104,14 +97,11 @@ class TrainTeacherConfig:
     mlp_ratio: float = limited(2.0, above=0)
     vit_depth: int = limited(2, least=1)
     num_register_tokens: int = limited(2, least=0)
-    # Side of the square of depth cells per patch
-    cells: int = limited(4, least=1)
-    # Train the readouts alone, on a random aggregator
-    control: bool = False
+    cells: int = limited(4, least=1)  # Side of the square of depth cells per patch
+    control: bool = False  # Train the readouts alone, on a random aggregator
     log_every: int = limited(50, least=1)
     save_every: int = limited(100, least=1)
-    # CPU threads; 0 leaves the choice to PyTorch
-    threads: int = limited(0, least=0)
+    threads: int = limited(0, least=0)  # CPU threads; 0 leaves the choice to PyTorch
     seed: int = limited(0, least=0)
     # task, or moved: one object anywhere on the table
     scene: str = limited("task", choices=SCENES)

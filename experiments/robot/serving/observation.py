@@ -94,6 +94,9 @@ def parse_request(payload: object, spec: PolicySpec) -> Request:
             f"found fields: {', '.join(str(name)[:40] for name in list(payload)[:12]) or 'none'}"
         )
     images = [_image(name, payload[name]) for name in names]
+    prepared = payload.get("prepared", True)
+    if not isinstance(prepared, bool | np.bool_):
+        raise RequestError(f"prepared: found {str(prepared)[:40]!r}; accepted: true, false")
     query = Query(
         image=images[0],
         wrist_image=images[1] if len(images) > 1 else images[0],
@@ -101,7 +104,7 @@ def parse_request(payload: object, spec: PolicySpec) -> Request:
         state=_state(payload.get("state"), spec),
         instruction=_instruction(payload.get("instruction")),
         seed=_seed(payload.get("seed")),
-        prepared=_flag("prepared", payload.get("prepared", True)),
+        prepared=bool(prepared),
     )
     return Request(query, _unnorm_key(payload.get("unnorm_key"), spec))
 
@@ -171,12 +174,6 @@ def _text(value: object) -> object:
 
 def _kind(value: object) -> str:
     return value.reason if isinstance(value, Unreadable) else type(value).__name__
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool | np.bool_):
-        raise RequestError(f"{name}: found {str(value)[:40]!r}; accepted: true, false")
-    return bool(value)
 
 
 def _seed(value: object) -> int:

@@ -167,11 +167,7 @@ def max_steps_for(suite: str) -> int:
 
 
 def protocol_deviations(identity: Mapping[str, object]) -> list[str]:
-    """In what a run differs from the protocol of published numbers, as its summary says it: ["render fast", ...].
-
-    Args:
-        identity: of the run; see :func:`plan.run_identity`.
-    """
+    """In what a run of this :func:`plan.run_identity` differs from the published protocol: ["render fast", ...]."""
     protocol, suite = identity.get("protocol"), str(identity.get("suite"))
     standard = Protocol(max_steps=find_suite(suite).max_steps).as_dict()
     values = {**standard, **(protocol if isinstance(protocol, Mapping) else {})}
