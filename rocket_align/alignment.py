@@ -51,10 +51,8 @@ def vision_tokens(
 def matryoshka_widths(hidden_dim: int, num_layers: int, ratios: Sequence[float] | None = None) -> tuple[int, ...]:
     """Hidden units per pair, shallow to deep: rho_i = 0.2 + 0.8 i / (N - 1), i from 0, rounded down, at least 1.
 
-    The paper rounds up; the released code, followed here, rounds down. A single pair gets 20%.
-
-    Raises:
-        ValueError: as many ratios as layers are needed, each above 0 and up to 1.
+    The paper rounds up; the released code, followed here, rounds down. A single pair gets 20%. Raises ValueError: as
+    many ratios as layers are needed, each above 0 and up to 1.
     """
     if num_layers < 1 or hidden_dim < 1:
         raise ValueError(f"matryoshka_widths: found {num_layers} layers of {hidden_dim} units; accepted: 1 or more")
@@ -158,15 +156,11 @@ CENTER_KEYS = ("center_means", "center_keys")
 
 
 class AlignOutput(NamedTuple):
-    """Result of an alignment.
+    """Result of an alignment."""
 
-    Attributes:
-        loss: scalar with gradient, averaged over pairs (by their weights) and ensemble; not yet times the coefficient.
-        per_pair: (K,) detached losses of the pairs, on the same device.
-    """
-
+    # Scalar with gradient, averaged over pairs (by their weights) and ensemble; not yet times the coefficient
     loss: Tensor
-    per_pair: Tensor
+    per_pair: Tensor  # (K,) detached losses of the pairs, on the same device
 
 
 class MultiLayerAlignment(nn.ModuleList):
@@ -266,8 +260,7 @@ class MultiLayerAlignment(nn.ModuleList):
     def targets(self, teacher: TeacherFeatures | AlignmentTargets | None, num_tokens: int) -> Tensor:
         """Targets of the projected tokens: pooled features (K, B, N, C), centered where the config says so.
 
-        Raises:
-            ValueError: None, features that do not fit the pairs, or means that are wanted and not there.
+        Raises ValueError: None, features that do not fit the pairs, or means that are wanted and not there.
         """
         pooled = self.pooled_features(teacher, num_tokens)
         if self.config.center == "none":
@@ -280,8 +273,7 @@ class MultiLayerAlignment(nn.ModuleList):
     def pooled_features(self, teacher: TeacherFeatures | AlignmentTargets | None, num_tokens: int) -> Tensor:
         """Pooled teacher features (K, B, N, C); those of a feature store are pooled already.
 
-        Raises:
-            ValueError: None, or features that do not fit the pairs.
+        Raises ValueError: None, or features that do not fit the pairs.
         """
         if teacher is None:
             raise ValueError(f"teacher: found None; accepted: features of layers {self.config.teacher_layers}")

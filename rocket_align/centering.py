@@ -22,21 +22,15 @@ _IGNORED_LABEL = -100
 
 
 class Center(NamedTuple):
-    """Means to subtract.
+    """Means to subtract."""
 
-    Attributes:
-        means_TKNC: float32 (T, K, N, C); row 0 is the data set's.
-        keys_T: int64 (T,), `task_keys` of the rows' tasks, and `ALL_TASKS` for row 0.
-    """
-
-    means_TKNC: Tensor
-    keys_T: Tensor
+    means_TKNC: Tensor  # Float32 (T, K, N, C); row 0 is the data set's
+    keys_T: Tensor  # Int64 (T,), `task_keys` of the rows' tasks, and `ALL_TASKS` for row 0
 
     def of(self, tasks_B: Tensor | None, device: torch.device) -> Tensor:
         """Each sample's means (K, B or 1, N, C); those of row 0 for a task without a row. Never waits for the device.
 
-        Raises:
-            ValueError: means by task, but samples that do not say which task they are of.
+        Raises ValueError: means by task, but samples that do not say which task they are of.
         """
         if len(self.keys_T) == 1:
             return self.means_TKNC.to(device).transpose(0, 1)
@@ -79,11 +73,7 @@ class CenterMeter:
         self._means: dict[int, tuple[Tensor, int]] = {}
 
     def update(self, targets_KBNC: Tensor, tasks_B: Tensor | None = None) -> None:
-        """Add the targets of a batch.
-
-        Raises:
-            ValueError: means by task, but no tasks.
-        """
+        """Add the targets of a batch. Raises ValueError: means by task, but no tasks."""
         if self.by_task and tasks_B is None:
             raise ValueError("center: a batch without tasks found; accepted with means by task: task_keys of it")
         self.samples += targets_KBNC.shape[1]
@@ -99,11 +89,7 @@ class CenterMeter:
         self._means[key] = mean + (batch - mean[:, None]).sum(dim=1) / total, total
 
     def result(self) -> Center:
-        """The means of all processes' samples; every process calls it.
-
-        Raises:
-            ValueError: no batch.
-        """
+        """The means of all processes' samples; every process calls it. Raises ValueError: no batch."""
         if ALL_TASKS not in self._means:
             raise ValueError("center: found no targets; accepted: at least one batch")
         shape = self._means[ALL_TASKS][0]

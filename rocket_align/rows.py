@@ -52,8 +52,7 @@ class RowPicker:
     def pick(self, sequence: Any) -> Tensor:
         """The rows (B, N, D) of a sequence.
 
-        Raises:
-            ValueError: something else than (B, S, D), positions outside it, or no image token in it.
+        Raises ValueError: something else than (B, S, D), positions outside it, or no image token in it.
         """
         if not isinstance(sequence, Tensor) or sequence.dim() != 3:
             shape = tuple(sequence.shape) if isinstance(sequence, Tensor) else type(sequence).__name__

@@ -26,20 +26,13 @@ ROLES = ("blocks", "final_norm", "vision", "projector")
 
 @dataclass(frozen=True)
 class Stream:
-    """One residual stream of a model.
+    """One residual stream of a model."""
 
-    Attributes:
-        kind: "language", "vision" or "projector".
-        path: dotted path of the blocks, or of the projector.
-        blocks: the blocks in order; for "projector" the projector alone.
-        final_norm: the norm behind the last block, where the stream has one.
-        callers: modules around the blocks, the model first; a forward pass lies within a call of one of them.
-    """
-
-    kind: str
-    path: str
-    blocks: tuple[nn.Module, ...]
-    final_norm: nn.Module | None
+    kind: str  # "language", "vision" or "projector"
+    path: str  # Dotted path of the blocks, or of the projector
+    blocks: tuple[nn.Module, ...]  # The blocks in order; for "projector" the projector alone
+    final_norm: nn.Module | None  # The norm behind the last block, where the stream has one
+    # Modules around the blocks, the model first; a forward pass lies within a call of one of them
     callers: tuple[nn.Module, ...]
 
     @property

@@ -157,8 +157,7 @@ class Taps:
     def dry_run(self, example: Mapping[str, Any] | Sequence[Any] | Callable[[], Any]) -> None:
         """Run one forward pass in training mode, decide and check; random numbers and modes stay as they were.
 
-        Raises:
-            ValueError: what :meth:`take` refuses.
+        Raises ValueError: what :meth:`take` refuses.
         """
         modes = [(module, module.training) for module in self._model.modules()]
         self._model.train()
@@ -178,9 +177,8 @@ class Taps:
     def take(self) -> Tensor:
         """Rows of the last forward pass (K, B, N, D), with gradient; handed over once.
 
-        Raises:
-            ValueError: one line: no forward pass since the last call, taps that did not fire once in it, rows that are
-                not in the sequence, or (in a pass with gradients) a stream in which nothing trains.
+        Raises ValueError: one line: no forward pass since the last call, taps that did not fire once in it, rows that
+        are not in the sequence, or (in a pass with gradients) a stream in which nothing trains.
         """
         self._pick()
         rows, fault = self._rows, self._fault

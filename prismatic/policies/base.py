@@ -40,17 +40,11 @@ class Processor(Protocol):
 
 
 class PolicyFamily(Protocol):
-    """One kind of policy.
+    """One kind of policy."""
 
-    Attributes:
-        name: as `--policy` has it.
-        indexing: how `--vla_layers_align` counts the student's states, see `rocket_align`.
-        unused_parameters: some trainable parameters take no part in the loss, which DDP has to look for.
-    """
-
-    name: str
-    indexing: str
-    unused_parameters: bool
+    name: str  # As `--policy` has it
+    indexing: str  # How `--vla_layers_align` counts the student's states, see `rocket_align`
+    unused_parameters: bool  # Some trainable parameters take no part in the loss, which DDP has to look for
 
     def check(self, config: TrainConfig, start: StartingPoint) -> None:
         """Refuse flags that the family does not have; reads no weights. Raises UsageError."""
@@ -88,8 +82,7 @@ class PolicyFamily(Protocol):
     ) -> PolicyParts:
         """Model and heads, with what trains set to; `states` are the hidden states that another loss will use.
 
-        Raises:
-            UsageError: weights are missing, damaged or of other shapes.
+        Raises UsageError: weights are missing, damaged or of other shapes.
         """
 
     def trainable(

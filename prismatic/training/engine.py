@@ -115,8 +115,7 @@ class Engine:
     def load_optimizer(self, saved: Mapping[str, Any] | None, folder: Path) -> None:
         """Restore a state that any engine saved: `saved` whole, or None for the shards in `folder`.
 
-        Raises:
-            ValueError: it is of other parameters.
+        Raises ValueError: it is of other parameters.
         """
         if saved is not None:
             self.optimizer.load_state_dict(saved)
@@ -198,11 +197,7 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def moments_by_name(saved: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Moments:
-    """A whole optimizer state dict by parameter.
-
-    Raises:
-        ValueError: it is of other parameters.
-    """
+    """A whole optimizer state dict by parameter. Raises ValueError: it is of other parameters."""
     names = list(parameters)
     if sum(len(group["params"]) for group in saved["param_groups"]) != len(names):
         raise ValueError(f"{len(names)} parameters, but the state of another number")
@@ -319,8 +314,7 @@ def _fsdp_plugin(mixed_precision: str, *, trains_all: bool) -> Any:
 def resolve_shard(flag: Shard) -> Shard:
     """Choose what the flag says or, for "auto", the launcher's environment.
 
-    Raises:
-        UsageError: they disagree, or the launcher asks for what is not known here.
+    Raises UsageError: they disagree, or the launcher asks for what is not known here.
     """
     asked = _launchers_choice()
     if flag == "auto":

@@ -31,11 +31,7 @@ class PlaceProbe:
         self._offset: Tensor | None = None
 
     def update(self, tokens_BPC: Tensor, outputs_BPK: Tensor) -> None:
-        """Add training data.
-
-        Raises:
-            ValueError: not as many outputs as tokens.
-        """
+        """Add training data. Raises ValueError: not as many outputs as tokens."""
         if tokens_BPC.shape[:2] != outputs_BPK.shape[:2]:
             raise ValueError(
                 f"probe: found tokens {tuple(tokens_BPC.shape[:2])} and outputs {tuple(outputs_BPK.shape[:2])}; "
@@ -56,11 +52,7 @@ class PlaceProbe:
         self.samples += len(tokens)
 
     def solve(self) -> PlaceReadout:
-        """The readout of all data so far.
-
-        Raises:
-            ValueError: no data.
-        """
+        """The readout of all data so far. Raises ValueError: no data."""
         if self._offset is None:
             raise ValueError("probe: found no data; accepted: at least one batch")
         tokens, outputs = self._token_sum / self.samples, self._output_sum / self.samples
@@ -73,12 +65,9 @@ class PlaceProbe:
 
 @dataclass(frozen=True)
 class PlaceReadout:
-    """Outputs = mean output of the place + (token - mean token of the place) @ weights.
+    """Outputs = mean output of the place + (token - mean token of the place) @ weights."""
 
-    Attributes:
-        weights_CK, tokens_PC, outputs_PK: float64; the latter two are means of the training data.
-    """
-
+    # weights_CK, tokens_PC, outputs_PK: float64; the latter two are means of the training data
     weights_CK: Tensor
     tokens_PC: Tensor
     outputs_PK: Tensor
@@ -105,8 +94,7 @@ class ExplainedBeyondPlace:
     def result(self, outputs: slice = slice(None)) -> float:
         """R2 of some outputs together; below 0 where the readout is worse than the place's mean.
 
-        Raises:
-            ValueError: no data.
+        Raises ValueError: no data.
         """
         if self._left is None:
             raise ValueError("readout: found no test data; accepted: at least one batch")

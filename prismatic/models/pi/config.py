@@ -42,8 +42,7 @@ class Pi05Config(PI0Config):
 def pi_config(kind: str, **fields: Any) -> PI0Config:
     """Configuration of a "pi0" or "pi05" with transformers' fields, and `prompt_length` in tokens beside them.
 
-    Raises:
-        UsageError: another kind.
+    Raises UsageError: another kind.
     """
     classes = {"pi0": PI0Config, "pi05": Pi05Config}
     if kind not in classes:
@@ -81,8 +80,7 @@ def read_pi_config(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> PI0Co
 def kind_from_names(names: Mapping[str, object], source: Path) -> str:
     """Tell "pi0" from "pi05" by the published names of the weights: pi0.5 has an MLP of its own for time.
 
-    Raises:
-        UsageError: they are of neither; the message begins with `source`.
+    Raises UsageError: they are of neither; the message begins with `source`.
     """
     for kind, name in {"pi05": "time_mlp_in.weight", "pi0": "action_time_mlp_in.weight"}.items():
         if name in names:
@@ -93,8 +91,7 @@ def kind_from_names(names: Mapping[str, object], source: Path) -> str:
 def sizes_from_weights(shapes: Mapping[str, tuple[int, ...]], source: Path) -> dict[str, Any]:
     """Fields of the configuration that the shapes of the weights give, with openpi's numbers of heads.
 
-    Raises:
-        UsageError: a weight that is needed for it is missing; the message begins with `source`.
+    Raises UsageError: a weight that is needed for it is missing; the message begins with `source`.
     """
     try:
         text, expert = _gemma_sizes(shapes, LANGUAGE), _gemma_sizes(shapes, EXPERT)

@@ -36,8 +36,7 @@ def prompt_text(instruction: str, state: Sequence[float] | np.ndarray | None = N
 def load_tokenizer(folder: Path) -> Any:
     """PaliGemma's tokenizer (transformers' class) from a folder that holds its files.
 
-    Raises:
-        UsageError: the folder has none.
+    Raises UsageError: the folder has none.
     """
     from transformers import AutoTokenizer, GemmaTokenizer
 

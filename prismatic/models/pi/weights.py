@@ -68,8 +68,7 @@ def published_names(names: Iterable[str]) -> dict[str, str]:
 def read_config(folder: Path) -> PI0Config:
     """Configuration of the checkpoint in `folder`, from config.json and the headers of its weight files.
 
-    Raises:
-        UsageError: no weights, or of another model.
+    Raises UsageError: no weights, or of another model.
     """
     return read_pi_config(folder, _open(folder)[2])
 

@@ -43,16 +43,9 @@ class RLDSBatchTransform:
     _prompt_ids: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, rlds_batch: Frame) -> Sample:
-        """Transform one frame.
+        """Transform one frame; its first view is "image_primary", or the first there is.
 
-        Args:
-            rlds_batch: "dataset_name"; "action" (T, A) normalized; "observation" with images (1, H, W, 3) uint8,
-                "image_primary" or the first one being the main view, and "proprio" (1, P); "task" with
-                "language_instruction" (text or UTF-8 bytes).
-
-        Returns:
-            pixel_values (6, H, W), input_ids (S,), labels (S,), actions (T, A), dataset_name and, when used,
-            pixel_values_wrist (6 * further views, H, W) and proprio (1, P).
+        See :class:`Frame` for what it holds, and :class:`prismatic.vla.batch.Batch`, whose row the sample is.
         """
         observation, actions = rlds_batch["observation"], rlds_batch["action"]
         instruction = rlds_batch["task"]["language_instruction"]

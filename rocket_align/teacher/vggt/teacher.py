@@ -56,10 +56,8 @@ class VGGTTeacher(nn.Module):
     ) -> VGGTTeacher:
         """Load a folder (config.json + model.safetensors), VGGT-1B's folder (model.safetensors or model.pt), or a file.
 
-        Without a config.json the sizes are VGGT-1B's. Weights of later layers and of the heads are not read.
-
-        Raises:
-            ValueError: nothing at `path`, a file with missing or unexpected tensors, or layers out of range.
+        Without a config.json the sizes are VGGT-1B's. Weights of later layers and of the heads are not read. Raises
+        ValueError: nothing at `path`, a file with missing or unexpected tensors, or layers out of range.
         """
         weights_path, config = find_weights(path)
         with torch.device("meta"):
