@@ -30,7 +30,7 @@ from prismatic.checkpoint.layout import (
 )
 from prismatic.checkpoint.newest import write_checksums
 from prismatic.models.lora import FULLY_TRAINED, merge_lora_state_dict, state_dict_without_film
-from prismatic.util.files import atomic_path, atomic_write, temporary_prefix
+from prismatic.util.files import atomic_path, atomic_write, storage_errors, temporary_prefix
 
 if TYPE_CHECKING:
     from prismatic.policies.base import Processor
@@ -115,24 +115,31 @@ class CheckpointWriter:
         self.latest_only = latest_only
         self.merge = merge
 
-    def save(self, step: int, sampler_state: Mapping[str, object]) -> Path:
-        """Write the checkpoint of `step` and return its folder. Call on every process; the main one writes."""
+    def save(self, step: int, position: Mapping[str, object]) -> Path:
+        """Write the checkpoint of `step` and return its folder. Call on every process; the main one writes.
+
+        `position` is what a resume needs beside weights, optimizer and random states.
+
+        Raises:
+            UsageError: it cannot be written; the checkpoint before is as it was.
+        """
         target = checkpoint_folder(self.run_dir, step, latest_only=self.latest_only)
         temporary = target.with_name(f"{temporary_prefix(target)}tmp")
-        state = {"step": step, **_training_state(self.engine, sampler_state)}
+        state = {"step": step, **_training_state(self.engine), **position}
         weights = self.engine.weights(self._written)
         main = self.engine.accelerator.is_main_process
         try:
-            if main:
-                shutil.rmtree(temporary, ignore_errors=True)  # Of a killed process.
-                (temporary / STATE_FILE).parent.mkdir(parents=True)
-            self.engine.save_optimizer(temporary / OPTIMIZER_SHARDS)
-            if main:
-                self._write(temporary, weights, "latest" if self.latest_only else str(step))
-                with atomic_path(temporary / STATE_FILE) as file:
-                    torch.save(state, file)
-                write_checksums(temporary)
-                _move_into_place(temporary, target)
+            with storage_errors(f"checkpoint of step {step}", target.parent):
+                if main:
+                    shutil.rmtree(temporary, ignore_errors=True)  # Of a killed process.
+                    (temporary / STATE_FILE).parent.mkdir(parents=True)
+                self.engine.save_optimizer(temporary / OPTIMIZER_SHARDS)
+                if main:
+                    self._write(temporary, weights, "latest" if self.latest_only else str(step))
+                    with atomic_path(temporary / STATE_FILE) as file:
+                        torch.save(state, file)
+                    write_checksums(temporary)
+                    _move_into_place(temporary, target)
         finally:
             if main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -179,14 +186,13 @@ def _move_into_place(temporary: Path, target: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _training_state(engine: Engine, sampler_state: Mapping[str, object]) -> dict[str, object]:
-    """Collect what a resume needs beside the weights, each process's own random state too."""
+def _training_state(engine: Engine) -> dict[str, object]:
+    """Collect the optimizer, and each process's random state."""
     from accelerate.utils import gather_object
 
     return {
         "optimizer": engine.optimizer_state(),
         "trained": list(engine.parameters),
-        "sampler": sampler_state,
         "random": gather_object([_random_state()]),
         "num_processes": engine.accelerator.num_processes,
     }

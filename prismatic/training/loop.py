@@ -6,8 +6,12 @@ cluster schedulers) finishes the step, saves and stops; a second one stops at on
 
 from __future__ import annotations
 
+import math
 import signal
+import statistics
 import time
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -25,6 +29,7 @@ from prismatic.util.errors import UsageError
 from prismatic.util.progress import progress_bar
 from prismatic.vla.batch import Batch
 
+SPIKE_WINDOW, SPIKE_LEAST = 100, 20  # Steps whose median loss is the usual one, and how many it takes.
 Targets = Callable[[Any], object]  # of a Batch
 
 
@@ -60,10 +65,6 @@ class TrainState:
     stopped_by: int = 0
 
 
-def _datasets(names: list[str]) -> str:
-    return ", ".join(sorted(set(names))) or "the data"
-
-
 class Trainer:
     """Runs the optimizer steps of one run.
 
@@ -92,11 +93,14 @@ class Trainer:
         self.save = save
         self.log = log
         self.validate: Callable[[], dict[str, float]] | None = None
+        # Says which samples some draws are, for the first one's number and their count.
+        self.describe: Callable[[int, int], str] = lambda first, count: f"draws {first} to {first + count - 1}"
         self.state = TrainState()
         self._averages = MetricAverager()
         self._console = Console(stderr=True)
-        # Since the last check: step, dataset of every sample, loss (on the device).
-        self._recent: list[tuple[int, list[str], torch.Tensor]] = []
+        # Since the last check: step, draw, loss (on the device).
+        self._recent: list[tuple[int, int, torch.Tensor]] = []
+        self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)  # Of the last steps, where spikes are left out.
 
     def fit(self, batches: Iterator[Batch], start_step: int = 0) -> TrainState:
         """Train from `start_step` to `max_steps`; always saves at the end, also when stopped."""
@@ -133,7 +137,7 @@ class Trainer:
         module = self.engine.plain
         module.step = self.state.step
         for micro in range(micro_steps):
-            batch = move_batch(next(batches), self.accelerator.device)
+            batch = move_batch(self._next(batches), self.accelerator.device)
             if micro == 0 and self._samples_now():
                 self._averages.add(self._sampled_errors(batch))
             with torch.no_grad(), self.accelerator.autocast():
@@ -143,8 +147,9 @@ class Trainer:
                     output = self.module(batch, targets)
                 self.engine.backward(output.loss / micro_steps)
             metrics.append(output.metrics)
-            self._recent.append((self.state.step + 1, batch.get("dataset_names", []), output.loss.detach()))
-        if self.config.skip_nonfinite and self._left_out():
+            self._recent.append((self.state.step + 1, batch["draw"], output.loss.detach()))
+        if (self.config.skip_nonfinite or self.config.skip_spikes) and (reason := self._reason_to_leave_out()):
+            self._leave_out(reason)
             return
         for values in metrics:
             self._averages.add(values)
@@ -154,17 +159,41 @@ class Trainer:
         self.scheduler.step()
         self.state.step += 1
 
-    def _left_out(self) -> bool:
-        """Leave the step out, but for its place, where the gradient, which all processes share, is not finite."""
-        if self.engine.gradient_norm().isfinite():
-            return False
-        step, names, _ = self._recent[-1]
-        self._report(f"step {step}: loss or gradient is not finite; left out the batch of {_datasets(names)}")
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch. Raises UsageError, with the step, for data that are gone or damaged."""
+        try:
+            return next(batches)
+        except UsageError as error:
+            raise UsageError(f"step {self.state.step + 1}: {error}; the last checkpoint is kept") from error
+
+    def _reason_to_leave_out(self) -> str:
+        """Say what is wrong with the step's loss or gradient, which all processes share; "" where nothing is."""
+        losses = torch.stack([loss for step, _, loss in self._recent if step == self.state.step + 1])
+        loss = float(self.accelerator.reduce(losses.float().mean(), reduction="mean"))
+        if not (math.isfinite(loss) and self.engine.gradient_norm().isfinite()):
+            return "loss or gradient is not finite" if self.config.skip_nonfinite else ""
+        usual = statistics.median(self.losses) if len(self.losses) >= SPIKE_LEAST else math.inf
+        if self.config.skip_spikes and loss > self.config.skip_spikes * usual:
+            return f"loss {loss:.4g} is above {self.config.skip_spikes:g} times the median, {usual:.4g}"
+        self.losses.append(loss)
+        return ""
+
+    def _leave_out(self, reason: str) -> None:
+        """Go on without the step, but for its place."""
+        step = self.state.step + 1
+        this = [recent for recent in self._recent if recent[0] == step]
+        losses = self.accelerator.gather(torch.stack([loss for _, _, loss in this]).float()[None])
+        worst = int(losses.nan_to_num(math.inf, math.inf, math.inf).argmax())
+        process, micro = divmod(worst, len(this))
+        self._report(f"step {step}: {reason}; left out, worst in the batch of {self._samples(this[micro][1], process)}")
         self._recent = [recent for recent in self._recent if recent[0] != step]
         self.engine.leave_out()
-        self.scheduler.step()
+        with warnings.catch_warnings(action="ignore"):  # The scheduler misses an optimizer step before its own.
+            self.scheduler.step()
         self.state.step = step
-        return True
+
+    def _samples(self, draw: int, process: int) -> str:
+        return self.describe(draw + process * self.config.batch_size, self.config.batch_size)
 
     def _check_finite(self) -> None:
         """Refuse to go on, or to save, with what a loss that is not finite has left.
@@ -177,13 +206,16 @@ class Trainer:
             return
         wrong = torch.stack([~loss.isfinite().all() for _, _, loss in recent]).float()
         spoiled = ~torch.stack([held.isfinite().all() for held in self.engine.held()]).all()
-        flags = self.accelerator.gather(torch.cat([wrong, spoiled[None].float()])[None]).amax(dim=0).tolist()
-        if not any(flags):
+        flags = self.accelerator.gather(torch.cat([wrong, spoiled[None].float()])[None])
+        if not flags.any():
             return
-        step, names, _ = recent[flags.index(1.0)] if any(flags[:-1]) else recent[-1]
+        # Column by column: the first batch, and the process that had it. Spoiled weights alone count as the last one.
+        batch, process = divmod(int(flags.T.flatten().argmax()), len(flags))
+        step, draw, _ = recent[min(batch, len(recent) - 1)]
         raise UsageError(
-            f"training: the loss or the weights are not finite at step {step}, in the batch of {_datasets(names)}; the "
-            "last checkpoint is kept; accepted: a lower --learning_rate, --max_grad_norm 1, or --skip_nonfinite True"
+            f"training: the loss or the weights are not finite at step {step}, in the batch of "
+            f"{self._samples(draw, process)}; the last checkpoint is kept; accepted: a lower --learning_rate, "
+            "--max_grad_norm 1, or --skip_nonfinite True"
         )
 
     def _samples_now(self) -> bool:

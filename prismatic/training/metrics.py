@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from prismatic.checkpoint.layout import LOG_FILE
 from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_write
+from prismatic.util.files import atomic_write, storage_errors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,12 +63,13 @@ class MetricLog:
         if accelerator.is_main_process:
             self._lock = _lock(folder)
             kept = [row for row in read_log(self._path) if row["step"] <= last_step] if last_step else []
-            atomic_write(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+            with storage_errors("log", folder):
+                atomic_write(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line: the step and its values."""
         if self._accelerator.is_main_process:
-            with self._path.open("a") as file:
+            with storage_errors(f"log line of step {step}", self._path.parent), self._path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         self._accelerator.log(values, step=step)
 

@@ -166,7 +166,7 @@ class TrainingRun:
         self._restore_auxiliary(module)
         self._describe(module)
         self.engine.prepare(module, optimizer)
-        random_state = self._restore(loader)
+        restored = self._restore(loader)
         if self.start.step:
             scheduler = make_schedule(optimizer, config, self.start.step)
         writer = CheckpointWriter(
@@ -181,7 +181,7 @@ class TrainingRun:
         )
 
         def save(step: int) -> None:
-            folder = writer.save(step, loader.state_dict())
+            folder = writer.save(step, {"sampler": loader.state_dict(), "losses": list(trainer.losses)})
             if accelerator.is_main_process:
                 accelerator.print(f"saved {folder}")
                 self._remove_older()
@@ -198,13 +198,15 @@ class TrainingRun:
                 save=save,
                 log=log,
             )
+            trainer.describe = loader.describe
             if config.use_val_set:
                 collate = self.family.collator(self.processor)
                 trainer.validate = Validator(
                     config, self.engine, module, self._dataset(train=False), collate=collate, targets=targets
                 )
-            if random_state is not None:
-                restore_random_state(random_state)
+            trainer.losses.extend(restored.get("losses", ()))
+            if "random" in restored:
+                restore_random_state(restored["random"])
             state = trainer.fit(iter(loader), self.start.step)
         accelerator.end_training()
         return state
@@ -226,20 +228,20 @@ class TrainingRun:
         if file := component_file(self.start.checkpoint, "align_projectors"):
             load_component(module.align_projectors, file)
 
-    def _restore(self, loader: MixtureLoader) -> dict[str, Any] | None:
-        """Load a checkpoint's optimizer and data position; return its random state.
+    def _restore(self, loader: MixtureLoader) -> dict[str, Any]:
+        """Load a checkpoint's optimizer and data position; return what the loop restores.
 
         Raises:
             UsageError: damaged files, or an optimizer of other parameters than train here.
         """
         if not self.config.resume or self.start.checkpoint is None:
-            return None
+            return {}
         for line in changed_flags(read_record(self.start.checkpoint), self.run_config):
             self.accelerator.print(f"other than the run it goes on with: {line}")
         state = load_training_state(self.start.checkpoint)
         if state is None:
             self.accelerator.print("the checkpoint has no training_state: optimizer and data start anew")
-            return None
+            return {}
         try:
             self.engine.load_optimizer(state["optimizer"], self.start.checkpoint / OPTIMIZER_SHARDS)
         except ValueError as error:
@@ -251,8 +253,8 @@ class TrainingRun:
         if state["num_processes"] != self.accelerator.num_processes:
             # The data go on at the same draw; only the random numbers of diffusion and pooling cannot.
             self.accelerator.print(f"the checkpoint was written by {state['num_processes']} processes")
-            return None
-        return state["random"][self.accelerator.process_index]
+            return {"losses": state.get("losses", ())}
+        return {"losses": state.get("losses", ()), "random": state["random"][self.accelerator.process_index]}
 
     def _trackers(self) -> list[str | TensorBoardTracker]:
         """The chosen loggers beside JSONL: TensorBoard in the run's folder, the others by name for accelerate."""

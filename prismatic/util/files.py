@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -62,6 +63,28 @@ def fitting_name(name: str, most: int) -> str:
 def temporary_prefix(target: Path) -> str:
     """Beginning of the temporary name beside `target`; short, since a name near the longest must be writable too."""
     return f".{fitting_name(target.stem, 60)}."
+
+
+@contextmanager
+def storage_errors(what: str, folder: Path) -> Iterator[None]:
+    """Turn what a full, read-only or failing disk makes writers raise into one line.
+
+    Raises:
+        UsageError: names `what` was to be written, and the room in `folder`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # Writers in Rust (safetensors, tokenizers) and C++ (torch) raise no OSError.
+        if not isinstance(error, OSError) and not re.search(
+            r"os error \d|\[Errno|iostream|inline_container", str(error)
+        ):
+            raise
+        free = f"{shutil.disk_usage(folder).free / 1e9:.1f} GB" if folder.is_dir() else "nothing"
+        raise UsageError(
+            f"{what}: cannot be written to {folder}, where {free} is left ({' '.join(str(error).split())[:160]}); what "
+            "was written before is kept; accepted: a folder with room, then the same command with --resume True"
+        ) from error
 
 
 @contextmanager

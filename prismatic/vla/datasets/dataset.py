@@ -350,7 +350,7 @@ class RLDSDataset(Dataset):
             image, views[name] = self._image(source, name, draw, augment)
             images[f"image_{name}"] = image[None]
         state = {} if source.proprio is None else {"proprio": source.proprio[start : start + 1]}
-        timestep = start - int(source.index.episode_start[source.index.episode_of(start)])
+        timestep = self.episode_and_frame(draw.frame)[2]
         return {
             "dataset_name": source.name,
             "action": source.action[start : start + self.platform.chunk],
@@ -390,6 +390,12 @@ class RLDSDataset(Dataset):
         if not 0 <= draw.frame < len(self):
             raise IndexError(f"frame {draw.frame} of a dataset with {len(self)} frames")
         return draw
+
+    def episode_and_frame(self, frame: int) -> tuple[str, int, int]:
+        """Dataset of a frame of the mixture, its episode there, and its place in that."""
+        source, start = self._locate(frame)
+        episode = source.index.episode_of(start)
+        return source.name, episode, start - int(source.index.episode_start[episode])
 
     def _locate(self, frame: int) -> tuple[_Source, int]:
         """The dataset of a frame of the mixture, and its number there."""

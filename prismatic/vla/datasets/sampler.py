@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from prismatic.util.errors import UsageError
 from prismatic.vla.batch import Batch, Sample
 from prismatic.vla.datasets.dataset import FrameDraw, RLDSDataset
+
+_NAMED = 16  # Samples that a line lists.
 
 
 class MixtureSampler(Sampler[list[FrameDraw]]):
@@ -63,6 +66,11 @@ class MixtureSampler(Sampler[list[FrameDraw]]):
         if draws < 0:
             raise UsageError(f"sampler state: {draws} draws; accepted: 0 or more")
         self._draws = int(draws)
+
+    def draws(self, first: int, count: int) -> tuple[int, list[FrameDraw]]:
+        """The mixture's epoch of draw `first` of the sequence, and `count` draws from there on."""
+        chosen = self._draw(first)
+        return self._epoch, [chosen, *(self._draw(first + i) for i in range(1, count))]
 
     def _draws_before(self, epoch: int) -> list[int]:
         """Draws of each dataset before the epoch begins."""
@@ -138,9 +146,21 @@ class MixtureLoader:
         while True:
             with worker_error():
                 batch = next(batches)
+            batch["draw"] = self._state["draws"]
             draws = self._state["draws"] + draws_per_batch
             self._state = {"batches": draws // draws_per_batch, "draws": draws}
             yield batch
+
+    def describe(self, first: int, count: int) -> str:
+        """Say which samples `count` draws from `first` on are, as in "epoch 0, libero_10 3:17 5:2 (episode:frame)"."""
+        dataset = cast(RLDSDataset, self._loader.dataset)
+        epoch, draws = self._sampler.draws(first, min(count, _NAMED))
+        places: dict[str, list[str]] = {}
+        for draw in draws:
+            name, episode, frame = dataset.episode_and_frame(draw.frame)
+            places.setdefault(name, []).append(f"{episode}:{frame}")
+        listed = ", ".join(" ".join([name, *frames]) for name, frames in places.items())
+        return f"epoch {epoch}, {listed}{f' and {count - _NAMED} more' if count > _NAMED else ''} (episode:frame)"
 
     def state_dict(self) -> dict[str, int]:
         """The state to continue after the last batch handed out."""

@@ -1,0 +1,102 @@
+"""What goes wrong in weeks of training ends in one line, with the last checkpoint as it was."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from prismatic.checkpoint.newest import damage
+from prismatic.training.config import TrainConfig
+from prismatic.training.metrics import read_log
+from prismatic.training.run import TrainingRun
+from prismatic.util.errors import UsageError
+
+FLAGS: dict[str, Any] = {"recipe": "baseline", "merge_lora_during_training": False, "save_freq": 1}
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """Let writers fail at that many bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+# The optimizer's archive, a head's, the adapter, a file of Python's.
+@pytest.mark.parametrize("size", [1_500_000, 300_000, 60_000, 2_000])
+def test_a_full_disk_ends_the_run_in_one_line(size: int, finetune: Callable[..., Path], tmp_path: Path) -> None:
+    runs = finetune(**FLAGS, max_steps=1)
+    last = runs / "run--1_chkpt"
+    with no_file_above(size), pytest.raises(UsageError, match=r"cannot be written to .* GB is left") as refusal:
+        finetune(**FLAGS, max_steps=2, resume=True)
+    assert "\n" not in str(refusal.value) and "accepted: a folder with room" in str(refusal.value)
+    assert damage(last) is None and not (runs / "run--2_chkpt").exists()
+    assert not [path for path in runs.iterdir() if path.name.endswith(".tmp")]
+    finetune(**FLAGS, max_steps=2, resume=True)
+    assert damage(runs / "run--2_chkpt") is None
+
+
+def test_lost_data_name_step_file_and_the_checkpoint_stays(finetune: Callable[..., Path], rlds_root: Path) -> None:
+    runs = finetune(**FLAGS, max_steps=1)
+    for file in rlds_root.rglob("*.tfrecord*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 50])
+    with pytest.raises(UsageError) as refusal:
+        finetune(**FLAGS, max_steps=40, resume=True)
+    assert "\n" not in str(refusal.value) and "tfrecord" in str(refusal.value)
+    assert damage(runs / "run--1_chkpt") is None
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_refused_at_the_start(finetune: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir(mode=0o555)
+    with pytest.raises(UsageError, match=r"--run_root_dir: .* is not writable"):
+        finetune(**FLAGS)
+
+
+class GivenLoss(torch.nn.Module):
+    """An auxiliary loss that is what its target says."""
+
+    def forward(self, hidden_states: tuple[torch.Tensor, ...], teacher: float, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(loss=0 * hidden_states[0].mean() + teacher, per_pair=[])
+
+
+def test_spikes_are_left_out_also_after_a_resume(
+    student_folder: Path, rlds_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The usual loss is the median of the steps before, which a checkpoint keeps."""
+    flags: dict[str, Any] = {"vla_path": str(student_folder), "data_root_dir": rlds_root, "run_root_dir": tmp_path}
+    flags |= {"run_id_override": "run", "trackers": "none", "lora_rank": 2, "batch_size": 1, "num_workers": 0}
+    flags |= {"merge_lora_during_training": False, "mixed_precision": "no", "wandb_log_freq": 1, "skip_spikes": 5.0}
+
+    def train(losses: list[float], **more: Any) -> None:
+        config = TrainConfig(**flags, max_steps=22, save_freq=20, **more)
+        config.validate()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        targets = iter(losses)
+        TrainingRun(config, asdict(config)).fit(GivenLoss(), 1.0, lambda batch: next(targets))
+
+    train([50.0] * 2 + [1.0] * 18 + [60.0, 1.0])
+    said = capsys.readouterr().err
+    assert said.count("left out") == 1 and "step 21: loss 6" in said and "above 5 times the median" in said
+    rows = {row["step"]: row for row in read_log(tmp_path / "run" / "metrics.jsonl")}
+    assert "loss" in rows[2] and "loss" not in rows[21] and "loss" in rows[22]
+    shutil.rmtree(tmp_path / "run--22_chkpt")
+    train([60.0, 1.0], resume=True)
+    assert capsys.readouterr().err.count("step 21: loss 6") == 1
