@@ -28,6 +28,7 @@ from prismatic.training.module import move_batch
 from prismatic.util.errors import UsageError
 from prismatic.util.progress import progress_bar
 from prismatic.vla.batch import Batch
+from prismatic.vla.datasets import MixtureLoader
 
 SPIKE_WINDOW, SPIKE_LEAST = 100, 20  # Steps whose median loss is the usual one, and how many it takes.
 Targets = Callable[[Any], object]  # of a Batch
@@ -93,8 +94,7 @@ class Trainer:
         self.save = save
         self.log = log
         self.validate: Callable[[], dict[str, float]] | None = None
-        # Says which samples some draws are, for the first one's number and their count.
-        self.describe: Callable[[int, int], str] = lambda first, count: f"draws {first} to {first + count - 1}"
+        self.loader: MixtureLoader | None = None  # Where the batches come from, to say which they were.
         self.state = TrainState()
         self._averages = MetricAverager()
         self._console = Console(stderr=True)
@@ -147,7 +147,8 @@ class Trainer:
                     output = self.module(batch, targets)
                 self.engine.backward(output.loss / micro_steps)
             metrics.append(output.metrics)
-            self._recent.append((self.state.step + 1, batch["draw"], output.loss.detach()))
+            draw = self.loader.last_draw if self.loader is not None else 0
+            self._recent.append((self.state.step + 1, draw, output.loss.detach()))
         if (self.config.skip_nonfinite or self.config.skip_spikes) and (reason := self._reason_to_leave_out()):
             self._leave_out(reason)
             return
@@ -193,7 +194,8 @@ class Trainer:
         self.state.step = step
 
     def _samples(self, draw: int, process: int) -> str:
-        return self.describe(draw + process * self.config.batch_size, self.config.batch_size)
+        count = self.config.batch_size
+        return "the data" if self.loader is None else self.loader.describe(draw + process * count, count)
 
     def _check_finite(self) -> None:
         """Refuse to go on, or to save, with what a loss that is not finite has left.

@@ -198,7 +198,7 @@ class TrainingRun:
                 save=save,
                 log=log,
             )
-            trainer.describe = loader.describe
+            trainer.loader = loader
             if config.use_val_set:
                 collate = self.family.collator(self.processor)
                 trainer.validate = Validator(

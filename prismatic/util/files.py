@@ -82,7 +82,7 @@ def storage_errors(what: str, folder: Path) -> Iterator[None]:
             raise
         free = f"{shutil.disk_usage(folder).free / 1e9:.1f} GB" if folder.is_dir() else "nothing"
         raise UsageError(
-            f"{what}: cannot be written to {folder}, where {free} is left ({' '.join(str(error).split())[:160]}); what "
+            f"{what}: cannot be written to {folder}, where {free} is left ({one_line(error, 160)}); what "
             "was written before is kept; accepted: a folder with room, then the same command with --resume True"
         ) from error
 

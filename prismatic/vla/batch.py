@@ -72,7 +72,6 @@ class Batch(_AlwaysInBatch, total=False):
     proprio: (B, P) float32, normalized; absent when the policy does not use it.
     dataset_names: B names; absent when the samples carry none.
     extras: tensors (B, ...) of what is stored beside the data, see `RLDSDataset.extras`; absent when nothing is.
-    draw: number of all processes' first sample in the run's sequence of draws; absent outside of training.
     diffusion_noise: (B, T, A), the noise that the diffusion objective put into the actions; absent before.
 
     pi0 and pi0.5: `pixel_values` (B, 3 * V, H, W) in [-1, 1], no labels, `actions` and `proprio` padded with zeros to
@@ -92,5 +91,4 @@ class Batch(_AlwaysInBatch, total=False):
     proprio: torch.Tensor
     dataset_names: list[str]
     extras: dict[str, torch.Tensor]
-    draw: int
     diffusion_noise: torch.Tensor

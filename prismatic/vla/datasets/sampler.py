@@ -134,6 +134,7 @@ class MixtureLoader:
     def __init__(self, loader: DataLoader, sampler: MixtureSampler) -> None:
         self._loader, self._sampler = loader, sampler
         self._state = sampler.state_dict()
+        self.last_draw = 0  # Number of the first sample of all processes' last batch.
 
     def __iter__(self) -> Iterator[Batch]:
         """Endless batches from the present state on.
@@ -146,7 +147,7 @@ class MixtureLoader:
         while True:
             with worker_error():
                 batch = next(batches)
-            batch["draw"] = self._state["draws"]
+            self.last_draw = self._state["draws"]
             draws = self._state["draws"] + draws_per_batch
             self._state = {"batches": draws // draws_per_batch, "draws": draws}
             yield batch
