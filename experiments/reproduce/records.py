@@ -253,6 +253,17 @@ def curve(records: Sequence[Record], arm: str, steps: Sequence[int], suites: Seq
     return [result.only_seeds(shared) if result and shared else result for result in outcomes]
 
 
+def late_rates(records: Sequence[Record], arm: str, steps: Sequence[int], suites: Sequence[str]) -> dict[int, float]:
+    """Mean success of an arm's checkpoints in the last third of training, for every seed that has all of them.
+
+    One checkpoint of a run that is still learning is chance; a run's mean over several moves less.
+    """
+    late = [step for step in steps if step > 2 / 3 * max(steps)]
+    rates = [result.by_seed if result else {} for result in curve(records, arm, late, suites)]
+    seeds = set.intersection(*(set(rate) for rate in rates)) if rates else set()
+    return {seed: statistics.mean(rate[seed] for rate in rates) for seed in sorted(seeds)}
+
+
 def final_value(record: Record, name: str) -> float | None:
     """Mean of a metric over the last fifth of training; None when it was not logged."""
     values = record["training"].get(name)

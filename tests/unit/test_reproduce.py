@@ -256,20 +256,25 @@ def test_a_curve_is_of_the_same_seeds_at_every_step() -> None:
     early, late, alone = (_record("rocket", seed, list(range(4 * seed))) for seed in (0, 1, 2))
     for record in (early, late):
         record["evaluations"].append({**record["evaluations"][0], "step": 50})
+    assert records.late_rates([early, late, alone], "rocket", (10, 80, 100), ("libero_object",)) == {}
+    assert records.late_rates([early, late, alone], "rocket", (25, 50, 70), ("libero_object",)) == {}
+    assert records.late_rates([early, late, alone], "rocket", (25, 100), ("libero_object",)) == {0: 0.0, 1: 0.4, 2: 0.8}
     found = records.curve([early, late, alone], "rocket", (25, 50, 100), ("libero_object",))
     assert found[0] is None
     assert [list(one.by_seed) for one in found[1:] if one] == [[0, 1], [0, 1]]
 
 
 def test_a_policy_on_part_of_the_data_is_compared_with_that_of_the_same_part() -> None:
-    found = [
-        _record("baseline", 0, list(range(10))),
-        _record("baseline-data10", 0, [0]),
-        _record("rocket-data10", 0, [1]),
-    ]
-    table = report.success_table(STUDIES["table6"], report.Results(MINI, found))
-    p_values = {row[0]: row[7] for row in table.rows}
-    assert p_values["no alignment, 10% of the data"] == "" and p_values["ROCKET, 10% of the data"] == "1"
+    found = [_record(name, seed, [0]) for name in ("baseline-data10", "rocket-data10") for seed in (0, 1)]
+    found += [_record("baseline", seed, list(range(10))) for seed in (0, 1)]
+    for code, text in (
+        ("abc", "+0.0 (0.0 to 0.0), p 1, 2 seeds"),
+        ("other", "+0.0 (0.0 to 0.0), p 1, 2 seeds (mixed)"),
+    ):
+        found[2]["code"] = {"commit": code}
+        table = report.success_table(STUDIES["table6"], report.Results(MINI, found))
+        differences = {row[0]: row[7] for row in table.rows}
+        assert differences["no alignment, 10% of the data"] == "" and differences["ROCKET, 10% of the data"] == text
 
 
 def test_errors_are_not_failures() -> None:
