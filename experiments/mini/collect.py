@@ -88,10 +88,11 @@ def _collect_block(config: CollectConfig, task: int, episodes: range) -> None:
     todo = [number for number in episodes if not config.staged(task, number).with_suffix(".json").exists()]
     if not todo:
         return
+    parent = multiprocessing.parent_process()
     with make_scene(config.scene, config.suite, task, image_size=config.image_size, render=config.render) as env:
         for number in todo:
-            if not _parent_lives():
-                return
+            if parent is not None and not parent.is_alive():
+                return  # Without the process that shows progress nobody would stop this one.
             start, failures = time.perf_counter(), []
             report: dict[str, Any] = {"task": task, "episode": number, "steps": 0}
             for attempt in range(config.max_attempts):
@@ -105,12 +106,6 @@ def _collect_block(config: CollectConfig, task: int, episodes: range) -> None:
                 failures.append(result.ended_in)
             report |= {"failures": failures, "seconds": round(time.perf_counter() - start, 2)}
             atomic_write(config.staged(task, number).with_suffix(".json"), json.dumps(report))
-
-
-def _parent_lives() -> bool:
-    """Tell whether the process that shows progress still runs; without it nobody would stop this one."""
-    parent = multiprocessing.parent_process()
-    return parent is None or parent.is_alive()
 
 
 def _blocks(tasks: tuple[int, ...], episodes: int, workers: int) -> list[tuple[int, range]]:

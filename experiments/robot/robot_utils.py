@@ -49,11 +49,7 @@ def invert_gripper_action(action: Array) -> Array:
 
 
 def get_image_resize_size(cfg: PolicyFlags) -> int | tuple[int, int]:
-    """Side of the square image the policy wants (224 for OpenVLA-7B; a loaded model's own `image_sizes` go before it).
-
-    Raises:
-        UsageError: `cfg.model_family` is not supported.
-    """
+    """Side of the square image that OpenVLA-7B wants; a loaded model's own `image_sizes` go before it."""
     _check_family(cfg)
     return 224
 

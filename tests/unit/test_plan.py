@@ -246,6 +246,8 @@ def test_every_deviation_from_the_protocol_is_listed(config: Callable[..., Gener
     assert protocol_deviations(identity) == [
         "max_steps 280", "render fast", "env_seed 3", "initial states of a file", "instruction_source name",
     ]  # fmt: skip
+    short = config(render="fast", max_steps=12)
+    assert protocol_deviations(run_identity(short, make_plan(short), ())) == ["max_steps 12", "render fast"]
     usual = run_identity(config(), make_plan(config()), ())
     assert protocol_deviations(usual) == [] and usual["standard_protocol"] is True
     other = {**usual, "task_files": {"tasks": "0", "initial_states": usual["task_files"]["initial_states"]}}

@@ -129,11 +129,6 @@ def jitter_colors(images_BV3SS: Tensor, generator: torch.Generator) -> Tensor:
     return ((images - gray) * saturation + gray).clamp(0, 1)
 
 
-def _relative_pose(camera_to_world_BV44: Tensor) -> Tensor:
-    """Each view's camera in the first view's camera frame, (B, V, 4, 4), before the mirroring."""
-    return torch.linalg.inv(camera_to_world_BV44[:, :1]) @ camera_to_world_BV44
-
-
 def geometry(frames: FrameSet, chosen: Tensor, crops_BV3: Tensor, cells: int) -> Targets:
     """Targets of the frames `chosen` seen through `crops_BV3`; depth is that of the pixel at each cell's center."""
     height = frames.depths.shape[-1]
@@ -143,7 +138,8 @@ def geometry(frames: FrameSet, chosen: Tensor, crops_BV3: Tensor, cells: int) ->
     kinds = frames.kinds[chosen].flatten(2).gather(2, flat)
     homogeneous = torch.cat((pixel.flatten(2, 3) + 0.5, torch.ones(*flat.shape, 1)), dim=-1)
     rays = homogeneous @ torch.linalg.inv(frames.intrinsics[chosen]).transpose(-1, -2)
-    pose = _relative_pose(frames.camera_to_world[chosen])
+    cameras = frames.camera_to_world[chosen]
+    pose = torch.linalg.inv(cameras[:, :1]) @ cameras  # In the first view's frame, before the mirroring.
     points = (rays * depth[..., None]) @ pose[..., :3, :3].transpose(-1, -2) + pose[..., None, :3, 3]
     mirror = torch.tensor([-1.0, 1.0, 1.0])
     rotation = pose[..., :3, :3] * mirror * mirror[:, None]

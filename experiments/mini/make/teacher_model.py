@@ -121,12 +121,7 @@ class Readout(nn.Module):
 
 
 class TeacherModel(nn.Module):
-    """Aggregator, readouts and the scale of what they predict.
-
-    Args:
-        config: of the aggregator.
-        cells: side of the square of depth cells per patch.
-    """
+    """Aggregator, readouts and the scale of what they predict: squares of `cells` x `cells` depths a patch."""
 
     def __init__(self, config: VGGTConfig, cells: int) -> None:
         super().__init__()

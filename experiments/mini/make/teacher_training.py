@@ -89,7 +89,10 @@ class Trainer:
         self.grid = self.model.aggregator.config.grid_size * cfg.cells
         if cfg.control:
             self.model.aggregator.requires_grad_(False)
-        self.model.scale.fit(self._sample_targets())
+        generator = torch.Generator().manual_seed(cfg.seed)
+        chosen = torch.randperm(len(train), generator=generator)[:_SCALE_FRAMES]
+        crops = draw_crops(len(chosen), train.images.shape[1], generator)
+        self.model.scale.fit(geometry(train, chosen, crops, self.grid))
         self.average: TeacherModel = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self._parameter_groups(), lr=cfg.learning_rate, betas=(0.9, 0.98), fused=True
@@ -101,11 +104,6 @@ class Trainer:
         matrices = [parameter for parameter in trained if parameter.ndim > 1]
         vectors = [parameter for parameter in trained if parameter.ndim <= 1]
         return [{"params": matrices, "weight_decay": self.cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-    def _sample_targets(self) -> Targets:
-        generator = torch.Generator().manual_seed(self.cfg.seed)
-        chosen = torch.randperm(len(self.train), generator=generator)[:_SCALE_FRAMES]
-        return geometry(self.train, chosen, draw_crops(len(chosen), self.train.images.shape[1], generator), self.grid)
 
     def train_step(self) -> float:
         """One optimizer step; returns its loss."""

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from experiments.robot.libero.demonstrations import (
     INSTRUCTION,
@@ -112,9 +113,7 @@ def replay(env: LiberoEnv, actions_TA: np.ndarray, initial_state: np.ndarray) ->
 
 def quaternions(axis_angle_T3: np.ndarray) -> np.ndarray:
     """(x, y, z, w) of rotation vectors of 0 to 2 pi, with the sign that robosuite's conversion came from."""
-    angle = np.linalg.norm(axis_angle_T3, axis=1, keepdims=True)
-    axis = np.divide(axis_angle_T3, angle, out=np.zeros_like(axis_angle_T3), where=angle > 0)
-    return np.concatenate([axis * np.sin(angle / 2), np.cos(angle / 2)], axis=1)
+    return Rotation.from_rotvec(axis_angle_T3).as_quat()
 
 
 def regenerate_task(config: RegenerateConfig, task_id: int) -> dict[str, Any]:

@@ -21,11 +21,7 @@ _SCHEMES = ("bearer", "api-key")  # Api-Key: openpi's clients
 
 
 def read_token(token_file: str) -> str | None:
-    """The token in the file, else in the environment variable POLICY_SERVER_TOKEN, else None: no token is asked for.
-
-    Raises:
-        UsageError: the file cannot be read, or the token is empty or no plain ASCII.
-    """
+    """The token in the file, else in POLICY_SERVER_TOKEN, else None: none is needed. Raises UsageError: a bad one."""
     if token_file:
         source = f"--token_file: {token_file}"
         try:

@@ -132,11 +132,7 @@ def _reason(content: bytes) -> str:
 
 
 def chunk_of(answer: object) -> Array:
-    """A server's answer as a chunk (T, A): a list of actions, an array, or either under "actions".
-
-    Raises:
-        ServerError: it is none of these; upstream's server answers "error" when it failed.
-    """
+    """A server's answer, plain or under "actions", as a chunk (T, A). Raises ServerError for one that is no chunk."""
     if isinstance(answer, str):
         raise ServerError(0, f"answered {answer[:200]!r} instead of actions")
     given = answer.get("actions", answer.get("action")) if isinstance(answer, Mapping) else answer
@@ -181,12 +177,7 @@ class WebSocketPolicyClient:
         self._local = threading.local()
 
     def infer(self, observation: Mapping[str, object]) -> Array:
-        """The chunk (T, A) for {full_image, wrist images, state, instruction}; images are uint8 (H, W, 3).
-
-        Raises:
-            ServerError: the server refused the observation or failed.
-            OSError: there is no server, or it does not answer in time (TimeoutError).
-        """
+        """The chunk (T, A) for an observation, as :meth:`PolicyClient.infer`."""
         payload = {_OPENPI_NAMES.get(name, name): value for name, value in observation.items()}
         if isinstance(payload.get("observation/state"), np.ndarray):
             payload["observation/state"] = np.ascontiguousarray(payload["observation/state"])

@@ -81,11 +81,7 @@ def to_vla_eval(value: object) -> bytes:
 
 
 def from_msgpack(data: bytes, *, lenient: bool = False) -> object:
-    """The value in msgpack bytes of openpi or vla-eval, arrays and pictures restored (read-only); as :func:`from_json`.
-
-    Raises:
-        WireError: not msgpack, or an array that is no array.
-    """
+    """The value in msgpack bytes, with arrays and pictures (read-only); lenient, or WireError, as :func:`from_json`."""
     import msgpack
 
     try:

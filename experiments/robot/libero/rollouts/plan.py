@@ -59,11 +59,7 @@ class Plan:
 
 
 def make_plan(config: EvalFlags, *, with_checkpoint: bool = True) -> Plan:
-    """Check a `GenerateConfig` and lay out its episodes.
-
-    Raises:
-        UsageError: anything the user can mend, naming the flag and what is accepted.
-    """
+    """Check the flags and lay out their episodes. Raises UsageError for anything that the user can mend."""
     _check_flags(config)
     suite = config.task_suite_name
     protocol = Protocol(

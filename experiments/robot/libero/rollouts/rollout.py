@@ -89,11 +89,7 @@ class Rollouts:
         self._queue = EpisodeQueue([])
 
     def run(self, episodes: Iterable[Episode]) -> None:
-        """Run all episodes, then close the workers (also when interrupted).
-
-        Raises:
-            UsageError: the simulator found something that the user has to mend (no OpenGL, a missing asset).
-        """
+        """Run all episodes, then close the workers. Raises UsageError for what the user has to mend (no OpenGL)."""
         self._queue = EpisodeQueue(episodes)
         try:
             while self._round():

@@ -194,8 +194,11 @@ class LiberoEnv:
     def observe(self, wrist: bool = True) -> Observation:
         """Render the cameras and read the robot's state; without `wrist` that image is black, which saves time."""
         cameras = self._draw_ready()
+        image = cameras.color(self._scratch, CAMERAS[0])
+        if self.task.perturbation is not None:  # The same picture however often a moment is drawn.
+            image = self.task.perturbation.picture(image, f"{self.task.name}:{self._seed}:{self.domain.timestep}")
         return Observation(
-            image=self._degraded(cameras.color(self._scratch, CAMERAS[0])),
+            image=image,
             wrist_image=cameras.color(self._scratch, CAMERAS[1]) if wrist else self._black,
             state=self.state,
             joint_state=self._sampled_qpos[self._robot._ref_joint_pos_indexes],
@@ -207,12 +210,6 @@ class LiberoEnv:
             raise UsageError("observe_geometry: make the environment with camera_depths=True")
         cameras = self._draw_ready()
         return {name: cameras.geometry(self._scratch, name) for name in CAMERAS}
-
-    def _degraded(self, image: np.ndarray) -> np.ndarray:
-        """The third-person picture as the task perturbs it: the same one however often a moment is drawn."""
-        if self.task.perturbation is None:
-            return image
-        return self.task.perturbation.picture(image, f"{self.task.name}:{self._seed}:{self.domain.timestep}")
 
     @property
     def state(self) -> np.ndarray:
@@ -326,11 +323,7 @@ class LiberoEnv:
 
 @contextlib.contextmanager
 def _one_line(task: TaskSpec) -> Iterator[None]:
-    """Say in one line why an environment cannot be built: a library, an asset or a setting, the same in every episode.
-
-    Raises:
-        UsageError: it cannot, so that a run stops instead of counting its episodes as errors.
-    """
+    """Say in one line why an environment cannot be built: a UsageError stops the run, where others count as errors."""
     try:
         yield
     except (ImportError, AttributeError, AssertionError, KeyError, TypeError, OSError) as error:

@@ -41,25 +41,15 @@ _MIN_FACES = 1500  # Smaller meshes are drawn as they are.
 _cache: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
 
 
-def _load_triton_first() -> None:
-    """Mesa's software renderer and triton, which torch imports late, both bring an LLVM.
-
-    With Mesa's loaded first, importing triton is a segmentation fault; the other order works.
-    """
-    with contextlib.suppress(ImportError):
-        importlib.import_module("triton._C.libtriton")
-
-
 def choose_renderer() -> str:
-    """Set MUJOCO_GL before MuJoCo is imported, unless it is set: EGL if its library is there, else OSMesa.
-
-    Raises:
-        UsageError: no off-screen OpenGL library, a MuJoCo that robosuite 1.4 cannot use, or no number for a device.
-    """
+    """Set MUJOCO_GL, unless it is set, before MuJoCo is imported: EGL, else OSMesa. Raises UsageError without them."""
     version = package_version("mujoco") or ""
     if version and int(version.split(".")[0]) >= 4:
         raise UsageError(f"mujoco {version} found; accepted: {ACCEPTED_MUJOCO}")
-    _load_triton_first()
+    # Mesa's software renderer and triton, which torch imports late, both bring an LLVM: with Mesa's loaded first,
+    # importing triton is a segmentation fault.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("triton._C.libtriton")
     device = os.environ.get("MUJOCO_EGL_DEVICE_ID")
     if device is not None and not device.isdigit():
         raise UsageError(f"MUJOCO_EGL_DEVICE_ID: found {device!r}; accepted: a number of EGL's devices, from 0")

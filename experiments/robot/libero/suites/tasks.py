@@ -40,10 +40,6 @@ from experiments.robot.libero.suites.task import (
 from prismatic.checkpoint.folder import resolve_unnorm_key
 from prismatic.util.errors import UsageError, unknown_name
 
-__all__ = [
-    "INSTALL_HINT", "LIBERO_FILES", "SUITES", "Suite", "SuiteFlags", "TaskSpec", "check_installation", "files_identity",
-    "find_suite", "get_task", "load_init_states", "num_tasks", "refuse_foreign_flags", "suite_files", "unnorm_key_for",
-]  # fmt: skip
 INSTALL_HINT = 'pip install "rocket-vla[sim]"'
 # LIBERO-PRO perturbs four suites: the sentence, the objects' looks, their places, the task.
 PRO_ENDINGS = ("lan", "object", "swap", "task")
