@@ -73,12 +73,12 @@ def main(config: DeployConfig) -> int:
     if default_key:
         default_key = resolve_unnorm_key(checkpoint.statistics, default_key, "")
     check_policy_flags(config, checkpoint, default_key or keys[0])
-    from experiments.robot.serving.server import PolicyServer, ServedPolicy, ServerSettings, bind_address, warm_up
+    from experiments.robot.serving.server import PolicyServer, ServerSettings, bind_address, load_served, warm_up
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     address = bind_address(config.host, config.port)
     set_seed_everywhere(config.seed)
-    policy = ServedPolicy.from_checkpoint(checkpoint, config, default_key or keys[0])
+    policy = load_served(checkpoint, config, default_key or keys[0])
     spec = policy.spec(Path(config.pretrained_checkpoint).name, default_key, checkpoint.fingerprint())
     settings = ServerSettings(
         host=config.host,

@@ -19,13 +19,13 @@ from experiments.analysis.config import ReachConfig, ReadoutConfig
 from experiments.analysis.report import COLORS, Report, new_figure, save_figure, write_json
 from experiments.mini.expert import read_goal
 from experiments.mini.moved_scene import MovedScene
+from experiments.robot.acting import load_policy
 from experiments.robot.libero.rollouts.episode import EpisodeRunner, make_libero_env
 from experiments.robot.libero.rollouts.plan import Plan, make_plan
 from experiments.robot.libero.rollouts.protocol import Episode, Protocol, to_env_action
 from experiments.robot.libero.run_libero_eval import GenerateConfig
 from experiments.robot.libero.simulator.environment import LiberoEnv
 from experiments.robot.libero.suites.tasks import get_task
-from experiments.robot.openvla_utils import OpenVLAPolicy
 from experiments.robot.robot_utils import set_seed_everywhere
 from prismatic.checkpoint.layout import POLICY_FLAGS, read_record, split_checkpoint_name
 
@@ -104,7 +104,7 @@ def policy_flags(config: ReachConfig | ReadoutConfig, folder: str) -> GenerateCo
 def measure(flags: GenerateConfig, plan: Plan, watch: Watch) -> Report:
     assert plan.checkpoint is not None
     set_seed_everywhere(flags.seed)
-    policy = OpenVLAPolicy.from_checkpoint(plan.checkpoint, flags, plan.unnorm_key)
+    policy = load_policy(plan.checkpoint, flags, plan.unnorm_key)
     rows = [watch.run(policy, episode) for episode in plan.episodes]
     name = Path(flags.pretrained_checkpoint).name
     run, step = split_checkpoint_name(name)

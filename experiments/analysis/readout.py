@@ -119,6 +119,8 @@ class ReadoutStudy:
         checkpoint = open_checkpoint(folder, config.base_checkpoint or None)
         key = config.unnorm_key or sorted(checkpoint.statistics)[0]
         self.flags.task_suite_name = ""  # Frames of any suite will do; actions are not looked at.
+        if checkpoint.family != "openvla":
+            raise UsageError(f"--checkpoint: {checkpoint.path} is a {checkpoint.family} policy; accepted: openvla")
         policy = OpenVLAPolicy.from_checkpoint(checkpoint, self.flags, key)
         self.views = min(2, self.flags.num_images_in_input)
         if self.flags.num_images_in_input > self.views:

@@ -78,7 +78,7 @@ def normalize_proprio(
 
 def get_vla(cfg: PolicyFlags) -> nn.Module:
     """Load the model of `cfg.pretrained_checkpoint`, ready for inference. Raises UsageError when that cannot be."""
-    return load_policy_model(_checkpoint_of(cfg), cfg, *_placement(cfg), quantization(cfg))
+    return load_policy_model(_checkpoint_of(cfg), cfg, *placement(cfg), quantization(cfg))
 
 
 def get_processor(cfg: PolicyFlags) -> PrismaticProcessor:
@@ -194,6 +194,16 @@ class OpenVLAPolicy:
         self._parts, self._cfg = dict(parts), cfg
         self._threads = ThreadPoolExecutor(max_workers=8)
 
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return image_size(self.vla)
+
+    @property
+    def statistics(self) -> Mapping[str, Any]:
+        """Statistics of the data, by name."""
+        return self.vla.norm_stats
+
     @classmethod
     def from_checkpoint(cls: type[PolicyT], checkpoint: Checkpoint | str, cfg: PolicyFlags, unnorm_key: str) -> PolicyT:
         """Load all that `cfg` asks for, from `checkpoint` alone. Raises UsageError when it lacks something."""
@@ -202,7 +212,7 @@ class OpenVLAPolicy:
         suite = getattr(cfg, "task_suite_name", "")
         find_key = unnorm_key_for if suite else resolve_unnorm_key
         unnorm_key = find_key(checkpoint.statistics, unnorm_key, suite)
-        parts = load_policy(checkpoint, cfg, *_placement(cfg), quantization(cfg))
+        parts = load_policy(checkpoint, cfg, *placement(cfg), quantization(cfg))
         if parts.action_head is not None:
             _set_diffusion_steps(parts.action_head, cfg)
         processor = load_processor(checkpoint.processor_path, "--pretrained_checkpoint")
@@ -277,7 +287,7 @@ def _checkpoint_of(cfg: PolicyFlags) -> Checkpoint:
     return open_checkpoint(str(cfg.pretrained_checkpoint), getattr(cfg, "base_checkpoint", "") or None)
 
 
-def _placement(cfg: PolicyFlags) -> tuple[torch.device, torch.dtype]:
+def placement(cfg: PolicyFlags) -> tuple[torch.device, torch.dtype]:
     """Device and type of the policy; upstream's flags do not name them."""
     device = resolve_device(getattr(cfg, "device", "auto"))
     return device, resolve_dtype(getattr(cfg, "dtype", "auto"), device)
@@ -289,7 +299,7 @@ def _load_head(
     """A head of `cfg.pretrained_checkpoint`, on the policy's device and in its type."""
     head = make_head(name, cfg, llm_dim, action_dim=action_dim, proprio_dim=proprio_dim)
     load_component(head, _checkpoint_of(cfg).component(name, flag))
-    return head.to(*_placement(cfg)).eval()
+    return head.to(*placement(cfg)).eval()
 
 
 def _set_diffusion_steps(head: nn.Module, cfg: PolicyFlags) -> nn.Module:

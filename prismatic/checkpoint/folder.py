@@ -11,7 +11,7 @@ A folder with both is taken as merged by :func:`open_checkpoint`, for acting, an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +28,13 @@ from prismatic.checkpoint.layout import (
     PREPROCESSOR,
     RUN_CONFIG,
     STATISTICS,
+    TOKENIZER,
     VISION,
     PolicyShape,
     component_files,
     component_name,
     load_training_state,
+    read_openpi_statistics,
     read_record,
     read_statistics,
     recorded_platform,
@@ -41,11 +43,12 @@ from prismatic.checkpoint.layout import (
 )
 from prismatic.util.errors import UsageError
 from prismatic.util.files import HUB_ID, find_folder, read_json
-from prismatic.vla.platforms import Platform, get_platform, platform_of_statistics
+from prismatic.vla.platforms import OPENPI_NORMALIZATION, Platform, get_platform, platform_of_statistics
 
 if TYPE_CHECKING:
     from prismatic.training.config import TrainConfig
 
+OPENPI = "openpi"  # Platform of checkpoints that openpi wrote, whose units are its own
 _SAMPLED_ABOVE = 64 * 2**20  # bytes; larger files are hashed by samples
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
 
@@ -61,11 +64,13 @@ class Checkpoint:
     config: Mapping[str, Any]  # Contents of `model_path`/config.json, with the platform the policy was trained for
     statistics: Mapping[str, Any]  # Dataset name -> {"action": {...}, "proprio": {...}}
     components: Mapping[str, Path] = field(default_factory=dict)  # Component name -> state-dict file
+    family: str = "openvla"  # Of the policy, see `layout.FAMILIES`
 
     @property
     def processor_path(self) -> Path:
         """Folder of tokenizer and image processor: the checkpoint's, else the base model's."""
-        return self.path if (self.path / PREPROCESSOR).is_file() else self.model_path
+        own = PREPROCESSOR if self.family == "openvla" else TOKENIZER
+        return self.path if (self.path / own).is_file() else self.model_path
 
     @property
     def platform(self) -> Platform:
@@ -90,7 +95,7 @@ class Checkpoint:
         files = [*weight_files(self.model_path), self.model_path / MODEL_CONFIG, *self.components.values()]
         if self.adapter_path is not None:
             files += [*weight_files(self.adapter_path), self.path / ADAPTER_CONFIG]
-        for name in (STATISTICS, PREPROCESSOR, "tokenizer.json", "tokenizer.model"):
+        for name in (STATISTICS, PREPROCESSOR, TOKENIZER, "tokenizer.model"):
             files += [folder / name for folder in {self.path, self.processor_path} if (folder / name).is_file()]
         digest = hashlib.sha256()
         for file in sorted(set(files)):
@@ -116,7 +121,8 @@ def open_checkpoint(name: str, base_checkpoint: str | None = None) -> Checkpoint
         )
     check_weights(model_path)
     config = read_json(model_path / MODEL_CONFIG)
-    statistics = read_statistics(path, config)
+    family = _told_family(model_path, config) or "openvla"
+    statistics = read_statistics(path, config) or (read_openpi_statistics(path) if family != "openvla" else {})
     if not statistics:
         raise UsageError(
             f"--pretrained_checkpoint: {path} has no {STATISTICS} and no norm_stats in {MODEL_CONFIG}; "
@@ -126,11 +132,25 @@ def open_checkpoint(name: str, base_checkpoint: str | None = None) -> Checkpoint
     # (upstream's) tell it by their widths.
     platform = recorded_platform(path) if adapter_path is not None else None
     if platform is None and "platform" not in config:
-        platform = platform_of_statistics(statistics)
+        platform = (
+            platform_of_statistics(statistics) if family == "openvla" else _openpi_platform(family, config, statistics)
+        )
     if platform is not None:
         config["platform"] = platform.to_json()
     components = component_files(path, "--pretrained_checkpoint", POLICY_COMPONENTS)
-    return Checkpoint(name, path, model_path, adapter_path, config, statistics, components)
+    return Checkpoint(name, path, model_path, adapter_path, config, statistics, components, family)
+
+
+def _openpi_platform(family: str, config: Mapping[str, Any], statistics: Mapping[str, Any]) -> Platform:
+    """The robot of a checkpoint of openpi's: the widths of its statistics, its model's chunk."""
+    sizes = next(iter(statistics.values()))
+    return Platform(
+        OPENPI,
+        chunk=int(config.get("chunk_size") or config.get("action_horizon") or 50),
+        action_dim=len(sizes["action"]["mean"]),
+        proprio_dim=len(sizes["proprio"]["mean"]),
+        normalization=OPENPI_NORMALIZATION[family],
+    )
 
 
 def resolve_unnorm_key(statistics: Collection[str], requested: str, suite: str) -> str:
@@ -153,6 +173,9 @@ def check_policy_flags(flags: PolicyShape, checkpoint: Checkpoint, unnorm_key: s
 
     Raises UsageError: a component is missing, or the policy was trained with other flags (upstream's record none).
     """
+    if checkpoint.family != "openvla":
+        _check_openpi_flags(flags, checkpoint, unnorm_key)
+        return
     if flags.use_l1_regression or flags.use_diffusion:
         checkpoint.component("action_head", "--use_l1_regression" if flags.use_l1_regression else "--use_diffusion")
     if flags.use_diffusion:
@@ -170,8 +193,21 @@ def check_policy_flags(flags: PolicyShape, checkpoint: Checkpoint, unnorm_key: s
         checkpoint.component(VISION, "--use_film")
     elif VISION in checkpoint.components:
         raise UsageError(f"--use_film: {checkpoint.path} was trained with FiLM; accepted: --use_film true")
+    _check_recorded(flags, checkpoint, POLICY_FLAGS)
+
+
+def _check_openpi_flags(flags: PolicyShape, checkpoint: Checkpoint, unnorm_key: str) -> None:
+    for flag in ("use_diffusion", "use_film", "load_in_8bit", "load_in_4bit"):
+        if getattr(flags, flag, False):
+            raise UsageError(f"--{flag}: True found; accepted for {checkpoint.family}: False")
+    if flags.use_proprio and "proprio" not in checkpoint.statistics[unnorm_key]:
+        raise UsageError(f"--use_proprio: the statistics {unnorm_key!r} of the checkpoint have no proprio")
+    _check_recorded(flags, checkpoint, ("use_proprio", "num_images_in_input"))
+
+
+def _check_recorded(flags: PolicyShape, checkpoint: Checkpoint, names: Sequence[str]) -> None:
     trained = read_record(checkpoint.path)
-    for flag in POLICY_FLAGS:
+    for flag in names:
         if flag in trained and trained[flag] != getattr(flags, flag):
             raise UsageError(
                 f"--{flag}: found {getattr(flags, flag)}; accepted: {trained[flag]}, as "

@@ -32,6 +32,7 @@ OPTIMIZER_SHARDS = STATE_FILE.with_name("optimizer")
 LORA_FOLDER = "lora_adapter"
 ADAPTER_CONFIG = Path(LORA_FOLDER) / "adapter_config.json"
 PREPROCESSOR = "preprocessor_config.json"
+TOKENIZER = "tokenizer.json"
 # Families of policies, by the names of `--policy`.
 FAMILIES = ("openvla", "pi0", "pi05")
 # Attributes of the trained module with a state-dict file of their own, as upstream names them: the policy's heads,
@@ -162,6 +163,17 @@ def read_statistics(folder: Path, config: Mapping[str, Any] | None = None) -> di
     if config is None:
         config = read_json(folder / MODEL_CONFIG) if (folder / MODEL_CONFIG).is_file() else {}
     return dict(config.get("norm_stats") or {})
+
+
+def read_openpi_statistics(folder: Path) -> dict[str, Any]:
+    """The same of a folder of openpi's: `assets/{name}/norm_stats.json`, by that name."""
+    assets, statistics = folder / "assets", {}
+    for file in sorted(assets.glob("**/norm_stats.json")):
+        stored = read_json(file).get("norm_stats", {})
+        if {"state", "actions"} <= stored.keys():
+            name = file.parent.relative_to(assets).as_posix()
+            statistics[name] = {"action": stored["actions"], "proprio": stored["state"]}
+    return statistics
 
 
 def load_training_state(folder: Path, *, lazily: bool = False) -> dict[str, Any] | None:

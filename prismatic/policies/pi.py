@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from prismatic.checkpoint.folder import StartingPoint
+from prismatic.checkpoint.folder import Checkpoint, StartingPoint
 from prismatic.checkpoint.layout import LORA_FOLDER
 from prismatic.checkpoint.load import PolicyParts
 from prismatic.models.lora import load_lora
@@ -33,17 +33,20 @@ from prismatic.training.objectives import chunk_l1_metrics
 from prismatic.util.errors import UsageError
 from prismatic.util.files import find_folder
 from prismatic.vla.batch import Batch
-from prismatic.vla.platforms import OpenPINormalization, Platform, get_platform
+from prismatic.vla.platforms import OPENPI_NORMALIZATION, Platform, get_platform
 
 if TYPE_CHECKING:
     from prismatic.training.config import TrainConfig
-
-_NORMALIZATION = {"pi0": OpenPINormalization.MEAN_STD, "pi05": OpenPINormalization.QUANTILES}
 
 
 def _read(base: str) -> Any:
     """The model's configuration; of weights, headers alone are read."""
     return read_config(find_folder("--vla_path", base))
+
+
+def make_processor(config: Any, folder: Path) -> PiProcessor:
+    """Prompts by the tokenizer of a folder, images of the model's size."""
+    return PiProcessor(config, load_tokenizer(folder), PiImageProcessor(config.vlm_config.vision_config.image_size))
 
 
 class TrainablePi(TrainablePolicy):
@@ -128,7 +131,7 @@ class _Pi:
     def platform(self, config: TrainConfig, base: str) -> Platform:
         """The robot of the flags, with the model's chunk and openpi's normalization."""
         robot = get_platform(config.platform)
-        return replace(robot, chunk=_read(base).chunk_size, normalization=_NORMALIZATION[self.name])
+        return replace(robot, chunk=_read(base).chunk_size, normalization=OPENPI_NORMALIZATION[self.name])
 
     def depth(self, base: str) -> int:
         """Blocks of the prefix."""
@@ -142,7 +145,7 @@ class _Pi:
         """Tokenizer of the folder, and the image size of its model."""
         path = find_folder(flag, str(folder))
         config: Any = read_config(path)
-        return PiProcessor(config, load_tokenizer(path), PiImageProcessor(config.vlm_config.vision_config.image_size))
+        return make_processor(config, path)
 
     def batch_transform(self, config: TrainConfig, processor: Any, platform: Platform) -> PiBatchTransform:
         """Letterboxed views, prompt, padded actions and state, noise and time."""
@@ -231,3 +234,21 @@ class Pi05(_Pi):
     """pi0.5."""
 
     name = "pi05"
+
+
+def load_acting(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> PiPolicy:
+    """The policy of a checkpoint, adapters merged in float32, ready to act on `device`.
+
+    Raises UsageError: weights are missing, damaged or of other shapes.
+    """
+    policy: Any = PiPolicy.from_pretrained(checkpoint.model_path)
+    if checkpoint.adapter_path is not None:
+        try:
+            adapted: Any = load_lora(policy, checkpoint.adapter_path)
+        except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UsageError(f"--pretrained_checkpoint: {checkpoint.adapter_path}: {reason}") from error
+        policy = adapted.merge_and_unload()
+    for name, parameter in policy.named_parameters():
+        parameter.data = parameter.data.to(parameter_dtype(name, dtype))
+    return policy.to(device).eval()

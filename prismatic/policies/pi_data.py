@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from prismatic.models.pi.images import fitted_size, pil_letterbox, to_pixel_values
 from prismatic.models.pi.prompts import prompt_text, tokenize
@@ -167,10 +166,18 @@ def padded(values: np.ndarray, width: int) -> np.ndarray:
     return np.concatenate([values.astype(np.float32), zeros], axis=-1)
 
 
+def pad_prompts(prompts: Sequence[Tensor], length: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T) with zeros behind, to `length` or the longest, and their mask."""
+    lengths = torch.tensor([len(tokens) for tokens in prompts])
+    ids = torch.zeros(len(prompts), max(length, int(lengths.max())), dtype=torch.long)
+    for row, tokens in zip(ids, prompts):
+        row[: len(tokens)] = tokens
+    return ids, torch.arange(ids.shape[1])[None] < lengths[:, None]
+
+
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples to a batch; prompts are padded to the longest."""
-    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-    input_ids = pad_sequence([sample["input_ids"] for sample in samples], batch_first=True)
+    input_ids, attention_mask = pad_prompts([sample["input_ids"] for sample in samples])
     masks = torch.stack([sample["image_masks"] for sample in samples])
     batch = Batch(
         pixel_values=torch.stack([sample["pixel_values"] for sample in samples]),
@@ -178,7 +185,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         cameras=[tuple(row) for row in masks.tolist()],
         contents=torch.stack([sample["contents"] for sample in samples]),
         input_ids=input_ids,
-        attention_mask=torch.arange(input_ids.shape[1])[None] < lengths[:, None],
+        attention_mask=attention_mask,
         actions=torch.from_numpy(np.stack([sample["actions"] for sample in samples])),
         proprio=torch.from_numpy(np.stack([sample["proprio"] for sample in samples])),
         noise=torch.stack([sample["noise"] for sample in samples]),

@@ -46,6 +46,7 @@ class OpenPINormalization(str, Enum):
         raise ValueError(f"normalization {self.value!r} is openpi's; accepted: bounds, bounds_q99")
 
 
+OPENPI_NORMALIZATION = {"pi0": OpenPINormalization.MEAN_STD, "pi05": OpenPINormalization.QUANTILES}
 Normalization: TypeAlias = NormalizationType | OpenPINormalization
 
 

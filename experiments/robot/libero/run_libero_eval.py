@@ -24,6 +24,7 @@ from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from experiments.robot.acting import load_policy
 from experiments.robot.external_policy import open_policy
 from experiments.robot.libero.results.run_folder import RunFolder
 from experiments.robot.libero.results.summary import Report
@@ -118,7 +119,7 @@ def _ready_policy(config: EvalFlags, plan: Plan, given: Policy | None) -> Policy
     if policy is None:
         assert plan.checkpoint is not None
         set_seed_everywhere(config.seed)
-        policy = _loader().OpenVLAPolicy.from_checkpoint(plan.checkpoint, config, plan.unnorm_key)
+        policy = load_policy(plan.checkpoint, config, plan.unnorm_key)
     if config.deterministic:
         policy = FixedShape(policy, max(config.max_batch, 1))
     return TimeLimited(policy, config.policy_timeout) if config.policy_timeout and given is None else policy

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import uvicorn
@@ -27,14 +28,16 @@ from fastapi import Depends, FastAPI, HTTPException, WebSocket, WebSocketDisconn
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from experiments.robot.openvla_utils import OpenVLAPolicy, image_size
-from experiments.robot.policy import Array, Query
+from experiments.robot.openvla_utils import OpenVLAPolicy
+from experiments.robot.pi_policy import PiActingPolicy
+from experiments.robot.policy import Array, PolicyFlags, Query
 from experiments.robot.robot_utils import invert_gripper_action, normalize_gripper_action
 from experiments.robot.serving.access import refusal
 from experiments.robot.serving.batching import Batcher, Overloaded, ServablePolicy
 from experiments.robot.serving.observation import PolicySpec, RequestError, from_openpi, parse_request
 from experiments.robot.serving.vla_eval import VlaEvalSession
 from experiments.robot.serving.wire import WireError, from_json, from_msgpack, to_json, to_msgpack
+from prismatic.checkpoint.folder import Checkpoint
 from prismatic.checkpoint.layout import ACTING_FLAGS
 from prismatic.util.errors import UsageError
 
@@ -42,19 +45,19 @@ from prismatic.util.errors import UsageError
 _RECORDED_FLAGS = [flag for flag in ACTING_FLAGS if flag not in ("num_images_in_input", "use_proprio")]
 
 
-class ServedPolicy(OpenVLAPolicy):
+class _Described:
     """A loaded checkpoint that can say what it takes and gives."""
 
-    def spec(self, name: str, unnorm_key: str, checkpoint_hash: str = "") -> PolicySpec:
+    def spec(self: Any, name: str, unnorm_key: str, checkpoint_hash: str = "") -> PolicySpec:
         """The answers that clients get; `unnorm_key` is the default for requests without one, "" for none."""
         parameter = next(self.vla.parameters())
         return PolicySpec(
             name=name,
             platform=self.platform,
             num_images=self._cfg.num_images_in_input,
-            image_size=image_size(self.vla),
+            image_size=self.image_hw,
             use_proprio=self._cfg.use_proprio,
-            unnorm_keys=tuple(sorted(self.vla.norm_stats)),
+            unnorm_keys=tuple(sorted(self.statistics)),
             unnorm_key=unnorm_key,
             checkpoint_hash=checkpoint_hash,
             settings={
@@ -62,6 +65,21 @@ class ServedPolicy(OpenVLAPolicy):
                 "numerics": [parameter.device.type, str(parameter.dtype).removeprefix("torch.")],
             },
         )
+
+
+class ServedPolicy(_Described, OpenVLAPolicy):
+    """A checkpoint of OpenVLA."""
+
+
+class ServedPi(_Described, PiActingPolicy):
+    """A checkpoint of pi0 or pi0.5."""
+
+
+def load_served(checkpoint: Checkpoint, cfg: PolicyFlags, unnorm_key: str) -> ServedPolicy | ServedPi:
+    """Load the policy of a checkpoint to serve it. Raises UsageError: it lacks something or does not fit."""
+    if checkpoint.family == "openvla":
+        return ServedPolicy.from_checkpoint(checkpoint, cfg, unnorm_key)
+    return ServedPi.from_checkpoint(checkpoint, cfg, unnorm_key)
 
 
 @dataclass(frozen=True)

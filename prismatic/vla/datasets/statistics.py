@@ -59,8 +59,11 @@ def compute_statistics(
 
 def openpi_normalizer(statistics: Mapping[str, Sequence[float]], kind: OpenPINormalization) -> Normalizer:
     """openpi's normalization by these statistics."""
-    mean, std, q01, q99 = (np.asarray(statistics[name], np.float64) for name in ("mean", "std", "q01", "q99"))
-    return Normalizer(mean, std, q01, q99, quantiles=kind is OpenPINormalization.QUANTILES)
+    mean, std = (np.asarray(statistics[name], np.float64) for name in ("mean", "std"))
+    if kind is OpenPINormalization.MEAN_STD:
+        return Normalizer(mean, std)
+    low, high = (np.asarray(statistics[name], np.float64) for name in ("q01", "q99"))
+    return Normalizer(mean, std, low, high, quantiles=True)
 
 
 def normalize(values: np.ndarray, statistics: Mapping[str, Sequence[float]], kind: Normalization) -> np.ndarray:
