@@ -125,6 +125,16 @@ def weight_files(folder: Path, patterns: tuple[str, ...] = (*MODEL_WEIGHTS, *ADA
     return next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])
 
 
+def adapter_scaling(folder: Path) -> dict[str, Any]:
+    """Arguments of `merge_lora_state_dict` that scale a checkpoint's adapters.
+
+    A merged folder has none beside its model, but its FiLM backbone's file holds some: the run's flags tell their scale.
+    """
+    file = folder / ADAPTER_CONFIG
+    settings = read_json(file) if file.is_file() else read_record(folder)
+    return {"alpha": settings.get("lora_alpha") or None, "rank_stabilized": bool(settings.get("use_rslora"))}
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """Read what a checkpoint's run recorded: flags by name and more; {} for upstream's checkpoints, that have none."""
     file = folder / RUN_CONFIG

@@ -22,8 +22,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from prismatic.checkpoint.folder import Checkpoint, StartingPoint
-from prismatic.checkpoint.layout import HEADS, LORA_FOLDER, VISION, PolicyShape, component_file, component_files
-from prismatic.models.lora import merge_lora_state_dict, strip_module_prefix
+from prismatic.checkpoint.layout import (
+    HEADS,
+    LORA_FOLDER,
+    VISION,
+    PolicyShape,
+    adapter_scaling,
+    component_file,
+    component_files,
+)
+from prismatic.models.lora import MAGNITUDE, merge_lora_state_dict, strip_module_prefix
 from prismatic.util.errors import UsageError, one_line
 from prismatic.vla.platforms import Platform
 
@@ -186,7 +194,7 @@ def prepare_for_training(vla: VLA, config: TrainConfig, platform: Platform, adap
 
     Raises UsageError: an adapter that cannot be read, or of another model.
     """
-    from prismatic.models.lora import add_lora, load_lora
+    from prismatic.models.lora import add_lora, load_lora, openvla_targets
 
     vla.vision_backbone.set_num_images_in_input(config.num_images_in_input)
     vla.config.platform = platform.to_json()
@@ -199,7 +207,15 @@ def prepare_for_training(vla: VLA, config: TrainConfig, platform: Platform, adap
         except (ValueError, RuntimeError, OSError, SafetensorError) as error:
             raise UsageError(f"--resume: {adapter}: {one_line(error, 300)}") from error
     elif config.use_lora:
-        model = add_lora(vla, config.lora_rank, config.lora_dropout)
+        model = add_lora(
+            vla,
+            config.lora_rank,
+            config.lora_dropout,
+            config.lora_alpha or None,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            target_modules=openvla_targets(vla, config.lora_targets),
+        )
     if config.use_film:
         wrap_film(model)
     return model
@@ -231,18 +247,25 @@ def build_parts(
     for name, file in component_files(start.checkpoint, names=tuple(parts.heads)).items():
         load_component(parts.heads[name], file, None if config.resume else report)
     if config.use_film and (vision := component_file(start.checkpoint, VISION)):
-        _load_trained_vision(vla.vision_backbone, vision, resume=config.resume)
+        scaling = adapter_scaling(start.checkpoint)
+        adapter = getattr(vla, "peft_config", {}).get("default")
+        same = scaling == {"alpha": getattr(adapter, "lora_alpha", None), "rank_stabilized": config.use_rslora}
+        _load_trained_vision(vla.vision_backbone, vision, scaling, resume=config.resume, same=same)
     return parts
 
 
-def _load_trained_vision(backbone: nn.Module, file: Path, *, resume: bool) -> None:
-    """Load a FiLM backbone; adapters of another rank than a new run's go into the weights first."""
+def _load_trained_vision(backbone: nn.Module, file: Path, scaling: dict[str, Any], *, resume: bool, same: bool) -> None:
+    """Load a FiLM backbone; adapters of another rank, kind or scale than a new run's go into the weights first."""
     state = strip_module_prefix(read_state_dict(file))
-    if not resume and misfit(backbone, state):
-        plain, own = merge_lora_state_dict(state), backbone.state_dict()
+    own = backbone.state_dict()
+    if not resume and (misfit(backbone, state) or (not same and any(".lora_" in name for name in state))):
+        plain = merge_lora_state_dict(state, **scaling)
         names = {name: name.replace(".base_layer.", ".") for name in own if ".lora_" not in name}
         new = {name: value for name, value in own.items() if name not in names}
         state = {name: plain.pop(plain_name) for name, plain_name in names.items() if plain_name in plain}
+        for name in (name for name in new if MAGNITUDE in name):
+            weight = state[name.split(MAGNITUDE)[0] + ".base_layer.weight"]
+            new[name] = weight.float().flatten(1).norm(dim=1).to(new[name].dtype).view_as(new[name])
         state |= new | plain  # What is left of `plain` is unknown here.
     if wrong := misfit(backbone, state):
         raise UsageError(f"{file}: does not fit the model: {wrong}; accepted: the backbone of --vla_path")
@@ -305,14 +328,19 @@ def _quantization(checkpoint: Checkpoint, shape: PolicyShape, device: torch.devi
     return {"quantization_config": settings, "device_map": {"": device}}
 
 
-def _not_of_whole_blocks(folder: Path) -> list[str]:
-    """Linear layers that bitsandbytes cannot multiply on CPUs: it wants rows of whole blocks (64), and 32 of them."""
+def skeleton(folder: str | Path, flag: str = "--vla_path") -> VLA:
+    """The model of a folder without its weights: layers and shapes on the meta device."""
     from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 
-    with torch.device("meta"):
-        model = OpenVLAForActionPrediction(OpenVLAConfig.from_pretrained(str(folder)))
-    linear = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear))
+    with readable(folder, flag), torch.device("meta"):
+        return OpenVLAForActionPrediction(OpenVLAConfig.from_pretrained(str(folder)))
+
+
+def _not_of_whole_blocks(folder: Path) -> list[str]:
+    """Linear layers that bitsandbytes cannot multiply on CPUs: it wants rows of whole blocks (64), and 32 of them."""
+    modules = skeleton(folder).named_modules()
+    linear = ((name, layer) for name, layer in modules if isinstance(layer, nn.Linear))
     return [name for name, layer in linear if layer.in_features % 64 or layer.out_features % 32]
 
 
@@ -330,14 +358,19 @@ def _merge_adapter(vla: VLA, folder: Path) -> VLA:
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise UsageError(f"--pretrained_checkpoint: {folder}: {one_line(error, 300)}") from error
     model: Any = adapted.get_base_model()
+    config: Any = adapted.peft_config[adapted.active_adapter]
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLayer):
             lora: Any = layer
             plain = lora.get_base_layer()
             if plain.weight.is_floating_point():
+                state = {f"layer.{key}": value for key, value in lora.state_dict().items()}
                 with torch.no_grad():
-                    deltas = sum(lora.get_delta_weight(adapter).float() for adapter in lora.active_adapters)
-                    plain.weight.copy_(plain.weight.float() + deltas)
+                    plain.weight.copy_(
+                        merge_lora_state_dict(state, config.lora_alpha, rank_stabilized=config.use_rslora)[
+                            "layer.weight"
+                        ]
+                    )
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, plain)
     return model
@@ -347,7 +380,7 @@ def _load_film(vla: VLA, file: Path) -> None:
     from prismatic.models.film_vit_wrapper import load_film_backbone
 
     try:
-        load_film_backbone(vla, read_state_dict(file))
+        load_film_backbone(vla, read_state_dict(file), **adapter_scaling(file.parent))
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"{file}: {one_line(error, 300)}") from error
 

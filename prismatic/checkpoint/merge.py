@@ -24,7 +24,7 @@ import torch
 
 from prismatic.checkpoint import layout
 from prismatic.checkpoint.folder import check_weights
-from prismatic.models.lora import merge_lora_state_dict, name_without_film
+from prismatic.models.lora import MAGNITUDE, merge_lora_state_dict, name_without_film
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 from prismatic.util.tensor_files import WEIGHTS_INDEX, TensorFiles, TensorSpec, write_model
@@ -47,7 +47,6 @@ _PLAIN_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
     "modules_to_save": (None, []),
-    "use_dora": (False, None),
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
     "alpha_pattern": ({}, None),
@@ -57,10 +56,10 @@ _PLAIN_SETTINGS: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """A PEFT adapter on disk: `pairs` maps the name of a base weight to the names of its A and B."""
+    """A PEFT adapter on disk: `pairs` maps the name of a base weight to those of its A, B and, with DoRA, row norms."""
 
     files: TensorFiles
-    pairs: Mapping[str, tuple[str, str]]
+    pairs: Mapping[str, tuple[str, ...]]
     alpha: float
     rank_stabilized: bool
 
@@ -76,22 +75,25 @@ class LoraAdapter:
             if name in settings and settings[name] not in plain:
                 raise UsageError(f"{settings_file}: {name} is {settings[name]!r}; accepted: {plain[0]!r}")
         files = TensorFiles(check_weights(folder, layout.ADAPTER_WEIGHTS))
-        pairs = {}
+        pairs: dict[str, tuple[str, ...]] = {}
+        dora = bool(settings.get("use_dora"))
         for name_a in (name for name in files.specs if ".lora_A." in name):
             name_b = name_a.replace(".lora_A.", ".lora_B.")
-            if name_b not in files.specs:
-                raise UsageError(f"{folder}: {name_a} has no lora_B; accepted: a whole adapter")
+            names = (name_a, name_b, name_a.split(".lora_A.")[0] + MAGNITUDE)[: 3 if dora else 2]
+            if lost := next((name for name in names if name not in files.specs), None):
+                raise UsageError(f"{folder}: {lost} is missing; accepted: a whole adapter")
             target = name_without_film(name_a.split(".lora_A.")[0].removeprefix(_PEFT_PREFIX))
-            pairs[f"{target}.weight"] = (name_a, name_b)
-        others = [name for name in files.specs if ".lora_A." not in name and ".base_layer." not in name]
-        if not pairs or len(others) != len(pairs):
-            odd = next((name for name in others if ".lora_B." not in name), "no lora_A / lora_B pair")
+            pairs[f"{target}.weight"] = names
+        known = {name for pair in pairs.values() for name in pair}
+        odd = next((name for name in files.specs if name not in known and ".base_layer." not in name), None)
+        if odd or not pairs:
+            odd = odd or "no lora_A / lora_B pair"
             raise UsageError(f"{folder}: {odd} found; accepted: pairs of lora_A and lora_B weights")
         return cls(files, pairs, float(settings["lora_alpha"]), bool(settings.get("use_rslora")))
 
     def check_fits(self, base: TensorFiles, folder: Path) -> None:
         """Raise UsageError unless every pair has its weight, of the right shape, among `base`."""
-        for target, (name_a, name_b) in self.pairs.items():
+        for target, (name_a, name_b, *_) in self.pairs.items():
             if target not in base.specs:
                 raise UsageError(f"--base_checkpoint: {folder} has no {target}, which the adapter changes")
             shape_a, shape_b = self.files.specs[name_a].shape, self.files.specs[name_b].shape
@@ -116,9 +118,8 @@ class LoraAdapter:
         """`weight` with the adapter's update added in float32, as `dtype`."""
         if target not in self.pairs:
             return weight.to(dtype)
-        lora_a, lora_b = (self.files.read(name) for name in self.pairs[target])
+        lora_a, lora_b, *norms = (self.files.read(name) for name in self.pairs[target])
         name = target.removesuffix(".weight")
-        alpha = self.alpha * math.sqrt(lora_a.shape[0]) if self.rank_stabilized else self.alpha
         merged = torch.empty(weight.shape, dtype=dtype)
         # Rows at a time: float32 copies of a whole embedding matrix would take more memory than all else.
         count = max(1, _ELEMENTS_AT_ONCE // max(1, math.prod(weight.shape[1:])))
@@ -129,7 +130,9 @@ class LoraAdapter:
                 f"{name}.lora_A.default.weight": lora_a,
                 f"{name}.lora_B.default.weight": lora_b[rows],
             }
-            merged[rows] = merge_lora_state_dict(state, alpha)[target]
+            if norms:
+                state[name + MAGNITUDE] = norms[0].flatten()[rows]
+            merged[rows] = merge_lora_state_dict(state, self.alpha, rank_stabilized=self.rank_stabilized)[target]
         return merged
 
 

@@ -82,18 +82,23 @@ class FiLMedPrismaticVisionBackbone(nn.Module):
 
 
 def load_film_backbone(
-    model: OpenVLAForActionPrediction, state_dict: Mapping[str, torch.Tensor], lora_alpha: float | None = None
+    model: OpenVLAForActionPrediction,
+    state_dict: Mapping[str, torch.Tensor],
+    alpha: float | None = None,
+    *,
+    rank_stabilized: bool = False,
 ) -> None:
     """Put the FiLM vision backbone of a `vision_backbone--*_checkpoint.pt` file into `model`, in place.
 
     The file of a LoRA run holds base weights and adapters side by side; they are merged here with
-    `lora_alpha / rank` (upstream's alpha is min(rank, 16), the default). Raises ValueError when names do not fit.
+    `alpha / rank` (upstream's alpha is min(rank, 16), the default) or as `merge_lora_state_dict` says. Raises
+    ValueError when names do not fit.
     """
     if not isinstance(model.vision_backbone, FiLMedPrismaticVisionBackbone):
         old = model.vision_backbone
         film = FiLMedPrismaticVisionBackbone(old, llm_dim=model.llm_dim)
         model.vision_backbone = film.to(device=next(old.parameters()).device, dtype=old.dtype)
-    weights = merge_lora_state_dict(strip_module_prefix(state_dict), lora_alpha)
+    weights = merge_lora_state_dict(strip_module_prefix(state_dict), alpha, rank_stabilized=rank_stabilized)
     missing, unexpected = model.vision_backbone.load_state_dict(weights, strict=False)
     if missing or unexpected:
         raise ValueError(

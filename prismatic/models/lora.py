@@ -8,12 +8,15 @@ read "all-linear" more narrowly, hence the explicit names.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+
+from prismatic.util.errors import UsageError
+from prismatic.util.flags import split_names
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 # In the names of weights that PEFT trains in full beside adapters, and of those that they replace.
 FULLY_TRAINED, _REPLACED = ".modules_to_save.", ".original_module."
 _LORA_A, _LORA_B = ".lora_A.", ".lora_B."
+MAGNITUDE = ".lora_magnitude_vector"
+ALL_LINEAR = "all-linear"
 _FILM_LAYER = re.compile(r"vision_backbone\.vision_backbone\..*\.blocks\.\d+\.(?:scale|shift)\.")
 
 
@@ -37,28 +42,63 @@ def lora_target_modules(model: nn.Module) -> list[str]:
     return sorted(names)
 
 
-def lora_config(model: nn.Module, rank: int = 32, dropout: float = 0.0, alpha: int | None = None) -> LoraConfig:
-    """Upstream's LoRA settings for `model`: alpha min(rank, 16), Gaussian initialization, all linear layers."""
+def choose_targets(layers: Sequence[str], chosen: str) -> list[str]:
+    """The `layers`, by their full names, that `--lora_targets` asks for.
+
+    Args:
+        chosen: ALL_LINEAR for all of them, or a comma list of ends of names: "q_proj,v_proj", "mlp.up_proj".
+
+    Raises:
+        UsageError: an end that fits no layer.
+    """
+    ends = split_names(chosen)
+    if ends == (ALL_LINEAR,):
+        return list(layers)
+    for end in ends:
+        if not any(f".{name}".endswith(f".{end}") for name in layers):
+            last = sorted({name.rpartition(".")[2] for name in layers})
+            raise UsageError(f"--lora_targets: {end} found; accepted: {ALL_LINEAR}, or of {', '.join(last)}")
+    return [name for name in layers if any(f".{name}".endswith(f".{end}") for end in ends)]
+
+
+def openvla_targets(model: nn.Module, chosen: str) -> list[str]:
+    """Layers of OpenVLA to adapt: last names for ALL_LINEAR, as upstream has them, else full names."""
+    last = lora_target_modules(model)
+    if chosen == ALL_LINEAR:
+        return last
+    return choose_targets([name for name, _ in model.named_modules() if name.rpartition(".")[2] in last], chosen)
+
+
+def lora_config(
+    model: nn.Module, rank: int = 32, dropout: float = 0.0, alpha: int | None = None, **settings: Any
+) -> LoraConfig:
+    """Upstream's LoRA settings for `model`: alpha min(rank, 16), Gaussian initialization, all linear layers.
+
+    `settings` are further ones of PEFT's LoraConfig (use_dora, use_rslora, target_modules).
+    """
     from peft import LoraConfig
 
     if rank < 1:
         raise ValueError(f"lora_rank: found {rank}; accepted: a positive integer")
+    settings.setdefault("target_modules", lora_target_modules(model))
     return LoraConfig(
         r=rank,
         lora_alpha=min(rank, 16) if alpha is None else alpha,
         lora_dropout=dropout,
-        target_modules=lora_target_modules(model),
         init_lora_weights="gaussian",
+        **settings,
     )
 
 
-def add_lora(model: OpenVLAForActionPrediction, rank: int = 32, dropout: float = 0.0) -> PeftModel:
-    """`model` wrapped by PEFT with fresh adapters, which alone are trainable."""
+def add_lora(
+    model: OpenVLAForActionPrediction, rank: int = 32, dropout: float = 0.0, alpha: int | None = None, **settings: Any
+) -> PeftModel:
+    """`model` wrapped by PEFT with fresh adapters, which alone are trainable; arguments as of :func:`lora_config`."""
     from peft import get_peft_model
 
     from prismatic.models.lora_linear import fuse_lora_layers
 
-    adapted = get_peft_model(model, lora_config(model, rank, dropout))
+    adapted = get_peft_model(model, lora_config(model, rank, dropout, alpha, **settings))
     fuse_lora_layers(adapted)
     return adapted
 
@@ -85,7 +125,7 @@ def load_lora(model: nn.Module, folder: str | Path, is_trainable: bool = False) 
     peft_model: Any = get_peft_model(cast(Any, model), config)
     fuse_lora_layers(peft_model)
     result: Any = set_peft_model_state_dict(peft_model, weights)
-    missing = [key for key in result.missing_keys if _LORA_A in key or _LORA_B in key]
+    missing = [key for key in result.missing_keys if any(part in key for part in (_LORA_A, _LORA_B, MAGNITUDE))]
     if missing or result.unexpected_keys:
         names = ", ".join((missing + list(result.unexpected_keys))[:3])
         raise ValueError(
@@ -112,27 +152,32 @@ def strip_module_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tor
 
 
 def merge_lora_state_dict(
-    state_dict: Mapping[str, torch.Tensor], alpha: float | None = None
+    state_dict: Mapping[str, torch.Tensor], alpha: float | None = None, *, rank_stabilized: bool = False
 ) -> dict[str, torch.Tensor]:
     """Plain weights of a state dict that holds `X.base_layer.*`, `X.lora_A.*.weight` and `X.lora_B.*.weight`.
 
     Modules that were trained in full beside the adapters take their place.
 
-    The update is (alpha / rank) * B @ A, alpha defaulting to min(rank, 16); works for linear and convolution layers. A
-    state dict without adapters comes back as it is. Sums are formed on the weights' device and returned on the CPU: a
-    GPU that trains a model may have no room for another one.
+    The update is (alpha / rank) * B @ A, alpha defaulting to min(rank, 16); alpha / sqrt(rank) for rank-stabilized
+    adapters (rsLoRA, arXiv 2312.03732). Where there is a `X.lora_magnitude_vector` (DoRA, arXiv 2402.09353), the rows
+    of the sum are scaled to those norms. Works for linear and convolution layers. A state dict without adapters comes
+    back as it is. Sums are formed on the weights' device and returned on the CPU: a GPU that trains a model may have no
+    room for another one.
     """
     adapters = {key.split(_LORA_A)[0]: key for key in state_dict if _LORA_A in key}
+    magnitudes = {key.split(MAGNITUDE)[0]: value for key, value in state_dict.items() if MAGNITUDE in key}
     merged = {
         key.replace(".base_layer.", ".").replace(f"{FULLY_TRAINED}default.", "."): value
         for key, value in state_dict.items()
-        if not any(part in key for part in (_LORA_A, _LORA_B, _REPLACED))
+        if not any(part in key for part in (_LORA_A, _LORA_B, MAGNITUDE, _REPLACED))
     }
     for name, key_a in adapters.items():
         lora_a, lora_b = state_dict[key_a].float(), state_dict[key_a.replace(_LORA_A, _LORA_B)].float()
         rank = lora_a.shape[0]
-        scale = (min(rank, 16) if alpha is None else alpha) / rank
+        scale = (min(rank, 16) if alpha is None else alpha) / (rank**0.5 if rank_stabilized else rank)
         weight = merged[f"{name}.weight"]
-        update = scale * (lora_b.flatten(1) @ lora_a.flatten(1)).reshape(weight.shape)
-        merged[f"{name}.weight"] = (weight.float() + update).to(weight.dtype).cpu()
+        total = weight.float().flatten(1) + scale * (lora_b.flatten(1) @ lora_a.flatten(1))
+        if name in magnitudes:
+            total *= magnitudes[name].float().view(-1, 1) / total.norm(dim=1, keepdim=True)
+        merged[f"{name}.weight"] = total.view(weight.shape).to(weight.dtype).cpu()
     return merged

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from prismatic.checkpoint.folder import StartingPoint
-from prismatic.checkpoint.load import PolicyParts, build_parts, load_for_training, load_processor, readable
+from prismatic.checkpoint.load import PolicyParts, build_parts, load_for_training, load_processor, readable, skeleton
+from prismatic.models.lora import ALL_LINEAR, openvla_targets
 from prismatic.training.module import Coefficient, TrainableVLA
 from prismatic.training.objectives import make_objective
 from prismatic.util.data_utils import PaddedCollatorForActionPrediction
@@ -35,7 +36,9 @@ class OpenVLA:
     unused_parameters = True  # The last vision block and, without logits, the LM head take no part in the loss.
 
     def check(self, config: TrainConfig, start: StartingPoint) -> None:
-        """Every flag is OpenVLA's: :meth:`TrainConfig.validate` checks them."""
+        """Refuse adapters of layers that the model does not have; :meth:`TrainConfig.validate` checks the rest."""
+        if config.use_lora and config.lora_targets != ALL_LINEAR:
+            openvla_targets(skeleton(start.base), config.lora_targets)
 
     def platform(self, config: TrainConfig, base: str) -> Platform:
         """The robot of `--platform`."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prismatic.checkpoint.folder import Checkpoint, StartingPoint
 from prismatic.checkpoint.layout import LORA_FOLDER
 from prismatic.checkpoint.load import PolicyParts
-from prismatic.models.lora import load_lora
+from prismatic.models.lora import choose_targets, load_lora
 from prismatic.models.pi.model import PiPolicy
 from prismatic.models.pi.prompts import load_tokenizer
 from prismatic.models.pi.trainable import dead_parameters, fully_trained, lora_targets
@@ -127,6 +127,9 @@ class _Pi:
                 raise UsageError(
                     f"--platform: {robot.name} has {kind}s of {wanted} numbers; accepted: up to {most}, the model's"
                 )
+        if config.use_lora:
+            with torch.device("meta"):
+                choose_targets(lora_targets(PiPolicy(model)), config.lora_targets)
 
     def platform(self, config: TrainConfig, base: str) -> Platform:
         """The robot of the flags, with the model's chunk and openpi's normalization."""
@@ -196,9 +199,11 @@ class _Pi:
                 raise UsageError(f"--resume: {adapter}: {' '.join(str(error).split())[:300]}") from error
         lora = LoraConfig(
             r=config.lora_rank,
-            lora_alpha=config.lora_rank,
+            lora_alpha=config.lora_alpha or config.lora_rank,
             lora_dropout=config.lora_dropout,
-            target_modules=lora_targets(policy, uses_final_norm=uses_final),
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            target_modules=choose_targets(lora_targets(policy, uses_final_norm=uses_final), config.lora_targets),
             modules_to_save=fully_trained(policy),
         )
         return PolicyParts(get_peft_model(named, lora))

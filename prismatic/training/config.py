@@ -23,6 +23,7 @@ from prismatic.vla.platforms import get_platform
 Precision = Literal["auto", "no", "bf16"]
 Scheduler = Literal["MultiStepLR", "CosineAnnealingLR"]
 Shard = Literal["auto", "none", "fsdp", "zero2", "zero3"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 
 
@@ -54,6 +55,7 @@ class TrainConfig:
     batch_size: int = limited(8, least=1)  # Samples per process and forward pass
     learning_rate: float = limited(5e-4, above=0)  # Peak learning rate (AdamW)
     weight_decay: float = limited(0.01, least=0)  # AdamW weight decay
+    optimizer: Optimizer = "adamw"  # adamw | adamw_8bit | paged_adamw_8bit (bitsandbytes, on GPUs)
     max_grad_norm: float = limited(0.0, least=0)  # Gradient norm clip; 0 does not clip
     skip_nonfinite: bool = False  # Leave out batches whose gradient is not finite; every step waits for the device
     # Leave out batches whose loss is above this many times the median of the last 100 steps; 0: none
@@ -95,6 +97,10 @@ class TrainConfig:
     # LoRA
     use_lora: bool = True  # False trains every weight of the model
     lora_rank: int = limited(32, least=1)  # Rank; alpha is min(rank, 16)
+    lora_alpha: int = limited(0, least=0)  # Alpha; 0: min(rank, 16), for pi0 and pi0.5 the rank
+    lora_targets: str = "all-linear"  # Layers that get an adapter, by the end of their names: q_proj,v_proj
+    use_rslora: bool = False  # Scale the adapters by alpha / sqrt(rank) instead of alpha / rank
+    use_dora: bool = False  # Adapters that train each row's norm apart from its direction (DoRA)
     lora_dropout: float = limited(0.0, least=0, below=1)  # Dropout on LoRA's input
     merge_lora_during_training: bool = True  # Also write the merged model into every checkpoint
 
@@ -145,6 +151,8 @@ class TrainConfig:
             raise UsageError(f"--val_fraction: {self.val_fraction} without --use_val_set; accepted: 0, or both of them")
         if self.keep_best and not (self.keep_checkpoints and self.use_val_set):
             raise UsageError("--keep_best: True found; accepted: False, or with --keep_checkpoints and --use_val_set")
+        if self.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
+            raise UsageError(f"--optimizer: {self.optimizer} needs bitsandbytes; accepted: adamw, or after make quant")
         for name in self.tracker_names:
             if importlib.util.find_spec(name) is None:
                 raise UsageError(f"--trackers: {name} is not installed; accepted: none, or after pip install {name}")
