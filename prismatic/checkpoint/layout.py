@@ -128,7 +128,7 @@ def weight_files(folder: Path, patterns: tuple[str, ...] = (*MODEL_WEIGHTS, *ADA
 def adapter_scaling(folder: Path) -> dict[str, Any]:
     """Arguments of `merge_lora_state_dict` that scale a checkpoint's adapters.
 
-    A merged folder has none beside its model, but its FiLM backbone's file holds some: the run's flags tell their scale.
+    A merged folder has none but, with FiLM, in the vision backbone's file: the run's flags tell their scale.
     """
     file = folder / ADAPTER_CONFIG
     settings = read_json(file) if file.is_file() else read_record(folder)

@@ -64,7 +64,7 @@ def choose_targets(layers: Sequence[str], chosen: str) -> list[str]:
 def openvla_targets(model: nn.Module, chosen: str) -> list[str]:
     """Layers of OpenVLA to adapt: last names for ALL_LINEAR, as upstream has them, else full names."""
     last = lora_target_modules(model)
-    if chosen == ALL_LINEAR:
+    if split_names(chosen) == (ALL_LINEAR,):
         return last
     return choose_targets([name for name, _ in model.named_modules() if name.rpartition(".")[2] in last], chosen)
 

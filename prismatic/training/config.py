@@ -152,7 +152,9 @@ class TrainConfig:
         if self.keep_best and not (self.keep_checkpoints and self.use_val_set):
             raise UsageError("--keep_best: True found; accepted: False, or with --keep_checkpoints and --use_val_set")
         if self.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
-            raise UsageError(f"--optimizer: {self.optimizer} needs bitsandbytes; accepted: adamw, or after make quant")
+            raise UsageError(
+                f"--optimizer: {self.optimizer} needs bitsandbytes; accepted: adamw, or after pip install bitsandbytes"
+            )
         for name in self.tracker_names:
             if importlib.util.find_spec(name) is None:
                 raise UsageError(f"--trackers: {name} is not installed; accepted: none, or after pip install {name}")

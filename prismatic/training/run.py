@@ -112,6 +112,10 @@ class TrainingRun:
             log_with=self._trackers() or None,
             project_dir=str(config.run_root_dir),
         )
+        if self.engine.sharded and config.optimizer != "adamw":
+            raise UsageError(
+                f"--optimizer: {config.optimizer} found in a sharded run; accepted: adamw, or --shard none"
+            )
         self.accelerator = self.engine.accelerator
         self.device = self.accelerator.device
         self.compute_dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32

@@ -7,9 +7,10 @@ of one function of the step, so they compose, and step `max_steps - 1` is the la
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from prismatic.training.config import TrainConfig
@@ -28,7 +29,7 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return factor * (DECAY if step >= config.num_steps_before_decay else 1.0)
 
 
-def make_schedule(optimizer: torch.optim.AdamW, config: TrainConfig, step: int = 0) -> LambdaLR:
+def make_schedule(optimizer: Optimizer, config: TrainConfig, step: int = 0) -> LambdaLR:
     """The schedule after `step` optimizer steps.
 
     Rate and weight decay are the flags', also where `optimizer` comes from the checkpoint of a run that had others.
@@ -38,7 +39,16 @@ def make_schedule(optimizer: torch.optim.AdamW, config: TrainConfig, step: int =
     return LambdaLR(optimizer, lambda step: learning_rate_factor(step, config), last_epoch=step - 1)
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """AdamW with torch's betas, and the schedule. Vectors and scalars are not exempt from weight decay, as upstream."""
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> tuple[Optimizer, LambdaLR]:
+    """AdamW with torch's betas, and the schedule. Vectors and scalars are not exempt from weight decay, as upstream.
+
+    The 8-bit ones (arXiv 2110.02861) keep both moments of every tensor of 4,096 numbers or more in a byte each; paged,
+    they may leave a full GPU for the memory of its host.
+    """
+    make: Callable[..., Optimizer] = torch.optim.AdamW
+    if config.optimizer != "adamw":
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+        make = AdamW8bit if config.optimizer == "adamw_8bit" else PagedAdamW8bit
+    optimizer = make(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     return optimizer, make_schedule(optimizer, config)

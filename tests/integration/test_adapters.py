@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
+from prismatic.checkpoint.layout import load_training_state
 from prismatic.checkpoint.merge import merge_checkpoint
-from prismatic.models.lora import add_lora, choose_targets, load_lora, merge_lora_state_dict, openvla_targets
+from prismatic.models.lora import add_lora, load_lora, merge_lora_state_dict, openvla_targets
 from prismatic.util.errors import UsageError
 from tests.helpers.student_helpers import tiny_student
 from tests.integration.test_finetune import _weights
@@ -78,6 +81,29 @@ def test_a_new_run_begins_where_a_film_policy_of_another_adapter_was(
         np.testing.assert_allclose(act(second, student_folder), expected, atol=1e-4)
 
 
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_an_eight_bit_optimizer_resumes_exactly(finetune: Callable[..., Path], tmp_path: Path) -> None:
+    flags = {"recipe": "baseline", "merge_lora_during_training": False, "optimizer": "adamw_8bit"}
+    straight = finetune(run_root_dir=tmp_path / "a", max_steps=3, **flags) / "run--3_chkpt"
+    halfway = finetune(run_root_dir=tmp_path / "b", max_steps=2, **flags) / "run--2_chkpt"
+    resumed = finetune(run_root_dir=tmp_path / "b", vla_path=str(halfway), resume=True, max_steps=3, **flags)
+    moments = load_training_state(resumed / "run--3_chkpt")["optimizer"]["state"]
+    assert torch.uint8 in {value.dtype for value in tree_leaves(moments) if isinstance(value, torch.Tensor)}
+    for name, value in _weights(straight).items():
+        assert torch.equal(value, _weights(resumed / "run--3_chkpt")[name]), name
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_an_eight_bit_optimizer_without_its_package_is_refused(finetune: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match=r"--optimizer: adamw_8bit needs bitsandbytes; accepted: adamw, or after pip"):
+        finetune(recipe="baseline", optimizer="adamw_8bit")
+
+
+def test_layers_of_no_model_are_refused_before_weights_are_read(finetune: Callable[..., Path]) -> None:
+    with pytest.raises(UsageError, match=r"--lora_targets: q_pro found; accepted: all-linear, or of down_proj"):
+        finetune(recipe="baseline", lora_targets="q_pro")
+
+
 def test_layers_are_chosen_by_the_ends_of_their_names() -> None:
     student = tiny_student()
     assert openvla_targets(student, "all-linear") == openvla_targets(student, " all-linear")
@@ -86,5 +112,3 @@ def test_layers_are_chosen_by_the_ends_of_their_names() -> None:
     assert len(chosen) == 2 * layers and all(name.endswith((".q_proj", ".v_proj")) for name in chosen)
     adapted = add_lora(tiny_student(), rank=2, target_modules=chosen)
     assert sum(parameter.requires_grad for parameter in adapted.parameters()) == 4 * layers
-    with pytest.raises(UsageError, match=r"--lora_targets: q_pro found; accepted: all-linear, or of q_proj, v_proj"):
-        choose_targets(["a.q_proj", "a.v_proj"], "q_pro")
