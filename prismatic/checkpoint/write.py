@@ -11,6 +11,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,46 +83,27 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+@dataclass
 class CheckpointWriter:
-    """Writes checkpoints of one run.
+    """Writes checkpoints of one run."""
 
-    Args:
-        run_dir: the run's folder.
-        module: the unwrapped trainable module.
-        engine: holds its weights and its optimizer.
-        processor: saved beside the model.
-        statistics: dataset statistics; a policy cannot act without them.
-        run_config: what the folder records of the run: its flags, and more.
-    """
+    run_dir: Path
+    module: TrainablePolicy  # Unwrapped
+    engine: Engine  # Holds the module's weights and its optimizer
+    processor: Processor  # Saved beside the model
+    statistics: Mapping[str, object]  # Of the datasets; a policy cannot act without them
+    run_config: Mapping[str, object]  # What the folder records of the run: its flags, and more
+    latest_only: bool  # Keep one checkpoint, in the run's folder
+    merge: bool  # Also write the merged model
 
-    def __init__(
-        self,
-        run_dir: Path,
-        module: TrainablePolicy,
-        engine: Engine,
-        *,
-        processor: Processor,
-        statistics: Mapping[str, object],
-        run_config: Mapping[str, object],
-        latest_only: bool,
-        merge: bool,
-    ) -> None:
-        self.run_dir = run_dir
-        self.module, self.engine = module, engine
-        self._film = getattr(module, "use_film", False)
-        self.processor = processor
-        self.statistics = statistics
-        self.run_config = run_config
-        self.latest_only = latest_only
-        self.merge = merge
+    def __post_init__(self) -> None:
+        self._film = getattr(self.module, "use_film", False)
 
     def save(self, step: int, position: Mapping[str, object]) -> Path:
         """Write the checkpoint of `step` and return its folder. Call on every process; the main one writes.
 
-        `position` is what a resume needs beside weights, optimizer and random states.
-
-        Raises:
-            UsageError: it cannot be written; the checkpoint before is as it was.
+        `position` is what a resume needs beside weights, optimizer and random states. Raises UsageError: it cannot be
+        written; the checkpoint before is as it was.
         """
         target = checkpoint_folder(self.run_dir, step, latest_only=self.latest_only)
         temporary = target.with_name(f"{temporary_prefix(target)}tmp")

@@ -66,35 +66,21 @@ class TrainState:
     stopped_by: int = 0
 
 
+@dataclass
 class Trainer:
-    """Runs the optimizer steps of one run.
+    """Runs the optimizer steps of one run."""
 
-    Args:
-        config: the run's flags.
-        engine: holds the prepared :class:`TrainablePolicy` and its optimizer.
-        scheduler: of that optimizer.
-        targets: from a batch (on the device) to the auxiliary loss's targets; called without gradients.
-        save: writes a checkpoint of a step.
-    """
+    config: TrainConfig
+    engine: Engine  # Holds the prepared :class:`TrainablePolicy` and its optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler  # Of that optimizer
+    targets: Targets  # From a batch (on the device) to the auxiliary loss's targets; called without gradients
+    save: Callable[[int], None]  # Writes a checkpoint of a step
+    log: MetricLog
+    validate: Callable[[], dict[str, float]] | None = None
+    loader: MixtureLoader | None = None  # Where the batches come from, to say which they were
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        engine: Engine,
-        *,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
-        targets: Targets,
-        save: Callable[[int], None],
-        log: MetricLog,
-    ) -> None:
-        self.config = config
-        self.engine, self.accelerator, self.module = engine, engine.accelerator, engine.module
-        self.scheduler = scheduler
-        self.targets = targets
-        self.save = save
-        self.log = log
-        self.validate: Callable[[], dict[str, float]] | None = None
-        self.loader: MixtureLoader | None = None  # Where the batches come from, to say which they were.
+    def __post_init__(self) -> None:
+        self.accelerator, self.module = self.engine.accelerator, self.engine.module
         self.state = TrainState()
         self._averages = MetricAverager()
         self._console = Console(stderr=True)
@@ -200,8 +186,7 @@ class Trainer:
     def _check_finite(self) -> None:
         """Refuse to go on, or to save, with what a loss that is not finite has left.
 
-        Raises:
-            UsageError: the first step whose loss was not finite, in any process, or that spoiled the weights.
+        Raises UsageError: the first step whose loss was not finite, in any process, or that spoiled the weights.
         """
         recent, self._recent = self._recent, []
         if not recent:

@@ -235,8 +235,7 @@ class TrainingRun:
     def _restore(self, loader: MixtureLoader) -> dict[str, Any]:
         """Load a checkpoint's optimizer and data position; return what the loop restores.
 
-        Raises:
-            UsageError: damaged files, or an optimizer of other parameters than train here.
+        Raises UsageError: damaged files, or an optimizer of other parameters than train here.
         """
         if not self.config.resume or self.start.checkpoint is None:
             return {}

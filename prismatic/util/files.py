@@ -69,8 +69,7 @@ def temporary_prefix(target: Path) -> str:
 def storage_errors(what: str, folder: Path) -> Iterator[None]:
     """Turn what a full, read-only or failing disk makes writers raise into one line.
 
-    Raises:
-        UsageError: names `what` was to be written, and the room in `folder`.
+    Raises UsageError: names `what` was to be written, and the room in `folder`.
     """
     try:
         yield

@@ -144,32 +144,32 @@ def read_weights(path: Path, num_layers: int, prefixes: Iterable[str] = ()) -> d
     ValueError: a file that is neither safetensors nor a plain dictionary of tensors.
     """
     also = tuple(prefixes)
+
+    def needed(held: Iterable[str]) -> list[str]:
+        names = list(held)
+        _refuse_other_models(names, path)
+        return [name for name in names if _is_needed(name, num_layers) or name.startswith(also)]
+
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                held = list(file.keys())
-                _refuse_other_models(held, path)
-                names = [name for name in held if _is_needed(name, num_layers) or name.startswith(also)]
-                return {name: file.get_tensor(name) for name in names}
+                return {name: file.get_tensor(name) for name in needed(file.keys())}
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ValueError(f"{path}: not readable as VGGT weights ({str(error).splitlines()[0]})") from error
     except (pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(
-            f"{path}: not a plain file of tensors; accepted: .safetensors or a torch state dict"
-        ) from error
+        accepted = ".safetensors or a torch state dict"
+        raise ValueError(f"{path}: not a plain file of tensors; accepted: {accepted}") from error
     if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()):
         raise ValueError(f"{path}: not a dictionary of tensors; accepted: a VGGT state dict")
-    _refuse_other_models(stored, path)
-    return {name: value for name, value in stored.items() if _is_needed(name, num_layers) or name.startswith(also)}
+    return {name: stored[name] for name in needed(stored)}
 
 
 def _refuse_other_models(names: Iterable[str], path: Path) -> None:
     """Refuse a file without any of VGGT's tensors: nobody said what it holds."""
-    listed = list(names)
-    if not any(name.startswith(AGGREGATOR_PREFIX) for name in listed):
+    if not any(name.startswith(AGGREGATOR_PREFIX) for name in names):
         raise ValueError(
-            f"{path}: none of VGGT's tensors ({AGGREGATOR_PREFIX}...), but {_some(listed)}; accepted: VGGT's weights, "
+            f"{path}: none of VGGT's tensors ({AGGREGATOR_PREFIX}...), but {_some(names)}; accepted: VGGT's weights, "
             f"or of another teacher a folder with {CONFIG_NAME} and model.safetensors, as transformers saves"
         )
 
@@ -185,21 +185,19 @@ def load_strictly(module: torch.nn.Module, weights: Mapping[str, Tensor], path: 
     Raises ValueError: one line that names the file and the missing, unexpected or differently shaped tensors.
     """
     wanted = module.state_dict()
-    problems = []
-    if missing := wanted.keys() - weights.keys():
-        problems.append(f"missing {_some(missing)}")
-    if unexpected := weights.keys() - wanted.keys():
-        problems.append(f"unexpected {_some(unexpected)}")
-    shapes = [
-        f"{name} {tuple(weights[name].shape)} for {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    if shapes:
-        problems.append(f"wrong shapes: {_some(shapes)}")
-    if problems:
+    problems = {
+        "missing": wanted.keys() - weights.keys(),
+        "unexpected": weights.keys() - wanted.keys(),
+        "wrong shapes:": [
+            f"{name} {tuple(weights[name].shape)} for {tuple(wanted[name].shape)}"
+            for name in wanted.keys() & weights.keys()
+            if weights[name].shape != wanted[name].shape
+        ],
+    }
+    said = [f"{problem} {_some(names)}" for problem, names in problems.items() if names]
+    if said:
         raise ValueError(
-            f"{path}: {'; '.join(problems)}; accepted: weights for the sizes in {CONFIG_NAME} (VGGT-1B if none)"
+            f"{path}: {'; '.join(said)}; accepted: weights for the sizes in {CONFIG_NAME} (VGGT-1B if none)"
         )
     module.load_state_dict(weights, assign=True)
 
