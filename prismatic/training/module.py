@@ -46,7 +46,12 @@ class TrainablePolicy(nn.Module):
             detached, `per_pair`. One without terms (a baseline) costs nothing.
         auxiliary_coeff: its weight in the total loss, or a function that gives it for `step`; where it is 0, the
             auxiliary loss is left out.
+
+    Attributes:
+        last_state_of_text: the auxiliary loss does not read the LLM's last state, so rows of it may be left out.
     """
+
+    last_state_of_text = False
 
     def __init__(self, parts: PolicyParts, auxiliary: nn.Module, auxiliary_coeff: Coefficient) -> None:
         super().__init__()
@@ -147,6 +152,7 @@ class TrainableVLA(TrainablePolicy):
             use_film=self.use_film,
             output_hidden_states=True,
             compute_logits=self.objective.needs_logits,
+            last_state_of_text=self.last_state_of_text,
             **inputs,
         )
 

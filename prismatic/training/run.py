@@ -91,7 +91,7 @@ class TrainingRun:
     def __init__(
         self, config: TrainConfig, run_config: dict[str, Any], states: Sequence[int] = (), *, pauses: bool = False
     ) -> None:
-        self.config = config
+        self.config, self._states = config, states
         self.start = resolve_checkpoint(config)
         self.family = get_family(self.start.kind)
         self.family.check(config, self.start)
@@ -165,6 +165,7 @@ class TrainingRun:
             # All processes made the same weights; noise and dropout are to differ.
             set_seed(config.seed, device_specific=True)
         module = self.make_module(auxiliary, auxiliary_coeff)
+        module.last_state_of_text = self.family.depth(self.start.base) not in self._states
         optimizer, scheduler = make_optimizer(module.trainable_parameters(), config)
         loader = self._loader(self.dataset)
         self._restore_auxiliary(module)

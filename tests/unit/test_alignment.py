@@ -145,3 +145,15 @@ def test_refusals(said: str, change: dict[str, object]) -> None:
     arguments = {"hidden_states": states, "vision_start": 1, "num_vision_tokens": TOKENS, "teacher": teacher, **change}
     with pytest.raises(ValueError, match=said):
         MultiLayerAlignment(CONFIG, STUDENT, TEACHER)(**arguments)
+
+
+def test_the_cosine_has_torchs_values_and_gradients() -> None:
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for function in (cosine_loss, lambda x, y: 1 - torch.cosine_similarity(x, y, dim=-1).mean(dim=(-2, -1))):
+        x, y = (torch.randn(3, 2, 5, 8, generator=generator.manual_seed(seed)).requires_grad_() for seed in (1, 2))
+        loss = function(x, y)
+        (loss * torch.tensor([1.0, -2.0, 3.0])).sum().backward()
+        results.append((loss.detach(), x.grad, y.grad))
+    for here, plain in zip(*results, strict=True):
+        torch.testing.assert_close(here, plain, rtol=1e-5, atol=1e-7)

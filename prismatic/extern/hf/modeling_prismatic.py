@@ -29,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig, PrismaticConfig
+from prismatic.models.llama_layers import use_fused_layers
 from prismatic.vla.action_tokenizer import ActionBins, get_all_actions_mask
 from prismatic.vla.constants import EMPTY_TOKEN_ID, IGNORE_INDEX, STOP_INDEX
 from prismatic.vla.platforms import Platform
@@ -227,6 +228,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             bool(config.use_fused_vision_backbone), self.vision_backbone.embed_dim, llm_dim
         )
         self.language_model = LlamaForCausalLM(config.text_config)
+        use_fused_layers(self.language_model)
         self.vocab_size = config.text_config.vocab_size
         self.pad_token_id = config.pad_token_id
         self.llm_dim = llm_dim
@@ -262,6 +264,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         noisy_action_projector: nn.Module | None = None,
         diffusion_timestep_embeddings: torch.Tensor | None = None,
         use_film: bool = False,
+        last_state_of_text: bool = False,
     ) -> PrismaticCausalLMOutputWithPast:
         """One pass over [BOS | patches (| proprio | time) | text].
 
@@ -270,6 +273,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         pixel_values: (B, c*V, H, W), V images per sample as set on the vision backbone.
         proprio: (B, proprio_dim) normalized. noisy_actions: (B, T, A) with diffusion_timestep_embeddings (B, 1, D).
         compute_logits=False runs no language-model head: loss and logits are None, the rest is the same.
+        last_state_of_text=True lets the last block of float32 training compute the text's rows alone; the last hidden
+        state of BOS, patches, proprio and time then means nothing.
         """
         action_mask = self._action_mask_from_labels(labels)
         text = self.get_input_embeddings()(input_ids)
@@ -278,6 +283,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         patches = self._project_images(pixel_values, language)
         prefix = self._prefix_tokens(patches, proprio, proprio_projector, diffusion_timestep_embeddings)
         text = self._mask_action_embeddings(text, action_mask, noisy_actions, noisy_action_projector)
+        self.language_model.model.layers[-1].first_row = prefix.shape[1] if last_state_of_text else 0
         outputs = self._run_language_model(text, text_mask, prefix, output_hidden_states)
         return self._assemble_output(outputs, prefix, labels, compute_logits)
 
@@ -378,9 +384,10 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         kept = kept_BS[:, None, None, :].expand(-1, 1, kept_BS.shape[1], -1)
         implementation = self.language_model.config._attn_implementation
         _check_attention(implementation)
-        if implementation == "sdpa":
+        if implementation == "sdpa" and kept.device.type != "cpu":
             return kept
-        # Eager attention adds the mask to the scores: booleans would add 1.
+        # Eager attention adds the mask to the scores: booleans would add 1. On CPUs, torch's does so too, and would
+        # make numbers of booleans anew in every layer.
         return torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_fill_(~kept, torch.finfo(dtype).min)
 
     def _assemble_output(
