@@ -19,7 +19,7 @@ from prismatic.util.errors import UsageError
 from prismatic.util.flags import split_names
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
 
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 
@@ -94,11 +94,16 @@ def add_lora(
     model: OpenVLAForActionPrediction, rank: int = 32, dropout: float = 0.0, alpha: int | None = None, **settings: Any
 ) -> PeftModel:
     """`model` wrapped by PEFT with fresh adapters, which alone are trainable; arguments as of :func:`lora_config`."""
+    return wrap_lora(model, lora_config(model, rank, dropout, alpha, **settings))
+
+
+def wrap_lora(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """`model` wrapped by PEFT, a linear layer and its adapter as one function."""
     from peft import get_peft_model
 
     from prismatic.models.lora_linear import fuse_lora_layers
 
-    adapted = get_peft_model(model, lora_config(model, rank, dropout, alpha, **settings))
+    adapted: Any = get_peft_model(cast(Any, model), config)
     fuse_lora_layers(adapted)
     return adapted
 
@@ -110,20 +115,16 @@ def load_lora(model: nn.Module, folder: str | Path, is_trainable: bool = False) 
     file loads like one without. Adapters trained with FiLM load into the plain model; FiLM goes around it later.
     Raises ValueError when the file lacks weights of an adapter or has unknown ones.
     """
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from peft import PeftConfig, set_peft_model_state_dict
     from peft.utils import load_peft_weights
-
-    from prismatic.models.lora_linear import fuse_lora_layers
 
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trainable
-    config.base_model_name_or_path = (
-        getattr(model, "name_or_path", None) or None
-    )  # It may have moved since; PEFT would only warn.
+    # It may have moved since; PEFT would only warn.
+    config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     weights = load_peft_weights(str(folder), device="cpu")
     weights = {name_without_film(key): value for key, value in weights.items() if ".base_layer." not in key}
-    peft_model: Any = get_peft_model(cast(Any, model), config)
-    fuse_lora_layers(peft_model)
+    peft_model = wrap_lora(model, config)
     result: Any = set_peft_model_state_dict(peft_model, weights)
     missing = [key for key in result.missing_keys if any(part in key for part in (_LORA_A, _LORA_B, MAGNITUDE))]
     if missing or result.unexpected_keys:

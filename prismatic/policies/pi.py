@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prismatic.checkpoint.folder import Checkpoint, StartingPoint
 from prismatic.checkpoint.layout import LORA_FOLDER
 from prismatic.checkpoint.load import PolicyParts
-from prismatic.models.lora import choose_targets, load_lora
+from prismatic.models.lora import choose_targets, load_lora, wrap_lora
 from prismatic.models.pi.model import PiPolicy
 from prismatic.models.pi.prompts import load_tokenizer
 from prismatic.models.pi.trainable import dead_parameters, fully_trained, lora_targets
@@ -206,7 +206,7 @@ class _Pi:
             target_modules=choose_targets(lora_targets(policy, uses_final_norm=uses_final), config.lora_targets),
             modules_to_save=fully_trained(policy),
         )
-        return PolicyParts(get_peft_model(named, lora))
+        return PolicyParts(wrap_lora(policy, lora))
 
     def trainable(
         self,

@@ -60,6 +60,8 @@ class TrainConfig:
     skip_nonfinite: bool = False  # Leave out batches whose gradient is not finite; every step waits for the device
     # Leave out batches whose loss is above this many times the median of the last 100 steps; 0: none
     skip_spikes: float = limited(0.0, least=0)
+    # Decay of a moving average of the weights, which checkpoints and validation then use; 0: none
+    ema_decay: float = limited(0.0, least=0, below=1)
     lr_warmup_steps: int = limited(0, least=0)  # Linear warm-up from a tenth of the rate
     scheduler: Scheduler = "MultiStepLR"  # MultiStepLR | CosineAnnealingLR
     num_steps_before_decay: int = limited(100_000, least=1)  # MultiStepLR: x0.1 after this many steps

@@ -112,6 +112,10 @@ class Engine:
     def save_optimizer(self, folder: Path) -> None:
         """Write a sharded optimizer's state; call on every process."""
 
+    def placed(self, value: Tensor, parameter: Tensor) -> Tensor:
+        """A whole tensor as a parameter is held: where it is, and sharded as it is."""
+        return _placed(value, parameter)
+
     def load_optimizer(self, saved: Mapping[str, Any] | None, folder: Path) -> None:
         """Restore a state that any engine saved: `saved` whole, or None for the shards in `folder`.
 

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from prismatic.training.config import TrainConfig
+from prismatic.training.ema import WeightAverage
 from prismatic.training.engine import Engine
 from prismatic.training.metrics import MetricAverager, MetricLog
 from prismatic.training.module import move_batch
@@ -77,6 +79,7 @@ class Trainer:
     save: Callable[[int], None]  # Writes a checkpoint of a step
     log: MetricLog
     validate: Callable[[], dict[str, float]] | None = None
+    average: WeightAverage | None = None  # What checkpoints and validation use
     loader: MixtureLoader | None = None  # Where the batches come from, to say which they were
 
     def __post_init__(self) -> None:
@@ -143,6 +146,8 @@ class Trainer:
         norm = self.engine.update(self.config.max_grad_norm)
         if norm is not None:
             self._averages.add({"grad_norm": norm})
+        if self.average is not None:
+            self.average.update()
         self.scheduler.step()
         self.state.step += 1
 
@@ -240,7 +245,8 @@ class Trainer:
     def _run_validation(self) -> None:
         assert self.validate is not None
         self.module.eval()
-        values = {f"val/{name}": value for name, value in self.validate().items()}
+        with self.average.applied() if self.average is not None else nullcontext():
+            values = {f"val/{name}": value for name, value in self.validate().items()}
         self.module.train()
         self.log.write(self.state.step, values)
         self._report("validation " + " ".join(f"{name} {value:.4f}" for name, value in values.items()))

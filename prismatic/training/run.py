@@ -27,6 +27,7 @@ from prismatic.checkpoint.newest import checkpoints_of, remove_older
 from prismatic.checkpoint.write import CheckpointWriter, restore_random_state
 from prismatic.policies import get_family
 from prismatic.training.config import TrainConfig
+from prismatic.training.ema import WeightAverage, load_trained_weights, trained_weights
 from prismatic.training.engine import make_engine
 from prismatic.training.loop import Targets, Trainer, TrainState
 from prismatic.training.metrics import MetricLog, read_log
@@ -171,6 +172,7 @@ class TrainingRun:
         self._restore_auxiliary(module)
         self._describe(module)
         self.engine.prepare(module, optimizer)
+        average = WeightAverage(self.engine, config.ema_decay) if config.ema_decay else None
         restored = self._restore(loader)
         if self.start.step:
             scheduler = make_schedule(optimizer, config, self.start.step)
@@ -186,7 +188,13 @@ class TrainingRun:
         )
 
         def save(step: int) -> None:
-            folder = writer.save(step, {"sampler": loader.state_dict(), "losses": list(trainer.losses)})
+            position = {"sampler": loader.state_dict(), "losses": list(trainer.losses)}
+            if average is None:
+                folder = writer.save(step, position)
+            else:
+                position["unaveraged"] = trained_weights(self.engine)
+                with average.applied():
+                    folder = writer.save(step, position)
             if accelerator.is_main_process:
                 accelerator.print(f"saved {folder}")
                 self._remove_older()
@@ -203,7 +211,7 @@ class TrainingRun:
                 save=save,
                 log=log,
             )
-            trainer.loader = loader
+            trainer.loader, trainer.average = loader, average
             if config.use_val_set:
                 collate = self.family.collator(self.processor)
                 trainer.validate = Validator(
@@ -253,6 +261,8 @@ class TrainingRun:
                 f"--resume: the optimizer in {self.start.checkpoint} belongs to other parameters than train here; "
                 f"accepted: the flags in its {RUN_CONFIG}"
             ) from error
+        if trained := state.get("unaveraged"):
+            load_trained_weights(self.engine, trained)  # The folder's weights are their average.
         loader.load_state_dict(state["sampler"])
         if state["num_processes"] != self.accelerator.num_processes:
             # The data go on at the same draw; only the random numbers of diffusion and pooling cannot.
