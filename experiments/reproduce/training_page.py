@@ -1,23 +1,30 @@
 """A page about fine-tuning runs that a person would look at: one HTML file from their logs and evaluations.
 
     python -m experiments.reproduce.training_page runs/rocket runs/baseline [--eval runs/eval] [--out FILE]
-        [--title TEXT]
+        [--title TEXT] [--watch SECONDS] [--port PORT]
 
 RUN is the folder with a run's metrics.jsonl; its checkpoints (RUN--STEP_chkpt) lie beside it. The page shows losses,
 success by step with intervals, the alignment of every layer pair, the projector's widths, rollouts and configurations.
-Videos are referred to by their path relative to the page, so keep it beside the runs.
+Videos are referred to by their path relative to the page, so keep it beside the runs. With --watch, the page is written
+again while the runs go on, and a browser that shows it follows; with --port, this machine serves it, to itself alone.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 import statistics
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from experiments.report.html import Line, Rate, line_chart, link, render, setting_rows
 from prismatic.checkpoint.layout import LOG_FILE, last_checkpoint, read_record, split_checkpoint_name
@@ -34,6 +41,7 @@ CHARTS = (
     ("align_loss", "Alignment loss", "1 - cosine, mean of pairs"),
     ("grad_norm", "Gradient norm", "before clipping"),
     ("learning_rate", "Learning rate", ""),
+    ("samples_per_second", "Samples a second", ""),
 )
 
 
@@ -79,7 +87,12 @@ class Run:
         if "align_loss" in last:
             rows.append(("alignment loss", _number(last["align_loss"])))
         rows += [("recipe", recipe_of(self.config)), ("seed", str(self.config.get("seed", "-")))]
-        return [*rows, ("training time", _duration(sum(row.get("seconds", 0.0) for row in self.rows)))]
+        rows.append(("training time", _duration(sum(row.get("seconds", 0.0) for row in self.rows))))
+        if last.get("seconds_left"):
+            rows.append(("time left", _duration(last["seconds_left"])))
+        if "samples_per_second" in last:
+            rows += [("samples/s", f"{last['samples_per_second']:.3g}"), ("memory", f"{last['memory_gb']:.3g} GB")]
+        return rows
 
 
 def _line(name: str, rows: Sequence[dict[str, Any]], metric: str, series: int) -> Line | None:
@@ -128,10 +141,20 @@ def find_evaluations(run: str, eval_dir: Path) -> tuple[Evaluation, ...]:
 
 
 def build_page(
-    folders: Sequence[Path], out: Path, eval_dir: Path | None = None, title: str = "Fine-tuning", note: str = ""
-) -> None:
-    """Write the page of some runs to `out`, `note` above the numbers. Raises UsageError as :func:`load_runs`."""
+    folders: Sequence[Path],
+    out: Path,
+    eval_dir: Path | None = None,
+    title: str = "Fine-tuning",
+    note: str = "",
+    refresh: float = 0,
+) -> bool:
+    """Write the page of some runs to `out`, `note` above the numbers, and tell whether a run still has steps to do.
+
+    While that is so, a browser loads the page again every `refresh` seconds, unless 0.
+    Raises UsageError as :func:`load_runs`.
+    """
     runs = load_runs(folders, eval_dir)
+    goes_on = any(run.rows[-1].get("seconds_left") for run in runs)
     charts = [
         line_chart(lines, title=name, x_label="step", y_label=unit)
         for metric, name, unit in CHARTS
@@ -142,6 +165,7 @@ def build_page(
         title=title,
         subtitle=f"{len(runs)} run{'s' * (len(runs) > 1)}: {', '.join(run.name for run in runs)}",
         note=note,
+        refresh=refresh if goes_on else 0,
         runs=runs,
         success=success_chart(runs),
         charts=charts,
@@ -150,6 +174,27 @@ def build_page(
         configuration=setting_rows([run.config for run in runs]),
     )
     atomic_write(out, page)
+    return goes_on
+
+
+def serve(out: Path, port: int, eval_dir: Path | None = None) -> str:
+    """Serve page and videos to this machine, in a thread that ends with the process; returns the page's address.
+
+    Raises UsageError: the port is taken.
+    """
+    root = Path(os.path.commonpath([out.parent, *([eval_dir.resolve()] if eval_dir else [])]))
+    handler = partial(_QuietHandler, directory=str(root))
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+    except OSError as error:
+        raise UsageError(f"--port: {port} cannot be served ({error}); accepted: a free port, or 0 for any") from None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}/{quote(str(out.relative_to(root)))}"
+
+
+class _QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
 
 
 def success_chart(runs: Sequence[Run]) -> Any:
@@ -211,11 +256,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--eval", type=Path, dest="eval_dir", help="folder that holds evaluations (--local_log_dir)")
     parser.add_argument("--out", type=Path, help="page to write; default: training.html in the first run's folder")
     parser.add_argument("--title", default="Fine-tuning")
+    parser.add_argument("--watch", type=_seconds, default=0, help="write the page again every so many seconds")
+    parser.add_argument("--port", type=int, help="serve it to this machine, with --watch; 0: any free port")
     arguments = parser.parse_args(argv)
-    out: Path = arguments.out or arguments.runs[0] / "training.html"
-    build_page(arguments.runs, out, arguments.eval_dir, arguments.title)
-    print(f"page: {out}")
+    if arguments.port is not None and not arguments.watch:
+        raise UsageError(f"--port: {arguments.port} without --watch; accepted: both of them")
+    out: Path = (arguments.out or arguments.runs[0] / "training.html").resolve()
+    write = partial(build_page, arguments.runs, out, arguments.eval_dir, arguments.title, refresh=arguments.watch)
+    goes_on = write()
+    print(f"page: {out if arguments.port is None else serve(out, arguments.port, arguments.eval_dir)}", flush=True)
+    while arguments.watch and goes_on:
+        time.sleep(arguments.watch)
+        goes_on = write()
     return 0
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 1 <= seconds <= 3600:
+        raise ValueError(text)
+    return seconds
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from rich.progress import Progress, TaskID
 from prismatic.training.config import TrainConfig
 from prismatic.training.ema import WeightAverage
 from prismatic.training.engine import Engine
-from prismatic.training.metrics import MetricAverager, MetricLog
+from prismatic.training.metrics import MetricAverager, MetricLog, used_memory
 from prismatic.training.module import move_batch
 from prismatic.util.errors import UsageError
 from prismatic.util.progress import progress_bar
@@ -85,6 +85,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.accelerator, self.module = self.engine.accelerator, self.engine.module
         self.state = TrainState()
+        self._logged_at = 0
         self._averages = MetricAverager()
         self._console = Console(stderr=True)
         # Since the last check: step, draw, loss (on the device).
@@ -96,6 +97,7 @@ class Trainer:
         self.state = TrainState(start_step)
         self.module.train()
         saved_at = start_step
+        self._logged_at = start_step
         clock = time.perf_counter()
         with StopRequest() as stop, self._progress() as progress:
             task = progress.add_task("training", total=self.config.max_steps, completed=start_step, info="")
@@ -255,7 +257,7 @@ class Trainer:
         values = self._averages.pop(self.accelerator)
         now = time.perf_counter()
         values["learning_rate"] = float(self.scheduler.get_last_lr()[0])
-        values["seconds"] = now - clock
+        values |= self._pace(now - clock)
         self.log.write(self.state.step, values)
         shown = ("loss", "action_loss", "align_loss")
         info = "  ".join(f"{name} {values[name]:.4f}" for name in shown if name in values)
@@ -263,6 +265,18 @@ class Trainer:
         if not self._console.is_terminal:
             self._report(f"step {self.state.step}/{self.config.max_steps}  {info}  ({values['seconds']:.1f} s)")
         return now
+
+    def _pace(self, seconds: float) -> dict[str, float]:
+        """Time, throughput and memory since the last log line; the rest takes as long a step as those steps."""
+        config, steps = self.config, self.state.step - self._logged_at
+        self._logged_at = self.state.step
+        samples = steps * config.batch_size * config.grad_accumulation_steps * self.accelerator.num_processes
+        return {
+            "seconds": seconds,
+            "samples_per_second": samples / seconds,
+            "seconds_left": seconds / steps * (config.max_steps - self.state.step),
+            "memory_gb": used_memory(self.accelerator.device) / 1e9,
+        }
 
     def _report(self, line: str) -> None:
         if self.accelerator.is_main_process:

@@ -8,13 +8,20 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from prismatic.checkpoint.layout import LOG_FILE
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, storage_errors
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
     from torch import Tensor
+
+
+# Columns that differ from run to run of the same training.
+PACE = ("seconds", "samples_per_second", "seconds_left", "memory_gb")
 
 
 class MetricAverager:
@@ -78,6 +85,17 @@ class MetricLog:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU since the last call; on a CPU, this process's resident memory."""
+    import torch
+
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    return int(psutil.Process().memory_info().rss)
 
 
 def _lock(folder: Path) -> int:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
+from urllib.request import urlopen
 
 import pytest
 
@@ -75,6 +81,41 @@ def test_the_page_shows_losses_pairs_widths_and_rollouts(runs: list[Path], tmp_p
     assert page.index("--failure.mp4") < page.index("--success.mp4")
     assert "../eval/rocket-20/videos/" in page and "../eval/rocket-10/" not in page
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+
+
+def test_a_watched_page_follows_the_run_and_is_served(runs: list[Path], tmp_path: Path) -> None:
+    """A real watcher beside a log that grows: the page says when to load it again, until the last step is there."""
+    log, eval_dir = runs[0] / "metrics.jsonl", tmp_path / "eval"
+    pace = {"samples_per_second": 2.5, "memory_gb": 12.0}
+    row = {"step": 30, "loss": 1.0, "action_loss": 0.1, "seconds": 60.0, "seconds_left": 7200.0, **pace}
+    with log.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    command = [sys.executable, "-m", "experiments.reproduce.training_page", str(runs[0]), "--eval", str(eval_dir)]
+    watcher = subprocess.Popen([*command, "--watch", "1", "--port", "0"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert watcher.stdout is not None
+        address = watcher.stdout.readline().removeprefix("page: ").strip()
+        page = urlopen(address, timeout=10).read().decode()
+        assert '<meta http-equiv="refresh" content="1.0">' in page
+        assert all(text in page for text in ("2.0 h", "2.5", "12 GB"))
+        video = re.search(r'src="([^"]+--failure[.]mp4)', page)
+        assert video is not None and urlopen(urljoin(address, video[1]), timeout=10).status == 200
+        with log.open("a") as file:
+            file.write(json.dumps(row | {"step": 40, "seconds_left": 0.0}) + "\n")
+        assert watcher.wait(30) == 0
+    finally:
+        watcher.kill()
+    page = (runs[0] / "training.html").read_text()
+    assert 'http-equiv="refresh"' not in page and "time left" not in page
+
+
+def test_a_port_that_is_taken_is_refused(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        assert training_page.main([str(runs[0]), "--watch", "5", "--port", port]) == 2
+    assert f"--port: {port} cannot be served" in capsys.readouterr().err
+    assert training_page.main([str(runs[0]), "--port", "0"]) == 2
+    assert "--port: 0 without --watch" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_log_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
