@@ -174,6 +174,10 @@ class Taps:
                 module.training = mode
         self.take()
 
+    def clear(self) -> None:
+        """Forget what was collected since the last `take`."""
+        self._rows, self._fault, self._begun, self._picked = {}, "", False, False
+
     def take(self) -> Tensor:
         """Rows of the last forward pass (K, B, N, D), with gradient; handed over once.
 
@@ -183,7 +187,7 @@ class Taps:
         self._pick()
         rows, fault = self._rows, self._fault
         begun = self._begun or bool(rows)
-        self._rows, self._fault, self._begun, self._picked = {}, "", False, False
+        self.clear()
         if not begun:
             raise ValueError(f"taps: no forward pass of {type(self._model).__name__} since the last take")
         kind = self._fired_once(rows, fault)
