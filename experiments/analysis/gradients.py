@@ -45,7 +45,11 @@ def measure_gradients(config: GradientsConfig, folder: str) -> Report:
     for forward in checkpoint.passes(gradients=True):
         with checkpoint.autocast():
             pairs = checkpoint.alignment.pair_losses(
-                forward.hidden_states, forward.vision_start, forward.num_vision_tokens, forward.teacher
+                forward.hidden_states,
+                forward.vision_start,
+                forward.num_vision_tokens,
+                forward.teacher,
+                forward.mask_BN,
             )
         cosines.update([*pairs.unbind(), forward.action_loss])
     reports = cosines.result()

@@ -41,6 +41,7 @@ class ForwardPass:
     vision_start: int
     num_vision_tokens: int
     teacher: Features
+    mask_BN: Tensor | None  # The image tokens that count, where not all do
     action_loss: Tensor
     attention_mask: Tensor
 
@@ -50,12 +51,17 @@ class _Recorder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shown: tuple[tuple[Tensor, ...], int, int, Features] | None = None
+        self.shown: tuple[tuple[Tensor, ...], int, int, Features, Tensor | None] | None = None
 
     def forward(
-        self, hidden_states: tuple[Tensor, ...], vision_start: int, num_vision_tokens: int, teacher: Features
+        self,
+        hidden_states: tuple[Tensor, ...],
+        vision_start: int,
+        num_vision_tokens: int,
+        teacher: Features,
+        mask_BN: Tensor | None = None,
     ) -> AlignOutput:
-        self.shown = (hidden_states, vision_start, num_vision_tokens, teacher)
+        self.shown = (hidden_states, vision_start, num_vision_tokens, teacher, mask_BN)
         zero = hidden_states[0].new_zeros((), dtype=torch.float32)
         return AlignOutput(zero, zero.new_zeros(0))
 
@@ -83,7 +89,7 @@ class LoadedCheckpoint:
             raise UsageError(
                 f"{folder}: no alignment (recipe {self.config.recipe_name}); accepted: one, with --vggt_path"
             )
-        self.training = TrainingRun(self.config, {}, self.align.student_layers)
+        self.training = TrainingRun(self.config, {}, self.align.student_layers or (0,))
         self.device = self.training.device
         self._targets: Targets = lambda batch: None
         self.alignment: MultiLayerAlignment = self._build_alignment(teacher_dim, teacher_layers)

@@ -124,15 +124,16 @@ def _by_cka(config: SelectConfig, checkpoint: LoadedCheckpoint, depths: dict[str
 def student_importance(checkpoint: LoadedCheckpoint, window: int) -> list[float]:
     """Mean cosine between the input of each window of LLM blocks and its output, over all tokens but padding."""
     masks: list[Tensor] = []
-    with residual_stream(checkpoint.module.vla.language_model.model.layers) as states:
+    with residual_stream(checkpoint.training.family.blocks(checkpoint.training.parts)) as states:
 
         def streams() -> Iterator[list[Tensor]]:
             for forward in checkpoint.passes():
-                # The images (and proprio) stand behind the first token of the text.
+                # The images (and proprio) stand before the text, or behind its first token.
                 text = forward.attention_mask.bool()
                 extra = states[0].shape[1] - text.shape[1]
                 inserted = torch.ones(len(text), extra, dtype=torch.bool, device=text.device)
-                masks[:] = [torch.cat((text[:, :1], inserted, text[:, 1:]), dim=1)]
+                start = forward.vision_start
+                masks[:] = [torch.cat((text[:, :start], inserted, text[:, start:]), dim=1)]
                 yield list(states)
 
         return layer_importance(streams(), (window,), mask=_latest(masks))[window].tolist()

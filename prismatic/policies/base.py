@@ -64,7 +64,7 @@ class PolicyFamily(Protocol):
     def batch_transform(self, config: TrainConfig, processor: Any, platform: Platform) -> Callable[[Frame], Sample]:
         """Frame to sample."""
 
-    def image_transform(self, processor: Any, *, image_aug: bool) -> PolicyImageTransform:
+    def image_transform(self, processor: Any, *, image_aug: bool, image_crop: bool = True) -> PolicyImageTransform:
         """Camera image to the policy's image, for training and rollouts."""
 
     def collator(self, processor: Any) -> Callable[[Sequence[Sample]], Batch]:
@@ -98,6 +98,9 @@ class PolicyFamily(Protocol):
 
     def student_dim(self, parts: PolicyParts) -> int:
         """Width of the hidden states."""
+
+    def blocks(self, parts: PolicyParts) -> nn.ModuleList:
+        """Blocks of the transformer that reads the image tokens."""
 
     def image_tokens(self, parts: PolicyParts) -> int:
         """Image tokens a view."""

@@ -37,6 +37,8 @@ class OpenVLA:
 
     def check(self, config: TrainConfig, start: StartingPoint) -> None:
         """Refuse adapters of layers that the model does not have; :meth:`TrainConfig.validate` checks the rest."""
+        if not config.image_crop:
+            raise UsageError("--image_crop: False found; accepted for openvla, which rollouts crop: True")
         if config.use_lora and config.lora_targets != ALL_LINEAR:
             openvla_targets(skeleton(start.base), config.lora_targets)
 
@@ -79,7 +81,7 @@ class OpenVLA:
             num_images=config.num_images_in_input,
         )
 
-    def image_transform(self, processor: Any, *, image_aug: bool) -> PolicyImageTransform:
+    def image_transform(self, processor: Any, *, image_aug: bool, image_crop: bool = True) -> PolicyImageTransform:
         """Lanczos resize; random crop and colors with `image_aug`."""
         height, width = processor.image_processor.input_sizes[0][-2:]
         return PolicyImageTransform((int(height), int(width)), AugmentRanges() if image_aug else None)
@@ -118,6 +120,11 @@ class OpenVLA:
     def student_dim(self, parts: PolicyParts) -> int:
         """Width of the LLM."""
         return int(parts.vla.llm_dim)
+
+    def blocks(self, parts: PolicyParts) -> nn.ModuleList:
+        """Blocks of the LLM."""
+        layers: nn.ModuleList = parts.vla.language_model.model.layers
+        return layers
 
     def image_tokens(self, parts: PolicyParts) -> int:
         """Patches of a view."""

@@ -154,10 +154,11 @@ class _Pi:
         """Letterboxed views, prompt, padded actions and state, noise and time."""
         return PiBatchTransform(processor, self.name, config.use_proprio, config.num_images_in_input)
 
-    def image_transform(self, processor: Any, *, image_aug: bool) -> LetterboxTransform:
-        """openpi's letterbox; its crop and colors with `image_aug`."""
+    def image_transform(self, processor: Any, *, image_aug: bool, image_crop: bool = True) -> LetterboxTransform:
+        """openpi's letterbox; with `image_aug` its colors, and its crop with `image_crop`."""
         side = processor.image_processor.input_sizes[0][-1]
-        return LetterboxTransform((side, side), PI_RANGES if image_aug else None)
+        ranges = PI_RANGES if image_crop else replace(PI_RANGES, crop_area=1.0)
+        return LetterboxTransform((side, side), ranges if image_aug else None)
 
     def collator(self, processor: Any) -> Callable[[Sequence[Any]], Batch]:
         """Prompts padded to the longest."""
@@ -223,6 +224,11 @@ class _Pi:
     def student_dim(self, parts: PolicyParts) -> int:
         """Width of the prefix."""
         return int(parts.vla.config.vlm_config.text_config.hidden_size)
+
+    def blocks(self, parts: PolicyParts) -> nn.ModuleList:
+        """Blocks of the prefix."""
+        layers: nn.ModuleList = parts.vla.language_model.layers
+        return layers
 
     def image_tokens(self, parts: PolicyParts) -> int:
         """Tokens of a camera."""

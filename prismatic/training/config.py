@@ -55,6 +55,7 @@ class TrainConfig:
     batch_size: int = limited(8, least=1)  # Samples per process and forward pass
     learning_rate: float = limited(5e-4, above=0)  # Peak learning rate (AdamW)
     weight_decay: float = limited(0.01, least=0)  # AdamW weight decay
+    adam_beta2: float = limited(0.999, least=0, below=1)  # AdamW's decay of squared gradients
     optimizer: Optimizer = "adamw"  # adamw | adamw_8bit | paged_adamw_8bit (bitsandbytes, on GPUs)
     max_grad_norm: float = limited(0.0, least=0)  # Gradient norm clip; 0 does not clip
     skip_nonfinite: bool = False  # Leave out batches whose gradient is not finite; every step waits for the device
@@ -64,6 +65,7 @@ class TrainConfig:
     ema_decay: float = limited(0.0, least=0, below=1)
     lr_warmup_steps: int = limited(0, least=0)  # Linear warm-up from a tenth of the rate
     scheduler: Scheduler = "MultiStepLR"  # MultiStepLR | CosineAnnealingLR
+    final_learning_rate: float = limited(0.0, least=0)  # CosineAnnealingLR: where it ends
     num_steps_before_decay: int = limited(100_000, least=1)  # MultiStepLR: x0.1 after this many steps
     grad_accumulation_steps: int = limited(1, least=1)  # Forward passes per optimizer step
     max_steps: int = limited(200_000, least=1)  # Optimizer steps
@@ -94,6 +96,7 @@ class TrainConfig:
 
     # Data loading
     image_aug: bool = True  # Random crop and color jitter
+    image_crop: bool = True  # pi0, pi0.5: with --image_aug, crop too; False: colors alone
     num_workers: int = limited(1, least=0)  # Loader processes
 
     # LoRA

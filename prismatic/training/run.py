@@ -64,7 +64,9 @@ def make_dataset(
     """The training data of the flags (augmented where they say so), or the validation split without augmentation."""
     if config.dataset_file:
         register_datasets(Path(config.dataset_file))
-    image_transform = family.image_transform(processor, image_aug=config.image_aug and train)
+    image_transform = family.image_transform(
+        processor, image_aug=config.image_aug and train, image_crop=config.image_crop
+    )
     return RLDSDataset(
         config.data_root_dir,
         config.dataset_name,
