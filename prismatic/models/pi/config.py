@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PI0Config
+from transformers import AutoConfig, PI0Config
 
 from prismatic.util.errors import UsageError, unknown_name
 from prismatic.util.files import read_json
@@ -37,6 +37,9 @@ class Pi05Config(PI0Config):
     """The same fields for pi0.5, which transformers has no class for."""
 
     model_type = "pi05"
+
+
+AutoConfig.register("pi05", Pi05Config, exist_ok=True)  # Else a tokenizer beside its config.json warns.
 
 
 def pi_config(kind: str, **fields: Any) -> PI0Config:
