@@ -13,6 +13,7 @@ Not obvious:
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from prismatic.training.config import Shard
 from prismatic.training.precision import make_accelerator, resolve_precision
 from prismatic.util.errors import UsageError
+from prismatic.util.files import read_json
 
 Moments = Mapping[str, Mapping[str, Tensor]]
 _BLOCK = re.compile(r"(^|\.)(layers|blocks)\.\d+$")
@@ -38,16 +40,20 @@ class Engine:
     """Every process holds the whole model; several average their gradients (DDP).
 
     Attributes:
-        accelerator: processes, devices and precision.
+        accelerator: processes and devices.
+        compute_dtype: of the arithmetic under `accelerator.autocast()`.
         module: the wrapped module, after :meth:`prepare`; `plain` without the wrapper.
         optimizer: the prepared optimizer.
         sharded: no process holds the whole model, so all of them must run the same forward passes.
+        can_leave_out: a step's gradient can be looked at and forgotten.
     """
 
     sharded = False
+    can_leave_out = True
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+        self.compute_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
         self.module: Any = None
         self.plain: Any = None
         self.optimizer: Any = None
@@ -195,6 +201,12 @@ class FsdpEngine(Engine):
             self._set_moments(moments_by_name(saved, self.parameters))
 
 
+def say_sharded(accelerator: Accelerator, kind: DistributedType) -> None:
+    """Let accelerate's state say what it does on GPUs alone; each AcceleratorState() copies from the PartialState."""
+    for state in (accelerator.state, PartialState()):
+        state.distributed_type = kind
+
+
 def blocks(module: nn.Module) -> list[nn.Module]:
     """The blocks of the transformers in `module`, whose weights are gathered and freed together."""
     return [part for name, part in module.named_modules() if _BLOCK.search(name)]
@@ -284,11 +296,16 @@ def make_engine(
     if chosen == "none" or int(os.environ.get("WORLD_SIZE") or 1) == 1:
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)]
         return Engine(make_accelerator(mixed_precision, kwargs_handlers=handlers, **options))
+    if chosen != "fsdp":
+        if importlib.util.find_spec("deepspeed") is None:
+            raise UsageError(f'--shard: {chosen} found; accepted: fsdp, or after pip install -e ".[deepspeed]"')
+        from prismatic.training.zero import ZeroEngine  # An extra, and slow to import.
+
+        return ZeroEngine(int(chosen[-1]), mixed_precision, **options)
     plugin = _fsdp_plugin(mixed_precision, trains_all=trains_all)
     accelerator = make_accelerator(mixed_precision, fsdp_plugin=plugin, **options)
     if accelerator.distributed_type != DistributedType.FSDP:
-        for state in (accelerator.state, PartialState()):  # Each AcceleratorState() copies from the latter.
-            state.distributed_type = DistributedType.FSDP
+        say_sharded(accelerator, DistributedType.FSDP)
         accelerator.state.fsdp_plugin = plugin
     return FsdpEngine(accelerator)
 
@@ -338,4 +355,11 @@ def _launchers_choice() -> Shard | None:
         if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
             raise UsageError(f"accelerate's configuration: fsdp_version {version} found; accepted: 2")
         return "fsdp"
+    if says("ACCELERATE_USE_DEEPSPEED"):
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        if (file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none":
+            stage = str(read_json(Path(file)).get("zero_optimization", {}).get("stage", stage))
+        if stage not in ("2", "3"):
+            raise UsageError(f"accelerate's configuration: zero_stage {stage} found; accepted: 2 or 3")
+        return cast(Shard, f"zero{stage}")
     return None

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.tracking import TensorBoardTracker
 from accelerate.utils import set_seed
 from torch import nn
@@ -120,8 +119,10 @@ class TrainingRun:
                 f"--optimizer: {config.optimizer} found in a sharded run; accepted: adamw, or --shard none"
             )
         self.accelerator = self.engine.accelerator
+        if (config.skip_nonfinite or config.skip_spikes) and not self.engine.can_leave_out:
+            raise UsageError("--skip_nonfinite, --skip_spikes: found with ZeRO; accepted: without, or --shard fsdp")
         self.device = self.accelerator.device
-        self.compute_dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+        self.compute_dtype = self.engine.compute_dtype
         set_seed(config.seed)
         weights_dtype = base_weights_dtype(self.compute_dtype, self.device, frozen=config.use_lora)
         self.processor = self.family.load_processor(self.start.base)

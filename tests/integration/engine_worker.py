@@ -18,7 +18,8 @@ def main(file: str) -> None:
     torch.distributed.destroy_process_group = lambda *_: None  # The launch has one; a run's end would take it away.
     for flags in json.loads(Path(file).read_text()):
         if flags.get("shard", "auto") != "auto":
-            os.environ.pop("ACCELERATE_USE_FSDP", None)  # The case before left it.
+            for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+                os.environ.pop(name, None)  # The case before left it.
         AcceleratorState._reset_state(reset_partial_state=True)
         paths = {name: Path(flags[name]) for name in ("data_root_dir", "run_root_dir")}
         assert script.main(script.FinetuneConfig(**flags | paths)) == 0

@@ -3,6 +3,7 @@ checkpoints."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -160,6 +161,33 @@ def test_sharding_changes_no_random_number(launch: Callable[..., None], tmp_path
         assert last["val/action_loss"] == pytest.approx(other["val/action_loss"], rel=1e-6)
         got = _weights(tmp_path / folder / "run--2_chkpt")
         assert all((got[name] - value).abs().max() <= 1e-6 for name, value in want.items())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="the extra deepspeed is not installed")
+def test_zero_trains_as_ddp_and_goes_on_from_other_engines(launch: Callable[..., None], tmp_path: Path) -> None:
+    """Stage 2; stage 3 begun by stage 2; FSDP begun by stage 3. What takes no part in the loss decays a little."""
+    flags = {"recipe": "rocket", "max_steps": 2, "save_freq": 1, "batch_size": 1, "grad_accumulation_steps": 2}
+    flags |= {"merge_lora_during_training": True}
+    zero2, zero3 = tmp_path / "zero2", tmp_path / "zero3"
+    launch(
+        2,
+        flags | {"run_root_dir": tmp_path / "ddp", "shard": "none"},
+        flags | {"run_root_dir": zero2, "shard": "zero2"},
+        flags | {"run_root_dir": zero3, "shard": "zero3"},
+        *(
+            flags | {"run_root_dir": tmp_path / f"{shard} goes on", "shard": shard, "resume": True, "vla_path": begun}
+            for shard, begun in (("zero3", zero2 / "run--1_chkpt"), ("fsdp", zero3 / "run--1_chkpt"))
+        ),
+    )
+    rows, want = read_log(tmp_path / "ddp" / "run" / "metrics.jsonl"), _weights(tmp_path / "ddp" / "run--2_chkpt")
+    for folder in (zero2, zero3, tmp_path / "zero3 goes on", tmp_path / "fsdp goes on"):
+        actual = read_log(folder / "run" / "metrics.jsonl")
+        for row, other in zip(actual, rows[-len(actual) :]):
+            assert all(row[name] == pytest.approx(other[name], rel=1e-5) for name in other.keys() - {"seconds"})
+        got = _weights(folder / "run--2_chkpt")
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert (got[name] - value).abs().max() <= 1e-5, (folder.name, name)
 
 
 def test_a_state_of_other_parameters_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from prismatic.training.engine import resolve_shard
@@ -25,6 +27,20 @@ def test_the_launcher_decides_where_the_flag_does_not(monkeypatch: pytest.Monkey
     assert resolve_shard("auto") == resolve_shard("fsdp") == "fsdp"
     with pytest.raises(UsageError, match="--shard: none found, but fsdp in accelerate's configuration"):
         resolve_shard("none")
+
+
+def test_the_stage_comes_from_accelerate_or_a_file_of_deepspeeds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert resolve_shard("auto") == "zero2"
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero.json"))
+    assert resolve_shard("auto") == resolve_shard("zero3") == "zero3"
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")
+    with pytest.raises(UsageError, match="zero_stage 1 found; accepted: 2 or 3"):
+        resolve_shard("auto")
 
 
 def test_what_is_not_known_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
