@@ -140,10 +140,10 @@ def compare(expected: Path, actual: Path, step: int) -> tuple[list[str], int]:
     return differing, len(names) + len(rows[0])
 
 
-def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+def _equal(expected: torch.Tensor | None, actual: torch.Tensor | None) -> bool:
     import torch
 
-    return one is not None and other is not None and torch.equal(one, other)
+    return expected is not None and actual is not None and torch.equal(expected, actual)
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
