@@ -46,7 +46,7 @@ class KillsConfig:
     kills: int = limited(20, least=1)
     max_steps: int = limited(30, least=1)
     save_freq: int = limited(2, least=1)
-    seed: int = 0  # Of the moments
+    seed: int = limited(0, least=0)  # Of the moments
     work_dir: Path = Path("runs/kills")  # Emptied first
     out: str = "benchmarks/results/kills.json"
 

@@ -27,7 +27,7 @@ from prismatic.checkpoint.write import CheckpointWriter, restore_random_state
 from prismatic.policies import get_family
 from prismatic.training.config import TrainConfig
 from prismatic.training.ema import WeightAverage, load_trained_weights, trained_weights
-from prismatic.training.engine import make_engine
+from prismatic.training.launch import make_engine
 from prismatic.training.loop import Targets, Trainer, TrainState
 from prismatic.training.metrics import MetricLog, read_log
 from prismatic.training.module import Coefficient, TrainablePolicy, count_parameters, move_batch
@@ -119,8 +119,9 @@ class TrainingRun:
                 f"--optimizer: {config.optimizer} found in a sharded run; accepted: adamw, or --shard none"
             )
         self.accelerator = self.engine.accelerator
-        if (config.skip_nonfinite or config.skip_spikes) and not self.engine.can_leave_out:
-            raise UsageError("--skip_nonfinite, --skip_spikes: found with ZeRO; accepted: without, or --shard fsdp")
+        for flag in ("skip_nonfinite", "skip_spikes", "ema_decay"):
+            if getattr(config, flag) and not self.engine.gives_access:
+                raise UsageError(f"--{flag}: {getattr(config, flag)} found with ZeRO; accepted: --shard fsdp, or 0")
         self.device = self.accelerator.device
         self.compute_dtype = self.engine.compute_dtype
         set_seed(config.seed)

@@ -33,7 +33,7 @@ class ZeroEngine(Engine):
         options: further arguments of accelerate's Accelerator.
     """
 
-    can_leave_out = False
+    gives_access = False
 
     def __init__(self, stage: int, mixed_precision: str, **options: Any) -> None:
         from accelerate.utils import DeepSpeedPlugin

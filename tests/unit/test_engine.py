@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prismatic.training.engine import resolve_shard
+from prismatic.training.launch import resolve_shard
 from prismatic.util.errors import UsageError
 
 
