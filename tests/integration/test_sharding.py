@@ -23,7 +23,7 @@ from prismatic.training.metrics import PACE, read_log
 TORCHRUN = "torch.distributed.run --standalone --nproc_per_node"
 ACCELERATE = "accelerate.commands.launch --use_fsdp --fsdp_version 2 --main_process_port 0 --num_processes"
 # AdamW turns a gradient's rounding into at most a learning rate, whatever its size.
-FLAGS = {"learning_rate": 1e-4, "max_grad_norm": 1.0, "merge_lora_during_training": False}
+FLAGS = {"learning_rate": 2e-5, "max_grad_norm": 1.0, "merge_lora_during_training": False}
 
 
 @pytest.fixture
