@@ -1,6 +1,7 @@
 """Predict memory and operations of a training step of OpenVLA-7B with VGGT-1B, from the code itself.
 
     python benchmarks/budget.py                                          batch 1, 4, 8 with and without checkpointing
+    python benchmarks/budget.py --processes 8 --use_lora False           full fine-tuning, sharded over 8 GPUs
     python benchmarks/budget.py --measured benchmarks/results/full_size_step.json      and set beside a measured step
 
 The training module runs forward and backward at full size on fake tensors: shapes and types pass through every
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # Reported by users for one 80 GB GPU: OpenVLA-OFT's LoRA training, and the same with a VGGT teacher (GB by batch size).
 PUBLISHED = {"baseline": {1: 25, 8: 62}, "rocket": {1: 30, 8: 74}}
 # What a process holds on a GPU beside tensors: CUDA context, libraries' work spaces, the allocator's rounding.
+FORWARD_PHASES = ("teacher forward", "student forward")
 OVERHEAD_BYTES = 1_500_000_000
 GPU_BYTES = {"40 GB": 40 * 10**9, "80 GB": 80 * 10**9}
 
@@ -43,6 +45,9 @@ class BudgetConfig:
     llm_blocks: int = limited(32, least=1)  # Fewer: for a measured step of a smaller depth
     vision_blocks: int = limited(0, least=0)  # Blocks of each vision model; 0: all
     teacher_blocks: int = limited(24, least=1)
+    use_lora: bool = True  # False trains every weight of the model
+    processes: int = limited(1, least=1)  # Processes that --shard fsdp divides the model among; the peak is that of one
+    shard_teacher: bool = False  # They divide the teacher too
     measured: str = ""  # Results of full_size_step.py to compare with; its sizes and flags go before those given here
     out: str = "benchmarks/results/budget.json"  # Results file
 
@@ -110,6 +115,11 @@ def predict(
     moments = 2 * sum(p.numel() * p.element_size() for p in trained)
     weights = _weights(module, teacher)
     peak = max(phase.peak_bytes for phase in tracker.phases.values()) + moments
+    if (processes := getattr(config, "processes", 1)) > 1:
+        activations = max(kept, *(tracker.phases[name].peak_bytes - resident for name in FORWARD_PHASES))
+        divided = [module, teacher] if teacher is not None and config.shard_teacher else [module]
+        whole = resident - sum(parameter_bytes(part) for part in divided)
+        peak = whole + activations + sum(sharded_bytes(part, processes) for part in divided)
     return {
         "recipe": recipe,
         "pairs": align.num_pairs,
@@ -139,16 +149,48 @@ def build_on_meta(
     from prismatic.vla.platforms import LIBERO
     from rocket_align import VGGTTeacher
 
+    use_lora = getattr(config, "use_lora", True)
     training = training_config(1, gradient_checkpointing=gradient_checkpointing, lora_rank=config.lora_rank)
+    training.use_lora = use_lora
     align = sizes.alignment(recipe)
     with torch.device("meta"):
         base: Any = OpenVLAForActionPrediction(sizes.student())
-        vla = prepare_for_training(base.to(torch.bfloat16), training, LIBERO)
+        vla = prepare_for_training(base.to(torch.bfloat16 if use_lora else torch.float32), training, LIBERO)
         vla.vision_backbone.set_num_images_in_input(config.views)
         parts = build_parts(training, StartingPoint("", None, 0), vla, LIBERO)
         teacher = VGGTTeacher(sizes.teacher(), align.teacher_layers) if align.num_pairs else None
         module = build_module(parts, align, sizes.teacher().embed_dim)
     return module, None if teacher is None else teacher.to(torch.bfloat16)
+
+
+def parameter_bytes(module: Any) -> int:
+    """Bytes of a module's parameters, shared ones once."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def sharded_bytes(module: Any, processes: int) -> int:
+    """Most bytes of weights, gradients and AdamW's moments in one of the processes that FSDP divides a module among.
+
+    Beside its part of all of them, a process has the weights outside of the blocks, gathered, and two blocks: the one
+    at work and the next, with their gradients. float32 weights that train in blocks are gathered as bf16 where no
+    weight of the module is bf16 already, which is full fine-tuning.
+    """
+    import torch
+
+    from prismatic.training.engine import blocks
+
+    trains_all = not any(p.dtype == torch.bfloat16 for p in module.parameters())
+
+    def gathered(parameters: Any) -> int:
+        weights = sum(p.numel() * (2 if trains_all else p.element_size()) for p in parameters)
+        return weights + sum(p.numel() * (2 if trains_all else 4) for p in parameters if p.requires_grad)
+
+    in_blocks = [list(block.parameters()) for block in blocks(module)]
+    known = {id(p) for parameters in in_blocks for p in parameters}
+    outside = [p for p in module.parameters() if id(p) not in known]
+    trains = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    part = -(-(parameter_bytes(module) + 3 * trains) // processes)
+    return part + gathered(outside) + 2 * max(map(gathered, in_blocks), default=0)
 
 
 def _weights(module: TrainableVLA, teacher: Any | None) -> dict[str, int]:

@@ -38,6 +38,8 @@ Targets: TypeAlias = "Callable[[Batch], TeacherFeatures | AlignmentTargets | Non
 class FinetuneConfig(AlignFlags, TrainConfig):
     """OpenVLA-OFT's flags and ROCKET's."""
 
+    shard_teacher: bool = False  # With --shard fsdp: divide the frozen teacher among the processes too
+
 
 @dataclass
 class StoreConfig(FinetuneConfig):
@@ -144,6 +146,8 @@ def _online_targets(training: TrainingRun, align: AlignConfig) -> Targets:
         teacher = load_teacher(flags.teacher, align.teacher_layers, flags.teacher_type, device=device, dtype=dtype)
     except ValueError as error:
         raise UsageError(f"--{'teacher_path' if flags.teacher_path else 'vggt_path'}: {error}") from error
+    if flags.shard_teacher:
+        training.engine.shard_frozen(teacher)
     targets = TeacherTargets(teacher, training.processor.image_processor)
     return lambda batch: targets(batch["pixel_values"], _present_cameras(batch))
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from prismatic.util.errors import UsageError
 
 Moments = Mapping[str, Mapping[str, Tensor]]
-_BLOCK = re.compile(r"(^|\.)(layers|blocks)\.\d+$")
+_BLOCK = re.compile(r"(^|\.)(layers?|(\w+_)?blocks)\.\d+$")
 
 
 class Engine:
@@ -110,6 +110,11 @@ class Engine:
         """The optimizer's whole state dict, or None where :meth:`save_optimizer` writes it. Call on every process."""
         return self.optimizer.state_dict()
 
+    def shard_frozen(self, module: nn.Module) -> None:
+        """Divide a frozen module, such as a teacher, among the processes. Raises UsageError without FSDP."""
+        if self.accelerator.num_processes > 1:
+            raise UsageError("--shard_teacher: True found without FSDP; accepted: False, or --shard fsdp")
+
     def save_optimizer(self, folder: Path) -> None:
         """Write a sharded optimizer's state; call on every process."""
 
@@ -174,6 +179,13 @@ class FsdpEngine(Engine):
     def optimizer_state(self) -> None:
         """None: it is written in shards."""
         return None
+
+    def shard_frozen(self, module: nn.Module) -> None:
+        """Shard block by block; each forward pass gathers and frees them."""
+        from torch.distributed.fsdp import fully_shard
+
+        for part in (*blocks(module), module):
+            fully_shard(part, reshard_after_forward=True)
 
     def save_optimizer(self, folder: Path) -> None:
         """Write this process's shards, once the main process has made room for them."""

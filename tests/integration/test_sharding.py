@@ -107,7 +107,7 @@ def test_two_processes_train_as_one(
         2,
         lora | halves | {"run_root_dir": tmp_path / "ddp", "shard": "none"},
         lora | halves | {"run_root_dir": tmp_path / "fsdp", "shard": "fsdp", "gradient_checkpointing": True},
-        full | {"run_root_dir": tmp_path / "fsdp_full", "shard": "fsdp", "batch_size": 1},
+        full | {"run_root_dir": tmp_path / "fsdp_full", "shard": "fsdp", "batch_size": 1, "shard_teacher": True},
     )
     _assert_equal(tmp_path / "ddp", tmp_path / "one", 3)
     _assert_equal(tmp_path / "fsdp", tmp_path / "one", 3)

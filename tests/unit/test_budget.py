@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.budget import compare_with_published, predict
+from benchmarks.budget import compare_with_published, predict, sharded_bytes
 from benchmarks.full_size import Sizes, make_batch
 from benchmarks.live_bytes import LiveBytes
 
@@ -45,6 +45,28 @@ def test_checkpointing_trades_operations_for_memory() -> None:
     # Two moments, as large as what trains; the frozen weights have none.
     assert with_it["optimizer_bytes"] == 2 * with_it["gradient_bytes"]
     assert with_it["fits"] == {"40 GB": True, "80 GB": True}
+
+
+def test_a_process_has_its_part_two_blocks_and_what_is_outside_of_blocks() -> None:
+    module = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList(torch.nn.Linear(10, 10) for _ in range(3))})
+    module["head"] = torch.nn.Linear(10, 4)
+    block, head = 110, 44
+    # float32 weights, gradients and two moments divided by four; bf16 weights and gradients gathered.
+    assert sharded_bytes(module, 4) == 4 * (3 * block + head) * 4 // 4 + 4 * head + 2 * 4 * block
+    for part in module["blocks"]:
+        part.to(torch.bfloat16).requires_grad_(False)
+    frozen = 2 * 3 * block
+    assert sharded_bytes(module, 4) == (frozen + 16 * head) // 4 + 8 * head + 2 * 2 * block
+
+
+def test_sharding_a_full_fine_tuning_saves_memory() -> None:
+    flags = SimpleNamespace(**vars(FLAGS), use_lora=False, shard_teacher=True)
+    peaks = [
+        predict(ONE_BLOCK, SimpleNamespace(**vars(flags), processes=n), batch_size=1, gradient_checkpointing=True)
+        for n in (1, 2, 8)
+    ]
+    whole, two, eight = (row["peak_bytes"] for row in peaks)
+    assert eight < two < whole and eight < 0.6 * whole
 
 
 def test_the_batch_is_as_the_data_hand_it_over() -> None:
