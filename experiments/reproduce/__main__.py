@@ -3,6 +3,7 @@
     python -m experiments.reproduce list
     python -m experiments.reproduce run table8 [--profile mini|paper] [--out DIR] [--dry_run] ...
     python -m experiments.reproduce report [--profile mini|paper]
+    python -m experiments.reproduce confirm [--out DIR] [--dry_run] ...
 
 What is done is skipped: run again after an interruption, and run one table after another, since they share policies.
 Exit codes: 0 done, 1 a command failed (its log is named), 2 wrong flags, 130 interrupted.
@@ -45,6 +46,11 @@ def make_parser() -> CommandParser:
     run.add_argument("--processes", type=int, default=0, help="GPUs of one command (default: 1 mini, 4 paper)")
     run.add_argument("--parallel", type=int, default=0, help="commands side by side (default: cores; paper 1)")
     run.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
+    confirm = commands.add_parser("confirm", help="run the registered confirmation, docs/confirmation.md")
+    confirm.add_argument("--out", type=Path, help="datasets, runs and logs (default: runs/reproduce/confirmation)")
+    confirm.add_argument("--seeds", default="", help="comma list, to try it out or to share the registered ones out")
+    confirm.add_argument("--parallel", type=int, default=0, help="commands side by side (default: cores)")
+    confirm.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
     report = commands.add_parser("report", help="write report.md and report.html from the result files")
     report.add_argument("--profile", default="mini", choices=PROFILES)
     report.add_argument("--out", type=Path, help="folder of the report (default: beside the result files)")
@@ -138,16 +144,37 @@ def choose_arms(text: str, studies: Sequence[Study], profile: Profile) -> frozen
 
 def run_studies(arguments: argparse.Namespace) -> int:
     """Run (or print) the commands of the chosen studies; returns the exit code."""
-    from rich.console import Console
-
-    studies, paths, console = choose_studies(arguments.study), make_paths(arguments), Console()
+    studies, paths = choose_studies(arguments.study), make_paths(arguments)
     wanted = choose_arms(arguments.arms, studies, paths.profile)
     chains = make_chains(studies, paths, wanted)
     # Analyses compare arms: with a part of them, there is nothing to compare.
     analyses = () if wanted else make_analysis_chains(studies, paths)
     makes_data = paths.profile.collect and arguments.data_root_dir is None
     collection = (Chain((collect_job(paths),)),) if makes_data else ()
-    stages = (collection, make_preparations(studies, paths, wanted), chains, analyses)
+    return run_stages((collection, make_preparations(studies, paths, wanted), chains, analyses), paths, arguments)
+
+
+def run_confirmation(arguments: argparse.Namespace) -> int:
+    """Run (or print) the commands of the confirmation and write its verdict; returns the exit code."""
+    from experiments.report import markdown_table
+    from experiments.reproduce import confirm
+
+    out = arguments.out or Path("runs/reproduce") / confirm.REGIME.name
+    paths = confirm.make_paths(out, split_numbers("--seeds", arguments.seeds))
+    # Results of seeds that are not registered stay out of the repository's.
+    registered = set(paths.profile.seeds) <= set(confirm.REGIME.seeds)
+    results = confirm.RESULTS if registered else paths.out / "results"
+    code = run_stages(confirm.make_stages(paths, results), paths, arguments)
+    if not arguments.dry_run and (table := confirm.write_verdict(results)):
+        print("\n".join(markdown_table(*table)))
+    return code
+
+
+def run_stages(stages: Sequence[Sequence[Chain]], paths: StudyPaths, arguments: argparse.Namespace) -> int:
+    """Run the stages one after the other, or print their commands; returns the exit code."""
+    from rich.console import Console
+
+    console = Console()
     if arguments.dry_run:
         jobs = {job.name: job for stage in stages for chain in stage for job in chain.jobs}
         for job in jobs.values():
@@ -172,6 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.command == "run":
         return run_studies(arguments)
+    if arguments.command == "confirm":
+        return run_confirmation(arguments)
     from experiments.reproduce.report import write_report
 
     print(f"report: {write_report(arguments.profile, arguments.out)}")

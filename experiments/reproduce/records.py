@@ -54,7 +54,7 @@ def write_record(paths: StudyPaths, arm: Arm, seed: int, jobs: Iterable[Job], re
         # What trained the policy; checkpoints of other code may not say.
         "code": configuration.get("code") or earlier.get("code") or code_version(),
         "versions": configuration.get("versions") or earlier.get("versions") or package_versions(),
-        "configuration": _portable(paths, configuration),
+        "configuration": portable(paths, configuration),
         "alignment": alignment if alignment.get("student_layers") else {},
         "training": training_curves(paths.out / "runs" / run_id),
         "evaluations": [evaluation_record(folder) for folder in evaluated],
@@ -78,7 +78,7 @@ def write_analysis_record(
         "command": _command(paths, job),
         "code": code_version(),
         "versions": package_versions(),
-        "result": _portable(paths, json.loads(job.result.read_text(), parse_float=_rounded)),
+        "result": portable(paths, json.loads(job.result.read_text(), parse_float=_rounded)),
     }
     atomic_write(path, json.dumps(record) + "\n")
     if seed == paths.profile.seeds[0]:
@@ -140,10 +140,10 @@ def evaluation_record(folder: Path, step: int | None = None) -> dict[str, Any]:
 
 def _command(paths: StudyPaths, job: Job) -> list[str]:
     """Read what was run: a job that was done already may have had other flags than it would get now."""
-    return _portable(paths, logged_arguments(paths.logs / f"{job.name}.log") or job.arguments)
+    return portable(paths, logged_arguments(paths.logs / f"{job.name}.log") or job.arguments)
 
 
-def _portable(paths: StudyPaths, value: Any) -> Any:
+def portable(paths: StudyPaths, value: Any) -> Any:
     """The value with this machine's folders cut from paths."""
     text = json.dumps(value)
     for folder in (json.dumps(str(path))[1:-1] for path in (paths.out.resolve(), ROOT)):
