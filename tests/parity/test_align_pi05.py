@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rocket_align import AlignConfig, MultiLayerAlignment, TeacherFeatures, pool_teacher, tap_names, token_mask
+from prismatic.models.pi.weights import published_name
+from rocket_align import AlignConfig, MultiLayerAlignment, TeacherFeatures, attach, pool_teacher, tap_names, token_mask
+from tests.helpers.pi_models import PiRecord
 
 RECORDS = ("shared_matryoshka", "independent")
 
@@ -90,3 +92,24 @@ def test_gradients_at_the_projectors(record: str, golden: Any, description: Any,
     for name, gradient in expected.items():
         computed = module.get_parameter(name.replace(".", ".0.", 1)).grad
         torch.testing.assert_close(computed, gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_an_aligned_step_of_the_policy(record: str, golden: Any, description: Any, golden_dir: Path) -> None:
+    """Taps, loss and gradients of the whole model, as the release's step has them."""
+    recorded = PiRecord(golden_dir, "pi05")
+    policy = recorded.policy()
+    names = tap_names(description["pairs"]["student"], 4, convention="openpi-torch")
+    taps = attach(policy, names, range(27))
+    losses = policy(**recorded.batch()).losses
+    aligned = alignment(record, golden).align(taps.take(), teacher(golden), golden["align_mask"])
+    total = losses.mean() + 0.5 * aligned.loss
+    total.backward()
+    assert total.item() == pytest.approx(description["records"][record]["total_lambda_0_5"], rel=1e-5)
+    gradients = {published_name(name): value.grad for name, value in policy.named_parameters()}
+    prefix = f"{record}.student_grad."
+    expected = {key.removeprefix(prefix): value for key, value in golden.items() if key.startswith(prefix)}
+    assert expected and expected.keys() <= gradients.keys()
+    for name, gradient in expected.items():
+        computed = gradients[name]
+        assert computed is not None and (computed - gradient).norm() <= 1e-3 * gradient.norm(), name
