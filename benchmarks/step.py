@@ -1,0 +1,128 @@
+"""CPU time and memory of a training step: this build, a plain step written here, and an earlier build, in one run.
+
+    python benchmarks/step.py                           mini and mid-size models; ten minutes on two cores
+    python benchmarks/step.py --earlier ../earlier      also a checkout of an earlier commit
+
+Ways of doing the same step (same weights, same inputs) run in processes of their own, one thread each, that are asked
+in turns, so that what else the machine does falls on all. A step is targets, forward, backward and AdamW. Ratios are
+of medians. The teacher of the mini models sees 84 pixels, that of the mid-size ones 518.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.memory_probe import machine, write_results
+from prismatic.util.cli import run
+from prismatic.util.flags import limited
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class StepConfig:
+    earlier: str = ""  # Checkout of an earlier commit to measure beside this one
+    rounds: int = limited(12, least=1)  # Steps of each way, in turns
+    cases: str = ""  # Semicolon list of cases; default: all
+    out: str = str(ROOT / "benchmarks" / "results" / "step.json")  # Results file
+
+
+class Worker:
+    """A process of step_worker.py."""
+
+    def __init__(self, case: str, way: str, build: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(build), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "benchmarks" / "step_worker.py"), case, way],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        self.first = self._answer()
+
+    def ask(self, part: str) -> float:
+        """CPU seconds of one run of a part."""
+        assert self._process.stdin is not None
+        print(part, file=self._process.stdin, flush=True)
+        return float(self._answer())
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def measure(case: str, ways: dict[str, tuple[str, Path]], rounds: int) -> dict[str, dict[str, float]]:
+    """All ways of one case in turns: medians of CPU milliseconds, growth of memory, first loss."""
+    workers = {name: Worker(case, way, build) for name, (way, build) in ways.items()}
+    parts = ("step", "targets") if "no alignment" not in case else ("step",)
+    times: dict[str, dict[str, list[float]]] = {name: {part: [] for part in parts} for name in workers}
+    for _ in range(rounds):
+        for part in parts:
+            for name, worker in workers.items():
+                times[name][part].append(worker.ask(part))
+    result = {}
+    for name, worker in workers.items():
+        medians = {f"{part}_ms": round(1e3 * statistics.median(values), 1) for part, values in times[name].items()}
+        result[name] = {**medians, "growth_mb": round(worker.first["growth_mb"], 1), "loss": worker.first["loss"]}
+        worker.close()
+    return result
+
+
+def table(results: dict[str, dict[str, dict[str, float]]], base: str) -> str:
+    """Markdown: every number of this build over that of `base`."""
+    lines = [f"| this build over {base} | step | targets | memory | loss differs by |", "|---|---:|---:|---:|---:|"]
+    for case, ways in results.items():
+        if base not in ways:
+            continue
+        this, other = ways["this build"], ways[base]
+        ratios = [f"{this[n] / other[n]:.2f}" if n in this else "" for n in ("step_ms", "targets_ms", "growth_mb")]
+        lines.append(f"| {case} | {' | '.join(ratios)} | {abs(this['loss'] - other['loss']):.0e} |")
+    return "\n".join(lines)
+
+
+def main(config: StepConfig) -> None:
+    """Measure, print, write the results."""
+    from benchmarks.step_models import CASES
+
+    facts, results = machine(), dict[str, Any]()
+    described = ["git", "-C", config.earlier or ".", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(described, capture_output=True, text=True).stdout.strip() if config.earlier else None
+    for case, sizes in CASES.items():
+        if config.cases and case not in config.cases.split(";"):
+            continue
+        ways = {"this build": ("build", ROOT)}
+        if config.earlier:
+            ways["earlier build"] = ("build", Path(config.earlier).resolve())
+        if sizes.aligned and not sizes.stored:
+            ways["plain step"] = ("plain", ROOT)
+        results[case] = measure(case, ways, config.rounds)
+        print(case, json.dumps(results[case]), flush=True)
+    shares = {
+        models: 1 - results[f"{models}, no alignment"]["this build"]["step_ms"] / stored["this build"]["step_ms"]
+        for models in ("mini", "mid")
+        if (stored := results.get(f"{models}, stored features")) and f"{models}, no alignment" in results
+    }
+    print("\n".join(table(results, base) for base in ("earlier build", "plain step")))
+    print("alignment with stored features, share of the step:", shares)
+    content = {"machine": facts, "earlier": commit, "cases": results, "alignment_share_of_stored_step": shares}
+    flags = {name: value for name, value in vars(config).items() if name != "earlier"}
+    write_results(config.out, "step", flags, content)
+
+
+if __name__ == "__main__":
+    run(StepConfig, main)
