@@ -97,6 +97,7 @@ class TrainConfig:
     # Data loading
     image_aug: bool = True  # Random crop and color jitter
     image_crop: bool = True  # pi0, pi0.5: with --image_aug, crop too; False: colors alone
+    augment_on_device: bool = False  # Augment whole batches on the training device instead of in the loader
     num_workers: int = limited(1, least=0)  # Loader processes
 
     # LoRA

@@ -183,11 +183,14 @@ def count_parameters(module: nn.Module | None) -> tuple[int, int]:
 
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:
-    """Move the tensors of a batch, nested ones too, to `device` without waiting."""
+    """Move the tensors of a batch, nested ones too, to `device` without waiting; deferred images are made there."""
 
     def moved(value: object) -> object:
         if isinstance(value, dict):
             return {key: moved(entry) for key, entry in value.items()}
         return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-    return cast("Batch", moved(batch))
+    result: Any = moved(batch)
+    if "deferred" in result:
+        result["pixel_values"] = result.pop("deferred").render(device)
+    return cast("Batch", result)

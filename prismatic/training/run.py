@@ -38,6 +38,7 @@ from prismatic.util.errors import UsageError
 from prismatic.util.versions import code_version, package_versions
 from prismatic.vla.datasets import MixtureLoader, MixtureSampler, RLDSDataset, make_dataloader
 from prismatic.vla.datasets.dataset_file import register_datasets
+from prismatic.vla.datasets.device_augmentation import defer
 
 if TYPE_CHECKING:
     from prismatic.policies.base import PolicyFamily, Processor
@@ -63,13 +64,16 @@ def make_dataset(
     """The training data of the flags (augmented where they say so), or the validation split without augmentation."""
     if config.dataset_file:
         register_datasets(Path(config.dataset_file))
+    transform = family.batch_transform(config, processor, platform)
     image_transform = family.image_transform(
         processor, image_aug=config.image_aug and train, image_crop=config.image_crop
     )
+    if config.augment_on_device and config.image_aug and train:
+        transform, image_transform = defer(transform, image_transform, processor.image_processor)
     return RLDSDataset(
         config.data_root_dir,
         config.dataset_name,
-        family.batch_transform(config, processor, platform),
+        transform,
         image_transform.size,
         image_transform=image_transform,
         train=train,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +38,8 @@ class PaddedCollatorForActionPrediction:
                 f"a sequence has {longest} tokens; accepted: at most {self.model_max_length}, instruction too long"
             )
         input_ids = self._pad([instance["input_ids"] for instance in instances], self.pad_token_id)
-        batch = Batch(
-            pixel_values=self._pixels(instances),
+        batch = Batch(  # type: ignore[typeddict-item]
+            **self._images(instances),
             input_ids=input_ids,
             attention_mask=input_ids.ne(self.pad_token_id),
             labels=self._pad([instance["labels"] for instance in instances], IGNORE_INDEX),
@@ -58,6 +59,12 @@ class PaddedCollatorForActionPrediction:
 
     def _pad(self, sequences: Sequence[torch.Tensor], value: int) -> torch.Tensor:
         return pad_sequence(list(sequences), batch_first=True, padding_value=value)
+
+    def _images(self, instances: Sequence[Sample]) -> Any:
+        if "deferred" in instances[0]:
+            samples = [instance["deferred"] for instance in instances]
+            return {"deferred": samples[0].collate(samples)}
+        return {"pixel_values": self._pixels(instances)}
 
     def _pixels(self, instances: Sequence[Sample]) -> torch.Tensor:
         names = [name for name in ("pixel_values", "pixel_values_wrist") if name in instances[0]]

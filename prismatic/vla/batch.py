@@ -6,7 +6,7 @@ B batch, V views, S sequence, T chunk, A action and P proprio numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ class Sample(_AlwaysInSample, total=False):
     """One row of a :class:`Batch` before padding; OpenVLA's have every view but the first in `pixel_values_wrist`."""
 
     labels: torch.Tensor
+    deferred: Any
     pixel_values_wrist: torch.Tensor
     image_masks: torch.Tensor
     contents: torch.Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -56,21 +56,31 @@ class RLDSBatchTransform:
         labels[: len(prompt)] = IGNORE_INDEX
         if not self.predict_stop_token:
             labels[-1] = IGNORE_INDEX
-        views = [name for name in observation if name.startswith("image_")]
-        first = "image_primary" if "image_primary" in views else views[0]
-        sample: Sample = {
-            "pixel_values": self._pixels(observation[first]),
+        sample: Sample = {  # type: ignore[typeddict-item]
+            **self._images(rlds_batch),
             "input_ids": input_ids,
             "labels": labels,
             "dataset_name": rlds_batch["dataset_name"],
             "actions": actions,
         }
-        if self.use_wrist_image:
-            further = [self._pixels(observation[name]) for name in views if name != first]
-            sample["pixel_values_wrist"] = torch.cat(further) if len(further) > 1 else further[0]
         if self.use_proprio:
             sample["proprio"] = observation["proprio"]
         return sample
+
+    def _views(self, names: list[str], primary: str) -> list[str]:
+        """The views that the sample holds, the main one first."""
+        first = primary if primary in names else names[0]
+        return [first, *(name for name in names if name != first)] if self.use_wrist_image else [first]
+
+    def _images(self, rlds_batch: Frame) -> Any:
+        """The sample's entries for its images."""
+        observation = rlds_batch["observation"]
+        names = [name for name in observation if name.startswith("image_")]
+        pixels = [self._pixels(observation[name]) for name in self._views(names, "image_primary")]
+        if not self.use_wrist_image:
+            return {"pixel_values": pixels[0]}
+        further = pixels[1:]
+        return {"pixel_values": pixels[0], "pixel_values_wrist": torch.cat(further) if len(further) > 1 else further[0]}
 
     def _prompt(self, instruction: str) -> list[int]:
         """Token ids up to the first action token; kept for some thousand instructions, most data have fewer."""

@@ -66,7 +66,7 @@ def lanczos_axis(in_size: int, out_size: int) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-class _CropTables(NamedTuple):
+class CropTables(NamedTuple):
     """Tables of all crops along an axis: the filters, each one's difference to the next, and the output blocks."""
 
     weights: torch.Tensor
@@ -76,12 +76,12 @@ class _CropTables(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
-def _crop_tables(in_size: int, out_size: int) -> _CropTables:
+def crop_tables(in_size: int, out_size: int) -> CropTables:
     weights = torch.from_numpy(_lanczos_band(in_size, out_size).weights)
     difference = torch.zeros_like(weights)
     torch.sub(weights[1:], weights[:-1], out=difference[:-1])
     outputs = tuple(slice(begin, min(begin + _BLOCK, out_size)) for begin in range(0, out_size, _BLOCK))
-    return _CropTables(weights, difference, outputs, np.linspace(0.0, 1.0, out_size) * (out_size - 1))
+    return CropTables(weights, difference, outputs, np.linspace(0.0, 1.0, out_size) * (out_size - 1))
 
 
 def lanczos_crop_axis(in_size: int, out_size: int, start: float, length: float) -> tuple[Block, ...]:
@@ -90,7 +90,7 @@ def lanczos_crop_axis(in_size: int, out_size: int, start: float, length: float) 
     The crop's sample positions are corner-aligned (first and last sample lie on the crop's edges), as in
     tf.image.crop_and_resize.
     """
-    band, tables = _lanczos_band(in_size, out_size), _crop_tables(in_size, out_size)
+    band, tables = _lanczos_band(in_size, out_size), crop_tables(in_size, out_size)
     positions = tables.ramp * length + start * (out_size - 1)
     low = np.clip(positions.astype(np.int64), 0, out_size - 1)
     fraction = torch.from_numpy((positions - low).astype(np.float32))[:, None]
