@@ -96,12 +96,17 @@ def write_data(root: Path, frames: int, size: int) -> None:
         RLDSWriter(root, _NAME, image_size=size).write_payloads(paths)
 
 
-def open_dataset(root: Path, name: str) -> tuple[RLDSDataset, Callable[[Any], Any]]:
-    """The dataset as finetune.py opens it (224 pixels, two views, proprio, augmentation), and its collator."""
+def open_dataset(root: Path, name: str, *, on_device: bool = False) -> tuple[RLDSDataset, Callable[[Any], Any]]:
+    """The dataset as finetune.py opens it (224 pixels, two views, proprio, augmentation), and its collator.
+
+    `on_device`: as with --augment_on_device.
+    """
     from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor, PrismaticProcessor
     from prismatic.util.data_utils import PaddedCollatorForActionPrediction
     from prismatic.vla.action_tokenizer import ActionTokenizer
     from prismatic.vla.datasets import RLDSBatchTransform, RLDSDataset
+    from prismatic.vla.datasets.device_augmentation import defer
+    from prismatic.vla.datasets.image_transforms import AugmentRanges, PolicyImageTransform
 
     tokenizer = PrismaticProcessor.from_pretrained(ROOT / "experiments" / "mini" / "weights" / "student").tokenizer
     processor = PrismaticImageProcessor(
@@ -119,7 +124,10 @@ def open_dataset(root: Path, name: str) -> tuple[RLDSDataset, Callable[[Any], An
         use_wrist_image=True,
         use_proprio=True,
     )
-    dataset = RLDSDataset(root, name, transform, resize_resolution=(224, 224), image_aug=True)
+    images = PolicyImageTransform((224, 224), AugmentRanges())
+    if on_device:
+        transform, images = defer(transform, images, processor)
+    dataset = RLDSDataset(root, name, transform, (224, 224), image_transform=images)
     return dataset, PaddedCollatorForActionPrediction(2048, tokenizer.pad_token_id)
 
 
@@ -156,10 +164,14 @@ def compare(config: LoaderConfig, root: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     dataset, collate = open_dataset(root, config.dataset_name)
+    deferring, _ = open_dataset(root, config.dataset_name, on_device=True)
     batches = iter(MixtureSampler(dataset, config.batch_size))
 
-    def load() -> int:
-        return len(collate([dataset[draw] for draw in next(batches)])["actions"])
+    def load(data: RLDSDataset = dataset) -> int:
+        return len(collate([data[draw] for draw in next(batches)])["actions"])
+
+    def load_stored() -> int:
+        return load(deferring)
 
     def decode() -> int:
         draws = next(batches)
@@ -169,15 +181,17 @@ def compare(config: LoaderConfig, root: Path) -> dict[str, Any]:
                 source.index.image(view, start)
         return len(draws)
 
-    for warm_up in (load, decode):
+    for warm_up in (load, load_stored, decode):
         measure(warm_up, 40)
-    loads, decodes = [], []
+    loads, deferred, decodes = [], [], []
     for _ in range(config.rounds):
         loads.append(measure(load, config.frames_per_round))
+        deferred.append(measure(load_stored, config.frames_per_round))
         decodes.append(measure(decode, config.frames_per_round))
     loader, yardstick = summary(loads), summary(decodes)
     return {
         "loader": loader,
+        "loader_with_augment_on_device": summary(deferred),
         "decoding_alone": yardstick,
         "cpu_ratio_to_decoding": round(loader["cpu_ms"] / yardstick["cpu_ms"], 2),
         "cpu_ratio_of_best_rounds": round(loader["cpu_ms_best"] / yardstick["cpu_ms_best"], 2),
