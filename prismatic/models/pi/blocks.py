@@ -6,12 +6,17 @@ Only keys and values pass from the prefix's block to the expert's, so each strea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GemmaConfig
-from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
+from transformers.activations import ACT2FN
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -71,18 +76,71 @@ class Attention(nn.Module):
     def forward(self, normed_BSD: Tensor, rope: KeysValues, keys_values: KeysValues, mask: Tensor) -> Tensor:
         """Attend to keys and values of any stream.
 
-        The queries of a key head are folded into the sequence: no copy of the keys for each query head.
-
         Args:
-            mask: bool [B, 1, 1 or S * groups, keys], True where a query may look.
+            mask: [B, 1, 1 or S, keys] of the queries' type, added to the scores. A bool mask would be converted, and
+                kept for the backward pass, in every block.
         """
         batch, length, _ = normed_BSD.shape
-        queries = _rotate(self.q_proj(normed_BSD).view(batch, length, -1, self.head_dim), rope)
-        keys, values = (part.transpose(1, 2) for part in keys_values)
-        folded = queries.view(batch, length, -1, self.groups, self.head_dim).transpose(1, 2).flatten(2, 3)
-        attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-        unfolded = attended.view(batch, -1, length, self.groups * self.head_dim).transpose(1, 2)
-        return self.o_proj(unfolded.reshape(batch, length, -1))
+        queries = _rotate(self.q_proj(normed_BSD).view(batch, length, -1, self.head_dim), rope).transpose(1, 2)
+        # Views: no copy of the keys for each query head where there is one key head, as in all published models.
+        keys, values = (
+            part.transpose(1, 2)[:, :, None].expand(-1, -1, self.groups, -1, -1).flatten(1, 2) for part in keys_values
+        )
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return self.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
+
+
+class _GatedProduct(torch.autograd.Function):
+    """Product act(gate) * up that keeps nothing but its inputs for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return act(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            activated = ctx.act(gate)
+        (gate_gradient,) = torch.autograd.grad(activated, gate, gradients[0] * up)
+        return gate_gradient, gradients[0] * activated.detach(), None
+
+
+class MLP(nn.Module):
+    """Gemma's gated MLP. Training keeps its two wide projections alone, of four wide tensors; the rest is cheap."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        width, wide = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, wide, bias=False)
+        self.up_proj = nn.Linear(width, wide, bias=False)
+        self.down_proj = nn.Linear(wide, width, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, normed_BSD: Tensor, *, frugal: bool = True) -> Tensor:
+        """Map [B, S, D] to [B, S, D]; without `frugal` all activations are kept, as within a checkpoint."""
+        gate, up = self.gate_proj(normed_BSD), self.up_proj(normed_BSD)
+        if not frugal or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.down_proj(self.act_fn(gate) * up)
+        product = _GatedProduct.apply(gate, up, self.act_fn)
+        start = product.data_ptr()
+
+        def pack(tensor: Tensor) -> Tensor | torch.Size:
+            same = tensor.data_ptr() == start and tensor.numel() == product_size and tensor.is_contiguous()
+            return tensor.shape if same else tensor
+
+        def unpack(packed: Tensor | torch.Size) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            with torch.no_grad():
+                return (self.act_fn(gate) * up).view(packed)
+
+        product_size = product.numel()
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return self.down_proj(product)
 
 
 class Block(nn.Module):
@@ -96,7 +154,7 @@ class Block(nn.Module):
         super().__init__()
         norm = AdaptiveRMSNorm if adaptive else GemmaRMSNorm
         self.self_attn = Attention(config)
-        self.mlp = GemmaMLP(config)
+        self.mlp = MLP(config)
         self.input_layernorm = norm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = norm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -126,12 +184,20 @@ class Block(nn.Module):
         if keys_only:
             normed, _ = _normed(self.input_layernorm, hidden_BSD, condition)
             return hidden_BSD, *self.self_attn.keys_values(normed, rope)
+        run = partial(self._run, rope=rope, mask=mask, past=past, condition=condition)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(self._run, hidden_BSD, rope, mask, past, condition, use_reentrant=False)
-        return self._run(hidden_BSD, rope, mask, past, condition)
+            return checkpoint(run, hidden_BSD, frugal=False, use_reentrant=False)
+        return run(hidden_BSD, frugal=True)
 
     def _run(
-        self, hidden: Tensor, rope: KeysValues, mask: Tensor, past: KeysValues | None, condition: Tensor | None
+        self,
+        hidden: Tensor,
+        *,
+        rope: KeysValues,
+        mask: Tensor,
+        past: KeysValues | None,
+        condition: Tensor | None,
+        frugal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         normed, gate = _normed(self.input_layernorm, hidden, condition)
         keys, values = self.self_attn.keys_values(normed, rope)
@@ -140,7 +206,7 @@ class Block(nn.Module):
             seen = (torch.cat([past[0], keys], dim=1), torch.cat([past[1], values], dim=1))
         hidden = _residual(hidden, self.self_attn(normed, rope, seen, mask), gate)
         normed, gate = _normed(self.post_attention_layernorm, hidden, condition)
-        return _residual(hidden, self.mlp(normed), gate), keys, values
+        return _residual(hidden, self.mlp(normed, frugal=frugal), gate), keys, values
 
 
 def _normed(norm: nn.Module, hidden: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -261,13 +261,14 @@ class PiPolicy(nn.Module):
         """
         text = self.config.vlm_config.text_config
         rope = rotary(mask.cumsum(1) - 1, text.head_dim, text.rope_parameters["rope_theta"])
+        added = self._additive(mask[:, None, None])
         blocks, norm = self.language_model.layers, self.language_model.norm
         complete = states is not None or _has_hooks(blocks[-1]) or _has_hooks(norm)
         for index, block in enumerate(blocks):
             last = index == len(blocks) - 1
             if states is not None:
                 states.append(hidden)
-            hidden, keys, values = block(hidden, rope, mask[:, None, None], keys_only=last and not complete)
+            hidden, keys, values = block(hidden, rope, added, keys_only=last and not complete)
             if last and complete:
                 normed = norm(hidden)
                 if states is not None:
@@ -297,15 +298,18 @@ class PiPolicy(nn.Module):
 
     def _suffix_mask(self, prefix_mask: Tensor, length: int) -> Tensor:
         """Actions see everything; pi0's state sees the prefix and itself. In the form of `Attention.forward`."""
-        batch, prefix = prefix_mask.shape
-        ones = prefix_mask.new_ones(batch, 1, 1, length)
-        mask = torch.cat([prefix_mask[:, None, None], ones], dim=-1)
-        if self.kind == "pi05":
-            return mask
-        mask = mask.repeat(1, 1, length, 1)
-        mask[:, :, 0, prefix + 1 :] = False
-        expert = self.config.dit_config
-        return mask.repeat_interleave(expert.num_attention_heads // expert.num_key_value_heads, dim=2)
+        mask = torch.cat([prefix_mask, prefix_mask.new_ones(len(prefix_mask), length)], dim=1)[:, None, None]
+        if self.kind == "pi0":
+            mask = mask.repeat(1, 1, length, 1)
+            mask[:, :, 0, prefix_mask.shape[1] + 1 :] = False
+        return self._additive(mask)
+
+    def _additive(self, mask: Tensor) -> Tensor:
+        """Numbers that a bool mask adds to attention scores, in the type that attention computes in."""
+        device = mask.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.language_model.embed_tokens.weight.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _has_hooks(module: nn.Module) -> bool:
