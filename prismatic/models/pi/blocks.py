@@ -16,9 +16,39 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GemmaConfig
 from transformers.activations import ACT2FN
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 KeysValues = tuple[Tensor, Tensor]
+
+
+class _ScaledNorm(torch.autograd.Function):
+    """hidden / rms(hidden) * factor in float32, keeping `hidden` and one number a row for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, factor: Tensor, eps: float) -> Tensor:
+        inverse = (hidden.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(hidden, inverse, factor)
+        return hidden.float() * inverse * factor
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden, inverse, factor = ctx.saved_tensors
+        normed, scaled = hidden.float() * inverse, gradients[0] * factor
+        along = (scaled * normed).mean(-1, keepdim=True)
+        hidden_gradient = ((scaled - normed * along) * inverse).type_as(hidden)
+        return hidden_gradient, (gradients[0] * normed).sum_to_size(factor.shape), None
+
+
+class RMSNorm(nn.Module):
+    """Gemma's RMS norm in float32; its weight is stored as the difference from 1."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, hidden_BSD: Tensor) -> Tensor:
+        """Normalize the last dimension."""
+        return _ScaledNorm.apply(hidden_BSD, 1 + self.weight.float(), self.eps).type_as(hidden_BSD)
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -37,8 +67,8 @@ class AdaptiveRMSNorm(nn.Module):
     def forward(self, hidden_BSD: Tensor, condition_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the normalized states and the gate [B, 1, D] of the branch that they enter."""
         scale, shift, gate = self.dense(condition_BD.to(self.dense.weight.dtype))[:, None].float().chunk(3, dim=-1)
-        normed = F.rms_norm(hidden_BSD.float(), hidden_BSD.shape[-1:], eps=self.eps)
-        return (normed * (1 + scale) + shift).type_as(hidden_BSD), gate.type_as(hidden_BSD)
+        normed = _ScaledNorm.apply(hidden_BSD, 1 + scale, self.eps) + shift
+        return normed.type_as(hidden_BSD), gate.type_as(hidden_BSD)
 
 
 def rotary(positions_BS: Tensor, head_dim: int, theta: float) -> KeysValues:
@@ -152,7 +182,7 @@ class Block(nn.Module):
 
     def __init__(self, config: GemmaConfig, *, adaptive: bool) -> None:
         super().__init__()
-        norm = AdaptiveRMSNorm if adaptive else GemmaRMSNorm
+        norm = AdaptiveRMSNorm if adaptive else RMSNorm
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = norm(config.hidden_size, eps=config.rms_norm_eps)

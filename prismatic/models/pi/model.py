@@ -21,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GemmaConfig, PI0Config, SiglipVisionModel
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-from prismatic.models.pi.blocks import AdaptiveRMSNorm, Block, KeysValues, rotary
+from prismatic.models.pi.blocks import AdaptiveRMSNorm, Block, KeysValues, RMSNorm, rotary
 from prismatic.models.pi.weights import load_weights, save_weights
 
 
@@ -48,7 +47,7 @@ class Stream(nn.Module):
 
     def __init__(self, config: GemmaConfig, *, adaptive: bool = False, embeddings: bool = False) -> None:
         super().__init__()
-        norm = AdaptiveRMSNorm if adaptive else GemmaRMSNorm
+        norm = AdaptiveRMSNorm if adaptive else RMSNorm
         if embeddings:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, adaptive=adaptive) for _ in range(config.num_hidden_layers))
