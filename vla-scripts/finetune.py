@@ -35,11 +35,13 @@ def main(config: FinetuneConfig) -> int:
     config.validate()
     align, teacher_dim = plan_alignment(config)
     check_resumed_alignment(config, align)
+    from experiments.robot.probe import record_probe
     from prismatic.training.run import TrainingRun  # torch and transformers: not for --help, nor for a wrong flag
 
     training = TrainingRun(config, asdict(config), align.student_layers, pauses=bool(align.schedule))
     alignment, targets = build_alignment(training, align, teacher_dim)
     training.run_config["alignment"] = {**asdict(align), "widths": alignment.widths}
+    training.probe = record_probe
     state = training.fit(alignment, align.coeff_at if align.schedule else align.coeff, targets)
     return 128 + state.stopped_by if state.stopped_by else 0
 

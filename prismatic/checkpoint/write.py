@@ -10,7 +10,7 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +95,8 @@ class CheckpointWriter:
     run_config: Mapping[str, object]  # What the folder records of the run: its flags, and more
     latest_only: bool  # Keep one checkpoint, in the run's folder
     merge: bool  # Also write the merged model
+    # Adds to a folder that holds everything else; not called for a sharded run, where no process has the whole model.
+    add: Callable[[Path], None] | None = None
 
     def __post_init__(self) -> None:
         self._film = getattr(self.module, "use_film", False)
@@ -143,6 +145,8 @@ class CheckpointWriter:
                 torch.save(state, folder / component_name(name, tag))
         atomic_write(folder / STATISTICS, json.dumps(self.statistics, indent=2))
         atomic_write(folder / RUN_CONFIG, json.dumps(self.run_config, indent=2, default=str))
+        if self.add is not None and not self.engine.sharded:
+            self.add(folder)
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:

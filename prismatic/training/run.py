@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,8 @@ class TrainingRun:
         self, config: TrainConfig, run_config: dict[str, Any], states: Sequence[int] = (), *, pauses: bool = False
     ) -> None:
         self.config, self._states = config, states
+        # Writes to a checkpoint folder what the policy answers; evaluation, which knows how to ask, gives it.
+        self.probe: Callable[[TrainingRun, TrainablePolicy, Path], None] | None = None
         self.start = resolve_checkpoint(config)
         self.family = get_family(self.start.kind)
         self.family.check(config, self.start)
@@ -193,6 +196,7 @@ class TrainingRun:
             run_config=self.run_config,
             latest_only=config.save_latest_checkpoint_only,
             merge=config.merge_lora_during_training,
+            add=None if self.probe is None else functools.partial(self.probe, self, module),
         )
 
         def save(step: int) -> None:

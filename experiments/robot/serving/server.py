@@ -28,6 +28,7 @@ from fastapi import Depends, FastAPI, HTTPException, WebSocket, WebSocketDisconn
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
+from experiments.robot.acting import verified
 from experiments.robot.openvla_utils import OpenVLAPolicy
 from experiments.robot.pi_policy import PiActingPolicy
 from experiments.robot.policy import Array, PolicyFlags, Query
@@ -78,8 +79,8 @@ class ServedPi(_Described, PiActingPolicy):
 def load_served(checkpoint: Checkpoint, cfg: PolicyFlags, unnorm_key: str) -> ServedPolicy | ServedPi:
     """Load the policy of a checkpoint to serve it. Raises UsageError: it lacks something or does not fit."""
     if checkpoint.family == "openvla":
-        return ServedPolicy.from_checkpoint(checkpoint, cfg, unnorm_key)
-    return ServedPi.from_checkpoint(checkpoint, cfg, unnorm_key)
+        return verified(ServedPolicy.from_checkpoint(checkpoint, cfg, unnorm_key), checkpoint, cfg)
+    return verified(ServedPi.from_checkpoint(checkpoint, cfg, unnorm_key), checkpoint, cfg)
 
 
 @dataclass(frozen=True)
