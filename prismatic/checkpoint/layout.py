@@ -6,6 +6,7 @@
     tokenizer and preprocessor files        the processor
     action_head--{step}_checkpoint.pt ...   one state dict per component
     dataset_statistics.json                 replaces the `norm_stats` of config.json
+    probe.safetensors                       a question to the policy and its answer, see :mod:`.probe`; ours alone
     run_config.json                         the run's flags, its platform, versions; ours alone
     training_state/state.pt                 step, optimizer, data position, random states; ours alone
     training_state/optimizer/               the optimizer of a sharded run, a file a process
