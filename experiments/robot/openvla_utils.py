@@ -101,7 +101,7 @@ def get_action_head(cfg: PolicyFlags, llm_dim: int, action_dim: int = LIBERO.act
     if cfg.use_l1_regression == cfg.use_diffusion:
         raise UsageError("--use_l1_regression, --use_diffusion: a head needs exactly one of them")
     flag = "--use_l1_regression" if cfg.use_l1_regression else "--use_diffusion"
-    return _set_diffusion_steps(_load_head(cfg, "action_head", flag, llm_dim, action_dim=action_dim), cfg)
+    return set_diffusion_steps(_load_head(cfg, "action_head", flag, llm_dim, action_dim=action_dim), cfg)
 
 
 def get_vla_action(  # noqa: PLR0913 - upstream's signature
@@ -214,7 +214,7 @@ class OpenVLAPolicy:
         unnorm_key = find_key(checkpoint.statistics, unnorm_key, suite)
         parts = load_policy(checkpoint, cfg, *placement(cfg), quantization(cfg))
         if parts.action_head is not None:
-            _set_diffusion_steps(parts.action_head, cfg)
+            set_diffusion_steps(parts.action_head, cfg)
         processor = load_processor(checkpoint.processor_path, "--pretrained_checkpoint")
         return cls(parts.vla, processor, parts.heads, cfg, unnorm_key)
 
@@ -302,7 +302,7 @@ def _load_head(
     return head.to(*placement(cfg)).eval()
 
 
-def _set_diffusion_steps(head: nn.Module, cfg: PolicyFlags) -> nn.Module:
+def set_diffusion_steps(head: nn.Module, cfg: PolicyFlags) -> nn.Module:
     """Let a diffusion head take as many steps as the flags say; other heads are left alone."""
     if cfg.use_diffusion:
         scheduler: Any = head.noise_scheduler

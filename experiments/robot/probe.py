@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments.robot.openvla_utils import OpenVLAPolicy
+from experiments.robot.openvla_utils import OpenVLAPolicy, set_diffusion_steps
 from experiments.robot.pi_policy import PiActingPolicy
 from experiments.robot.policy import PolicyFlags, Query
 from prismatic.checkpoint.folder import Checkpoint
@@ -45,6 +45,9 @@ def record_probe(training: TrainingRun, module: TrainablePolicy, folder: Path) -
         policy = _acting(training, module, model, dataset)
         with torch.random.fork_rng(), torch.no_grad(), training.accelerator.autocast():
             (actions,) = policy.act([_query(images, state, _INSTRUCTION)])
+    except Exception as error:  # A checkpoint without a probe is better than none.
+        training.accelerator.print(f"no probe in {folder.name}: {type(error).__name__}: {' '.join(str(error).split())}")
+        return
     finally:
         model.norm_stats = own
         for part, mode in modes.items():
@@ -82,10 +85,14 @@ def _acting(training: TrainingRun, module: TrainablePolicy, model: nn.Module, da
         **{name: getattr(config, name) for name in POLICY_FLAGS},
         center_crop=config.image_aug,
         num_diffusion_steps_train=config.num_diffusion_steps_train,
+        num_diffusion_steps_inference=config.num_diffusion_steps_train,
     )
     vla, processor = cast(Any, model), cast(Any, training.processor)
     if training.family.name == "openvla":
-        return OpenVLAPolicy(vla, processor, module.parts.heads, flags, dataset)
+        heads = module.parts.heads
+        if "action_head" in heads:
+            set_diffusion_steps(heads["action_head"], flags)
+        return OpenVLAPolicy(vla, processor, heads, flags, dataset)
     return PiActingPolicy(vla, processor, training.dataset.dataset_statistics, training.platform, flags, dataset)
 
 

@@ -29,25 +29,30 @@ def load(folder: Path, **flags: Any) -> Any:
     return load_policy(checkpoint, cfg, next(iter(checkpoint.statistics)))
 
 
-@pytest.mark.parametrize("family", ["openvla", "pi0", "pi05"])
+@pytest.mark.parametrize("family", ["openvla", "diffusion", "pi0", "pi05"])
 def test_a_loaded_checkpoint_answers_as_in_training_and_a_changed_one_is_refused(
     family: str, finetune: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags: dict[str, Any] = {"recipe": "baseline", "save_freq": 2}
-    if family != "openvla":
+    steps = {}
+    if family == "diffusion":
+        steps = {"num_diffusion_steps_train": 3}
+        flags |= {"use_l1_regression": False, "use_diffusion": True, **steps}
+        steps["num_diffusion_steps_inference"] = 3
+    elif family != "openvla":
         flags["vla_path"] = str(write_tiny_pi(tmp_path / "base", family))
     folder = finetune(**flags) / "run--2_chkpt"
-    load(folder)
+    load(folder, **steps)
     assert "probe: the recorded actions, but for " in capsys.readouterr().out
     probe = Probe.read(folder)
     assert probe.images.shape == (2, 240, 320, 3) and probe.precision == "float32"
     with pytest.raises(UsageError, match=r"--verify: actions .* of their range away from the recorded ones"):
-        load(folder, use_proprio=False) if family == "pi05" else load(folder, num_images_in_input=1)
+        load(folder, **steps, **({"use_proprio": False} if family == "pi05" else {"num_images_in_input": 1}))
     weights = load_file(folder / "model.safetensors")
     changed = {name: value + 0.3 * torch.randn_like(value.float()).to(value.dtype) for name, value in weights.items()}
     save_file(changed, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UsageError, match=r"--verify: actions .* of their range away from the recorded ones"):
-        load(folder)
+        load(folder, **steps)
 
 
 def test_no_probe_a_damaged_one_and_another_chunk_are_refused(tmp_path: Path) -> None:
