@@ -89,6 +89,12 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(UsageError, match=r"cannot be read .*; accepted: tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
 def test_normalization_by_mean_and_deviation() -> None:
     """Numbers are openpi's `Normalize` and `Unnormalize`; the last is padding, which stays."""
     normalizer = Normalizer(**STATISTICS)

@@ -47,7 +47,13 @@ def load_tokenizer(folder: Path) -> Any:
         )
     if (folder / "tokenizer_config.json").is_file():
         return AutoTokenizer.from_pretrained(folder)
-    return GemmaTokenizer.from_pretrained(folder)
+    try:
+        return GemmaTokenizer.from_pretrained(folder)
+    except (ImportError, ValueError, OSError) as error:  # transformers needs sentencepiece, and asks for tiktoken.
+        raise UsageError(
+            f"{folder}: its tokenizer cannot be read ({' '.join(str(error).split())[:80]}); accepted: tokenizer.json, "
+            "or tokenizer.model where sentencepiece is installed"
+        ) from error
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
