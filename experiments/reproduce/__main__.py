@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.reproduce.jobs import Chain, JobFailed, JobRunner
-from experiments.reproduce.profiles import PROFILES, Profile
+from experiments.reproduce.profiles import POLICIES, PROFILES, Profile, profile_of
 from experiments.reproduce.stages import StudyPaths, analysis_job, arm_jobs, collect_job, preparation_jobs
 from experiments.reproduce.studies import STUDIES, Analysis, Arm, Study
 from prismatic.util.cli import CommandParser, exit_code
@@ -57,9 +57,9 @@ def make_parser() -> CommandParser:
     return parser
 
 
-def make_paths(arguments: argparse.Namespace) -> StudyPaths:
-    """Profile and folders from the flags; raises UsageError."""
-    profile = PROFILES[arguments.profile]
+def make_paths(arguments: argparse.Namespace, policy: str = "openvla") -> StudyPaths:
+    """Profile and folders from the flags, for studies of that family of policies; raises UsageError."""
+    profile = profile_of(policy, arguments.profile)
     seeds = split_numbers("--seeds", arguments.seeds) or profile.seeds
     profile = replace(
         profile,
@@ -67,24 +67,24 @@ def make_paths(arguments: argparse.Namespace) -> StudyPaths:
         teacher_path=arguments.teacher_path or profile.teacher_path,
         seeds=seeds,
     )
-    out = (arguments.out or Path("runs/reproduce") / profile.name).resolve()
+    out = (arguments.out or Path("runs/reproduce") / arguments.profile).resolve()
     data = arguments.data_root_dir
     if data is None:
         if not profile.collect:
             raise UsageError("--data_root_dir: missing; accepted: the folder that holds the RLDS datasets")
         data = out / "data"
-    return StudyPaths(profile, out, data.resolve(), processes=arguments.processes or (1 if profile.collect else 4))
+    # Arms of two policies have the same names.
+    own = out if policy == "openvla" else out / policy
+    return StudyPaths(profile, own, data.resolve(), processes=arguments.processes or (1 if profile.collect else 4))
 
 
 def choose_studies(names: Sequence[str]) -> tuple[Study, ...]:
-    """The studies of these names ("all": every supported one); raises UsageError."""
+    """The studies of these names ("all": every one); raises UsageError."""
     if list(names) == ["all"]:
-        return tuple(study for study in STUDIES.values() if not study.unsupported)
+        return tuple(STUDIES.values())
     for name in names:
         if name not in STUDIES:
             raise UsageError(f"study: {name!r} found; accepted: all, {', '.join(STUDIES)}")
-        if STUDIES[name].unsupported:
-            raise UsageError(f"{name} cannot be run: {STUDIES[name].unsupported}")
     return tuple(STUDIES[name] for name in names)
 
 
@@ -143,9 +143,17 @@ def choose_arms(text: str, studies: Sequence[Study], profile: Profile) -> frozen
 
 
 def run_studies(arguments: argparse.Namespace) -> int:
-    """Run (or print) the commands of the chosen studies; returns the exit code."""
-    studies, paths = choose_studies(arguments.study), make_paths(arguments)
-    wanted = choose_arms(arguments.arms, studies, paths.profile)
+    """Run (or print) the commands of the chosen studies, one policy's after the other's; returns the exit code."""
+    chosen = choose_studies(arguments.study)
+    groups = {policy: [study for study in chosen if study.policy == policy] for policy in POLICIES}
+    planned = [(studies, make_paths(arguments, policy)) for policy, studies in groups.items() if studies]
+    choose_arms(arguments.arms, chosen, planned[0][1].profile)
+    return max(run_planned(arguments, studies, paths) for studies, paths in planned)
+
+
+def run_planned(arguments: argparse.Namespace, studies: Sequence[Study], paths: StudyPaths) -> int:
+    """Run (or print) the commands of studies of one policy; returns the exit code."""
+    wanted = frozenset(split_names(arguments.arms))
     chains = make_chains(studies, paths, wanted)
     # Analyses compare arms: with a part of them, there is nothing to compare.
     analyses = () if wanted else make_analysis_chains(studies, paths)
@@ -195,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     if arguments.command == "list":
         for study in STUDIES.values():
-            print(f"{study.name:8} {study.title}" + (f" (not run: {study.unsupported})" if study.unsupported else ""))
+            print(f"{study.name:8} {study.title}")
         return 0
     if arguments.command == "run":
         return run_studies(arguments)

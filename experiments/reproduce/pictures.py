@@ -38,10 +38,11 @@ def draw_pictures(
     records: Sequence[Record], profile: Profile, folder: Path, analyses: Sequence[Record] = ()
 ) -> dict[str, Path]:
     """Draw what there are results for; returns the file of every study that has one, and of "training"."""
-    figures = {name: _draw_study(study, records, profile) for name, study in STUDIES.items()}
+    studies = {name: study for name, study in STUDIES.items() if study.policy == profile.policy}
+    figures = {name: _draw_study(study, records, profile) for name, study in studies.items()}
     if reach := [record for record in analyses if record["analysis"] == "reach"]:
         figures["reach"] = draw_reach(reach, records, profile)
-    if any(record["training"] for record in records):
+    if profile.policy == "openvla" and any(record["training"] for record in records):
         figures["training"] = draw_training(records)
     drawn = {name: figure for name, figure in figures.items() if figure is not None}
     for name, figure in drawn.items():
@@ -51,7 +52,7 @@ def draw_pictures(
 
 def _draw_study(study: Study, records: Sequence[Record], profile: Profile) -> Figure | None:
     """A study's success; None when nothing of it was run."""
-    if study.unsupported or study.analyses or study.name == "table7":
+    if study.analyses or study.name == "table7":
         return None
     if study.curve:
         before = [(arm.name, step) for arm in study.arms(profile) for step in profile.curve_steps[:-1]]

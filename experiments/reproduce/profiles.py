@@ -1,9 +1,12 @@
-"""The two scales a study runs at: models, data, budgets and protocol. Methods are defined elsewhere."""
+"""The two scales a study runs at: models, data, budgets and protocol. Methods are defined elsewhere.
+
+Table 3 is of pi0.5, which has models and budgets of its own at both scales.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -12,6 +15,7 @@ class Profile:
 
     Attributes:
         vla_path, teacher_path: models.
+        policy: the student's family.
         dataset_name: fine-tuned on.
         train: flags of every fine-tuning.
         final_step: the checkpoint that tables report.
@@ -44,6 +48,7 @@ class Profile:
     collect: Mapping[str, object] = field(default_factory=dict)
     analysis: Mapping[str, object] = field(default_factory=dict)
     reach: Mapping[str, object] = field(default_factory=dict)
+    policy: str = "openvla"
 
 
 _FAST = {"env_img_res": 128, "render": "fast", "num_workers": 1}
@@ -126,3 +131,50 @@ PAPER = Profile(
 )
 
 PROFILES = {profile.name: profile for profile in (MINI, PAPER)}
+
+_MINI_PI05 = replace(
+    MINI,
+    name="mini-pi05",
+    policy="pi05",
+    vla_path="experiments/mini/weights/pi05",
+    # The state is no input, as in the published recipe.
+    train={**MINI.train, "use_proprio": False, "max_steps": 200, "save_freq": 200},
+    final_step=200,
+    curve_steps=(),
+    evaluate={**MINI.evaluate, "use_proprio": False},
+)
+
+_PAPER_PI05 = replace(
+    PAPER,
+    name="paper-pi05",
+    policy="pi05",
+    vla_path="lerobot/pi05_base",
+    train={
+        "use_lora": False,
+        "num_images_in_input": 2,
+        "use_proprio": False,
+        "batch_size": 16,
+        "learning_rate": 2.5e-5,
+        "lr_warmup_steps": 1_000,
+        "scheduler": "CosineAnnealingLR",
+        "final_learning_rate": 2.5e-6,
+        "adam_beta2": 0.95,
+        "weight_decay": 1e-10,
+        "max_grad_norm": 1.0,
+        "max_steps": 30_000,
+        "save_freq": 5_000,
+        "gradient_checkpointing": True,
+        "num_workers": 4,
+    },
+    final_step=30_000,
+    curve_steps=(),
+    evaluate={**PAPER.evaluate, "use_proprio": False},
+)
+
+# The families that have studies; each has both scales.
+POLICIES = {"openvla": PROFILES, "pi05": {"mini": _MINI_PI05, "paper": _PAPER_PI05}}
+
+
+def profile_of(policy: str, scale: str) -> Profile:
+    """The profile of a family of policies at a scale, "mini" or "paper"."""
+    return POLICIES[policy][scale]

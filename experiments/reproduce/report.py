@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from experiments.report import Table, percent, percent_range
 from experiments.report.html import render
-from experiments.reproduce.profiles import PROFILES, Profile
+from experiments.reproduce.profiles import POLICIES, PROFILES, Profile, profile_of
 from experiments.reproduce.published import PUBLISHED
 from experiments.reproduce.records import (
     RESULTS,
@@ -45,7 +45,7 @@ class Section:
     Attributes:
         pictures: names of the files to show.
         missing: what was not run.
-        reason: why nothing of it can be run; empty when it can.
+        note: what is other than in the report's introduction.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Section:
     tables: tuple[Table, ...]
     pictures: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
-    reason: str = ""
+    note: str = ""
 
     @property
     def heading(self) -> str:
@@ -74,8 +74,6 @@ class Results:
 
 def make_section(study: Study, results: Results) -> Section:
     """One study's section; it says what was not run."""
-    if study.unsupported:
-        return Section(study.name, study.title, (published_table(study.name),), reason=study.unsupported)
     tables, missing = [], []
     if study.name in PUBLISHED or not study.analyses:
         make_table = cost_table if study.name == "table7" else curve_table if study.curve else success_table
@@ -91,7 +89,8 @@ def make_section(study: Study, results: Results) -> Section:
             continue
         tables.append(analysis_table(analysis.command, records))
         pictures += [record["picture"] for record in records if record.get("picture")]
-    return Section(study.name, study.title, tuple(tables), tuple(pictures), tuple(missing))
+    note = budget_text(results) if study.policy != "openvla" else ""
+    return Section(study.name, study.title, tuple(tables), tuple(pictures), tuple(missing), note)
 
 
 def success_table(study: Study, results: Results) -> Table:
@@ -224,12 +223,6 @@ def published_value(study: str, arm: Arm) -> str:
     return ""
 
 
-def published_table(study: str) -> Table:
-    table = PUBLISHED[study]
-    rows = ((label, *(f"{value:g}" for value in values)) for label, values in table.rows.items())
-    return Table(("paper", *table.columns), tuple(rows))
-
-
 def mean_text(values: Sequence[float], digits: int = 4) -> str:
     """Mean, and standard deviation of several seeds; empty without values."""
     if not values:
@@ -320,26 +313,22 @@ def write_report(profile_name: str, out: Path | None = None, results: Path = RES
 
     A file `findings.md` beside the result files, written by people, is put at the top.
     """
-    from experiments.reproduce.pictures import draw_pictures
-
     if profile_name not in PROFILES:
         raise UsageError(f"--profile: {profile_name!r} found; accepted: {', '.join(PROFILES)}")
-    profile, source = PROFILES[profile_name], results / profile_name
-    records = load_records(source)
+    source = results / profile_name
     folder = out or source
     folder.mkdir(parents=True, exist_ok=True)
-    analyses = load_analyses(source, folder)
-    drawn = draw_pictures(records, profile, folder, analyses)
-    everything = Results(profile, records, analyses, {name: path.name for name, path in drawn.items()})
+    parts = {policy: gather(profile_of(policy, profile_name), results, folder) for policy in POLICIES}
+    main = parts["openvla"]
     findings = (source / "findings.md").read_text().strip() if (source / "findings.md").is_file() else ""
-    subtitle, note = introduction(records, profile)
+    subtitle, note = introduction(main)
     content = {
-        "title": f"ROCKET: results, {profile.name} profile",
-        "profile": profile.name,
+        "title": f"ROCKET: results, {profile_name} profile",
+        "profile": profile_name,
         "subtitle": subtitle,
         "note": note,
-        "training": drawn["training"].name if "training" in drawn else "",
-        "sections": [make_section(study, everything) for study in STUDIES.values()],
+        "training": main.pictures.get("training", ""),
+        "sections": [make_section(study, parts[study.policy]) for study in STUDIES.values()],
     }
     atomic_write(folder / "report.md", render("reproduce.md", findings=findings, **content))
     shown = Markup(MarkdownIt("js-default").render(findings))
@@ -347,12 +336,32 @@ def write_report(profile_name: str, out: Path | None = None, results: Path = RES
     return folder / "report.md"
 
 
-def introduction(records: Sequence[Record], profile: Profile) -> tuple[str, str]:
-    """Say what was run, where, and what may be compared."""
-    commits = sorted({record["code"].get("commit", "unknown")[:10] for record in records})
-    versions = [record["versions"] for record in records]
+def gather(profile: Profile, results: Path, folder: Path) -> Results:
+    """Load a profile's results and draw their pictures into `folder`; raises UsageError without OpenVLA's results."""
+    from experiments.reproduce.pictures import draw_pictures
+
+    source = results / profile.name
+    if profile.policy != "openvla" and not source.is_dir():
+        return Results(profile, ())
+    records, analyses = load_records(source), load_analyses(source, folder)
+    drawn = draw_pictures(records, profile, folder, analyses)
+    return Results(profile, records, analyses, {name: path.name for name, path in drawn.items()})
+
+
+def budget_text(results: Results) -> str:
+    """Say how many policies were trained, by which code, where, and with which flags."""
+    commits = sorted({record["code"].get("commit", "unknown")[:10] for record in results.records})
+    versions = [record["versions"] for record in results.records]
     machines = sorted({f"{version['cores']} cores, torch {version['torch']}" for version in versions})
-    train = ", ".join(f"{name} {value}" for name, value in profile.train.items())
+    train = ", ".join(f"{name} {value}" for name, value in results.profile.train.items())
+    counted = f"{len(results.records)} fine-tuned policies"
+    where = f"; code {', '.join(commits)}; {'; '.join(machines)}" if commits else ""
+    return f"{counted}{where}. All were trained with the same budget ({train})."
+
+
+def introduction(results: Results) -> tuple[str, str]:
+    """Say what was run, where, and what may be compared."""
+    profile = results.profile
     scale = (
         "The paper's numbers are of OpenVLA-7B and VGGT-1B in all of LIBERO, ours of mini models in "
         f"{', '.join(profile.suites)}, tasks {profile.evaluate['task_ids']}: compare the order of rows, not the values."
@@ -360,8 +369,7 @@ def introduction(records: Sequence[Record], profile: Profile) -> tuple[str, str]
         else "Both the paper's numbers and ours are of OpenVLA-7B and VGGT-1B."
     )
     return (
-        f"{len(records)} fine-tuned policies; code {', '.join(commits)}; {'; '.join(machines)}. All were trained with "
-        f"the same budget ({train}). Rates are over the episodes of all seeds. Two intervals of 95%: Wilson's over the "
+        f"{budget_text(results)} Rates are over the episodes of all seeds. Two intervals of 95%: Wilson's over the "
         "episodes, of these trained policies; Student's over the seeds' rates, of the method. The difference to the "
         "policies without alignment, in points of success, is paired by seed: mean, Student's interval, and p of the "
         "exact sign-flip test, which three seeds cannot bring below 0.25. Mixed: other code trained one of the two.",

@@ -113,7 +113,7 @@ class Study:
         curve: every checkpoint of the training is evaluated, not the last alone.
         plus: evaluated on LIBERO-Plus too.
         analyses: measured for every seed; those of the teacher alone once.
-        unsupported: why it cannot be run here; empty when it can.
+        policy: family of its student.
     """
 
     name: str
@@ -122,7 +122,7 @@ class Study:
     curve: bool = False
     plus: bool = False
     analyses: tuple[Analysis, ...] = ()
-    unsupported: str = ""
+    policy: str = "openvla"
 
     def arms(self, profile: Profile) -> tuple[Arm, ...]:
         """The policies it compares at a profile's scale."""
@@ -145,7 +145,7 @@ STUDIES = {
     study.name: study
     for study in (
         Study("table2", "success in LIBERO", _THREE),
-        Study("table3", "success in LIBERO with pi0.5", unsupported="pi0.5 is not among the supported students"),
+        Study("table3", "success in LIBERO with pi0.5", _THREE, policy="pi05"),
         Study("table4", "number of layer pairs", pair_arms),
         Study("table5", "choice of layers", selection_arms),
         Study("table6", "part of the demonstrations", data_arms),

@@ -29,7 +29,7 @@ from experiments.reproduce import __main__ as command
 from experiments.reproduce import records, report
 from experiments.reproduce import studies as arms
 from experiments.reproduce.jobs import ROOT, Job
-from experiments.reproduce.profiles import MINI, PAPER, PROFILES
+from experiments.reproduce.profiles import MINI, PAPER, POLICIES, PROFILES
 from experiments.reproduce.published import PUBLISHED
 from experiments.reproduce.stages import StudyPaths, analysis_job, arm_jobs, preparation_jobs, train_job
 from experiments.reproduce.studies import STUDIES
@@ -68,6 +68,35 @@ def test_a_script_prints_its_commands(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_pi05_has_models_and_folders_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--dry_run", "--seeds", "0", "--arms", "rocket", "--out", str(tmp_path)]
+    assert command.main(["run", "table2", "table3", *flags]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    trained = [line for line in shown if "finetune.py" in line]
+    assert [line.split("--vla_path ")[1].split()[0] for line in trained] == [
+        "experiments/mini/weights/student",
+        "experiments/mini/weights/pi05",
+    ]
+    assert [line.split("--run_root_dir ")[1].split()[0] for line in trained] == [
+        str(tmp_path / "runs"),
+        str(tmp_path / "pi05" / "runs"),
+    ]
+    assert len({line for line in shown if "experiments.mini.collect" in line}) == 1
+
+
+def test_the_paper_profile_of_pi05_is_the_published_recipe() -> None:
+    """Pairs, steps and samples a step; the learning rate falls along a cosine."""
+    from rocket_align.flags import AlignFlags
+
+    profile = POLICIES["pi05"]["paper"]
+    flags = AlignFlags(vggt_path="teacher", recipe="rocket")
+    align = flags.align_config(18, 24, indexing="openpi-torch")
+    assert align.student_layers == (*range(2, 11), 18) and align.teacher_layers == (*range(2, 19, 2), 23)
+    assert align.coeff == 0.5
+    assert (4 * profile.train["batch_size"], profile.train["max_steps"]) == (64, 30_000)  # type: ignore[operator]
+    assert (profile.train["learning_rate"], profile.train["use_proprio"]) == (2.5e-5, False)
+
+
 @pytest.mark.parametrize("options", [["-S"], []], ids=["without packages", "not there"])
 def test_a_script_without_an_environment_names_make_install(options: list[str], tmp_path: Path) -> None:
     bare = tmp_path / "python"
@@ -89,7 +118,6 @@ def test_a_script_without_an_environment_names_make_install(options: list[str], 
     ("flags", "message"),
     [
         (["run", "table99"], "study: 'table99' found"),
-        (["run", "table3"], "pi0.5"),
         (["run", "table8", "--profile", "huge"], "--profile: unknown value 'huge'; accepted: mini, paper"),
         (["run", "table8", "--profile", "paper"], "--data_root_dir: missing"),
         (["run", "table8", "--seeds", "one"], "--seeds: 'one' found"),
@@ -102,7 +130,7 @@ def test_wrong_flags_are_refused(flags: list[str], message: str, capsys: pytest.
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("profile", PROFILES.values(), ids=list(PROFILES))
+@pytest.mark.parametrize("profile", [*PROFILES.values(), *POLICIES["pi05"].values()], ids=lambda profile: profile.name)
 def test_commands_use_flags_that_the_scripts_have(profile: Any, tmp_path: Path) -> None:
     """Fine-tuning and evaluation flags exist, and every arm's alignment can be formed for the profile's depths."""
     finetune = {field.name for field in dataclasses.fields(FinetuneConfig)}
@@ -296,7 +324,8 @@ def test_the_report_quotes_results_and_names_what_is_missing(tmp_path: Path) -> 
     text = report.write_report("mini", tmp_path / "out", results=tmp_path).read_text()
     assert "| ROCKET | 98.5 | 80.0% | 49 to 94% | 8/10 | 80 |  |  |" in text
     assert "| independent projectors | 80 | not run |" in text
-    assert "Not run: pi0.5 is not among the supported students." in text
+    table3 = text.partition("## Table 3")[2].partition("## Table 4")[0]
+    assert "Not run: no alignment, spatial forcing, ROCKET." in table3
     assert (tmp_path / "out" / "table8.png").stat().st_size > 5_000
     assert (tmp_path / "out" / "training.png").is_file()
 

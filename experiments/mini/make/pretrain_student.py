@@ -16,6 +16,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,12 +141,12 @@ def initialize(config: PretrainConfig) -> Path:
     return folder
 
 
-def training_flags(config: PretrainConfig) -> list[str]:
-    """The fine-tuning script's flags; an unfinished run goes on at its last checkpoint."""
+def training_flags(config: PretrainConfig, start: Path, further: Mapping[str, object] | None = None) -> list[str]:
+    """The fine-tuning script's flags from the model `start`; an unfinished run goes on at its last checkpoint."""
     values = {
         "recipe": "baseline",
         "use_lora": False,
-        "vla_path": initialize(config),
+        "vla_path": start,
         "resume": True,
         "data_root_dir": config.data_root_dir,
         "dataset_name": config.dataset_name,
@@ -164,6 +165,7 @@ def training_flags(config: PretrainConfig) -> list[str]:
         "seed": config.seed,
         "num_workers": 1,
         "wandb_log_freq": 50,
+        **(further or {}),
     }
     return list(as_arguments(values))
 
@@ -179,20 +181,25 @@ def export(checkpoint: Path, out: Path) -> None:
         save_file(weights, temporary, metadata={"format": "pt"})
     for old in out.glob("*_checkpoint.pt"):
         old.unlink()
-    copied = ["tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "dataset_statistics.json"]
-    for source in [checkpoint / name for name in copied] + sorted(checkpoint.glob("*_checkpoint.pt")):
+    names = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "dataset_statistics.json")
+    copied = [checkpoint / name for name in names if (checkpoint / name).is_file()]
+    for source in copied + sorted(checkpoint.glob("*_checkpoint.pt")):
         shutil.copyfile(source, out / source.name)
     model = json.loads((checkpoint / "config.json").read_text())
     atomic_write(out / "config.json", json.dumps({**model, "dtype": "bfloat16"}, indent=2) + "\n")
 
 
-def main(config: PretrainConfig) -> int:
-    """Train (or go on) and export; returns the training script's exit code."""
+def refuse_missing_data(config: PretrainConfig) -> None:
+    """Raises UsageError: the demonstrations' folder is missing."""
     if not config.data_root_dir.is_dir():
         raise UsageError(f"--data_root_dir: no such folder: {config.data_root_dir}")
+
+
+def pretrain(config: PretrainConfig, flags: Sequence[str]) -> int:
+    """Train (or go on) and export; returns the training script's exit code."""
     finished = last_checkpoint(config.work / RUN_ID)
     if finished is None or f"--{config.max_steps}_" not in finished.name:
-        command = [sys.executable, "vla-scripts/finetune.py", *training_flags(config)]
+        command = [sys.executable, "vla-scripts/finetune.py", *flags]
         code = subprocess.run(command, cwd=ROOT, check=False).returncode
         if code != 0:
             return code
@@ -201,6 +208,12 @@ def main(config: PretrainConfig) -> int:
     export(checkpoint, config.out)
     print(f"exported {checkpoint} to {config.out}")
     return 0
+
+
+def main(config: PretrainConfig) -> int:
+    """Pretrain the mini student."""
+    refuse_missing_data(config)
+    return pretrain(config, training_flags(config, initialize(config)))
 
 
 if __name__ == "__main__":
