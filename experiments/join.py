@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 from prismatic.checkpoint.layout import RUN_CONFIG, read_record
 from prismatic.training.config import TrainConfig
 from prismatic.util.errors import UsageError
-from prismatic.util.files import refuse_long_name
+from prismatic.util.files import refuse_no_folder
 from prismatic.util.flags import check, limited
 from rocket_align.flags import AlignFlags
 from rocket_align.teacher.registry import describe_teacher, load_teacher, teacher_hash
@@ -57,7 +57,8 @@ class StoreConfig(FinetuneConfig):
         """Raises UsageError for wrong flags, before anything is loaded."""
         if not self.feature_store:
             raise UsageError("--feature_store: empty; accepted: the folder to write")
-        refuse_long_name("--feature_store", self.feature_store)
+        if not self.verify:
+            refuse_no_folder("--feature_store", self.feature_store)
         check(self)
         try:
             self.validate_alignment()

@@ -19,7 +19,7 @@ from experiments.robot.policy import DType
 from prismatic.checkpoint.layout import LORA_FOLDER
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
-from prismatic.util.files import find_folder, refuse_long_name
+from prismatic.util.files import find_folder, refuse_no_folder
 from prismatic.util.flags import check, limited
 
 _ADAPTED = "a checkpoint folder with lora_adapter/"
@@ -43,7 +43,7 @@ def main(config: ConvertConfig) -> int:
     checkpoint = Path(config.lora_finetuned_checkpoint_dir).expanduser()
     if not (checkpoint / LORA_FOLDER).is_dir():
         raise UsageError(f"--lora_finetuned_checkpoint_dir: {checkpoint} has no folder {LORA_FOLDER}")
-    refuse_long_name("--output_dir", config.output_dir)
+    refuse_no_folder("--output_dir", config.output_dir or checkpoint)
     import torch
 
     from prismatic.checkpoint.merge import merge_checkpoint

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
-from prismatic.util.files import HUB_ID, refuse_long_name
+from prismatic.util.files import HUB_ID, refuse_no_folder
 from prismatic.util.flags import check, limited, names, split_names, split_paths
 
 _LICENSE = "the hub's name of a license, such as llama2 (OpenVLA-7B's weights) or mit"
@@ -73,13 +73,18 @@ def _check(config: PushConfig) -> None:
     check(config)
     if not Path(config.checkpoint).expanduser().is_dir():
         raise UsageError(f"--checkpoint: no such folder: {config.checkpoint!r}; accepted: a checkpoint folder")
-    for flag, ids in (("repo_id", [config.repo_id]), ("datasets", split_names(config.datasets))):
+    for flag, ids in (
+        ("repo_id", [config.repo_id]),
+        ("base_model", [config.base_model] if config.base_model else []),
+        ("datasets", split_names(config.datasets)),
+    ):
         for name in ids:
             if not HUB_ID.fullmatch(name):
                 raise UsageError(f"--{flag}: {name!r} found; accepted: a hub id (owner/name)")
-    refuse_long_name("--dry_run", config.dry_run)
-    if config.dry_run and Path(config.dry_run).expanduser().exists():
-        raise UsageError(f"--dry_run: {config.dry_run} exists; accepted: the name of a new folder")
+    if config.dry_run:
+        if Path(config.dry_run).expanduser().exists():
+            raise UsageError(f"--dry_run: {config.dry_run} exists; accepted: the name of a new folder")
+        refuse_no_folder("--dry_run", config.dry_run)
 
 
 if __name__ == "__main__":

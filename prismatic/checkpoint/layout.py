@@ -14,14 +14,13 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from prismatic.util.errors import UsageError, one_line
-from prismatic.util.files import read_json
+from prismatic.util.files import DAMAGED, read_json
 from prismatic.vla.platforms import Platform, get_platform
 
 LOG_FILE = "metrics.jsonl"
@@ -200,5 +199,5 @@ def load_training_state(folder: Path, *, lazily: bool = False) -> dict[str, Any]
 
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=lazily)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except DAMAGED as error:
         raise UsageError(f"{file}: not readable, cut off? ({one_line(error, 120)})") from error

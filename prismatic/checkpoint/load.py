@@ -10,7 +10,6 @@ Not obvious:
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from prismatic.checkpoint.layout import (
 )
 from prismatic.models.lora import MAGNITUDE, merge_lora_state_dict, strip_module_prefix
 from prismatic.util.errors import UsageError, one_line
+from prismatic.util.files import DAMAGED
 from prismatic.vla.platforms import Platform
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
     """
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except DAMAGED as error:
         raise UsageError(f"{file}: not a readable file of tensors ({one_line(error, 120)})") from error
 
 
@@ -204,7 +204,7 @@ def prepare_for_training(vla: VLA, config: TrainConfig, platform: Platform, adap
     if config.use_lora and adapter is not None:
         try:
             model = load_lora(vla, adapter, is_trainable=True)
-        except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        except (*DAMAGED, SafetensorError) as error:
             raise UsageError(f"--resume: {adapter}: {one_line(error, 300)}") from error
     elif config.use_lora:
         model = add_lora(
@@ -355,7 +355,7 @@ def _merge_adapter(vla: VLA, folder: Path) -> VLA:
 
     try:
         adapted = load_lora(vla, folder)
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+    except (*DAMAGED, SafetensorError) as error:
         raise UsageError(f"--pretrained_checkpoint: {folder}: {one_line(error, 300)}") from error
     model: Any = adapted.get_base_model()
     config: Any = adapted.peft_config[adapted.active_adapter]
@@ -387,8 +387,15 @@ def _load_film(vla: VLA, file: Path) -> None:
 
 @contextmanager
 def readable(folder: str | Path, flag: str) -> Iterator[None]:
-    """Turn what transformers says of a missing or damaged file of a model into one line."""
+    """Turn what transformers says of a missing or damaged file of a model into one line.
+
+    A wrong value surfaces as whatever error it causes first, of many libraries; RuntimeError is the device's.
+    """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{flag}: {folder}: {one_line(error, 300)}") from error
+    except (UsageError, RuntimeError):
+        raise
+    except Exception as error:
+        reason = one_line(error, 300)
+        told = reason if isinstance(error, OSError | SafetensorError) else f"damaged ({type(error).__name__}: {reason})"
+        raise UsageError(f"{flag}: {folder}: {told}") from error

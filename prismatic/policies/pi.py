@@ -31,7 +31,7 @@ from prismatic.policies.pi_data import (
 from prismatic.training.module import Coefficient, StepOutput, TrainablePolicy
 from prismatic.training.objectives import chunk_l1_metrics
 from prismatic.util.errors import UsageError
-from prismatic.util.files import find_folder
+from prismatic.util.files import DAMAGED, find_folder
 from prismatic.vla.batch import Batch
 from prismatic.vla.platforms import OPENPI_NORMALIZATION, Platform, get_platform
 
@@ -196,7 +196,7 @@ class _Pi:
         if adapter is not None and adapter.is_dir():
             try:
                 return PolicyParts(load_lora(policy, adapter, is_trainable=True))
-            except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+            except (*DAMAGED, SafetensorError) as error:
                 raise UsageError(f"--resume: {adapter}: {' '.join(str(error).split())[:300]}") from error
         lora = LoraConfig(
             r=config.lora_rank,
@@ -256,7 +256,7 @@ def load_acting(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     if checkpoint.adapter_path is not None:
         try:
             adapted: Any = load_lora(policy, checkpoint.adapter_path)
-        except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        except (*DAMAGED, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UsageError(f"--pretrained_checkpoint: {checkpoint.adapter_path}: {reason}") from error
         policy = adapted.merge_and_unload()

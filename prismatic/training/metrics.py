@@ -120,6 +120,6 @@ def read_log(path: Path) -> list[dict[str, float]]:
     for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             break
     return rows

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import json
 import os
@@ -30,6 +31,18 @@ from prismatic.util.flags import check, declared, split_names
 
 ConfigT = TypeVar("ConfigT")
 ParametersT = ParamSpec("ParametersT")
+# Whatever a program does, these are of the path that it was given. A missing file may be a defect.
+_REFUSED_PATHS = (
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.EACCES,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+)
 _NULLS = ("~", "null", "Null", "NULL", "")
 _BOOLS = {"true": True, "false": False}
 _ACCEPTED = {int: "a whole number", float: "a number", bool: "True or False", Path: "a path"}
@@ -73,9 +86,10 @@ def _read_file(path: str) -> dict[str, Any]:
             content = json.loads(text, parse_int=str, parse_float=str)
         else:
             content = yaml.load(text, _TypedLoader)
+            json.dumps(content, default=str, skipkeys=True)  # Refuses what holds itself.
     except OSError as error:
         raise UsageError(f"--config_path: {path} cannot be read: {error.strerror}") from error
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"--config_path: {path} is not valid: {one_line(error)}") from error
     if content is None or isinstance(content, _Null):
         return {}
@@ -213,6 +227,17 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
     return config
 
 
+def _path_trouble(error: OSError | RuntimeError) -> str | None:
+    """What is wrong with a path that the operating system refuses; None for errors that are not of that kind."""
+    if isinstance(error, OSError) and error.errno in _REFUSED_PATHS and error.filename:
+        return f"{error.filename}: {error.strerror}; accepted: another path"
+    said = one_line(error)
+    # pathlib's own, for a loop of links and for ~nobody.
+    if type(error) is RuntimeError and said.startswith(("Symlink loop", "Could not determine home")):
+        return f"a path leads nowhere: {said}; accepted: another path"
+    return None
+
+
 def exit_code(main: Callable[ParametersT, int | None]) -> Callable[ParametersT, int]:
     """Decorate a `main` so that it returns its exit code (None counts as 0), also after a mistake of the user's."""
 
@@ -226,6 +251,12 @@ def exit_code(main: Callable[ParametersT, int | None]) -> Callable[ParametersT, 
         except UsageError as error:
             if int(os.environ.get("RANK", "0")) == 0:
                 print(f"error: {error}", file=sys.stderr)
+            return 2
+        except (OSError, RuntimeError) as error:
+            trouble = _path_trouble(error)
+            if trouble is None:
+                raise
+            print(f"error: {trouble}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,20 @@ import yaml
 
 from prismatic.util.errors import UsageError, one_line
 
+# What torch raises for a file of its own that is damaged: a wrong byte surfaces as whatever it causes first.
+DAMAGED = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    pickle.UnpicklingError,
+    struct.error,
+)
 # What is taken for the id of a model hub's repository.
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -48,6 +64,20 @@ def refuse_long_name(flag: str, path: str | Path) -> None:
     size, most = len(path.name.encode()), longest_name(path.parent)
     if size > most:
         raise UsageError(f"{flag}: a name of {size} bytes found, {path.name[:40]}...; accepted: at most {most}")
+
+
+def refuse_no_folder(flag: str, path: str | Path) -> None:
+    """Raise UsageError, naming `flag`, if `path`, to write into or to make, is no folder and none can be made there."""
+    refuse_long_name(flag, path)
+    place = Path(path).expanduser().absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise UsageError(f"{flag}: {place} is not a folder; accepted: a folder, or a place for a new one")
+    try:
+        tempfile.TemporaryFile(dir=place).close()  # os.access grants root what a file system may refuse.
+    except OSError as error:
+        raise UsageError(f"{flag}: {place} is not writable ({error.strerror}); accepted: a folder that is") from None
 
 
 def fitting_name(name: str, most: int) -> str:
@@ -136,7 +166,7 @@ def _read_object(path: Path, kind: str) -> dict[str, Any]:
         content = yaml.safe_load(text) if kind == "YAML" else json.loads(text)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError, OSError) as error:
         raise UsageError(f"{path}: not valid {kind} ({one_line(error)})") from None
     if not isinstance(content, dict):
         name = "mapping" if kind == "YAML" else "object"

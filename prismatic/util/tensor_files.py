@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
 from prismatic.util.errors import UsageError, one_line
-from prismatic.util.files import atomic_path, atomic_write
+from prismatic.util.files import DAMAGED, atomic_path, atomic_write
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -96,7 +95,7 @@ class TensorFiles:
     def _map(self, file: Path) -> list[TensorSpec]:
         try:
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        except DAMAGED as error:
             raise UsageError(f"{file}: not a readable file of tensors ({one_line(error, 120)})") from error
         if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
             raise UsageError(f"{file}: holds other things than tensors; accepted: a state dict")

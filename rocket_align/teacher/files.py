@@ -44,7 +44,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON ({' '.join(str(error).split())}); accepted: an object") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file}: found JSON of type {type(values).__name__}; accepted: an object")

@@ -22,6 +22,8 @@ from experiments.robot.policy import Array, Query
 from experiments.robot.serving.wire import Unreadable, from_json, from_msgpack, to_json, to_msgpack
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from websockets.sync.client import ClientConnection
 
 MAX_CONNECTIONS = 64
@@ -42,7 +44,36 @@ class ServerError(RuntimeError):
         self.status = status
 
 
-class PolicyClient:
+class _Client:
+    """Keeps one connection open a thread until `close`, or the end of a `with` block, closes all of them."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._opened: set[Any] = set()
+
+    def _keep(self, connection: Any) -> None:
+        self._local.connection = connection
+        self._opened.add(connection)
+
+    def _forget(self, connection: Any) -> None:
+        self._local.connection = None
+        self._opened.discard(connection)
+        connection.close()
+
+    def close(self) -> None:
+        """Close the connections of all threads, none of which is asking; a later request opens one again."""
+        while self._opened:
+            self._opened.pop().close()
+        self._local = threading.local()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class PolicyClient(_Client):
     """Asks a policy server for actions; may be used from several threads, each of which keeps a connection open.
 
     It is a policy itself (:meth:`act`), so that rollouts can run against a server.
@@ -65,6 +96,7 @@ class PolicyClient:
         tls: bool = False,
         prefix: str = "",
     ) -> None:
+        super().__init__()
         self.host, self.port, self.timeout_s = host, port, timeout_s
         self.unnorm_key = unnorm_key
         self._connect = http.client.HTTPSConnection if tls else http.client.HTTPConnection
@@ -72,7 +104,6 @@ class PolicyClient:
         self._headers = {"Content-Type": "application/json"}
         if token is not None:
             self._headers["Authorization"] = f"Bearer {token}"
-        self._local = threading.local()
         self._threads = ThreadPoolExecutor(max_workers=MAX_CONNECTIONS)  # Threads start when they are needed.
 
     def infer(self, observation: Mapping[str, object]) -> Array:
@@ -107,14 +138,13 @@ class PolicyClient:
         for attempt in range(2):
             kept: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
             connection = kept or self._connect(self.host, self.port, timeout=self.timeout_s)
-            self._local.connection = connection
+            self._keep(connection)
             try:
                 connection.request(method, self._prefix + path, body, self._headers)
                 response = connection.getresponse()
                 content = response.read()
             except (ConnectionError, http.client.HTTPException, OSError) as error:
-                connection.close()
-                self._local.connection = None
+                self._forget(connection)
                 if kept is None or attempt or isinstance(error, TimeoutError):
                     raise
                 continue
@@ -162,7 +192,7 @@ def observation_of(query: Query) -> dict[str, Any]:
     }
 
 
-class WebSocketPolicyClient:
+class WebSocketPolicyClient(_Client):
     """Asks a policy server for actions; may be used from several threads, each of which keeps a connection open.
 
     Args:
@@ -172,9 +202,9 @@ class WebSocketPolicyClient:
     """
 
     def __init__(self, url: str, *, token: str | None = None, unnorm_key: str = "", timeout_s: float = 60.0) -> None:
+        super().__init__()
         self.url, self.unnorm_key, self.timeout_s = url, unnorm_key, timeout_s
         self._headers = {} if token is None else {"Authorization": f"Api-Key {token}"}
-        self._local = threading.local()
 
     def infer(self, observation: Mapping[str, object]) -> Array:
         """The chunk (T, A) for an observation, as :meth:`PolicyClient.infer`."""
@@ -191,7 +221,7 @@ class WebSocketPolicyClient:
     def metadata(self) -> dict[str, Any]:
         """The server's first message: what the served policy takes and gives; of openpi's servers mostly {}."""
         connection, metadata = self._open()
-        self._local.connection = connection
+        self._keep(connection)
         return metadata
 
     def _open(self) -> tuple[ClientConnection, dict[str, Any]]:
@@ -226,7 +256,7 @@ class WebSocketPolicyClient:
         for attempt in range(2):
             kept = getattr(self._local, "connection", None)
             connection = kept or self._open()[0]
-            self._local.connection = connection
+            self._keep(connection)
             try:
                 connection.send(message)
                 return connection.recv(timeout=self.timeout_s)
@@ -238,7 +268,3 @@ class WebSocketPolicyClient:
                 if kept is None or attempt:
                     raise ConnectionError(f"policy server closed the connection: {error}") from None
         raise AssertionError("the loop above returns or raises")
-
-    def _forget(self, connection: ClientConnection) -> None:
-        self._local.connection = None
-        connection.close()

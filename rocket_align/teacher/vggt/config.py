@@ -9,10 +9,11 @@ import dataclasses
 import json
 import pickle
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,6 +60,11 @@ class VGGTConfig:
     dense_features: int = 256
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if kind in (int, float) and (isinstance(value, bool) or not isinstance(value, int | kind)):
+                accepted = "a whole number" if kind is int else "a number"
+                raise ValueError(f"{name}: found {value!r}; accepted: {accepted}")
         for name in ("dense_layers", "dense_channels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if len(getattr(self, name)) != 4:
@@ -111,7 +117,10 @@ class VGGTConfig:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"{path}: unknown fields {', '.join(unknown)}; accepted: {', '.join(known)}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"{path}: a value of another type found ({error})") from None
 
 
 def find_weights(path: str | Path) -> tuple[Path, VGGTConfig]:
@@ -126,10 +135,19 @@ def find_weights(path: str | Path) -> tuple[Path, VGGTConfig]:
             raise ValueError(f"{place}: no teacher weights; accepted: a folder with {' or '.join(WEIGHT_NAMES)}")
     elif place.is_file():
         weights = place
+        if not _can_hold_tensors(place):
+            raise ValueError(f"{place}: no file of tensors; accepted: .safetensors, or what torch.save wrote")
     else:
         raise ValueError(f"{place}: no such file or folder; accepted: a VGGT folder or weight file (.safetensors, .pt)")
     config = weights.parent / CONFIG_NAME
     return weights, VGGTConfig.from_file(config) if config.is_file() else VGGTConfig()
+
+
+def _can_hold_tensors(file: Path) -> bool:
+    """Tell by its first bytes a file of safetensors (a length, then JSON), or of torch.save (zip, or pickle)."""
+    with file.open("rb") as stream:
+        head = stream.read(9)
+    return head[8:] == b"{" or head.startswith((b"PK", b"\x80"))
 
 
 def _is_needed(name: str, num_layers: int) -> bool:
@@ -155,7 +173,7 @@ def read_weights(path: Path, num_layers: int, prefixes: Iterable[str] = ()) -> d
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in needed(file.keys())}
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, RuntimeError, OSError) as error:
+    except (SafetensorError, RuntimeError, OSError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise ValueError(f"{path}: not readable as VGGT weights ({str(error).splitlines()[0]})") from error
     except (pickle.UnpicklingError, EOFError) as error:
         accepted = ".safetensors or a torch state dict"

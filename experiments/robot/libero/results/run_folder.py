@@ -218,7 +218,7 @@ def read_episode_lines(file: Path) -> Iterator[tuple[EpisodeResult, bytes]]:
         try:
             content = json.loads(line)
             yield EpisodeResult(**{key: value for key, value in content.items() if key in names}), line
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UsageError(f"{file}: line {number} is not an episode ({error})") from error
 
 

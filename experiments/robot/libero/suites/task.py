@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prismatic.util.errors import UsageError
-from prismatic.util.files import read_json
+from prismatic.util.files import DAMAGED, read_json
 
 if TYPE_CHECKING:
     from robosuite.environments.base import MujocoEnv
@@ -213,7 +212,7 @@ def _read_torch(path: Path) -> object:
     try:
         with torch.serialization.safe_globals([*allowed, *named]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except DAMAGED as error:
         raise UsageError(f"{path}: no torch file, or one with more in it than numbers, which is not loaded") from error
 
 

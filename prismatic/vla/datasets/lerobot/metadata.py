@@ -111,7 +111,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise UsageError(f"{path}: line {number}: not valid JSON ({error})") from None
 
 

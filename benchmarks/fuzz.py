@@ -1,0 +1,195 @@
+"""Throw wrong flags and damaged files at the commands: refused in one line, with exit code 2, and nothing is lost.
+
+    python benchmarks/fuzz.py                       300 wrong configurations, 200 damaged files, seed 0, CPU, minutes
+    python benchmarks/fuzz.py --seed 7 --only 41    case 41 of another seed again
+
+It makes its inputs first: a run of the mini models with two checkpoints, a feature store, results of an evaluation.
+Commands run as `python FILE` would run them, in this process. A case fails where the exit code is not 2, the last line
+on standard error is no `error: ...` or not the only one, or an input changed. Ends with 1 where a case failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.fuzz_cases import Case, damaged_files, wrong_configurations
+from prismatic.util.cli import run
+from prismatic.util.flags import limited
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = ROOT / "experiments" / "mini" / "weights"
+SECONDS_A_CASE = 120
+
+
+@dataclass
+class FuzzConfig:
+    configurations: int = limited(300, least=0)  # Wrong command lines and configuration files
+    inputs: int = limited(200, least=0)  # Damaged files
+    seed: int = limited(0, least=0)  # Of the cases
+    only: int | None = limited(None, least=0)  # The number of one case
+    out: str = "benchmarks/results/fuzz.json"  # Results file
+
+
+@dataclass
+class Outcome:
+    code: int | None = None  # None: the command raised
+    errors: list[str] = field(default_factory=list)  # Lines on standard error
+    raised: str = ""
+
+
+def main(config: FuzzConfig) -> int:
+    """Make inputs, run every case, print those that failed, write the results; returns 1 where some did."""
+    from benchmarks.memory_probe import machine, write_results
+
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ[name] = "1"
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+        work = Path(name)
+        prepare(work / "in")
+        rng = random.Random(config.seed)
+        cases = wrong_configurations(rng, work, config.configurations) + damaged_files(rng, work, config.inputs)
+        failures = []
+        for number, case in enumerate(cases):
+            if config.only in (None, number) and (faults := try_case(case, work)):
+                failures.append({"number": number, "case": case.describe(work), "faults": faults})
+                print(f"{number}: {case.describe(work)}\n    " + "\n    ".join(faults), flush=True)
+    kinds = Counter(case.kind for case in cases)
+    content = {"machine": machine(), "cases": len(cases), "kinds": dict(kinds), "failures": failures}
+    write_results(config.out, "fuzz", vars(config), content)
+    print(f"{len(cases)} cases, {len(failures)} failed")
+    return int(bool(failures))
+
+
+def prepare(folder: Path) -> None:
+    """Valid inputs of every command, made by the commands themselves."""
+    shutil.copytree(ROOT / "tests" / "golden" / "rlds", folder / "data")
+    for name in ("student", "teacher"):
+        shutil.copytree(WEIGHTS / name, folder / name)
+    models = ["--vla_path", f"{folder}/student", "--num_images_in_input", "2", "--use_proprio", "True"]
+    data = ["--data_root_dir", f"{folder}/data", "--vggt_path", f"{folder}/teacher", "--num_workers", "0"]
+    training = ["--run_root_dir", f"{folder}/runs", "--run_id_override", "run", "--trackers", "none"]
+    training += ["--max_steps", "2", "--save_freq", "1", "--batch_size", "1", "--lora_rank", "2"]
+    store = ["--feature_store", f"{folder}/store", "--components", "8", "--fit_frames", "8"]
+    for words in (
+        ["vla-scripts/finetune.py", *models, *data, *training],
+        ["vla-scripts/build_feature_store.py", *models, *data, *store],
+        ["vla-scripts/select_layers.py", "--strategy", "uniform", "--count", "2", "--checkpoint", f"{folder}/student",
+         "--vggt_path", f"{folder}/teacher", "--out", f"{folder}/layers.json"],
+    ):  # fmt: skip
+        outcome = invoke(words)
+        if outcome.code:
+            raise RuntimeError(f"{words} ended with {outcome}")
+    _write_results(folder / "results")
+
+
+def _write_results(folder: Path) -> None:
+    """An evaluation of two tasks, as `run_libero_eval.py` writes it."""
+    from experiments.robot.libero.results import EpisodeResult, RunFolder
+    from experiments.robot.libero.rollouts.protocol import Episode
+
+    with RunFolder(folder, {"suite": "libero_goal", "seed": 7}, {}) as results:
+        results.plan(Episode("libero_goal", task, "do it", number, 7) for task in (0, 3) for number in range(2))
+        for task in (0, 3):
+            for number in range(2):
+                results.append(EpisodeResult("libero_goal", task, "do it", number, 7, "success", True, 90, None, 1.5))
+        results.write_summary()
+
+
+def try_case(case: Case, work: Path) -> list[str]:
+    """Run a case on inputs that are put back afterwards; returns what went wrong."""
+    scratch = work / "out"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    with case.applied(work):
+        before = snapshot(work / "in")
+        outcome = invoke(case.words)
+        faults = judge(outcome, harmless=case.harmless)
+        if changed := sorted(set(before.items()) ^ set(snapshot(work / "in").items())):
+            faults.append(f"inputs changed: {', '.join(sorted({name for name, _ in changed}))}")
+    finished = [path.name for path in scratch.rglob("*") if path.name.endswith("_chkpt") or ".tmp" in path.name]
+    if finished and outcome.code:
+        faults.append(f"written: {', '.join(finished)}")
+    return faults
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Sizes and times of the files of a folder; what readers keep beside data does not count."""
+    kept = ("frame_index", "dataset_statistics_")
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(kept)]
+    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def judge(outcome: Outcome, *, harmless: bool) -> list[str]:
+    """What is wrong with an outcome; `harmless`: the command may as well not need what is wrong."""
+    if outcome.raised:
+        return [outcome.raised]
+    if outcome.code == 0 and harmless:
+        return []
+    faults = [] if outcome.code == 2 else [f"exit code {outcome.code} found; accepted: 2"]
+    said = [line for line in outcome.errors if line.startswith("error: ")]
+    if len(said) != 1 or outcome.errors[-1] != said[0]:
+        faults.append(f"one line 'error: ...' expected at the end; said: {outcome.errors[-3:]}")
+    elif not said[0].isprintable():
+        faults.append(f"unprintable: {said[0]!r}")
+    return faults
+
+
+def invoke(words: Sequence[str]) -> Outcome:
+    """Run a script (a path) or a module (a dotted name) with its words, as Python's command line would."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # Of the command before.
+    outcome, errors = Outcome(), io.TextIOWrapper(io.BytesIO(), errors="backslashreplace")  # As standard error is.
+    argv, sys.argv = sys.argv, list(words)
+    start = runpy.run_path if words[0].endswith(".py") else runpy.run_module
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors), _time_limit():
+            start(str(ROOT / words[0]) if start is runpy.run_path else words[0], run_name="__main__")
+            outcome.code = 0
+    except SystemExit as leaving:
+        outcome.code = int(leaving.code or 0)
+    except BaseException as error:  # A defect is what is looked for.
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        inner = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames if str(ROOT) in frame.filename]
+        outcome.raised = f"{type(error).__name__}: {' '.join(str(error).split())[:200]} at {' '.join(inner[-3:])}"
+    finally:
+        sys.argv = argv
+    errors.seek(0)
+    outcome.errors = [line for line in errors.read().splitlines() if line.strip()]
+    return outcome
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    def over(*_: Any) -> None:
+        raise TimeoutError(f"not refused within {SECONDS_A_CASE} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(SECONDS_A_CASE)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+if __name__ == "__main__":
+    run(FuzzConfig, main)
