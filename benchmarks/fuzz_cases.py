@@ -285,7 +285,7 @@ def damaged_files(rng: random.Random, work: Path, count: int) -> list[Case]:
         file = rng.choice(files)
         serves = words[0] in (DEPLOY, EVALUATE)  # Which does not end where the value was not needed.
         exchanged = file.suffix in (".json", ".jsonl") and rng.random() < 0.5 and not serves
-        content = _exchange(rng, file.read_bytes()) if exchanged else _damage(rng, file)
+        content = _exchange(rng, file.read_bytes()) if exchanged else _damage(rng, file, sums="--resume" in words)
         if content != file.read_bytes():
             kind = file.suffix.removeprefix(".") if "." in file.name else file.name
             kind = "tfrecord" if "tfrecord" in file.name else kind
@@ -341,8 +341,8 @@ class _Payload:
         return os.mkdir, (f"/tmp/fuzz_ran_{os.getpid()}",)
 
 
-def _damage(rng: random.Random, file: Path) -> bytes | None:
-    """What no reader can take for the file; None: no file."""
+def _damage(rng: random.Random, file: Path, *, sums: bool) -> bytes | None:
+    """What no reader can take for the file; None: no file. `sums`: the command compares checksums of weights."""
     content = file.read_bytes()
     garbage = bytes(rng.randrange(256) for _ in range(500))
     options: list[bytes | None] = [b"", garbage, content[: len(content) // rng.randint(2, 9)], b"\0" * len(content)]
@@ -355,7 +355,7 @@ def _damage(rng: random.Random, file: Path) -> bytes | None:
     else:
         options += [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", pickle.dumps(_Payload())]
         middle = rng.randrange(len(content) // 2)
-        if "tfrecord" in file.name or file.suffix == ".pt":
+        if "tfrecord" in file.name or (file.suffix == ".pt" and sums):
             options += [content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]] * 3
         if file.suffix == ".safetensors":
             options += [

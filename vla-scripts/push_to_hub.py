@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.util.cli import run
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 from prismatic.util.files import HUB_ID, refuse_no_folder
 from prismatic.util.flags import check, limited, names, split_names, split_paths
 
@@ -56,7 +56,13 @@ def main(config: PushConfig) -> int:
             "accepted: the base model's hub id"
         )
     dataset_ids = list(split_names(config.datasets))
-    card = publish.model_card(facts, config.repo_id, config.license, dataset_ids=dataset_ids, summaries=summaries)
+    try:
+        card = publish.model_card(facts, config.repo_id, config.license, dataset_ids=dataset_ids, summaries=summaries)
+    except (TypeError, AttributeError, LookupError) as error:
+        if not summaries:
+            raise
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UsageError(f"--results: {config.results}: damaged ({reason}); accepted: summary.json files") from error
     files = publish.published_files(folder)
     texts = {publish.CARD: card, **publish.changed_texts(folder, facts.base_model)}
     if config.dry_run:

@@ -104,6 +104,9 @@ def read_layout(root: Path) -> StoreLayout:
     stored = read_index(root / INDEX_NAME).get("layout") or {}
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
     try:
+        numbers = [n for v in values.values() for n in (v if isinstance(v, tuple) else (v,)) if not isinstance(n, str)]
+        if not all(isinstance(number, int) and 0 <= number < 2**31 for number in numbers):
+            raise TypeError("sizes are whole numbers")
         return StoreLayout(**values)
     except TypeError as error:
         raise StoreError(f"{root / INDEX_NAME}: its layout is damaged ({error}); accepted: a new build") from error
