@@ -23,9 +23,11 @@ from prismatic.util.errors import UsageError
 from prismatic.util.files import read_json, refuse_no_folder
 from prismatic.vla.platforms import LIBERO
 from rocket_align.teacher.registry import describe_teacher
+from rocket_align.teacher.store.layout import INDEX_NAME, StoreError, StoreLayout, read_layout, write_index
 from rocket_align.teacher.vggt.config import VGGTConfig
 
 logging.set_verbosity_error()
+STORE = StoreLayout("vggt", "ab", 3, (0, 1), 32, 8, "int8", ("primary",), 42, (42, 42), (3, 3), (3, 3))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,17 @@ def test_a_teacher_s_sizes_are_numbers(change: dict[str, object], tmp_path: Path
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vggt", **change}))
     with pytest.raises(ValueError, match=next(iter(change)) if "dense_layers" not in change else "another type"):
         VGGTConfig.from_file(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("change", ["x", {"channels": 10**30}, {"layers": [None]}, {"grid_hw": {}}, {"unknown": 1}])
+def test_a_store_s_sizes_are_whole_numbers(change: object, tmp_path: Path) -> None:
+    layout = {**vars(STORE), **change} if isinstance(change, dict) else change
+    write_index(tmp_path / INDEX_NAME, {"layout": layout})
+    with pytest.raises(StoreError, match="its layout is damaged") as refusal:
+        read_layout(tmp_path)
+    assert "\n" not in str(refusal.value)
+    write_index(tmp_path / INDEX_NAME, {"layout": vars(STORE)})
+    assert read_layout(tmp_path) == STORE
 
 
 def test_every_cut_of_a_file_of_tensors_is_refused(tmp_path: Path) -> None:

@@ -102,13 +102,13 @@ def write_index(path: Path, values: dict[str, Any]) -> None:
 def read_layout(root: Path) -> StoreLayout:
     """The layout of the store at `root`. Raises StoreError: see :func:`read_index`."""
     stored = read_index(root / INDEX_NAME).get("layout") or {}
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
     try:
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
         numbers = [n for v in values.values() for n in (v if isinstance(v, tuple) else (v,)) if not isinstance(n, str)]
         if not all(isinstance(number, int) and 0 <= number < 2**31 for number in numbers):
             raise TypeError("sizes are whole numbers")
         return StoreLayout(**values)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise StoreError(f"{root / INDEX_NAME}: its layout is damaged ({error}); accepted: a new build") from error
 
 
