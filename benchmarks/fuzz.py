@@ -136,7 +136,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def judge(outcome: Outcome, *, harmless: bool) -> list[str]:
-    """What is wrong with an outcome; `harmless`: the command may as well not need what is wrong."""
+    """List what is wrong with an outcome; `harmless`: the command may as well not need what is wrong."""
     if outcome.raised:
         return [outcome.raised]
     if outcome.code == 0 and harmless:

@@ -1,8 +1,7 @@
 """Cases of `fuzz.py`: command lines with one thing wrong, and files with one thing damaged.
 
-Wrong is what no command can take: an unknown flag, a value of another type or beyond its limits, a path that is not
-what the flag needs, flags that exclude each other, a file that cannot be read. After the exchange of one value in a
-file a command may end well, since it may not need that value.
+Wrong is what no command can take. After the exchange of one value in a file a command may end well, since it may not
+need that value.
 """
 
 from __future__ import annotations
@@ -325,8 +324,8 @@ def _readings(work: Path) -> Iterator[tuple[list[str], str]]:
         (stored, ("store/*.json",)),
         ([RESULTS, "report", f"{inputs}/results"], ("results/episodes.jsonl", "results/config.json")),
         ([RESULTS, "compare", f"{inputs}/results", f"{inputs}/results"], ("results/episodes.jsonl",)),
-        ([RESULTS, "merge", f"{inputs}/results", "--out", f"{work}/out/merged"], ("results/*.json*",)),
-        ([RESULTS, "page", f"{inputs}/results", "--out", f"{work}/out/page.html"], ("results/*.json*",)),
+        ([RESULTS, "merge", f"{inputs}/results", "--out", f"{work}/out/merged"], ("results/config.json",)),
+        ([RESULTS, "page", f"{inputs}/results", "--out", f"{work}/out/page.html"], ("results/episodes.jsonl",)),
         (setup[PUSH].words(PUSH, results=f"{inputs}/results/summary.json"), ("results/summary.json",)),
         (setup[FINETUNE].words(FINETUNE, align_layers_file=f"{inputs}/layers.json"), ("layers.json",)),
     ):
@@ -335,14 +334,14 @@ def _readings(work: Path) -> Iterator[tuple[list[str], str]]:
 
 
 class _Payload:
-    """What an archive that runs code would hold."""
+    """The content of an archive that would run code."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return os.mkdir, (f"/tmp/fuzz_ran_{os.getpid()}",)
 
 
 def _damage(rng: random.Random, file: Path, *, sums: bool) -> bytes | None:
-    """What no reader can take for the file; None: no file. `sums`: the command compares checksums of weights."""
+    """Content that no reader can take for the file; None: no file. `sums`: checksums of weights are compared."""
     content = file.read_bytes()
     garbage = bytes(rng.randrange(256) for _ in range(500))
     options: list[bytes | None] = [b"", garbage, content[: len(content) // rng.randint(2, 9)], b"\0" * len(content)]

@@ -76,7 +76,7 @@ class Watch:
                 self.samples.append(self.sample())
 
     def sample(self) -> dict[str, int]:
-        """What the process and its descendants hold now."""
+        """Count what the process and its descendants hold now."""
         top = psutil.Process(self.pid)
         family = [top, *top.children(recursive=True)]
         self.seen |= {process.pid: process for process in family}
@@ -237,7 +237,7 @@ def _ask(port: int, client: int, count: int) -> None:
 
 
 def _faults(report: dict[str, Any]) -> list[str]:
-    """What of the compared medians grew."""
+    """List the compared medians that grew."""
     grew = []
     for name in ("anonymous_bytes", "open_files", "threads", "processes"):
         early, late = report[name]["second_fifth"], report[name]["last_fifth"]

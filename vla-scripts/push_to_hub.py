@@ -58,8 +58,8 @@ def main(config: PushConfig) -> int:
     dataset_ids = list(split_names(config.datasets))
     try:
         card = publish.model_card(facts, config.repo_id, config.license, dataset_ids=dataset_ids, summaries=summaries)
-    except (TypeError, AttributeError, LookupError) as error:
-        if not summaries:
+    except Exception as error:  # A template fails in its own ways.
+        if isinstance(error, UsageError) or not summaries:
             raise
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UsageError(f"--results: {config.results}: damaged ({reason}); accepted: summary.json files") from error

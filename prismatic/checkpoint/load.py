@@ -393,9 +393,9 @@ def readable(folder: str | Path, flag: str) -> Iterator[None]:
     """
     try:
         yield
-    except (UsageError, RuntimeError):
-        raise
     except Exception as error:
+        if isinstance(error, UsageError) or (isinstance(error, RuntimeError) and type(error) is not RecursionError):
+            raise
         reason = one_line(error, 300)
         told = reason if isinstance(error, OSError | SafetensorError) else f"damaged ({type(error).__name__}: {reason})"
         raise UsageError(f"{flag}: {folder}: {told}") from error

@@ -228,7 +228,7 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
 
 
 def _path_trouble(error: OSError | RuntimeError) -> str | None:
-    """What is wrong with a path that the operating system refuses; None for errors that are not of that kind."""
+    """Name a path that the operating system refuses, and why; None for errors that are not of that kind."""
     if isinstance(error, OSError) and error.errno in _REFUSED_PATHS and error.filename:
         return f"{error.filename}: {error.strerror}; accepted: another path"
     said = one_line(error)

@@ -84,13 +84,17 @@ class DatasetFeatures:
             raise StoreError(f"{self.folder / FRAMES_NAME}: not readable ({error}); accepted: a new build") from error
         if index.get("made_from") != made_from(root, layout, fingerprint, self.frames.tobytes()):
             raise StoreError(f"{self.folder}: does not belong to {root / BASIS_NAME}; accepted: a new build")
-        self.shards = tuple(self.folder / shard["file"] for shard in index["shards"])
-        if index["frames"] != len(self.frames) or len(self.shards) != -(-len(self.frames) // layout.shard_frames):
+        try:
+            shards = [(self.folder / shard["file"], shard["bytes"]) for shard in index["shards"]]
+        except (TypeError, LookupError) as error:
+            raise StoreError(f"{self.folder / INDEX_NAME}: damaged ({error!r}); accepted: a new build") from error
+        self.shards = tuple(path for path, _ in shards)
+        if index.get("frames") != len(self.frames) or len(self.shards) != -(-len(self.frames) // layout.shard_frames):
             raise StoreError(f"{self.folder}: index, frames and shards disagree; accepted: a new build")
-        for path, shard in zip(self.shards, index["shards"]):
+        for path, expected in shards:
             size = path.stat().st_size if path.is_file() else 0
-            if size != shard["bytes"]:
-                raise StoreError(f"{path}: has {size} bytes, not {shard['bytes']}; accepted: a new build of this file")
+            if size != expected:
+                raise StoreError(f"{path}: has {size} bytes, not {expected}; accepted: a new build of this file")
         self._open: OrderedDict[int, Any] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
