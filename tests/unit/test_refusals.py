@@ -80,6 +80,18 @@ def test_files_nested_without_end_are_refused(tmp_path: Path) -> None:
         list(read_episode_lines(file))
 
 
+@pytest.mark.parametrize("change", [{"steps": "90"}, {"wall_time": None}, {"seconds": {"policy": {}}}, {"seconds": 3}])
+def test_an_episode_s_numbers_are_numbers(change: dict[str, object], tmp_path: Path) -> None:
+    episode = {"suite": "libero_goal", "task_id": 0, "task": "do it", "init_state": 0, "seed": 7, "status": "success"}
+    episode |= {"success": True, "steps": 90, "error": None, "wall_time": 1.5}
+    file = tmp_path / "episodes.jsonl"
+    file.write_text(json.dumps(episode) + "\n")
+    assert len(list(read_episode_lines(file))) == 1
+    file.write_text(json.dumps({**episode, **change}) + "\n")
+    with pytest.raises(UsageError, match="line 1 is not an episode"):
+        list(read_episode_lines(file))
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [("tokenizer.json", {"model": None}), ("preprocessor_config.json", {"input_sizes": [[3, 224, 224]]})],

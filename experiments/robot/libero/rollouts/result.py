@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ class EpisodeResult:
             or self.success is not {"success": True, "failure": False, "error": None}[self.status]
         ):
             raise ValueError(f"status {self.status!r} with success={self.success!r}")
+        whole = (self.task_id, self.init_state, self.seed, self.steps, self.attempts)
+        measured = (self.wall_time, *self.seconds.values())
+        if not (all(isinstance(n, Integral) for n in whole) and all(isinstance(n, Real) for n in measured)):
+            raise ValueError("a number is of another type")
 
     @property
     def key(self) -> tuple[str, int, int]:
