@@ -43,7 +43,8 @@ def record_probe(training: TrainingRun, module: TrainablePolicy, folder: Path) -
         module.eval()
         model.norm_stats = statistics
         policy = _acting(training, module, model, dataset)
-        with torch.random.fork_rng(), torch.no_grad(), training.accelerator.autocast():
+        devices = [training.device] if training.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad(), training.accelerator.autocast():
             (actions,) = policy.act([_query(images, state, _INSTRUCTION)])
     except Exception as error:  # A checkpoint without a probe is better than none.
         training.accelerator.print(f"no probe in {folder.name}: {type(error).__name__}: {' '.join(str(error).split())}")
