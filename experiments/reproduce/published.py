@@ -8,6 +8,7 @@ _SUITES = ("Spatial", "Object", "Goal", "Long", "Avg")
 # Row label -> name of the arm that stands for it here.
 _ARMS = {
     "OpenVLA-OFT": "baseline",
+    "pi0.5": "baseline",
     "baseline": "baseline",
     "Spatial Forcing": "spatial_forcing",
     "naive multi-layer": "naive",

@@ -89,7 +89,7 @@ def make_section(study: Study, results: Results) -> Section:
             continue
         tables.append(analysis_table(analysis.command, records))
         pictures += [record["picture"] for record in records if record.get("picture")]
-    note = budget_text(results) if study.policy != "openvla" else ""
+    note = budget_text(results) if study.policy != "openvla" and results.records else ""
     return Section(study.name, study.title, tuple(tables), tuple(pictures), tuple(missing), note)
 
 

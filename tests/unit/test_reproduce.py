@@ -325,7 +325,7 @@ def test_the_report_quotes_results_and_names_what_is_missing(tmp_path: Path) -> 
     assert "| ROCKET | 98.5 | 80.0% | 49 to 94% | 8/10 | 80 |  |  |" in text
     assert "| independent projectors | 80 | not run |" in text
     table3 = text.partition("## Table 3")[2].partition("## Table 4")[0]
-    assert "Not run: no alignment, spatial forcing, ROCKET." in table3
+    assert "Not run: no alignment, spatial forcing, ROCKET." in table3 and "| no alignment | 93 | not run |" in table3
     assert (tmp_path / "out" / "table8.png").stat().st_size > 5_000
     assert (tmp_path / "out" / "training.png").is_file()
 
