@@ -70,7 +70,7 @@ def make_dataset(
         processor, image_aug=config.image_aug and train, image_crop=config.image_crop
     )
     if config.augment_on_device and config.image_aug and train:
-        transform, image_transform = defer(transform, image_transform, processor.image_processor)
+        transform, image_transform = defer(transform, image_transform, getattr(processor, "image_processor", None))
     return RLDSDataset(
         config.data_root_dir,
         config.dataset_name,
