@@ -23,6 +23,8 @@ from prismatic.util.flags import limited, names, numbers, split_names, split_num
 from rocket_align.config import RECIPES
 
 if TYPE_CHECKING:
+    import torch
+
     from benchmarks.full_size import Sizes
     from prismatic.training.module import TrainableVLA
 
@@ -87,7 +89,7 @@ def predict(
     from rocket_align.pooling import sine_position_embedding
 
     align = sizes.alignment(recipe)
-    module, teacher = build_on_meta(sizes, config, gradient_checkpointing=gradient_checkpointing, recipe=recipe)
+    module, teacher = build(sizes, config, gradient_checkpointing=gradient_checkpointing, recipe=recipe)
     tracker = LiveBytes()
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
         module.to_empty(device="cpu").train()
@@ -136,10 +138,19 @@ def predict(
     }
 
 
-def build_on_meta(
-    sizes: Sizes, config: Any, *, gradient_checkpointing: bool, recipe: str
+def build(
+    sizes: Sizes,
+    config: Any,
+    *,
+    gradient_checkpointing: bool,
+    recipe: str,
+    device: str | torch.device = "meta",
+    dtype: torch.dtype | None = None,
 ) -> tuple[TrainableVLA, Any | None]:
-    """The module that a GPU trains (base weights bf16, what trains float32) and the bf16 teacher, without data."""
+    """The module that a GPU trains (base weights of `dtype`, by default bf16; what trains float32), and the teacher.
+
+    Weights are random on a real device, and without data on meta.
+    """
     import torch
 
     from benchmarks.full_size import build_module, training_config
@@ -153,14 +164,17 @@ def build_on_meta(
     training = training_config(1, gradient_checkpointing=gradient_checkpointing, lora_rank=config.lora_rank)
     training.use_lora = use_lora
     align = sizes.alignment(recipe)
-    with torch.device("meta"):
+    dtype = dtype or torch.bfloat16
+    with torch.device(device):
         base: Any = OpenVLAForActionPrediction(sizes.student())
-        vla = prepare_for_training(base.to(torch.bfloat16 if use_lora else torch.float32), training, LIBERO)
+        for parameter in base.parameters():  # Not buffers: rotary positions stay float32.
+            parameter.data = parameter.data.to(dtype if use_lora else torch.float32)
+        vla = prepare_for_training(base, training, LIBERO)
         vla.vision_backbone.set_num_images_in_input(config.views)
         parts = build_parts(training, StartingPoint("", None, 0), vla, LIBERO)
         teacher = VGGTTeacher(sizes.teacher(), align.teacher_layers) if align.num_pairs else None
         module = build_module(parts, align, sizes.teacher().embed_dim)
-    return module, None if teacher is None else teacher.to(torch.bfloat16)
+    return module, None if teacher is None else teacher.to(dtype)
 
 
 def parameter_bytes(module: Any) -> int:

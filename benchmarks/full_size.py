@@ -37,22 +37,25 @@ class Sizes:
     llm_blocks: int = 32
     vision_blocks: int | None = None
     teacher_blocks: int = 24
+    narrow: bool = False  # Widths of a few dozens, to try a script
 
     def student(self) -> OpenVLAConfig:
         """OpenVLA-7B's configuration."""
+        narrow = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4} if self.narrow else {}
         cut: dict[str, Any] = {} if self.vision_blocks is None else {"depth": self.vision_blocks}
         return OpenVLAConfig(
             vision_backbone_id="dinosiglip-vit-so-224px",
             llm_backbone_id="llama2-7b-pure",
             arch_specifier="no-align+fused-gelu-mlp",
             image_resize_strategy="resize-naive",
-            text_config={**LLAMA_2_7B, "num_hidden_layers": self.llm_blocks},
+            text_config={**LLAMA_2_7B, **narrow, "num_hidden_layers": self.llm_blocks},
             timm_override_kwargs=[dict(cut), dict(cut)],
         )
 
     def teacher(self) -> VGGTConfig:
         """VGGT-1B's configuration."""
-        return VGGTConfig(depth=self.teacher_blocks, vit_depth=self.teacher_blocks)
+        narrow: dict[str, Any] = {"embed_dim": 32, "num_heads": 2, "vit_num_heads": 2, "image_size": 84}
+        return VGGTConfig(depth=self.teacher_blocks, vit_depth=self.teacher_blocks, **(narrow if self.narrow else {}))
 
     def alignment(self, recipe: str = "rocket") -> AlignConfig:
         """The recipe's alignment: for the real depths ten pairs, 2, 4, ..., 18, -1 of both models."""

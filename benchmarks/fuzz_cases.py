@@ -317,7 +317,7 @@ def _readings(work: Path) -> Iterator[tuple[list[str], str]]:
         (resume, (f"{checkpoint}/*.pt", f"{checkpoint}/lora_adapter/adapter*", f"{checkpoint}/training_state/*")),
         (resume, (f"{checkpoint}/run_config.json",)),
         (merge, (f"{checkpoint}/lora_adapter/adapter*", "student/model.safetensors", "student/config.json")),
-        (serve, (f"{checkpoint}/dataset_statistics.json", f"{checkpoint}/*.pt", f"{checkpoint}/config.json")),
+        (serve, (f"{checkpoint}/dataset_statistics.json", f"{checkpoint}/action_head*", f"{checkpoint}/config.json")),
         (serve, (f"{checkpoint}/model.safetensors",)),
         (evaluate, (f"{checkpoint}/dataset_statistics.json",)),
         (verify, ("store/*.json", "store/*/*", "store/*/*")),

@@ -114,7 +114,9 @@ def test_a_configuration_file_without_an_end_is_refused(text: str, tmp_path: Pat
         parse(ServerSettings, ["--config_path", str(tmp_path / "flags.yaml")])
 
 
-@pytest.mark.parametrize("change", [{"depth": {}}, {"depth": True}, {"mlp_ratio": "x"}, {"dense_layers": 3}])
+@pytest.mark.parametrize(
+    "change", [{"depth": {}}, {"depth": True}, {"embed_dim": 10**30}, {"mlp_ratio": "x"}, {"dense_layers": 3}]
+)
 def test_a_teacher_s_sizes_are_numbers(change: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vggt", **change}))
     with pytest.raises(ValueError, match=next(iter(change)) if "dense_layers" not in change else "another type"):

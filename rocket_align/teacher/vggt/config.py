@@ -62,8 +62,10 @@ class VGGTConfig:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if kind in (int, float) and (isinstance(value, bool) or not isinstance(value, int | kind)):
-                accepted = "a whole number" if kind is int else "a number"
+            if kind not in (int, float):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | kind) or not abs(value) < 2**31:
+                accepted = "a whole number below 2^31" if kind is int else "a number below 2^31"
                 raise ValueError(f"{name}: found {value!r}; accepted: {accepted}")
         for name in ("dense_layers", "dense_channels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
