@@ -276,7 +276,7 @@ def _contradiction(rng: random.Random, work: Path) -> Case:
 def damaged_files(rng: random.Random, work: Path, count: int) -> list[Case]:
     """`count` cases: a file that a command reads, damaged so that it must see it, or a value within exchanged."""
     readings = list(_readings(work))
-    cases = []
+    cases: list[Case] = []
     while len(cases) < count:
         words, pattern = readings[len(cases) % len(readings)]
         files = sorted((work / "in").glob(pattern))

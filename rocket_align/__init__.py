@@ -23,13 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import rocket_align.config as recipes
-    from rocket_align.alignment import (
-        AlignmentProjector,
-        AlignOutput,
-        MultiLayerAlignment,
-        cosine_loss,
-        matryoshka_widths,
-    )
+    from rocket_align.alignment import AlignOutput, MultiLayerAlignment, cosine_loss
     from rocket_align.analysis.cka import cka_map, linear_cka
     from rocket_align.analysis.importance import layer_importance, residual_stream
     from rocket_align.analysis.matching import match_layers
@@ -37,6 +31,7 @@ if TYPE_CHECKING:
     from rocket_align.config import AlignConfig
     from rocket_align.layers import resolve_layers, tap_names
     from rocket_align.pooling import pool_teacher, spread_views, token_mask
+    from rocket_align.projector import AlignmentProjector, matryoshka_widths
     from rocket_align.taps import AlignedModel, Taps, attach
     from rocket_align.targets import TeacherTargets
     from rocket_align.teacher.base import Teacher, TeacherFeatures
@@ -46,7 +41,7 @@ if TYPE_CHECKING:
     from rocket_align.teacher.vggt.teacher import VGGTTeacher
 
 _NAMES = {
-    "alignment": "AlignOutput AlignmentProjector MultiLayerAlignment cosine_loss matryoshka_widths",
+    "alignment": "AlignOutput MultiLayerAlignment cosine_loss",
     "analysis.cka": "cka_map linear_cka",
     "analysis.importance": "layer_importance residual_stream",
     "analysis.matching": "match_layers",
@@ -54,6 +49,7 @@ _NAMES = {
     "config": "AlignConfig",
     "layers": "resolve_layers tap_names",
     "pooling": "pool_teacher spread_views token_mask",
+    "projector": "AlignmentProjector matryoshka_widths",
     "recipes": "recipes",
     "targets": "TeacherTargets",
     "taps": "AlignedModel Taps attach",
@@ -75,7 +71,6 @@ _EARLIER = {
     "rocket_align.analysis.theorem": "rocket_align.analysis.gradients",
     "rocket_align.layer_file": "rocket_align.layers",
     "rocket_align.loss": "rocket_align.alignment",
-    "rocket_align.projector": "rocket_align.alignment",
     "rocket_align.recipes": "rocket_align.config",
     "rocket_align.student": "rocket_align.alignment",
     "rocket_align.teacher.vggt.blocks": "rocket_align.teacher.vggt.aggregator",

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rocket_align.alignment import AlignmentProjector, MultiLayerAlignment, cosine_loss, matryoshka_widths
+from rocket_align.alignment import MultiLayerAlignment, cosine_loss
 from rocket_align.config import AlignConfig
 from rocket_align.pooling import pool_teacher, student_grid
+from rocket_align.projector import AlignmentProjector, matryoshka_widths
 from rocket_align.teacher.base import TeacherFeatures
 from rocket_align.teacher.preprocess import unnormalize_views
 from rocket_align.teacher.vggt.config import VGGTConfig
