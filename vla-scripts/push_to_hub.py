@@ -55,6 +55,8 @@ def main(config: PushConfig) -> int:
             f"--base_model: {folder} holds only an adapter, whose base model {facts.base_model!r} others cannot find; "
             "accepted: the base model's hub id"
         )
+    if config.base_model and not HUB_ID.fullmatch(config.base_model):
+        raise UsageError(f"--base_model: {config.base_model!r} found; accepted: a hub id (owner/name)")
     dataset_ids = list(split_names(config.datasets))
     try:
         card = publish.model_card(facts, config.repo_id, config.license, dataset_ids=dataset_ids, summaries=summaries)
@@ -81,7 +83,6 @@ def _check(config: PushConfig) -> None:
         raise UsageError(f"--checkpoint: no such folder: {config.checkpoint!r}; accepted: a checkpoint folder")
     for flag, ids in (
         ("repo_id", [config.repo_id]),
-        ("base_model", [config.base_model] if config.base_model else []),
         ("datasets", split_names(config.datasets)),
     ):
         for name in ids:
