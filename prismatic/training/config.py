@@ -189,6 +189,8 @@ class TrainConfig:
     def _validate_paths(self) -> None:
         if not Path(self.data_root_dir).is_dir():
             raise UsageError(f"--data_root_dir: no such folder: {self.data_root_dir}")
+        if ".." in Path(self.run_id()).parts or Path(self.run_id()).is_absolute():
+            raise UsageError(f"--run_id_override: {self.run_id()} found; accepted: a folder in --run_root_dir")
         run_dir = Path(self.run_root_dir) / self.run_id()
         name, most = run_dir.name, self._longest_run_id()
         if len(name.encode()) > most:

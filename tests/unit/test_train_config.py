@@ -63,6 +63,13 @@ def test_a_run_is_not_overwritten_and_the_remedies_work(tmp_path: Path) -> None:
     _config(tmp_path, run_id_override="mine", resume=True, vla_path=str(checkpoint)).validate()
 
 
+@pytest.mark.parametrize("name", ["..", "a/../../b", "/elsewhere/run"])
+def test_a_run_stays_in_the_folder_of_runs(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--run_id_override: .* found; accepted: a folder in --run_root_dir"):
+        _config(tmp_path, run_id_override=name).validate()
+    _config(tmp_path, run_id_override="study/run").validate()
+
+
 def test_two_processes_do_not_train_in_one_folder(tmp_path: Path) -> None:
     first = MetricLog(tmp_path, Accelerator())
     with pytest.raises(UsageError, match=r"--run_id_override: .* is being written; accepted: another name"):
