@@ -6,6 +6,7 @@ the merged model may be deleted or merged anew: training does not read it.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from prismatic.checkpoint import layout
 from prismatic.util.errors import UsageError, one_line
-from prismatic.util.files import atomic_write, read_json
+from prismatic.util.files import atomic_write, read_json, temporary_prefix
 
 CHECKSUMS = layout.STATE_FILE.with_name("checksums.json")
 _CHUNK = 2**24
@@ -76,7 +77,9 @@ def remove_older(run_dir: Path, keep: int, also: Collection[int]) -> None:
     for step in sorted(folders)[:-keep]:
         if step not in also:
             # Renamed first, so that a kill leaves no half a checkpoint under its name.
-            shutil.rmtree(folders[step].rename(folders[step].with_name(f".{run_dir.name[:100]}.{step}.gone")))
+            gone = folders[step].with_name(f"{temporary_prefix(run_dir)}{step}.gone")
+            shutil.rmtree(gone, ignore_errors=True)  # Of a killed process.
+            shutil.rmtree(folders[step].rename(gone))
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -86,7 +89,8 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     """
     # Killed while the only checkpoint was being replaced: the one before is whole.
     if not layout.is_checkpoint(run_dir):
-        for aside in sorted(run_dir.parent.glob(f".{run_dir.name}.*.old")):
+        # mkdtemp's names have eight random characters.
+        for aside in sorted(run_dir.parent.glob(f"{glob.escape(temporary_prefix(run_dir))}????????.old")):
             if layout.is_checkpoint(aside) and not run_dir.exists():
                 aside.replace(run_dir)
     folders = checkpoints_of(run_dir)

@@ -92,7 +92,7 @@ def fitting_name(name: str, most: int) -> str:
 
 def temporary_prefix(target: Path) -> str:
     """Beginning of the temporary name beside `target`; short, since a name near the longest must be writable too."""
-    return f".{fitting_name(target.stem, 60)}."
+    return f".{fitting_name(target.name, 60)}."
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_path, atomic_write, longest_name, refuse_long_name
+from prismatic.util.files import atomic_path, atomic_write, longest_name, refuse_long_name, temporary_prefix
 
 
 def test_creates_parents_and_replaces(tmp_path: Path) -> None:
@@ -38,3 +38,8 @@ def test_names_near_the_longest_are_written_and_longer_ones_refused(tmp_path: Pa
         assert (tmp_path / name).read_text() == "1"
     with pytest.raises(UsageError, match=rf"--out: a name of {longest + 1} bytes .* at most {longest}"):
         refuse_long_name("--out", tmp_path / ("n" * (longest + 1)))
+
+
+def test_folders_that_differ_after_a_dot_have_temporary_names_of_their_own() -> None:
+    names = ["m+lr-0.0005+dropout-0.0--note--100_chkpt", "m+lr-0.0005+dropout-0.0--other--100_chkpt", "m+lr-0.0005"]
+    assert len({temporary_prefix(Path(name)) for name in names}) == 3
