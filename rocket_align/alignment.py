@@ -210,6 +210,8 @@ class MultiLayerAlignment(nn.ModuleList):
         if self.center is None:
             raise ValueError(f"center: no means found; accepted with {self.config.center!r}: those of a CenterMeter")
         assert teacher is not None
+        if self.center.means_TKNC.device != pooled.device:  # A file's are read to the CPU.
+            self.center = Center(*(part.to(pooled.device) for part in self.center))
         return pooled - self.center.of(teacher.tasks, pooled.device)
 
     def pooled_features(self, teacher: TeacherFeatures | AlignmentTargets | None, num_tokens: int) -> Tensor:
@@ -328,7 +330,7 @@ class MultiLayerAlignment(nn.ModuleList):
             zero = tokens_KBND.new_zeros((), dtype=torch.float32)
             return AlignOutput(zero, zero.new_zeros(0))
         losses = self._losses(tokens_KBND, teacher, mask_BN)
-        return AlignOutput(losses.mean(), losses.detach())
+        return AlignOutput(self._mean(losses), losses.detach())
 
 
 def _accept_released_layouts(

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -239,13 +240,20 @@ def _resumed(policy: Any, flags: RocketFlags | None, folder: Path) -> Any:
         if flags is None:
             return policy
         raise ValueError(f"--rocket.teacher_path: given, but {folder} was trained without; accepted: a run that aligns")
-    recorded = RocketFlags(**read_object(folder / RECORD))
+    try:
+        recorded = RocketFlags(**read_object(folder / RECORD))
+    except TypeError as error:
+        raise ValueError(f"{folder / RECORD}: {error}; accepted: the flags of a run that aligned") from error
     for name, now in asdict(flags or recorded).items():
         before = getattr(recorded, name)
         if now != before and name not in ("teacher_path", "coeff"):
             raise ValueError(f"{_PREFIX}{name}: found {now}; accepted in a resumed run: {before}, of {folder / RECORD}")
     align_policy(policy, flags or recorded)
-    policy.align_projectors.load_state_dict(load_file(folder / PROJECTORS))
+    try:
+        policy.align_projectors.load_state_dict(load_file(folder / PROJECTORS))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder / PROJECTORS}: not this alignment's projectors ({reason})") from error
     return policy
 
 
@@ -266,7 +274,11 @@ def install() -> None:
             _ = flags.config
     except ValueError as error:
         _refuse(error)
-    resumes = any(argument.lower() in ("--resume=true", "--resume") for argument in sys.argv)
+    words = [argument.lower() for argument in sys.argv]
+    resumes = "--resume=true" in words or any(
+        word == "--resume" and (following.startswith("--") or following == "true")
+        for word, following in zip(words, [*words[1:], "true"])
+    )
     if flags is None and not resumes:
         return
     for script in scripts:

@@ -31,6 +31,8 @@ class RowPicker:
             self._positions = image_tokens
         elif image_tokens is not None and self._lookup is None:
             self._positions = torch.as_tensor(list(image_tokens), dtype=torch.long)  # type: ignore[arg-type]
+            if not len(self._positions) or int(self._positions.min()) < 0:
+                raise ValueError(f"image_tokens: found {image_tokens!r}; accepted: positions from 0 on, or a slice")
 
     def clear(self) -> None:
         """Forget the last pass."""

@@ -83,6 +83,8 @@ def test_only_the_ratios_of_pair_weights_count() -> None:
         torch.manual_seed(0)
         alignment = MultiLayerAlignment(AlignConfig(**PAIRS, pair_weights=weights), 6, 4)
         results.append(alignment(states, 1, 3, AlignmentTargets(targets(4))))
+        taken = alignment.student_tokens(states, 1, 3)
+        assert torch.equal(alignment.align(taken, AlignmentTargets(targets(4))).loss, results[-1].loss)
     first, second = results[0].per_pair
     expected = ((first + second) / 2, (first + second) / 2, 0.75 * first + 0.25 * second, second)
     assert torch.allclose(torch.stack([result.loss for result in results]), torch.stack(expected))

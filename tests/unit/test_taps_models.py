@@ -10,6 +10,7 @@ import torch
 
 import rocket_align
 from rocket_align import TeacherTargets, VGGTTeacher, spread_views, token_mask
+from rocket_align.rows import RowPicker
 from rocket_align.targets import present_views
 from tests.helpers.tiny_vlms import IMAGE, TEXT_WIDTH, TOKENS, paligemma, paligemma_batch, pi0, pi0_batch
 
@@ -143,3 +144,9 @@ def test_pixels_of_another_range_are_refused(repo_root: Path) -> None:
     teacher = VGGTTeacher.from_pretrained(repo_root / "experiments/mini/weights/teacher", layers="0")
     with pytest.raises(ValueError, match="found values from -1 to 1; accepted: 0 to 1"):
         TeacherTargets(teacher, Processor())(torch.linspace(-1, 1, 3 * 84 * 84).reshape(1, 3, 84, 84))
+
+
+@pytest.mark.parametrize("positions", [range(-4, 0), []], ids=str)
+def test_positions_that_are_none_of_a_sequence_are_refused_at_once(positions: Any) -> None:
+    with pytest.raises(ValueError, match=r"image_tokens: found .*; accepted: positions from 0 on, or a slice"):
+        RowPicker(positions)
