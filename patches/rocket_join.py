@@ -111,7 +111,7 @@ class RocketJoin:
                     device=device,
                     dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
                 )
-                targets = TeacherTargets(teacher, processor.image_processor)
+                targets = TeacherTargets(teacher, processor.image_processor, expects_images=False)
                 alignment = MultiLayerAlignment(align, policy.llm_dim, info.channels // 2).to(device)
                 if config.resume:
                     _restore(alignment, Path(config.vla_path), config.resume_step)

@@ -27,13 +27,14 @@ class TeacherTargets:
     Args:
         teacher: see :class:`Teacher`.
         image_processor: what normalized the student's images.
+        expects_images: refuse pixels that are no images of [0, 1] once that normalization is undone.
     """
 
-    def __init__(self, teacher: Teacher, image_processor: ImageProcessor) -> None:
+    def __init__(self, teacher: Teacher, image_processor: ImageProcessor, *, expects_images: bool = True) -> None:
         self.teacher = teacher
         self.mean, self.std = tuple(image_processor.means[0]), tuple(image_processor.stds[0])
         self.channels_per_view = 3 * len(image_processor.means)
-        self._range_checked = False
+        self._range_checked = not expects_images
 
     def __call__(self, pixel_values: Tensor, view_mask_BV: Tensor | None = None) -> TeacherFeatures:
         """Features of a batch's `pixel_values`; see :func:`present_views` for `view_mask_BV`.
