@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.checkpoint.layout import LOG_FILE, STATE_FILE, last_checkpoint, split_checkpoint_name
-from prismatic.training.metrics import read_log
+from prismatic.training.metrics import PACE, read_log
 from prismatic.util.cli import run
 from prismatic.util.files import atomic_write
 from prismatic.util.flags import limited
@@ -132,7 +132,8 @@ def _ended(process: int) -> bool:
 def compare(expected: Path, actual: Path, step: int) -> tuple[list[str], int]:
     """Names of the tensors and log lines that differ between two runs at `step`, and how many were compared."""
     tensors = [_tensors(run_dir.with_name(f"{run_dir.name}--{step}_chkpt")) for run_dir in (expected, actual)]
-    rows = [[{**row, "seconds": 0} for row in read_log(run_dir / LOG_FILE)] for run_dir in (expected, actual)]
+    paces = dict.fromkeys(PACE, 0)
+    rows = [[{**row, **paces} for row in read_log(run_dir / LOG_FILE)] for run_dir in (expected, actual)]
     differing = [f"line {index + 1}" for index, (row, other) in enumerate(zip(*rows)) if row != other]
     differing += [] if len(rows[0]) == len(rows[1]) else ["number of lines"]
     names = tensors[0].keys() | tensors[1].keys()

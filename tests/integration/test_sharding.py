@@ -48,9 +48,9 @@ def launch(repo_root: Path, student_folder: Path, teacher_folder: Path, rlds_roo
 
 
 def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All that a checkpoint holds for a policy, by file and name."""
+    """All that a checkpoint holds of a policy, by file and name; its probe is no part, and no sharded run has one."""
     tensors = {}
-    for file in sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("lora_adapter/*.safetensors")]):
+    for file in sorted([*checkpoint.glob("model*.safetensors"), *checkpoint.glob("lora_adapter/*.safetensors")]):
         tensors |= {f"{file.name}/{name}": value for name, value in load_file(file).items()}
     for file in sorted(checkpoint.glob("*_checkpoint.pt")):
         state = torch.load(file, weights_only=True)

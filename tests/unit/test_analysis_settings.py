@@ -13,6 +13,7 @@ import pytest
 from experiments.analysis.config import SelectConfig, SubjectFlags, training_config
 from experiments.analysis.select import _check_sizes
 from experiments.join import FinetuneConfig, build_alignment
+from prismatic.policies import get_family
 from prismatic.util.errors import UsageError
 from prismatic.vla.platforms import NormalizationType, Platform, get_platform
 
@@ -78,7 +79,12 @@ def test_a_damaged_teacher_is_refused_by_its_flag(repo_root: Path, tmp_path: Pat
     (tmp_path / "model.safetensors").write_bytes(b"cut off")
     config = FinetuneConfig(**{flag: str(tmp_path)})
     training: Any = SimpleNamespace(
-        config=config, vla=SimpleNamespace(llm_dim=8), device="cpu", compute_dtype=None, processor=None
+        config=config,
+        parts=SimpleNamespace(vla=SimpleNamespace(llm_dim=8)),
+        family=get_family("openvla"),
+        device="cpu",
+        compute_dtype=None,
+        processor=None,
     )
     with pytest.raises(UsageError, match=f"^--{flag}: .*not readable as VGGT weights"):
         build_alignment(training, config.align_config(6, 6), 4)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -75,8 +75,8 @@ def test_a_time_limit_does_not_hide_what_has_to_be_fixed(monkeypatch: pytest.Mon
             return [np.full((8, 7), query.seed, dtype=float) for query in queries]
 
     policy = Loaded()
-    monkeypatch.setattr(run_libero_eval, "_load_policy", lambda config, plan: policy)
+    monkeypatch.setattr(run_libero_eval, "load_policy", lambda checkpoint, config, unnorm_key: policy)
     config = run_libero_eval.GenerateConfig(deterministic=True, max_batch=2, policy_timeout=20.0)
-    ready = run_libero_eval._ready_policy(config, Plan(Protocol(220), (), None, ""), None)
+    ready = run_libero_eval._ready_policy(config, Plan(Protocol(220), (), cast(Any, object()), ""), None)
     assert isinstance(ready, TimeLimited) and policy.text_tokens == FIXED_TEXT_TOKENS
     assert len(ready.act(queries(3))) == 3
