@@ -130,7 +130,7 @@ def build_alignment(training: TrainingRun, align: AlignConfig, teacher_dim: int)
     if align.center == "task":
         if training.family.name == "pi05" and flags.use_proprio:
             raise UsageError(
-                "--align_center: task found; accepted for pi05, whose prompt holds the state: none, global"
+                "--align_center: task found; accepted for pi05, whose prompt holds the state: none, dataset"
             )
         make_targets = _with_tasks(make_targets)
     if align.center != "none" and not flags.resume:

@@ -184,12 +184,17 @@ def model_card(
         for suite, row in summary["suites"].items()
         if row["success_rate"] is not None
     ]
+    family = str(facts.run_config.get("family", "openvla"))
     metadata = ModelCardData(
         license=license_name,
         base_model=facts.base_model if HUB_ID.fullmatch(facts.base_model) else None,
         datasets=list(dataset_ids) or None,
         pipeline_tag="robotics",
-        tags=["vision-language-action", "openvla-oft", *([facts.recipe] if facts.recipe else [])],
+        tags=[
+            "vision-language-action",
+            family.replace("openvla", "openvla-oft"),
+            *([facts.recipe] if facts.recipe else []),
+        ],
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -211,7 +216,7 @@ def _acting_flags(facts: CardFacts) -> str:
     """Flags with which the checkpoint is served and evaluated, as far as its files tell."""
     flags = {
         "num_images_in_input": facts.run_config.get("num_images_in_input", 2),
-        "use_proprio": "proprio_projector" in facts.components,
+        "use_proprio": facts.run_config.get("use_proprio", "proprio_projector" in facts.components),
         "use_film": layout.VISION in facts.components,
         "use_diffusion": "noisy_action_projector" in facts.components,
     }

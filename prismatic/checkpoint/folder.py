@@ -92,7 +92,9 @@ class Checkpoint:
 
         Files over 64 MiB enter with their size and 64 evenly spaced samples of 1 MiB: a 15 GB checkpoint in a second.
         """
-        files = [*weight_files(self.model_path), self.model_path / MODEL_CONFIG, *self.components.values()]
+        files = [*weight_files(self.model_path), *self.components.values()]
+        if (self.model_path / MODEL_CONFIG).is_file():
+            files.append(self.model_path / MODEL_CONFIG)
         if self.adapter_path is not None:
             files += [*weight_files(self.adapter_path), self.path / ADAPTER_CONFIG]
         for name in (STATISTICS, PREPROCESSOR, TOKENIZER, "tokenizer.model"):
@@ -120,7 +122,7 @@ def open_checkpoint(name: str, base_checkpoint: str | None = None) -> Checkpoint
             f"nor {ADAPTER_CONFIG}"
         )
     check_weights(model_path)
-    config = read_json(model_path / MODEL_CONFIG)
+    config = _model_config(model_path)
     family = _told_family(model_path, config) or "openvla"
     statistics = read_statistics(path, config) or (read_openpi_statistics(path) if family != "openvla" else {})
     if not statistics:
@@ -347,12 +349,18 @@ def _family(config: TrainConfig, base: str) -> str:
     if not Path(base).is_dir():
         return config.policy or read_record(Path(config.vla_path)).get("family", "openvla")
     file = Path(base) / MODEL_CONFIG
-    told = _told_family(Path(base), read_json(file))
+    told = _told_family(Path(base), _model_config(Path(base)))
     if told not in FAMILIES:
         raise UsageError(f"--vla_path: {file}: model_type {told!r} found; accepted: {', '.join(map(repr, FAMILIES))}")
     if config.policy and config.policy != told:
         raise UsageError(f"--policy: {config.policy} found, but {file} is a {told} model; accepted: {told}")
     return str(told)
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    """config.json's contents; {} beside weights of openpi's, which need none."""
+    file = folder / MODEL_CONFIG
+    return {} if not file.is_file() and _told_family(folder, {}) else read_json(file)
 
 
 def _told_family(folder: Path, config: Mapping[str, Any]) -> str | None:
@@ -363,6 +371,7 @@ def _told_family(folder: Path, config: Mapping[str, Any]) -> str | None:
 
     names: set[str] = set()
     for file in weight_files(folder, MODEL_WEIGHTS[:1]):
+        _check_safetensors(file)
         with safe_open(file, framework="np") as stored:
             names |= {name.removeprefix("model.") for name in stored.keys()}  # noqa: SIM118 - no dict
     kinds = {"time_mlp_in.weight": "pi05", "action_time_mlp_in.weight": "pi0"}

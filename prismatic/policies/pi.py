@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prismatic.checkpoint.folder import Checkpoint, StartingPoint
 from prismatic.checkpoint.layout import LORA_FOLDER
-from prismatic.checkpoint.load import PolicyParts
+from prismatic.checkpoint.load import PolicyParts, readable
 from prismatic.models.lora import choose_targets, load_lora, wrap_lora
 from prismatic.models.pi.model import PiPolicy
 from prismatic.models.pi.prompts import load_tokenizer
@@ -39,9 +39,11 @@ if TYPE_CHECKING:
     from prismatic.training.config import TrainConfig
 
 
-def _read(base: str) -> Any:
+def _read(base: str, flag: str = "--vla_path") -> Any:
     """The model's configuration; of weights, headers alone are read."""
-    return read_config(find_folder("--vla_path", base))
+    folder = find_folder(flag, base)
+    with readable(folder, flag):
+        return read_config(folder)
 
 
 def make_processor(config: Any, folder: Path) -> PiProcessor:
@@ -146,9 +148,7 @@ class _Pi:
 
     def load_processor(self, folder: str | Path, flag: str = "--vla_path") -> PiProcessor:
         """Tokenizer of the folder, and the image size of its model."""
-        path = find_folder(flag, str(folder))
-        config: Any = read_config(path)
-        return make_processor(config, path)
+        return make_processor(_read(str(folder), flag), find_folder(flag, str(folder)))
 
     def batch_transform(self, config: TrainConfig, processor: Any, platform: Platform) -> PiBatchTransform:
         """Letterboxed views, prompt, padded actions and state, noise and time."""

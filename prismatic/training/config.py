@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from prismatic.checkpoint.layout import FAMILIES, LOG_FILE, is_checkpoint, last_checkpoint, split_checkpoint_name
+from prismatic.checkpoint.layout import (
+    FAMILIES,
+    LOG_FILE,
+    MODEL_WEIGHTS,
+    is_checkpoint,
+    last_checkpoint,
+    split_checkpoint_name,
+    weight_files,
+)
 from prismatic.checkpoint.newest import damage, is_run, newest_checkpoint
 from prismatic.util.errors import UsageError
 from prismatic.util.files import HUB_ID, fitting_name, longest_name
@@ -102,7 +110,7 @@ class TrainConfig:
 
     # LoRA
     use_lora: bool = True  # False trains every weight of the model
-    lora_rank: int = limited(32, least=1)  # Rank; alpha is min(rank, 16)
+    lora_rank: int = limited(32, least=1)  # Rank
     lora_alpha: int = limited(0, least=0)  # Alpha; 0: min(rank, 16), for pi0 and pi0.5 the rank
     lora_targets: str = "all-linear"  # Layers that get an adapter, by the end of their names: q_proj,v_proj
     use_rslora: bool = False  # Scale the adapters by alpha / sqrt(rank) instead of alpha / rank
@@ -203,7 +211,8 @@ class TrainConfig:
             raise UsageError(
                 f"--vla_path: no such folder: {self.vla_path} (and it is no hub id such as openvla/openvla-7b)"
             )
-        if local.is_dir() and not self.resume and not (local / "config.json").is_file():
+        known = (local / "config.json").is_file() or weight_files(local, MODEL_WEIGHTS[:1])  # openpi's have no config
+        if local.is_dir() and not self.resume and not known:
             raise UsageError(f"--vla_path: {local} has no config.json; accepted: a model folder, or --resume True")
         try:
             Path(self.run_root_dir).mkdir(parents=True, exist_ok=True)

@@ -177,7 +177,7 @@ class FsdpEngine(Engine):
         return {name: gathered[id(value)] for name, value in tensors.items()}
 
     def optimizer_state(self) -> None:
-        """None: it is written in shards."""
+        """Nothing: it is written in shards."""
         return None
 
     def shard_frozen(self, module: nn.Module) -> None:

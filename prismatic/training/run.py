@@ -121,7 +121,7 @@ class TrainingRun:
             log_with=self._trackers() or None,
             project_dir=str(config.run_root_dir),
         )
-        if self.engine.sharded and config.optimizer != "adamw":
+        if config.optimizer != "adamw" and (self.engine.sharded or not self.engine.gives_access):
             raise UsageError(
                 f"--optimizer: {config.optimizer} found in a sharded run; accepted: adamw, or --shard none"
             )

@@ -103,8 +103,6 @@ class TrainTeacherConfig:
     save_every: int = limited(100, least=1)
     threads: int = limited(0, least=0)  # CPU threads; 0 leaves the choice to PyTorch
     seed: int = limited(0, least=0)
-    # task, or moved: one object anywhere on the table
-    scene: str = limited("task", choices=SCENES)
 
     def __post_init__(self) -> None:
         parse_tasks("--train_tasks", self.train_tasks)
