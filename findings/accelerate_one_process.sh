@@ -19,4 +19,5 @@ for flags in "--num_processes 2" "--cpu --num_processes 2" "--multi_gpu --num_pr
     seen+=("$(ls "$OUT" | wc -l)")
     echo "accelerate launch $flags: ${seen[-1]} processes"
 done
+echo "seen: ${seen[*]} processes started"
 [ "${seen[*]}" = "1 1 2" ]

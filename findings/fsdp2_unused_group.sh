@@ -47,6 +47,7 @@ seen = {(sync, dtype): backward(sync, dtype) for sync in (True, False) for dtype
 if torch.distributed.get_rank() == 0:
     for (sync, dtype), result in seen.items():
         print(f"gradient sync {sync}, reduce_dtype {dtype}: {result}")
+    print(f"seen: without synchronization, with a reduce_dtype: {seen[False, torch.float32]}")
 broken = seen.pop((False, torch.float32))
 sys.exit(0 if "_unsharded_param" in broken and set(seen.values()) == {"fine"} else 1)
 PY

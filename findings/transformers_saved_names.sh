@@ -34,7 +34,7 @@ with torch.no_grad():
     by_library = (model(pixels).last_hidden_state - reloaded(pixels).last_hidden_state).abs().max().item()
 print(f"saved as: {[name for name in saved if 'layer.0' in name and 'query' in name]}")
 print(f"wanted:   {[name for name in result.missing_keys if 'layer.0' in name and 'q_proj' in name]}")
-print(f"seen: {len(result.missing_keys)} of {len(saved)} tensors not loaded")
 print(f"largest difference of outputs: load_state_dict {difference:.2g}, from_pretrained {by_library:.2g}")
+print(f"seen: {len(result.missing_keys)} of {len(saved)} tensors not loaded")
 sys.exit(0 if len(result.missing_keys) == 16 and by_library == 0 else 1)
 PY

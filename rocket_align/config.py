@@ -55,7 +55,7 @@ class AlignConfig:
     # Weights of the pairs in the mean loss, of which only the ratios count; None: all the same
     pair_weights: tuple[float, ...] | None = None
     # (step, factor) points between which the coefficient's factor is interpolated; before the first and after the last
-    # it stays. None: 1 throughout.
+    # it stays. Empty: 1 throughout.
     schedule: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
