@@ -158,3 +158,15 @@ def test_a_trained_adapter_acts_in_the_simulator_as_the_merged_policy(
     assert opened.adapter_path is not None and opened.platform.chunk == 8
     adapted = load_policy(opened, SimpleNamespace(**FLAGS), key).act([query])  # type: ignore[arg-type]
     np.testing.assert_allclose(adapted, merged, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_openpis_trained_folders_have_no_configuration(kind: str, tmp_path: Path) -> None:
+    folder = openpi_folder(tmp_path / "openpi", kind)
+    (folder / "config.json").unlink()
+    opened = open_checkpoint(str(folder))
+    assert (opened.family, list(opened.statistics)) == (kind, [ASSET])
+    assert opened.fingerprint()
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(UsageError, match="model.safetensors"):
+        open_checkpoint(str(folder))
