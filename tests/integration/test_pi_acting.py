@@ -168,5 +168,5 @@ def test_openpis_trained_folders_have_no_configuration(kind: str, tmp_path: Path
     assert (opened.family, list(opened.statistics)) == (kind, [ASSET])
     assert opened.fingerprint()
     (folder / "model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(UsageError, match="model.safetensors"):
+    with pytest.raises(UsageError, match=r"model\.safetensors"):
         open_checkpoint(str(folder))
