@@ -365,12 +365,9 @@ def _merge_adapter(vla: VLA, folder: Path) -> VLA:
             plain = lora.get_base_layer()
             if plain.weight.is_floating_point():
                 state = {f"layer.{key}": value for key, value in lora.state_dict().items()}
+                merged = merge_lora_state_dict(state, config.lora_alpha, rank_stabilized=config.use_rslora)
                 with torch.no_grad():
-                    plain.weight.copy_(
-                        merge_lora_state_dict(state, config.lora_alpha, rank_stabilized=config.use_rslora)[
-                            "layer.weight"
-                        ]
-                    )
+                    plain.weight.copy_(merged["layer.weight"])
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, plain)
     return model
