@@ -15,6 +15,7 @@ import finetune as script
 
 def main(file: str) -> None:
     """Train one case after the other in the processes of one launch."""
+    leave = torch.distributed.destroy_process_group
     torch.distributed.destroy_process_group = lambda *_: None  # The launch has one; a run's end would take it away.
     for flags in json.loads(Path(file).read_text()):
         if flags.get("shard", "auto") != "auto":
@@ -23,6 +24,7 @@ def main(file: str) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         paths = {name: Path(flags[name]) for name in ("data_root_dir", "run_root_dir")}
         assert script.main(script.FinetuneConfig(**flags | paths)) == 0
+    leave()  # Threads of the group that are still there when the process ends would abort it.
 
 
 if __name__ == "__main__":
