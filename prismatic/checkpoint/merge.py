@@ -80,8 +80,10 @@ class LoraAdapter:
         for name_a in (name for name in files.specs if ".lora_A." in name):
             name_b = name_a.replace(".lora_A.", ".lora_B.")
             names = (name_a, name_b, name_a.split(".lora_A.")[0] + MAGNITUDE)[: 3 if dora else 2]
-            if lost := next((name for name in names if name not in files.specs), None):
-                raise UsageError(f"{folder}: {lost} is missing; accepted: a whole adapter")
+            if name_b not in files.specs:
+                raise UsageError(f"{folder}: {name_a} has no lora_B; accepted: a whole adapter")
+            if names[-1] not in files.specs:
+                raise UsageError(f"{settings_file}: use_dora is True; accepted: False where there is no {names[-1]}")
             target = name_without_film(name_a.split(".lora_A.")[0].removeprefix(_PEFT_PREFIX))
             pairs[f"{target}.weight"] = names
         known = {name for pair in pairs.values() for name in pair}
