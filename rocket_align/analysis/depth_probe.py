@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rocket_align.analysis.place_probe import PlaceProbe
+
 
 class RidgeProbe:
     """Linear regression of outputs on features from the normal equations: memory does not grow with the samples.
@@ -22,46 +24,24 @@ class RidgeProbe:
     """
 
     def __init__(self, ridge: float = 1e-3) -> None:
-        if not ridge > 0:
-            raise ValueError(f"ridge: found {ridge}; accepted: a number above 0")
-        self.ridge = ridge
-        self.samples = 0
-        self._offset: Tensor | None = None
+        self._probe = PlaceProbe(ridge)  # Of one place
+
+    @property
+    def samples(self) -> int:
+        """Samples so far."""
+        return self._probe.samples
 
     def update(self, features_NC: Tensor, outputs_NK: Tensor) -> None:
         """Add training data. Raises ValueError: not as many outputs as features."""
         if len(features_NC) != len(outputs_NK):
             raise ValueError(f"probe: found {len(features_NC)} features and {len(outputs_NK)} outputs; accepted: pairs")
-        features, outputs = features_NC.double(), outputs_NK.double()
-        if self._offset is None:
-            self._offset = features.mean(dim=0)
-            width, targets = features.shape[1], outputs.shape[1]
-            self._feature_sum, self._output_sum = features.new_zeros(width), features.new_zeros(targets)
-            self._squares, self._cross = features.new_zeros(width, width), features.new_zeros(width, targets)
-        features = features - self._offset
-        self._feature_sum += features.sum(dim=0)
-        self._output_sum += outputs.sum(dim=0)
-        self._squares += features.T @ features
-        self._cross += features.T @ outputs
-        self.samples += len(features)
+        self._probe.update(features_NC[:, None], outputs_NK[:, None])
 
     def solve(self) -> LinearReadout:
         """The readout of all data so far. Raises ValueError: no data."""
-        if self._offset is None:
-            raise ValueError("probe: found no data; accepted: at least one batch")
-        mean, output_mean = self._feature_sum / self.samples, self._output_sum / self.samples
-        covariance = self._squares / self.samples - torch.outer(mean, mean)
-        weights = solve_ridge(covariance, self._cross / self.samples - torch.outer(mean, output_mean), self.ridge)
-        return LinearReadout(weights, output_mean - (mean + self._offset) @ weights)
-
-
-def solve_ridge(covariance_CC: Tensor, cross_CK: Tensor, ridge: float) -> Tensor:
-    """Weights (C, K) of standardized features with a penalty of `ridge`, for features as they are."""
-    scale = covariance_CC.diagonal().clamp(min=0).sqrt()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    correlation = covariance_CC / torch.outer(scale, scale)
-    penalty = ridge * torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
-    return torch.linalg.solve(correlation + penalty, cross_CK / scale[:, None]) / scale[:, None]
+        readout = self._probe.solve()
+        weights = readout.weights_CK
+        return LinearReadout(weights, readout.outputs_PK[0] - readout.tokens_PC[0] @ weights)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rocket_align.analysis.depth_probe import solve_ridge
-
 
 class PlaceProbe:
     """Ridge regression of outputs on tokens, with a free constant per place; streamed, as `RidgeProbe`.
@@ -47,8 +45,9 @@ class PlaceProbe:
         tokens, outputs = tokens - self._offset, outputs - self._output_offset
         self._token_sum += tokens.sum(dim=0)
         self._output_sum += outputs.sum(dim=0)
-        self._squares += torch.einsum("bpc,bpd->cd", tokens, tokens)
-        self._cross += torch.einsum("bpc,bpk->ck", tokens, outputs)
+        rows = tokens.flatten(0, 1)
+        self._squares += rows.T @ rows
+        self._cross += rows.T @ outputs.flatten(0, 1)
         self.samples += len(tokens)
 
     def solve(self) -> PlaceReadout:
@@ -59,8 +58,17 @@ class PlaceProbe:
         rows = self.samples * len(tokens)
         covariance = self._squares / rows - tokens.T @ tokens / len(tokens)
         cross = self._cross / rows - tokens.T @ outputs / len(tokens)
-        weights = solve_ridge(covariance, cross, self.ridge)
+        weights = _solve_ridge(covariance, cross, self.ridge)
         return PlaceReadout(weights, tokens + self._offset, outputs + self._output_offset)
+
+
+def _solve_ridge(covariance_CC: Tensor, cross_CK: Tensor, ridge: float) -> Tensor:
+    """Weights (C, K) of standardized features with a penalty of `ridge`, for features as they are."""
+    scale = covariance_CC.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    correlation = covariance_CC / torch.outer(scale, scale)
+    penalty = ridge * torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
+    return torch.linalg.solve(correlation + penalty, cross_CK / scale[:, None]) / scale[:, None]
 
 
 @dataclass(frozen=True)
