@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments.report.html import render
 from prismatic.checkpoint import layout
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 from prismatic.util.files import HUB_ID, read_json, temporary_prefix
 from rocket_align.flags import recipe_of
 
@@ -99,7 +99,7 @@ def publish(
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         api.create_commit(repo_id, operations, commit_message=message)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error, 300)
         raise UsageError(f"--repo_id: {repo_id!r} could not be published: {reason}") from error
     return str(url)
 

@@ -23,6 +23,7 @@ from prismatic.checkpoint.layout import (
     LORA_FOLDER,
     MODEL_CONFIG,
     MODEL_WEIGHTS,
+    PI_MARKS,
     POLICY_COMPONENTS,
     POLICY_FLAGS,
     PREPROCESSOR,
@@ -374,5 +375,4 @@ def _told_family(folder: Path, config: Mapping[str, Any]) -> str | None:
         _check_safetensors(file)
         with safe_open(file, framework="np") as stored:
             names |= {name.removeprefix("model.") for name in stored.keys()}  # noqa: SIM118 - no dict
-    kinds = {"time_mlp_in.weight": "pi05", "action_time_mlp_in.weight": "pi0"}
-    return next((kind for name, kind in kinds.items() if name in names), None)
+    return next((kind for name, kind in PI_MARKS.items() if name in names), None)

@@ -35,6 +35,8 @@ PREPROCESSOR = "preprocessor_config.json"
 TOKENIZER = "tokenizer.json"
 # Families of policies, by the names of `--policy`.
 FAMILIES = ("openvla", "pi0", "pi05")
+# Published names of weights that pi0.5 or pi0 alone have: their MLPs for time differ.
+PI_MARKS = {"time_mlp_in.weight": "pi05", "action_time_mlp_in.weight": "pi0"}
 # Attributes of the trained module with a state-dict file of their own, as upstream names them: the policy's heads,
 # the alignment's projectors, and the vision backbone with FiLM layers.
 HEADS = ("action_head", "proprio_projector", "noisy_action_projector")

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 from prismatic.util.files import atomic_write
 
 PROBE = "probe.safetensors"
@@ -61,7 +61,7 @@ class Probe:
                 arrays = {name: opened.get_tensor(name) for name in ("images", "state", "actions")}
                 return cls(**arrays, **{name: opened.metadata()[name] for name in _TEXTS})
         except (SafetensorError, OSError, KeyError, TypeError) as error:
-            raise UsageError(f"--verify: {file} is not a readable probe ({' '.join(str(error).split())})") from None
+            raise UsageError(f"--verify: {file} is not a readable probe ({one_line(error)})") from None
 
     def deviation(self, actions: np.ndarray, statistics: Mapping[str, Any]) -> float:
         """Largest difference of an answer (T, A) from the recorded one, as a part of each number's range in the data.

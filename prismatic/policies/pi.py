@@ -30,7 +30,7 @@ from prismatic.policies.pi_data import (
 )
 from prismatic.training.module import Coefficient, StepOutput, TrainablePolicy
 from prismatic.training.objectives import chunk_l1_metrics
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 from prismatic.util.files import DAMAGED, find_folder
 from prismatic.vla.batch import Batch
 from prismatic.vla.platforms import OPENPI_NORMALIZATION, Platform, get_platform
@@ -197,7 +197,7 @@ class _Pi:
             try:
                 return PolicyParts(load_lora(policy, adapter, is_trainable=True))
             except (*DAMAGED, SafetensorError) as error:
-                raise UsageError(f"--resume: {adapter}: {' '.join(str(error).split())[:300]}") from error
+                raise UsageError(f"--resume: {adapter}: {one_line(error, 300)}") from error
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha or config.lora_rank,
@@ -257,7 +257,7 @@ def load_acting(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
         try:
             adapted: Any = load_lora(policy, checkpoint.adapter_path)
         except (*DAMAGED, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise UsageError(f"--pretrained_checkpoint: {checkpoint.adapter_path}: {reason}") from error
         policy = adapted.merge_and_unload()
     for name, parameter in policy.named_parameters():

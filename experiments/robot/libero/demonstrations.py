@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from experiments.robot.libero.suites.task import MAX_STEPS, name_in_words
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 
 _SUFFIX = "_demo.hdf5"
 _NO_OP_SIZE = 1e-4
@@ -130,7 +130,7 @@ def open_demonstrations(path: Path) -> Any:
     try:
         file = h5py_module().File(path, "r")
     except OSError as error:
-        raise UsageError(f"{path}: no readable HDF5 file ({' '.join(str(error).split())[:120]})") from error
+        raise UsageError(f"{path}: no readable HDF5 file ({one_line(error, 120)})") from error
     if "data" not in file:
         file.close()
         raise UsageError(f"{path}: no group 'data'; accepted: a LIBERO demonstration file")

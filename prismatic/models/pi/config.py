@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import AutoConfig, PI0Config
 
+from prismatic.checkpoint.layout import PI_MARKS
 from prismatic.util.errors import UsageError, unknown_name
 from prismatic.util.files import read_json
 
@@ -85,7 +86,7 @@ def kind_from_names(names: Mapping[str, object], source: Path) -> str:
 
     Raises UsageError: they are of neither; the message begins with `source`.
     """
-    for kind, name in {"pi05": "time_mlp_in.weight", "pi0": "action_time_mlp_in.weight"}.items():
+    for name, kind in PI_MARKS.items():
         if name in names:
             return kind
     raise UsageError(f"{source}: no time_mlp_in or action_time_mlp_in found; accepted: weights of pi0.5 or pi0")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _EDGES = np.linspace(-1, 1, 257)[:-1]
@@ -51,7 +51,7 @@ def load_tokenizer(folder: Path) -> Any:
         return GemmaTokenizer.from_pretrained(folder)
     except (ImportError, ValueError, OSError) as error:  # transformers needs sentencepiece, and asks for tiktoken.
         raise UsageError(
-            f"{folder}: its tokenizer cannot be read ({' '.join(str(error).split())[:80]}); accepted: tokenizer.json, "
+            f"{folder}: its tokenizer cannot be read ({one_line(error, 80)}); accepted: tokenizer.json, "
             "or tokenizer.model where sentencepiece is installed"
         ) from error
 

@@ -45,7 +45,7 @@ def lora_targets(policy: PiPolicy, *, uses_last_block: bool = False, uses_final_
     return [name for name in names if name not in dead]
 
 
-def fully_trained(policy: PiPolicy, *, vision: bool = True) -> list[str]:
+def fully_trained(policy: PiPolicy) -> list[str]:
     """Modules that train in full beside adapters: heads, image projector and, as in openpi, the vision tower."""
     heads = [name for name, module in policy.named_children() if isinstance(module, nn.Linear)]
-    return [*(["vision_tower"] if vision else []), "multi_modal_projector", *heads]
+    return ["vision_tower", "multi_modal_projector", *heads]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, Literal, Protocol, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 from prismatic.util.files import DAMAGED, read_json
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def _read_hdf5(path: Path) -> object:
             numbers = sorted(int(name[5:]) for name in file["data"] if re.fullmatch(r"demo_\d+", name))
             return [file[f"data/demo_{number}/states"][0] for number in numbers]
     except (ImportError, OSError, KeyError) as error:
-        raise UsageError(f"{path}: no readable demonstrations ({' '.join(str(error).split())[:120]})") from error
+        raise UsageError(f"{path}: no readable demonstrations ({one_line(error, 120)})") from error
 
 
 _READERS: Mapping[str, Callable[[Path], object]] = {
