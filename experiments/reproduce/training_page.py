@@ -18,6 +18,7 @@ import statistics
 import sys
 import threading
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -272,9 +273,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
     if not 1 <= seconds <= 3600:
-        raise ValueError(text)
+        raise ArgumentTypeError(f"{text!r} found; accepted: 1 to 3600 seconds")
     return seconds
 
 

@@ -116,6 +116,9 @@ def test_a_port_that_is_taken_is_refused(runs: list[Path], capsys: pytest.Captur
     assert f"--port: {port} cannot be served" in capsys.readouterr().err
     assert training_page.main([str(runs[0]), "--port", "0"]) == 2
     assert "--port: 0 without --watch" in capsys.readouterr().err
+    for wrong in ("0", "often"):
+        assert training_page.main([str(runs[0]), "--watch", wrong]) == 2
+        assert f"--watch: '{wrong}' found; accepted: 1 to 3600 seconds" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_log_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
