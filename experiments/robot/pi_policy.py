@@ -5,6 +5,7 @@ Not obvious:
   images go through JPEG first, as the data did; those of clients do not.
 - An answer has the robot's width and the units of the data. Checkpoints of this project close LIBERO's gripper at 0 and
   open it at 1; openpi's own have the simulator's -1 (open) and +1.
+- Action numbers that the statistics mark as `delta` were learned as differences to the state; answers are absolute.
 """
 
 from __future__ import annotations
@@ -91,7 +92,10 @@ class PiActingPolicy:
             noise=torch.stack([self._noise(query.seed) for query in queries]).to(device),
         )
         normalized = actions[..., : self.platform.action_dim].double().cpu().numpy()
-        return openpi_normalizer(statistics["action"], self._kind).unnormalize(normalized)
+        answer = openpi_normalizer(statistics["action"], self._kind).unnormalize(normalized)
+        if delta := statistics["action"].get("delta"):
+            answer += np.where(delta, np.stack([query.state for query in queries]), 0.0)[:, None]
+        return answer
 
     @property
     def _kind(self) -> OpenPINormalization:

@@ -7,7 +7,7 @@ checkpoint stores it (field `platform` of the model's configuration), and evalua
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -110,8 +110,11 @@ class Platform:
 LIBERO = Platform("libero", chunk=8, action_dim=7, proprio_dim=8, normalization=NormalizationType.BOUNDS_Q99)
 ALOHA = Platform("aloha", chunk=25, action_dim=14, proprio_dim=14, normalization=NormalizationType.BOUNDS)
 BRIDGE = Platform("bridge", chunk=5, action_dim=7, proprio_dim=7, normalization=NormalizationType.BOUNDS_Q99)
+# RoboTwin's robot: of each arm six absolute joint angles (rad) and the gripper in [0, 1], 1 = open; left arm first.
+ALOHA_AGILEX = replace(ALOHA, name="aloha_agilex")
 
-PLATFORMS: dict[str, Platform] = {platform.name: platform for platform in (LIBERO, ALOHA, BRIDGE)}
+UPSTREAM = (LIBERO, ALOHA, BRIDGE)
+PLATFORMS: dict[str, Platform] = {platform.name: platform for platform in (*UPSTREAM, ALOHA_AGILEX)}
 
 
 def get_platform(platform: str | Mapping[str, Any] | Platform) -> Platform:
@@ -134,14 +137,14 @@ def get_platform(platform: str | Mapping[str, Any] | Platform) -> Platform:
 
 
 def platform_of_statistics(statistics: Mapping[str, Any]) -> Platform | None:
-    """The one platform whose actions and states are as wide as the data's ({dataset: {"action", "proprio"}}), or None.
+    """The one of upstream's platforms whose actions and states are as wide as the data's, or None.
 
-    For checkpoints of upstream's, which record none.
+    `statistics` is {dataset: {"action", "proprio"}}. For checkpoints of upstream's, which record no platform.
     """
     widths = {
         # Any statistic of a kind tells its width; not all data sets have the same ones.
         tuple(len(next(iter(data[kind].values()), ())) for kind in ("action", "proprio") if kind in data)
         for data in statistics.values()
     }
-    fitting = [robot for robot in PLATFORMS.values() if widths == {(robot.action_dim, robot.proprio_dim)}]
+    fitting = [robot for robot in UPSTREAM if widths == {(robot.action_dim, robot.proprio_dim)}]
     return fitting[0] if len(fitting) == 1 else None

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _TOKENIZER = ROOT / "experiments" / "mini" / "weights" / "student"
 
 
-def write_tiny_pi(folder: Path, kind: str, *, chunk: int = 4, seed: int = 0) -> Path:
-    """Write a policy of four blocks, 9 tokens an image, 8 action numbers, to `folder`; no weight is zero."""
+def write_tiny_pi(folder: Path, kind: str, *, chunk: int = 4, seed: int = 0, width: int = 8) -> Path:
+    """Write a policy of four blocks, 9 tokens an image, `width` action numbers, to `folder`; no weight is zero."""
     gemma = {"model_type": "gemma", "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
     gemma |= {"head_dim": 8, "vocab_size": 32064}
     vision = {"model_type": "siglip_vision_model", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
@@ -31,8 +31,8 @@ def write_tiny_pi(folder: Path, kind: str, *, chunk: int = 4, seed: int = 0) -> 
         },
         dit_config=gemma | {"hidden_size": 24, "intermediate_size": 32},
         chunk_size=chunk,
-        max_action_dim=8,
-        max_state_dim=8,
+        max_action_dim=width,
+        max_state_dim=width,
         num_inference_steps=3,
     )
     with torch.random.fork_rng(devices=[]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,7 +35,16 @@ from prismatic.vla.datasets.image_transforms import (
     PolicyImageTransform,
 )
 from prismatic.vla.datasets.specs import DATASETS, DatasetSpec, resolve_mixture
-from prismatic.vla.datasets.statistics import Statistics, compute_statistics, normalize
+from prismatic.vla.datasets.statistics import Statistics, compute_statistics, describe_deltas, normalize
+from prismatic.vla.datasets.transitions import (
+    ActionChunks,
+    all_starts,
+    check_transitions,
+    chunk_starts,  # noqa: F401 - known from here
+    deltas,
+    sample_starts,
+    transitions,
+)
 from prismatic.vla.platforms import LIBERO, Platform
 
 
@@ -67,32 +75,9 @@ class _Source:
     name: str
     index: EpisodeData
     views: dict[str, tuple[int, ...]]
-    action: np.ndarray
+    action: ActionChunks
     proprio: np.ndarray | None
     starts: np.ndarray
-
-
-def _transitions(spec: DatasetSpec, index: EpisodeData) -> tuple[np.ndarray, np.ndarray]:
-    """(actions, proprios) of a split, standardized episode by episode."""
-    pairs = [
-        spec.standardize(index.action[first:last], index.state[first:last])
-        for first, last in itertools.pairwise(index.episode_start)
-    ]
-    return np.concatenate([action for action, _ in pairs]), np.concatenate([proprio for _, proprio in pairs])
-
-
-def _check_transitions(
-    name: str, transitions: tuple[np.ndarray, np.ndarray], rows: int, platform: Platform, with_proprio: bool
-) -> None:
-    """Refuse what a `standardize` has made of the wrong width or number of steps."""
-    wanted = [("actions", transitions[0], platform.action_dim)]
-    wanted += [("states", transitions[1], platform.proprio_dim)] if with_proprio else []
-    for what, vectors, width in wanted:
-        if vectors.shape != (rows, width):
-            raise UsageError(
-                f"dataset {name!r}: standardize gives {what} of shape {vectors.shape}; "
-                f"accepted for platform {platform.name!r}: ({rows}, {width})"
-            )
 
 
 def _views(name: str, spec: DatasetSpec, index: EpisodeData, count: int | None) -> dict[str, tuple[int, ...]]:
@@ -106,56 +91,42 @@ def _views(name: str, spec: DatasetSpec, index: EpisodeData, count: int | None) 
     return {group[0]: tuple(index.views.index(view) for view in group if view in index.views) for group in names}
 
 
-def chunk_starts(length: int, future: int) -> np.ndarray:
-    """The frames of an episode whose action chunk (its own action and `future` more) lies inside; others need padding.
-
-    Source: upstream's chunk_act_obs.
-    """
-    return np.arange(max(length - future, 0))
-
-
-def _starts(spec: DatasetSpec, index: EpisodeData, action_FA: np.ndarray, episode: int, future: int) -> np.ndarray:
-    """The frames of an episode that start a sample: those with a whole chunk, in an episode with an instruction."""
-    first, last = (int(bound) for bound in index.episode_start[episode : episode + 2])
-    if not any(index.instructions[number] for number in set(index.language[first:last].tolist())):
-        return np.zeros(0, np.int64)
-    starts = first + chunk_starts(last - first, future)
-    if not spec.skips_stillness:
-        return starts
-    arm = slice(None) if spec.action_mask is None else np.array(spec.action_mask)
-    moves = np.count_nonzero(action_FA[:, arm], axis=1) > 0
-    return starts[[moves[start : start + future + 1].any() for start in starts]]
-
-
 def _statistics(
     name: str,
     spec: DatasetSpec,
     splits: Mapping[str, DatasetSplit],
     own: str,
     index: EpisodeData,
-    transitions: tuple[np.ndarray, np.ndarray],
+    known: tuple[np.ndarray, np.ndarray],
+    future: int,
+    delta: tuple[bool, ...] | None,
 ) -> Statistics:
     """Statistics over all splits (as upstream), from their JSON cache or computed now.
 
-    `index` and `transitions` are of the split `own`.
+    `index` and the transitions `known` are of the split `own`. With `delta`, actions are those of chunks with `future`
+    more.
     """
     identity = [splits[split].fingerprint() for split in sorted(splits)]
     code = code_digest(statistics_module)
-    digest = hashlib.sha256(json.dumps([identity, spec.action_mask, code], sort_keys=True).encode())
+    settings = [identity, spec.action_mask, code, *([delta, future] if delta else [])]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     # A transform is known by what it makes of the data: its name stays when its code, or what it calls, is edited.
-    for array in transitions:
+    for array in known:
         digest.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
     path = cache_folder(splits[own].folder) / f"dataset_statistics_{digest.hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):  # not there yet, or damaged
         return json.loads(path.read_text())[name]
     indices = {split: index if split == own else splits[split].load() for split in sorted(splits)}
-    by_split = [transitions if split == own else _transitions(spec, indices[split]) for split in indices]
+    by_split = [known if split == own else transitions(spec, indices[split]) for split in indices]
     # Unused states may be damaged in one split and sound in another.
     width = min(proprio.shape[1] for _, proprio in by_split)
     actions = np.concatenate([action for action, _ in by_split])
     proprios = np.concatenate([proprio[:, :width] for _, proprio in by_split])
     episodes = sum(table.num_episodes for table in indices.values())
     statistics = compute_statistics(actions, proprios, episodes, spec.action_mask)
+    if delta:
+        chunks = describe_deltas(actions, proprios, all_starts(indices.values(), future), future + 1, delta)
+        statistics["action"] |= {**chunks, "delta": list(delta)}
     with contextlib.suppress(OSError):  # a read-only disk only costs the computation at the next start
         atomic_write(path, json.dumps({name: statistics}))
     return statistics
@@ -263,15 +234,15 @@ class RLDSDataset(Dataset):
         held_out = self.holdout if "val" not in splits else 0.0
         split = choose_split(splits, name, train or held_out > 0)
         index = split.load()
-        action, proprio = _transitions(spec, index)
-        _check_transitions(name, (action, proprio), index.num_frames, self.platform, with_proprio)
-        statistics = _statistics(name, spec, splits, split.split, index, (action, proprio))
-        self.dataset_statistics[name] = statistics
+        action, proprio = transitions(spec, index)
+        check_transitions(name, (action, proprio), index.num_frames, self.platform, with_proprio)
+        delta = deltas(name, spec, self.platform, with_proprio)
         future = self.platform.chunk - 1
         lengths = np.diff(index.episode_start)
         instructions = [index.instructions[index.language[begin]] for begin in index.episode_start[:-1]]
         by_episode = [
-            _starts(spec, index, action, episode, future) for episode in self._episodes(instructions, held_out, train)
+            sample_starts(spec, index, action, episode, future)
+            for episode in self._episodes(instructions, held_out, train)
         ]
         starts = np.concatenate(by_episode).astype(np.int64)
         if not len(starts):
@@ -279,12 +250,14 @@ class RLDSDataset(Dataset):
                 f"{split.folder}: split {split.split!r}: no episode has the {future + 1} steps of an action chunk "
                 f"(longest: {lengths.max()}) and an instruction; accepted: at least one such episode"
             )
+        statistics = _statistics(name, spec, splits, split.split, index, (action, proprio), future, delta)
+        self.dataset_statistics[name] = statistics
         kind = self.platform.normalization
         return _Source(
             name=name,
             index=index,
             views=_views(name, spec, index, self._num_views),
-            action=normalize(action, statistics["action"], kind),
+            action=ActionChunks(action, proprio, statistics["action"], self.platform),
             proprio=normalize(proprio, statistics["proprio"], kind) if "proprio" in statistics else None,
             starts=starts,
         )
@@ -353,7 +326,7 @@ class RLDSDataset(Dataset):
         timestep = self.episode_and_frame(draw.frame)[2]
         return {
             "dataset_name": source.name,
-            "action": source.action[start : start + self.platform.chunk],
+            "action": source.action[start],
             "observation": {**images, **state, "timestep": np.array([timestep])},
             "task": {"language_instruction": source.index.instructions[source.index.language[start]]},
             "views": views,

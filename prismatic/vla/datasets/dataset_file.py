@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,7 +20,7 @@ from prismatic.util.files import read_mapping
 from prismatic.vla.datasets.oxe.operations import Assembly, Columns, Constant, Operation, Part
 from prismatic.vla.datasets.specs import DATASETS, MIXTURES, DatasetSpec
 
-_FIELDS = ("images", "action", "state", "language", "action_mask", "drop_first", "drop_last")
+_FIELDS = ("images", "action", "state", "language", "action_mask", "delta", "drop_first", "drop_last")
 _COLUMNS = re.compile(r"(?P<feature>[^\[\]]+)(\[((?P<start>-?\d*):(?P<stop>-?\d*)|(?P<index>-?\d+))\])?")
 _OPERATIONS = {operation.value: operation for operation in Operation}
 
@@ -43,7 +44,7 @@ class _Entry:
         """The specification that the entry describes."""
         action = self._parts("action", self.content.get("action", "action"))
         state = self._parts("state", self.content.get("state", "observation/state"))
-        images, mask = self._images(), self._mask()
+        images, mask, delta = self._images(), self._mask("action_mask"), self._mask("delta")
         language = self.content.get("language", "language_instruction")
         if not isinstance(language, str) or not language:
             self.refuse("language", language, "the name of a feature")
@@ -54,9 +55,10 @@ class _Entry:
         if whole and len(action) == 1 and len(state) <= 1 and not any(drops.values()):
             names = [part.feature for part in (*action, *state) if isinstance(part, Columns)]
             state_name = names[1] if state else None
-            return DatasetSpec(images=images, action=names[0], state=state_name, language=language, action_mask=mask)
+            spec = DatasetSpec(images=images, action=names[0], state=state_name, language=language)
+            return replace(spec, action_mask=mask, delta=delta)
         assembly = Assembly(action, state, **drops)
-        return DatasetSpec(images=images, language=language, action_mask=mask, assembly=assembly)
+        return DatasetSpec(images=images, language=language, action_mask=mask, delta=delta, assembly=assembly)
 
     def _images(self) -> dict[str, str | None]:
         images = self.content.get("images")
@@ -68,10 +70,11 @@ class _Entry:
                 self.refuse("images", {view: feature}, accepted)
         return dict(images)
 
-    def _mask(self) -> tuple[bool, ...] | None:
-        mask = self.content.get("action_mask")
+    def _mask(self, name: str) -> tuple[bool, ...] | None:
+        mask = self.content.get(name)
         if mask is not None and not (isinstance(mask, list) and all(isinstance(value, bool) for value in mask)):
-            self.refuse("action_mask", mask, "a list of true (normalized) and false, one for each number of an action")
+            meaning = {"action_mask": "normalized", "delta": "counted from the state"}[name]
+            self.refuse(name, mask, f"a list of true ({meaning}) and false, one for each number of an action")
         return None if mask is None else tuple(mask)
 
     def _count(self, name: str) -> int:

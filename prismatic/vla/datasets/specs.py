@@ -52,6 +52,8 @@ class DatasetSpec:
     # (raw action, raw state) of an episode -> (action, proprio), same number of rows
     standardize: Standardize = keep_as_is
     action_mask: tuple[bool, ...] | None = None  # Which action numbers are normalized; None for all
+    # Which action numbers pi0 and pi0.5 predict as differences to the state at the chunk's start; None for none
+    delta: tuple[bool, ...] | None = None
     # Puts actions and states together from parts of features when the files are read, instead of `action` and `state`
     assembly: Assembly | None = None
     # View -> an image feature that is, at random, seen in its place
@@ -173,6 +175,21 @@ ALOHA_SPEC = DatasetSpec(
         "right_wrist": "observation/right_wrist_image",
     },
 )
+# The same of RoboTwin; for pi0, joints count from the state and grippers do not, as in openpi's ALOHA configuration.
+ROBOTWIN_SPEC = replace(ALOHA_SPEC, delta=((True,) * 6 + (False,)) * 2)
+
+_ROBOTWIN_TASKS = """
+    adjust_bottle beat_block_hammer blocks_ranking_rgb blocks_ranking_size click_alarmclock click_bell
+    dump_bin_bigbin grab_roller handover_block handover_mic hanging_mug lift_pot move_can_pot move_pillbottle_pad
+    move_playingcard_away move_stapler_pad open_laptop open_microwave pick_diverse_bottles pick_dual_bottles
+    place_a2b_left place_a2b_right place_bread_basket place_bread_skillet place_burger_fries place_can_basket
+    place_cans_plasticbox place_container_plate place_dual_shoes place_empty_cup place_fan place_mouse_pad
+    place_object_basket place_object_scale place_object_stand place_phone_stand place_shoe press_stapler
+    put_bottles_dustbin put_object_cabinet rotate_qrcode scan_object shake_bottle shake_bottle_horizontally
+    stack_blocks_three stack_blocks_two stack_bowls_three stack_bowls_two stamp_seal turn_switch
+""".split()  # noqa: SIM905
+# Each task as collected by demo_clean and by demo_randomized.
+_ROBOTWIN = {kind: [f"robotwin_{task}_{kind}" for task in _ROBOTWIN_TASKS] for kind in ("clean", "randomized")}
 
 _LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 # Folders of the hub's data: openvla/modified_libero_rlds; lerobot/*_image and IPEC-COMMUNITY/*_lerobot.
@@ -185,12 +202,14 @@ DATASETS: dict[str, DatasetSpec] = {
     "aloha1_fold_shirt_30_demos": ALOHA_SPEC,
     "aloha1_scoop_X_into_bowl_45_demos": ALOHA_SPEC,
     "aloha1_put_X_into_pot_300_demos": ALOHA_SPEC,
+    **{name: ROBOTWIN_SPEC for names in _ROBOTWIN.values() for name in names},
     **{name: oxe_spec(row) for name, row in OXE_DATASETS.items()},
 }
 
 # Mixture name -> (dataset, weight) pairs; a dataset is drawn in proportion to weight * number of frames.
 MIXTURES: dict[str, tuple[tuple[str, float], ...]] = {
     "libero_4_task_suites_no_noops": tuple((f"{suite}_no_noops", 1.0) for suite in _LIBERO_SUITES[:4]),
+    **{f"robotwin_{kind}": tuple((name, 1.0) for name in names) for kind, names in _ROBOTWIN.items()},
     **OXE_MIXTURES,
 }
 

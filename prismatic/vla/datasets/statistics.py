@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from prismatic.models.pi.normalization import Normalizer
 from prismatic.vla.platforms import Normalization, NormalizationType, OpenPINormalization
@@ -55,6 +56,23 @@ def compute_statistics(
         "num_trajectories": num_trajectories,
     }
     return {**statistics, "proprio": _describe(proprio_NP)} if proprio_NP.shape[1] else statistics
+
+
+def describe_deltas(
+    action_FA: np.ndarray, state_FP: np.ndarray, starts: np.ndarray, chunk: int, delta: Sequence[bool]
+) -> dict[str, list[float]]:
+    """Statistics of the actions in all chunks that begin at the frames `starts`.
+
+    Numbers that `delta` marks count from the state at the chunk's start. Source: openpi's DeltaActions, whose
+    statistics are of chunks, too.
+    """
+    columns = []
+    for number, relative in enumerate(delta):
+        chunks_NT = sliding_window_view(action_FA[:, number], chunk)[starts]
+        if relative:
+            chunks_NT = chunks_NT - state_FP[starts, number, None]
+        columns.append(_describe(chunks_NT.reshape(-1, 1)))
+    return {name: [column[name][0] for column in columns] for name in columns[0]}
 
 
 def openpi_normalizer(statistics: Mapping[str, Sequence[float]], kind: OpenPINormalization) -> Normalizer:
