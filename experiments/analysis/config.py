@@ -192,6 +192,7 @@ class ReadoutConfig:
     shift: bool = True  # Take the token after each patch's, as the alignment does
     ridge: float = limited(1e-2, above=0)  # Penalty of the regression
     batch_size: int = limited(16, least=1)  # Frames per forward pass
+    pictures: int = limited(4, least=0)  # Test frames drawn, with depth as each policy's tokens tell it
     seed: int = limited(0, least=0)  # Seed of the rendered frames, and of the policy's noise
     device: Device = "auto"  # auto | cpu | cuda
     dtype: DType = "auto"  # auto | float32 | bfloat16

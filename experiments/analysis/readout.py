@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from experiments.analysis.config import ReadoutConfig
 from experiments.analysis.depth import MAX_DEPTH
 from experiments.analysis.reach import policy_flags
+from experiments.analysis.readout_pictures import DepthPictures, save_pictures, side_by_side
 from experiments.analysis.report import Report, line_style, new_figure, save_figure, write_json
 from experiments.mini.make.teacher_data import TeacherDataConfig, parse_tasks
 from experiments.mini.make.teacher_data import main as render_frames
@@ -28,8 +29,8 @@ from prismatic.checkpoint.folder import open_checkpoint
 from prismatic.checkpoint.layout import split_checkpoint_name
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets.image_transforms import CROP_AREA
-from rocket_align.analysis.depth_probe import patch_depths
-from rocket_align.analysis.place_probe import ExplainedBeyondPlace, PlaceProbe
+from rocket_align.analysis.depth_probe import depth_map, patch_depths
+from rocket_align.analysis.place_probe import ExplainedBeyondPlace, PlaceProbe, PlaceReadout
 
 _CELLS = 2
 
@@ -68,6 +69,15 @@ def read_frames(config: ReadoutConfig, tasks: str) -> Iterator[FrameBatch]:
             poses = np.concatenate((cameras[part, :, :3, 3], cameras[part, :, :3, 2]), axis=-1)
             depth = torch.from_numpy(depths[part]).float().clamp(max=MAX_DEPTH)
             yield FrameBatch(queries, depth, torch.from_numpy(poses).double())
+
+
+def chosen_frames(config: ReadoutConfig) -> FrameBatch:
+    """`--pictures` test frames, evenly spread: which ones does not depend on any policy."""
+    batches = list(read_frames(config, config.test_tasks))
+    queries = [query for frames in batches for query in frames.queries]
+    chosen = np.linspace(0, len(queries) - 1, config.pictures + 2).round().astype(int)[1:-1]
+    depths, poses = (torch.cat([getattr(frames, name) for frames in batches]) for name in ("depths_BVHW", "poses_BVK"))
+    return FrameBatch([queries[index] for index in chosen], depths[chosen], poses[chosen])
 
 
 def frames_folder(config: ReadoutConfig) -> Path:
@@ -126,14 +136,18 @@ class ReadoutStudy:
         if self.flags.num_images_in_input > self.views:
             raise UsageError(f"--checkpoint: {folder} takes {self.flags.num_images_in_input} views; accepted: 1 or 2")
         self.read = TokenReader(policy, self.views, shift=config.shift)
+        self.depth_readouts: list[PlaceReadout] = []
+
+    def see(self, frames: FrameBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (L + 1, B, V, P, C), log-depths (B, V, P, cells), poses (B, V, 6)."""
+        tokens = self.read(frames.queries)
+        side = int(tokens.shape[3] ** 0.5)
+        seen = cropped(frames.depths_BVHW[:, : self.views], center_crop=self.flags.center_crop)
+        return tokens, patch_depths(seen, (side, side), _CELLS), frames.poses_BVK[:, : self.views]
 
     def batches(self, tasks: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Tokens (L + 1, B, V, P, C), log-depths (B, V, P, cells), poses (B, V, 6)."""
-        for frames in read_frames(self.config, tasks):
-            tokens = self.read(frames.queries)
-            side = int(tokens.shape[3] ** 0.5)
-            seen = cropped(frames.depths_BVHW[:, : self.views], center_crop=self.flags.center_crop)
-            yield tokens, patch_depths(seen, (side, side), _CELLS), frames.poses_BVK[:, : self.views]
+        """:meth:`see`, of all frames of some tasks."""
+        return map(self.see, read_frames(self.config, tasks))
 
     def measure(self) -> Report:
         """R2 of every state, by view: `depth` of each token, `pose` of the mean of a view's tokens."""
@@ -144,19 +158,39 @@ class ReadoutStudy:
                 pair[0].update(tokens[place[0], :, place[1]], depths[:, place[1]])
                 pair[1].update(*_whole_view(tokens[place[0], :, place[1]], poses[:, place[1]]))
         scores = {place: tuple(ExplainedBeyondPlace(probe.solve()) for probe in pair) for place, pair in probes.items()}
+        self.depth_readouts = [score[0].readout for (_, view), score in scores.items() if view == 0]
         for tokens, depths, poses in self.batches(self.config.test_tasks):
             for (state, view), score in scores.items():
                 score[0].update(tokens[state, :, view], depths[:, view])
                 score[1].update(*_whole_view(tokens[state, :, view], poses[:, view]))
         states = range(len({state for state, _ in scores}))
-        run, step = split_checkpoint_name(Path(self.folder).name)
         return {
             "checkpoint": Path(self.folder).name,
-            "label": run if step is None else f"{run}, step {step:,}",
-            "step": step or 0,
+            "label": _label(self.folder),
+            "step": split_checkpoint_name(Path(self.folder).name)[1] or 0,
             "depth": [[scores[state, view][0].result() for view in range(self.views)] for state in states],
             "pose": [[scores[state, view][1].result() for view in range(self.views)] for state in states],
         }
+
+    def picture(self, frames: FrameBatch) -> DepthPictures:
+        """Depth of the third-person view, read out as the mean over states 1 to the last; after :meth:`measure`."""
+        tokens, depths, _ = self.see(frames)
+        usual = self.depth_readouts[0].outputs_PK
+        read = torch.stack([readout(tokens[state, :, 0]) for state, readout in enumerate(self.depth_readouts)])
+        side = int(tokens.shape[3] ** 0.5)
+        true, policy = (
+            depth_map((values - usual)[:, None], (side, side), _CELLS)[:, 0].float().cpu().numpy()
+            for values in (depths[:, 0], read[1:].mean(dim=0))
+        )
+        images = torch.stack([torch.as_tensor(query.image) for query in frames.queries]).movedim(-1, 1)
+        seen = cropped(images, center_crop=self.flags.center_crop).movedim(1, -1).numpy()
+        return DepthPictures(seen, true, (policy,), (_label(self.folder),))
+
+
+def _label(folder: str) -> str:
+    """Run and step of a checkpoint folder."""
+    run, step = split_checkpoint_name(Path(folder).name)
+    return run if step is None else f"{run}, step {step:,}"
 
 
 def _whole_view(tokens_BPC: Tensor, pose_BK: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,7 +199,7 @@ def _whole_view(tokens_BPC: Tensor, pose_BK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def readout(config: ReadoutConfig) -> int:
-    """Measure, write readout.json and readout.png; frames are rendered where they are missing."""
+    """Measure; write readout.json, .png and the depth pictures. Frames are rendered where they are missing."""
     tested = parse_tasks("--test_tasks", config.test_tasks)
     trained = parse_tasks("--train_tasks", config.train_tasks)
     if overlap := set(trained).intersection(tested):
@@ -183,10 +217,17 @@ def readout(config: ReadoutConfig) -> int:
                 scene=config.scene,
             )
         )
-    parts = [ReadoutStudy(config, folder).measure() for folder in config.checkpoints]
+    parts, pictures = [], []
+    for folder in config.checkpoints:
+        study = ReadoutStudy(config, folder)
+        parts.append(study.measure())
+        if config.pictures:
+            pictures.append(study.picture(chosen_frames(config)))
     settings = {name: getattr(config, name) for name in ("train_tasks", "test_tasks", "ridge", "shift", "seed")}
     write_json(config.out_dir / "readout.json", {"analysis": "readout", **settings, "subjects": parts})
     draw(config, parts)
+    if pictures:
+        save_pictures(side_by_side(pictures), config.out_dir)
     for part in parts:
         depth, pose = (np.mean(part[name][1:]) for name in ("depth", "pose"))
         print(f"{part['label']}: R2 above the place, mean of states 1 to the last: depth {depth:.3f}, pose {pose:.3f}")

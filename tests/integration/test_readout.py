@@ -16,6 +16,7 @@ pytest.importorskip("libero", reason="LIBERO is not installed")
 
 from experiments.analysis.config import ReadoutConfig
 from experiments.analysis.readout import ReadoutStudy, cropped, read_frames
+from experiments.analysis.readout_pictures import DepthPictures
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDENT = ROOT / "experiments" / "mini" / "weights" / "student"
@@ -68,6 +69,13 @@ def test_the_command(frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     # On the frames that the probe was fitted on, tokens tell more than the place, and no state tells all.
     assert all(0 < depth < 1 for values in first["depth"] for depth in values)
     assert (tmp_path / "out" / "readout.png").stat().st_size > 5_000
+    assert (tmp_path / "out" / "readout_depth.png").stat().st_size > 5_000
+    pictures = DepthPictures.load(tmp_path / "out")
+    assert pictures.images.shape[0] == 4 and pictures.labels == ("student", "student")
+    assert np.array_equal(*pictures.read)
+    # Read out of the tokens, the map is nearer to the true one than the mean of each place, which is zero here.
+    left = np.square(pictures.read[0] - pictures.true).mean() / np.square(pictures.true).mean()
+    assert pictures.true.shape == pictures.read[0].shape == (4, 12, 12) and left < 1
     with pytest.raises(SystemExit) as end:
         analyze.main(["readout", *flags, "--test_tasks", "libero_object:7"])
     assert end.value.code == 2 and "found in --train_tasks too" in capsys.readouterr().err
