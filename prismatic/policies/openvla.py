@@ -39,6 +39,10 @@ class OpenVLA:
         """Refuse adapters of layers that the model does not have; :meth:`TrainConfig.validate` checks the rest."""
         if not config.image_crop:
             raise UsageError("--image_crop: False found; accepted for openvla, which rollouts crop: True")
+        if config.repeated_diffusion_steps > 1:
+            raise UsageError(
+                f"--repeated_diffusion_steps: {config.repeated_diffusion_steps} found; accepted for openvla: 1"
+            )
         if config.use_lora and config.lora_targets != ALL_LINEAR:
             openvla_targets(skeleton(start.base), config.lora_targets)
 

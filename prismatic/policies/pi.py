@@ -70,7 +70,8 @@ class TrainablePi(TrainablePolicy):
         noise, time = batch["noise"], batch["time"]
         output = self.vla(**self._observation(batch), actions=batch["actions"], noise=noise, time=time)
         # A velocity that is off by e means actions that are off by time * e.
-        errors = time[:, None, None] * output.losses.detach().sqrt()[..., : self.platform.action_dim]
+        errors = time[..., None, None] * output.losses.detach().sqrt()[..., : self.platform.action_dim]
+        errors = errors.flatten(0, -3)
         metrics = chunk_l1_metrics(errors, torch.zeros_like(errors))
         return self.add_auxiliary(
             output.losses.mean(),
@@ -152,7 +153,8 @@ class _Pi:
 
     def batch_transform(self, config: TrainConfig, processor: Any, platform: Platform) -> PiBatchTransform:
         """Letterboxed views, prompt, padded actions and state, noise and time."""
-        return PiBatchTransform(processor, self.name, config.use_proprio, config.num_images_in_input)
+        draws = config.repeated_diffusion_steps
+        return PiBatchTransform(processor, self.name, config.use_proprio, config.num_images_in_input, draws)
 
     def image_transform(self, processor: Any, *, image_aug: bool, image_crop: bool = True) -> LetterboxTransform:
         """openpi's letterbox; with `image_aug` its colors, and its crop with `image_crop`."""

@@ -120,12 +120,14 @@ class PiBatchTransform:
         use_proprio: the policy sees the robot's state: pi0 as a token, pi0.5 in the prompt.
         num_images: views.
         use_wrist_image: more than one view.
+        draws: noises and times of a sample, behind one another where there are several.
     """
 
     processor: PiProcessor
     kind: str
     use_proprio: bool
     num_images: int
+    draws: int = 1
 
     @property
     def use_wrist_image(self) -> bool:
@@ -143,17 +145,18 @@ class PiBatchTransform:
         boxes = [frame["views"][name.removeprefix("image_")] for name in views]
         seed, epoch, number = frame["draw"]
         rng = np.random.default_rng((seed, _NOISE, epoch, number))
-        time = rng.beta(config.time_sampling_beta_alpha, config.time_sampling_beta_beta)
+        several = () if self.draws == 1 else (self.draws,)
+        time = rng.beta(config.time_sampling_beta_alpha, config.time_sampling_beta_beta, several)
+        scaled = time * config.time_sampling_scale + config.time_sampling_offset
+        noise = rng.standard_normal((*several, len(frame["action"]), config.max_action_dim), dtype=np.float32)
         sample = Sample(
             pixel_values=torch.cat([transform(observation[name][0]) for name in views]),
             image_masks=torch.tensor([box is not None for box in boxes]),
             contents=torch.tensor([box or (0, 0, 0, 0) for box in boxes]),
             input_ids=self.processor.prompt_ids([text], None if self.kind == "pi0" else [state])[0],
             actions=padded(frame["action"], config.max_action_dim),
-            noise=torch.from_numpy(
-                rng.standard_normal((len(frame["action"]), config.max_action_dim), dtype=np.float32)
-            ),
-            time=torch.tensor(time * config.time_sampling_scale + config.time_sampling_offset, dtype=torch.float32),
+            noise=torch.from_numpy(noise),
+            time=torch.as_tensor(scaled, dtype=torch.float32),
             dataset_name=frame["dataset_name"],
         )
         sample["proprio"] = padded(np.zeros(0) if state is None else state, config.max_state_dim)

@@ -58,6 +58,8 @@ class TrainConfig:
     use_l1_regression: bool = True  # Continuous head trained with the L1 loss
     use_diffusion: bool = False  # Continuous head trained by diffusion (DDIM); neither: discrete action tokens
     num_diffusion_steps_train: int = limited(50, least=1)  # Diffusion steps during training
+    # pi0, pi0.5: noises and times drawn for each sample, on one pass of the prefix
+    repeated_diffusion_steps: int = limited(1, least=1)
 
     # Optimization
     batch_size: int = limited(8, least=1)  # Samples per process and forward pass

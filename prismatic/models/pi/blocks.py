@@ -6,6 +6,7 @@ Only keys and values pass from the prefix's block to the expert's, so each strea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -116,8 +117,19 @@ class Attention(nn.Module):
         keys, values = (
             part.transpose(1, 2)[:, :, None].expand(-1, -1, self.groups, -1, -1).flatten(1, 2) for part in keys_values
         )
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        attended = _attend(queries, keys, values, mask)
         return self.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention of [B, heads, S, head_dim]; trained in bfloat16 on a CPU without torch's kernel.
+
+    The backward pass of that kernel takes half of a training step there.
+    """
+    if queries.device.type != "cpu" or queries.dtype != torch.bfloat16 or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1]) + mask
+    return scores.softmax(-1) @ values
 
 
 class _GatedProduct(torch.autograd.Function):

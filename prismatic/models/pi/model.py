@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ class PiOutput:
     """Result of a training forward.
 
     Attributes:
-        losses: squared error of each number, [B, chunk, action dim] in float32.
+        losses: squared error of each number, [B, chunk, action dim] in float32, or [B, R, chunk, action dim].
         velocity: the prediction, of the same shape and type.
         hidden_states: with the policy's `output_hidden_states`, the prefix [B, prefix, width] as it enters each block
             of the language model, and after the final norm.
@@ -168,19 +169,27 @@ class PiPolicy(nn.Module):
             attention_mask: bool [B, T], False for padding.
             state: [B, max_state_dim], normalized and zero padded; pi0.5 has it in the prompt and ignores it here.
             actions: [B, chunk, max_action_dim], normalized and zero padded.
-            noise: like `actions`; drawn from the global generator when absent, as `time` is.
-            time: [B] in (0, 1].
+            noise: like `actions`, or [B, R, chunk, max_action_dim]: R points of each sample, for which the prefix runs
+                once. Drawn from the global generator when absent, as `time` is.
+            time: [B], or [B, R], in (0, 1].
         """
         actions = actions.float()
         noise = torch.randn_like(actions) if noise is None else noise.float()
         time = self.draw_times(len(actions), actions.device) if time is None else time.float()
-        at = time[:, None, None]
         prefix, prefix_mask = self.embed_prefix(pixel_values, image_masks, input_ids, attention_mask)
-        suffix, condition = self.embed_suffix(state, at * noise + (1 - at) * actions, time)
         states: list[Tensor] = []
         pasts = self._prefix_blocks(prefix, prefix_mask, states if self.output_hidden_states else None)
+        shape = noise.shape
+        if noise.ndim == 4:
+            repeat = partial(torch.repeat_interleave, repeats=shape[1], dim=0)
+            pasts = ((repeat(keys), repeat(values)) for keys, values in pasts)
+            prefix_mask, actions, state = repeat(prefix_mask), repeat(actions), None if state is None else repeat(state)
+            noise, time = noise.flatten(0, 1), time.flatten()
+        at = time[:, None, None]
+        suffix, condition = self.embed_suffix(state, at * noise + (1 - at) * actions, time)
         velocity = self._velocity(suffix, condition, pasts, prefix_mask, actions.shape[1])
-        return PiOutput(F.mse_loss(velocity, noise - actions, reduction="none"), velocity, tuple(states))
+        losses = F.mse_loss(velocity, noise - actions, reduction="none")
+        return PiOutput(losses.view(shape), velocity.view(shape), tuple(states))
 
     @torch.no_grad()
     def sample_actions(
