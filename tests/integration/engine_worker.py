@@ -11,11 +11,12 @@ import torch
 from accelerate.state import AcceleratorState
 
 import finetune as script
+from prismatic.util.cli import leave
 
 
 def main(file: str) -> None:
     """Train one case after the other in the processes of one launch."""
-    leave = torch.distributed.destroy_process_group
+    destroy = torch.distributed.destroy_process_group
     torch.distributed.destroy_process_group = lambda *_: None  # The launch has one; a run's end would take it away.
     for flags in json.loads(Path(file).read_text()):
         if flags.get("shard", "auto") != "auto":
@@ -24,7 +25,8 @@ def main(file: str) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         paths = {name: Path(flags[name]) for name in ("data_root_dir", "run_root_dir")}
         assert script.main(script.FinetuneConfig(**flags | paths)) == 0
-    leave()  # Threads of the group that are still there when the process ends would abort it.
+    destroy()
+    leave(0)
 
 
 if __name__ == "__main__":
