@@ -12,6 +12,9 @@ class UsageError(ValueError):
     Command-line entry points print it without a traceback and exit with code 2.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # A library's reason within it may have several.
+
 
 def did_you_mean(name: str, accepted: Iterable[str]) -> str:
     """ " (did you mean 'NAME'?)" for the accepted name that `name` is close to, else ""."""

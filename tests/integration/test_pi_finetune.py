@@ -126,6 +126,5 @@ def test_wrong_flags_are_refused_before_weights_are_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(PiPolicy, "from_pretrained", lambda *_: pytest.fail("weights were loaded"))
-    with pytest.raises(UsageError, match=words) as refusal:
+    with pytest.raises(UsageError, match=words):
         finetune(vla_path=str(pi_folder), vggt_path=str(teacher_folder), **flags)
-    assert "\n" not in str(refusal.value)

@@ -128,6 +128,10 @@ def test_the_exit_code_is_mains(capsys: pytest.CaptureFixture[str]) -> None:
     assert leaving.value.code == 3
 
 
+def test_a_mistake_is_one_line_whatever_it_quotes() -> None:
+    assert str(UsageError("--x: no model: first\nsecond\r\nthird\n")) == "--x: no model: first second third"
+
+
 def test_a_defect_keeps_its_traceback() -> None:
     def broken(config: Config) -> int:
         raise ValueError("a defect of ours")

@@ -102,9 +102,8 @@ def test_a_value_of_another_type_names_the_folder(
     for file in (repo_root / "experiments" / "mini" / "weights" / "student").glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / name).write_text(json.dumps({**json.loads((tmp_path / name).read_text()), **change}))
-    with pytest.raises(UsageError, match=rf"^--vla_path: {tmp_path}: damaged") as refusal:
+    with pytest.raises(UsageError, match=rf"^--vla_path: {tmp_path}: damaged"):
         load_processor(tmp_path)
-    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("text", ["&a [*a]", "note: &x\n  y: *x", "[" * 100_000])

@@ -19,13 +19,7 @@ from prismatic.util.files import atomic_write
 from prismatic.vla.batch import Frame, Sample
 from prismatic.vla.datasets import statistics as statistics_module
 from prismatic.vla.datasets.builder import DatasetSplit, choose_split, find_splits
-from prismatic.vla.datasets.episodes import (
-    EpisodeData,
-    cache_folder,
-    choose_episodes,
-    code_digest,
-    hold_out_episodes,
-)
+from prismatic.vla.datasets.episodes import EpisodeData, cache_folder, choose_episodes, code_digest, hold_out_episodes
 from prismatic.vla.datasets.image_transforms import (
     FULL_IMAGE,
     AugmentDraw,

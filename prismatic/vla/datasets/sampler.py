@@ -110,7 +110,7 @@ def worker_error() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        raise UsageError(str(error).strip().splitlines()[-1].split("UsageError: ")[-1]) from error
+        raise UsageError(str(error).split("UsageError: ")[-1]) from error
 
 
 def outlive_stop_signals(worker: int) -> None:
