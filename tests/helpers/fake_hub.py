@@ -89,19 +89,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         if "tree" in path:
-            self._json([self._entry(folder, file) for file in files])
+            oids = [hashlib.sha1(file.read_bytes()).hexdigest() for file in files]
+            sizes = [{"type": "file", "size": file.stat().st_size, "oid": oid} for file, oid in zip(files, oids)]
+            self._json([{**size, "path": file.relative_to(folder).as_posix()} for size, file in zip(sizes, files)])
             return
         names = [{"rfilename": file.relative_to(folder).as_posix()} for file in files]
         self._json({"id": repository, "modelId": repository, "sha": COMMIT, "siblings": names, "tags": []})
-
-    @staticmethod
-    def _entry(folder: Path, file: Path) -> dict[str, Any]:
-        return {
-            "type": "file",
-            "path": file.relative_to(folder).as_posix(),
-            "size": file.stat().st_size,
-            "oid": hashlib.sha1(file.read_bytes()).hexdigest(),
-        }
 
     def _send_file(self, repository: str, name: str) -> None:
         file = self.root / repository / name

@@ -108,9 +108,9 @@ class LeRobotFiles:
         return pa.table(columns)
 
     def _episode_row(self, index: int, text: str, steps: int, number: int, first: int) -> dict[str, Any]:
-        if self.version == "v2.1":
-            return {"episode_index": index, "tasks": [text], "length": steps}
         row = {"episode_index": index, "tasks": [text], "length": steps}
+        if self.version == "v2.1":
+            return row
         row |= {"data/chunk_index": 0, "data/file_index": number}
         return row | {"dataset_from_index": first, "dataset_to_index": first + steps}
 

@@ -24,6 +24,11 @@ def load_student(golden_dir: Path, num_images: int = 2) -> OpenVLAForActionPredi
     return vla.eval()
 
 
+def beneath(weights: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries whose names begin with `prefix`, named without it."""
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
 def load_heads(golden_dir: Path) -> dict[str, Any]:
     """L1 head, diffusion head, proprio projector and noisy-action projector with the reference weights."""
     heads = {
@@ -34,8 +39,7 @@ def load_heads(golden_dir: Path) -> dict[str, Any]:
     }
     weights = load_file(golden_dir / "heads.safetensors")
     for name, module in heads.items():
-        prefix = f"{name}."
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+        module.load_state_dict(beneath(weights, f"{name}."))
     return heads
 
 

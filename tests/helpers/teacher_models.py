@@ -1,4 +1,4 @@
-"""Tiny transformers models with random weights, saved as their released counterparts are."""
+"""Tiny teachers: the recorded VGGT, and transformers' and timm's models with random weights, saved as released."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+
+from rocket_align.teacher.vggt.aggregator import VGGTAggregator
+from rocket_align.teacher.vggt.config import VGGTConfig, save_folder
+from tests.helpers.student_helpers import beneath
 
 DEPTH, WIDTH, REGISTERS = 4, 32, 3
 _SIZES: dict[str, Any] = {
@@ -18,6 +23,23 @@ _SIZES: dict[str, Any] = {
 }
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 VIT_TEACHERS = ("dinov2", "dinov2_with_registers", "depth_anything")
+VGGT = VGGTConfig(image_size=28, embed_dim=16, depth=3, num_heads=2, vit_depth=1, vit_num_heads=2)
+
+
+def recorded_vggt(golden_dir: Path) -> tuple[VGGTConfig, dict[str, torch.Tensor]]:
+    """Sizes and weights of the teacher that the reference was recorded with."""
+    weights = beneath(load_file(golden_dir / "vggt_teacher_518.safetensors"), "weights.")
+    return VGGTConfig(embed_dim=64, depth=4, num_heads=4, vit_depth=3, vit_num_heads=4), weights
+
+
+def save_teacher(kind: str, folder: Path) -> Path:
+    """VGGT with random weights and a tensor of a head, or one of VIT_TEACHERS."""
+    if kind != "vggt":
+        return save_vit(kind, folder)
+    torch.manual_seed(0)
+    weights = {f"aggregator.{key}": value for key, value in VGGTAggregator(VGGT).state_dict().items()}
+    save_folder(folder, VGGT, {**weights, "depth_head.norm.weight": torch.ones(3)})
+    return folder
 
 
 def build_vit(model_type: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import finetune as script
+from tests.helpers.training import training_flags, writable_copy
 
 
 @pytest.fixture(scope="session")
@@ -29,29 +29,20 @@ def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A VGGT teacher of the smallest sizes with random weights."""
-    from safetensors.torch import save_file
-
     from rocket_align.teacher.vggt import VGGTConfig, VGGTTeacher
+    from rocket_align.teacher.vggt.config import save_folder
 
     folder = tmp_path_factory.mktemp("teacher")
-    config = VGGTConfig(
-        image_size=84, embed_dim=32, depth=6, num_heads=2, patch_embed="dinov2", vit_depth=2, vit_num_heads=2
-    )
+    config = VGGTConfig(image_size=84, embed_dim=32, depth=6, num_heads=2, vit_depth=2, vit_num_heads=2)
     torch.manual_seed(0)
-    teacher = VGGTTeacher(config, tuple(range(6)))
-    save_file(teacher.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(config.to_json())
+    save_folder(folder, config, VGGTTeacher(config, tuple(range(6))).state_dict())
     return folder
 
 
 @pytest.fixture
 def rlds_root(golden_dir: Path, tmp_path: Path) -> Path:
     """A writable copy of the tiny dataset libero_spatial_no_noops."""
-    root = tmp_path / "rlds"
-    shutil.copytree(golden_dir / "rlds", root)
-    for path in root.rglob("*"):
-        path.chmod(0o755)
-    return root
+    return writable_copy(golden_dir / "rlds", tmp_path / "rlds")
 
 
 @pytest.fixture
@@ -59,23 +50,8 @@ def finetune(student_folder: Path, rlds_root: Path, tmp_path: Path) -> Callable[
     """Run the script's own main with the given flags; returns the folder of the runs."""
 
     def run(**flags: Any) -> Path:
-        defaults: dict[str, Any] = {
-            "vla_path": str(student_folder),
-            "data_root_dir": rlds_root,
-            "run_root_dir": tmp_path / "runs",
-            "run_id_override": "run",
-            "num_images_in_input": 2,
-            "use_proprio": True,
-            "batch_size": 2,
-            "max_steps": 2,
-            "num_workers": 0,
-            "lora_rank": 4,
-            "learning_rate": 1e-3,
-            "wandb_log_freq": 1,
-            "mixed_precision": "no",
-            "trackers": "none",
-        }
         AcceleratorState._reset_state(reset_partial_state=True)  # One process runs the script many times here.
+        defaults = training_flags(student_folder, rlds_root, tmp_path / "runs")
         config = script.FinetuneConfig(**{**defaults, **flags})
         assert script.main(config) == 0
         return Path(config.run_root_dir)

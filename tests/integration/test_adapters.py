@@ -18,7 +18,7 @@ from prismatic.checkpoint.merge import merge_checkpoint
 from prismatic.models.lora import add_lora, load_lora, merge_lora_state_dict, openvla_targets
 from prismatic.util.errors import UsageError
 from tests.helpers.student_helpers import tiny_student
-from tests.integration.test_finetune import _weights
+from tests.helpers.training import trained_weights
 from tests.integration.test_merge_lora_run import act
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -55,8 +55,8 @@ def test_an_adapter_of_any_kind_resumes_exactly_and_acts_the_same_merged(
     halfway = finetune(run_root_dir=tmp_path / "b", max_steps=1, **apart) / "run--1_chkpt"
     checkpoint = finetune(run_root_dir=tmp_path / "b", vla_path=str(halfway), resume=True, max_steps=2, **apart)
     checkpoint /= "run--2_chkpt"
-    for name, value in _weights(straight).items():
-        assert torch.equal(value, _weights(checkpoint)[name]), name
+    for name, value in trained_weights(straight).items():
+        assert torch.equal(value, trained_weights(checkpoint)[name]), name
 
     merged = tmp_path / "merged"
     merge_checkpoint(student_folder, checkpoint, merged, max_shard_bytes=10**9, dtype=None, overwrite=False)
@@ -89,8 +89,8 @@ def test_an_eight_bit_optimizer_resumes_exactly(finetune: Callable[..., Path], t
     resumed = finetune(run_root_dir=tmp_path / "b", vla_path=str(halfway), resume=True, max_steps=3, **flags)
     moments = load_training_state(resumed / "run--3_chkpt")["optimizer"]["state"]
     assert torch.uint8 in {value.dtype for value in tree_leaves(moments) if isinstance(value, torch.Tensor)}
-    for name, value in _weights(straight).items():
-        assert torch.equal(value, _weights(resumed / "run--3_chkpt")[name]), name
+    for name, value in trained_weights(straight).items():
+        assert torch.equal(value, trained_weights(resumed / "run--3_chkpt")[name]), name
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")

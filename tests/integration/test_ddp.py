@@ -1,8 +1,7 @@
-"""Two gloo processes: every trainable part's gradients are averaged, and the data are disjoint."""
+"""Launchers: the script trains on two gloo processes, or says in one line what to change."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -29,25 +28,9 @@ def _launch(repo_root: Path, arguments: list[str], launcher: str = "torchrun") -
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")} | {
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(repo_root), str(repo_root / "tests")]),
+        "PYTHONPATH": str(repo_root),
     }
     return subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def test_gradients_agree_on_both_ranks(
-    repo_root: Path, student_folder: Path, teacher_folder: Path, rlds_root: Path, tmp_path: Path
-) -> None:
-    worker = repo_root / "tests" / "integration" / "ddp_worker.py"
-    folders = (student_folder, teacher_folder, rlds_root, tmp_path)
-    done = _launch(repo_root, [str(worker), *map(str, folders)])
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    assert ranks[0]["frames"] and not set(map(tuple, ranks[0]["frames"])) & set(map(tuple, ranks[1]["frames"]))
-    assert ranks[0]["local"] != ranks[1]["local"]
-    assert ranks[0]["synchronized"] == ranks[1]["synchronized"]
-    for part in ("lora_", "action_head.", "proprio_projector.", "align_projectors."):
-        mine = {name: norm for name, norm in ranks[0]["synchronized"].items() if part in name}
-        assert any(norm > 0 for norm in mine.values()), part
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

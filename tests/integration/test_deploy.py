@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import json
 import os
 import shutil
@@ -12,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import json_numpy
@@ -22,41 +20,21 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+import deploy
 from experiments.robot.openvla_utils import OpenVLAPolicy, get_vla_action
-from experiments.robot.policy import Query
+from experiments.robot.policy import PolicyFlags, Query
 from experiments.robot.robot_utils import invert_gripper_action, normalize_gripper_action
 from experiments.robot.serving.client import PolicyClient, ServerError
 from experiments.robot.serving.server import PolicyServer, ServedPolicy, ServerSettings
 from experiments.robot.serving.wire import from_msgpack, to_msgpack
 from prismatic.util.errors import UsageError
 
-FLAGS: dict[str, Any] = {
-    "use_l1_regression": True,
-    "use_diffusion": False,
-    "use_film": False,
-    "num_images_in_input": 2,
-    "use_proprio": True,
-    "center_crop": True,
-    "device": "cpu",
-    "unnorm_key": "libero_tiny",
-}
 WORDS = ("put the bowl on the stove", "open the middle drawer of the cabinet and put the mug into it", "stop")
 
 
 @pytest.fixture(scope="module")
-def deploy_script(repo_root: Path) -> ModuleType:
-    """vla-scripts/deploy.py, whose folder's name is no module name."""
-    spec = importlib.util.spec_from_file_location("deploy_script", repo_root / "vla-scripts" / "deploy.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def policy(openvla_checkpoint: Path) -> ServedPolicy:
-    cfg = SimpleNamespace(pretrained_checkpoint=str(openvla_checkpoint), **FLAGS)
-    return ServedPolicy.from_checkpoint(str(openvla_checkpoint), cfg, "libero_tiny")
+    return ServedPolicy.from_checkpoint(str(openvla_checkpoint), PolicyFlags(device="cpu"), "libero_tiny")
 
 
 def serve(policy: ServedPolicy, **settings: Any) -> PolicyServer:
@@ -142,7 +120,7 @@ def test_images_of_the_policys_size_are_taken_as_prepared(
 ) -> None:
     small = Query(queries[0].image[:56, :56], queries[0].wrist_image[:56, :56], queries[0].state, "stop")
     actions = PolicyClient(port=server.port).infer(observation(small))
-    cfg = SimpleNamespace(**FLAGS)
+    cfg = PolicyFlags(unnorm_key="libero_tiny")
     upstream = get_vla_action(cfg, policy.vla, policy.processor, observation(small), "stop", **policy._parts)
     np.testing.assert_allclose(actions, np.stack(upstream), atol=1e-6)
 
@@ -290,17 +268,14 @@ def test_the_script_serves_until_interrupted(repo_root: Path, l1_checkpoint: Pat
         ({"use_film": True}, "--use_film: .* has no vision_backbone"),
     ],
 )
-def test_wrong_flags_are_refused(
-    deploy_script: ModuleType, l1_checkpoint: Path, flags: dict[str, Any], message: str
-) -> None:
-    config = deploy_script.DeployConfig(**{"pretrained_checkpoint": str(l1_checkpoint), "port": 0, **flags})
-    with pytest.raises(UsageError, match=message) as refused:
-        deploy_script.main(config)
-    assert "\n" not in str(refused.value)
+def test_wrong_flags_are_refused(l1_checkpoint: Path, flags: dict[str, Any], message: str) -> None:
+    config = deploy.DeployConfig(**{"pretrained_checkpoint": str(l1_checkpoint), "port": 0, **flags})
+    with pytest.raises(UsageError, match=message):
+        deploy.main(config)
 
 
 def test_a_policy_that_was_trained_otherwise_is_refused(
-    deploy_script: ModuleType, l1_checkpoint: Path, openvla_checkpoint: Path, tmp_path: Path
+    l1_checkpoint: Path, openvla_checkpoint: Path, tmp_path: Path
 ) -> None:
     """As in an evaluation: it would answer, but with wrong actions."""
     trained = Path(shutil.copytree(l1_checkpoint, tmp_path / "trained"))
@@ -309,15 +284,15 @@ def test_a_policy_that_was_trained_otherwise_is_refused(
         (trained, {"use_proprio": False}, "--use_proprio: found False; accepted: True, as .* says"),
         (openvla_checkpoint, {}, "--use_l1_regression: .* holds a diffusion head"),
     ):
-        config = deploy_script.DeployConfig(pretrained_checkpoint=str(folder), **flags)
+        config = deploy.DeployConfig(pretrained_checkpoint=str(folder), **flags)
         with pytest.raises(UsageError, match=message):
-            deploy_script.main(config)
+            deploy.main(config)
 
 
 def test_a_port_in_use_is_refused_before_the_policy_is_loaded(
-    deploy_script: ModuleType, l1_checkpoint: Path, server: PolicyServer, monkeypatch: pytest.MonkeyPatch
+    l1_checkpoint: Path, server: PolicyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ServedPolicy, "from_checkpoint", lambda *_: pytest.fail("loaded"))
-    config = deploy_script.DeployConfig(pretrained_checkpoint=str(l1_checkpoint), port=server.port)
+    config = deploy.DeployConfig(pretrained_checkpoint=str(l1_checkpoint), port=server.port)
     with pytest.raises(UsageError, match=rf"--port: 127.0.0.1:{server.port} cannot be used"):
-        deploy_script.main(config)
+        deploy.main(config)

@@ -22,24 +22,15 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
 from safetensors.torch import load_file, save_file
 
+from prismatic.policies import openvla as family
 from prismatic.training.config import TrainConfig
 from prismatic.training.metrics import read_log
 from prismatic.training.run import TrainingRun
 from prismatic.util.errors import UsageError
 from tests.helpers.noise import noise
+from tests.helpers.training import trained_weights, training_flags
 
 RECIPES = ("baseline", "spatial_forcing", "naive", "shared", "rocket")
-
-
-def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Everything that was trained, by file and name."""
-    found = {
-        f"lora/{key}": value for key, value in load_file(checkpoint / "lora_adapter/adapter_model.safetensors").items()
-    }
-    for file in sorted(checkpoint.glob("*--*_checkpoint.pt")):
-        state = torch.load(file, weights_only=True)
-        found |= {f"{file.name.split('--')[0]}/{key}": value for key, value in state.items()}
-    return found
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -53,7 +44,7 @@ def test_a_recipe_trains_and_resumes(recipe: str, finetune: Callable[..., Path],
     assert all(0 < row["action_loss"] < 3 for row in rows)
     pairs = sum(key.startswith("align_loss_pair") for key in rows[0])
     assert pairs == {"baseline": 0, "spatial_forcing": 1}.get(recipe, 5)
-    before, after = _weights(first), _weights(runs / "run--3_chkpt")
+    before, after = trained_weights(first), trained_weights(runs / "run--3_chkpt")
     assert before.keys() == after.keys()
     assert {key.split("/")[0] for key in after} == {"lora", "action_head", "proprio_projector"} | (
         set() if recipe == "baseline" else {"align_projectors"}
@@ -74,10 +65,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     finetune(run_root_dir=tmp_path / "b", max_steps=4, save_freq=2, **flags)
     halfway = tmp_path / "b" / "run--2_chkpt"
     resumed = finetune(run_root_dir=tmp_path / "c", vla_path=str(halfway), resume=True, max_steps=4, **flags)
-    expected, actual = _weights(straight / "run--4_chkpt"), _weights(resumed / "run--4_chkpt")
-    assert expected.keys() == actual.keys()
-    for key, value in expected.items():
-        assert torch.equal(value, actual[key]), key
+    expected, actual = trained_weights(straight / "run--4_chkpt"), trained_weights(resumed / "run--4_chkpt")
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_the_same_command_goes_on_from_the_newest_intact_checkpoint(
@@ -94,8 +83,8 @@ def test_the_same_command_goes_on_from_the_newest_intact_checkpoint(
     finetune(run_root_dir=tmp_path / "b", max_steps=3, **flags)
     assert f"left out: {damaged}: damaged" in capsys.readouterr().err
     assert [row["step"] for row in read_log(runs / "run" / "metrics.jsonl")] == [1, 2, 3]
-    expected, actual = _weights(straight / "run--3_chkpt"), _weights(runs / "run--3_chkpt")
-    assert all(torch.equal(value, actual[key]) for key, value in expected.items())
+    expected, actual = trained_weights(straight / "run--3_chkpt"), trained_weights(runs / "run--3_chkpt")
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     with pytest.raises(UsageError, match=r"no checkpoint yet|no such folder"):
         finetune(**{**flags, "vla_path": str(tmp_path / "none")})
     (runs / "run--3_chkpt" / "training_state" / "checksums.json").unlink()
@@ -110,8 +99,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(finetune: Callable[.
     flags: dict[str, Any] = {"recipe": "baseline", "merge_lora_during_training": False, "max_steps": 6}
     flags |= {"save_freq": 1, "wandb_log_freq": 5, "learning_rate": 1e30}
     with pytest.raises(
-        UsageError,
-        match=r"not finite at step \d, in the batch of epoch 0, libero_spatial_no_noops \d+:\d+ \d+:\d+ ",
+        UsageError, match=r"not finite at step \d, in the batch of epoch 0, libero_spatial_no_noops \d+:\d+ \d+:\d+ "
     ):
         finetune(**flags)
     for file in (tmp_path / "runs").glob("*_chkpt/action_head--*"):
@@ -128,9 +116,8 @@ class GivenLoss(torch.nn.Module):
 def test_batches_that_are_not_finite_are_left_out_when_asked(
     student_folder: Path, rlds_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags: dict[str, Any] = {"vla_path": str(student_folder), "data_root_dir": rlds_root, "run_root_dir": tmp_path}
-    flags |= {"run_id_override": "run", "trackers": "none", "lora_rank": 4, "batch_size": 2, "num_workers": 0}
-    config = TrainConfig(**flags, max_steps=3, wandb_log_freq=1, skip_nonfinite=True, mixed_precision="no")
+    flags = training_flags(student_folder, rlds_root, tmp_path) | {"num_images_in_input": 1, "use_proprio": False}
+    config = TrainConfig(**{**flags, "max_steps": 3}, skip_nonfinite=True)
     AcceleratorState._reset_state(reset_partial_state=True)
     factors = iter([1.0, float("nan"), 1.0])
     TrainingRun(config, asdict(config)).fit(GivenLoss(), 1.0, lambda batch: next(factors))
@@ -138,7 +125,7 @@ def test_batches_that_are_not_finite_are_left_out_when_asked(
     assert "step 2: loss or gradient is not finite; left out, worst in the batch of epoch 0, libero_spatial" in said
     rows = {row["step"]: row for row in read_log(tmp_path / "run" / "metrics.jsonl")}
     assert "loss" not in rows[2] and rows[3]["loss"] > 0
-    assert all(value.isfinite().all() for value in _weights(tmp_path / "run--3_chkpt").values())
+    assert all(value.isfinite().all() for value in trained_weights(tmp_path / "run--3_chkpt").values())
 
 
 def test_older_checkpoints_are_removed_but_for_the_best(finetune: Callable[..., Path]) -> None:
@@ -175,18 +162,10 @@ def test_trackers_get_project_and_run(
 def test_upstreams_checkpoint_layout(finetune: Callable[..., Path], teacher_folder: Path) -> None:
     runs = finetune(vggt_path=str(teacher_folder), max_steps=1)
     folder = runs / "run--1_chkpt"
-    names = {path.name for path in folder.iterdir()}
-    assert names >= {
-        "lora_adapter",
-        "config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-        "tokenizer.json",
-        "dataset_statistics.json",
-        "action_head--1_checkpoint.pt",
-        "proprio_projector--1_checkpoint.pt",
-        "align_projectors--1_checkpoint.pt",
-    }
+    names = {"lora_adapter", "model.safetensors", "tokenizer.json"}
+    names |= {f"{name}.json" for name in ("config", "preprocessor_config", "dataset_statistics")}
+    names |= {f"{name}--1_checkpoint.pt" for name in ("action_head", "proprio_projector", "align_projectors")}
+    assert names <= {path.name for path in folder.iterdir()}
     statistics = json.loads((folder / "dataset_statistics.json").read_text())
     assert set(statistics["libero_spatial_no_noops"]["action"]) == {"mean", "std", "min", "max", "q01", "q99", "mask"}
     merged = load_file(folder / "model.safetensors")
@@ -227,36 +206,19 @@ def test_objectives_and_switches_combine_with_rocket(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"use_diffusion": True}, "--use_l1_regression and --use_diffusion"),
-        ({"vla_layers_align": "3,1", "vggt_layers_align": "1,3"}, "--vla_layers_align"),
         ({"vla_layers_align": "1,40", "vggt_layers_align": "1,3"}, "--vla_layers_align"),
         ({"vla_layers_align": "", "vggt_layers_align": ""}, "--vla_layers_align: no layer found"),
-        ({"pooling_func": "mean"}, "--pooling_func"),
         ({"dataset_name": "libero_spatal_no_noops"}, "did you mean"),
         ({"vggt_path": "/no/such/teacher"}, "--vggt_path"),
         ({"data_root_dir": Path("/no/such/data")}, "--data_root_dir"),
-        ({"scheduler": "StepLR"}, "--scheduler"),
-        ({"save_specific_steps": "ten"}, "--save_specific_steps"),
-        ({"batch_size": 0}, "--batch_size"),
     ],
 )
 def test_wrong_flags_are_refused_before_any_weights_are_loaded(
-    flags: dict[str, Any],
-    words: str,
-    finetune: Callable[..., Path],
-    teacher_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    flags: dict[str, Any], words: str, finetune: Any, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import prismatic.policies.openvla as family
-
-    def fail(*_: Any) -> None:
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(family, "load_for_training", fail)
-    with pytest.raises(UsageError) as refusal:
+    monkeypatch.setattr(family, "load_for_training", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(UsageError, match=words):
         finetune(**{"vggt_path": str(teacher_folder), **flags})
-    message = str(refusal.value)
-    assert words in message and "\n" not in message
 
 
 def test_a_resume_with_another_alignment_is_refused(finetune: Callable[..., Path], teacher_folder: Path) -> None:
@@ -269,7 +231,7 @@ def test_a_resume_with_another_alignment_is_refused(finetune: Callable[..., Path
     ):
         with pytest.raises(UsageError) as refusal:
             finetune(**{**resumed, **change})
-        assert words in str(refusal.value) and "\n" not in str(refusal.value)
+        assert words in str(refusal.value)
     finetune(**resumed, align_loss_coeff=0.1)
 
 
@@ -277,15 +239,11 @@ def test_a_base_model_that_is_none_is_refused(
     finetune: Callable[..., Path], student_folder: Path, tmp_path: Path
 ) -> None:
     """transformers would build a model of default size, or make missing weights up."""
-    folder = tmp_path / "model"
-    shutil.copytree(student_folder, folder)
+    folder = Path(shutil.copytree(student_folder, tmp_path / "model"))
     weights = load_file(folder / "model.safetensors")
-    save_file(
-        {name: value for name, value in weights.items() if "patch_embed" not in name}, folder / "model.safetensors"
-    )
-    with pytest.raises(
-        UsageError, match=r"--vla_path: .*: 4 weights missing or of the wrong shape: vision_backbone\.feat"
-    ):
+    kept = {name: value for name, value in weights.items() if "patch_embed" not in name}
+    save_file(kept, folder / "model.safetensors")
+    with pytest.raises(UsageError, match=r"--vla_path: .*: 4 weights missing or .* shape: vision_backbone\.feat"):
         finetune(vla_path=str(folder), recipe="baseline")
     (folder / "model.safetensors").unlink()
     with pytest.raises(UsageError, match=r"--vla_path: .*no file named model.safetensors"):
@@ -331,33 +289,3 @@ def test_training_and_resuming_print_no_noise(
         command = [sys.executable, "vla-scripts/finetune.py", *flags.split(), *further.split()]
         done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0 and noise(done.stdout + done.stderr) == [], done.stdout + done.stderr
-
-
-def test_lerobot_data_give_the_same_losses_as_rlds(finetune: Callable[..., Path], tmp_path: Path) -> None:
-    """Two steps on the same episodes: the golden data set as RLDS, and rewritten as LeRobot with the same pixels.
-
-    As PNGs, since a LeRobot data set's JPEGs are decoded as LeRobot decodes them, RLDS's as TensorFlow does.
-    """
-    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    from prismatic.vla.datasets.image_transforms import decode_image
-    from prismatic.vla.datasets.tfrecord import Example, read_records
-    from tests.helpers.lerobot_files import LeRobotFiles
-    from tests.helpers.rlds_files import png
-
-    name, episodes = "libero_spatial_no_noops", []
-    for shard in sorted((tmp_path / "rlds" / name / "1.0.0").glob("*-train.tfrecord-*")):
-        for record in read_records(shard):
-            example = Example(record.payload)
-            texts = ("language_instruction", "observation/image", "observation/wrist_image")
-            features: dict[str, Any] = {f"steps/{key}": example.byte_strings(f"steps/{key}") for key in texts}
-            for key in texts[1:]:
-                features[f"steps/{key}"] = [png(decode_image(jpeg)) for jpeg in features[f"steps/{key}"]]
-            for key, width in (("action", 7), ("observation/state", 8)):
-                features[f"steps/{key}"] = example.floats(f"steps/{key}").reshape(-1, width)
-            episodes.append(features)
-    LeRobotFiles(tmp_path / "lerobot" / name, "v3.0").write(episodes)
-    losses = []
-    for root in ("rlds", "lerobot"):
-        runs = finetune(data_root_dir=tmp_path / root, run_root_dir=tmp_path / f"runs_{root}", recipe="baseline")
-        losses.append([row["action_loss"] for row in read_log(runs / "run" / "metrics.jsonl")])
-    assert len(losses[0]) == 2 and losses[0] == losses[1]

@@ -42,22 +42,10 @@ print(json.dumps({"key": policy.unnorm_key, "actions": actions.tolist(), "base":
 
 def run(root: Path, hub: str, cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A Python process that talks to the hub; huggingface_hub reads the address when it is imported."""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub,
-        "HF_HOME": str(cache),
-        "HF_TOKEN": "a token",
-        "PYTHONPATH": str(root),
-    }
+    environment = {"HF_ENDPOINT": hub, "HF_HOME": str(cache), "HF_TOKEN": "a token", "PYTHONPATH": str(root)}
     environment |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-        cwd=root,
-    )
+    command, environment = [sys.executable, "-W", "ignore", *arguments], {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=root)
 
 
 @pytest.fixture(scope="module")
@@ -177,15 +165,9 @@ def test_what_cannot_be_published_is_refused(released: Path, golden_dir: Path, t
     checkpoint = make_run(released, tmp_path)
 
     def refused(message: str, **flags: Any) -> None:
-        given = {
-            "checkpoint": str(checkpoint),
-            "repo_id": "me/x",
-            "license": "mit",
-            "dry_run": str(tmp_path / "o"),
-            **flags,
-        }
+        given = {"checkpoint": str(checkpoint), "repo_id": "me/x", "license": "mit", "dry_run": str(tmp_path / "o")}
         with pytest.raises(UsageError, match=message):
-            script.main(script.PushConfig(**given))
+            script.main(script.PushConfig(**{**given, **flags}))
 
     refused("--license: not given", license="")
     refused("--repo_id: 'mine' found; accepted: a hub id", repo_id="mine")

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from safetensors.torch import load_file
 
 from experiments.robot.openvla_utils import OpenVLAPolicy
-from experiments.robot.policy import Query
+from experiments.robot.policy import PolicyFlags, Query
 from prismatic.checkpoint.merge import LoraAdapter, merge_checkpoint
 
 
 def act(checkpoint: Path, base: Path) -> np.ndarray:
-    flags = {
-        "pretrained_checkpoint": str(checkpoint),
-        "base_checkpoint": str(base),
-        "use_l1_regression": True,
-        "use_diffusion": False,
-        "use_film": True,
-        "num_images_in_input": 2,
-        "use_proprio": True,
-        "center_crop": True,
-        "device": "cpu",
-    }
-    policy = OpenVLAPolicy.from_checkpoint(str(checkpoint), SimpleNamespace(**flags), "libero_spatial_no_noops")
+    flags = PolicyFlags(str(checkpoint), base_checkpoint=str(base), use_film=True, device="cpu")
+    policy = OpenVLAPolicy.from_checkpoint(str(checkpoint), flags, "libero_spatial_no_noops")
     image = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     return policy.act([Query(image, image[::-1], np.linspace(-0.3, 0.3, 8), "open the drawer")])
 

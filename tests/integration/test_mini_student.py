@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from experiments.mini.make.pretrain_student import student_config
+from experiments.robot.libero.run_libero_eval import eval_libero
+from tests.helpers.episode_results import small_run
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "mini" / "weights" / "student"
 
@@ -26,18 +28,8 @@ def test_is_the_configured_model_in_upstreams_layout() -> None:
 
 @pytest.mark.sim
 def test_solves_an_episode_of_a_training_task_from_an_unseen_state(tmp_path: Path) -> None:
-    from experiments.robot.libero.run_libero_eval import GenerateConfig, eval_libero
-
-    config = GenerateConfig(
-        pretrained_checkpoint=str(FOLDER),
-        task_suite_name="libero_object",
-        task_ids="8",
-        num_trials_per_task=3,
-        env_img_res=128,
-        render="fast",
-        num_workers=1,
-        local_log_dir=str(tmp_path),
-    )
+    given = {"task_ids": "8", "num_trials_per_task": 3, "max_steps": None, "env_img_res": 128, "render": "fast"}
+    config = small_run(tmp_path, pretrained_checkpoint=str(FOLDER), **given)
     total = eval_libero(config)["total"]
     assert total["errors"] == 0
     # 3 of 3 where it was written; other processors round differently.

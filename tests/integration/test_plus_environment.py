@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from experiments.robot.libero.rollouts.protocol import DUMMY_ACTION
-from experiments.robot.libero.run_libero_eval import GenerateConfig, eval_libero
+from experiments.robot.libero.run_libero_eval import eval_libero
 from experiments.robot.libero.simulator.environment import LiberoEnv
 from experiments.robot.libero.suites import plus
 from experiments.robot.libero.suites.plus import PlusTask
+from tests.helpers.episode_results import small_run
 from tests.helpers.eval_helpers import NoisePolicy
 
 pytest.importorskip("libero", reason="LIBERO is not installed")
@@ -92,17 +93,8 @@ def test_noise_is_on_one_picture_and_repeats(base: LiberoEnv) -> None:
 
 
 def test_every_kind_that_can_runs_and_is_resumed(tmp_path: Path) -> None:
-    config = GenerateConfig(
-        task_suite_name=SUITE,
-        perturbations="camera,robot,language,noise,layout_level",
-        task_subset=5,
-        max_steps=8,
-        num_steps_wait=2,
-        env_img_res=64,
-        num_workers=1,
-        local_log_dir=str(tmp_path),
-        run_name="run",
-    )
+    chosen = {"perturbations": "camera,robot,language,noise,layout_level", "task_subset": 5, "num_trials_per_task": 1}
+    config = small_run(tmp_path, task_suite_name=SUITE, task_ids="", max_steps=8, num_steps_wait=2, **chosen)
     summary = eval_libero(config, NoisePolicy())
     lines = [json.loads(line) for line in (tmp_path / "run" / "episodes.jsonl").read_text().splitlines()]
     assert sorted(line["kind"] for line in lines) == ["camera", "language", "layout", "noise", "robot"]
@@ -118,14 +110,6 @@ def test_every_kind_that_can_runs_and_is_resumed(tmp_path: Path) -> None:
 
 
 def test_a_task_of_libero_pro_runs(tmp_path: Path) -> None:
-    config = GenerateConfig(
-        task_suite_name="libero_object_swap",
-        task_ids="0",
-        num_trials_per_task=1,
-        max_steps=8,
-        num_steps_wait=2,
-        env_img_res=64,
-        num_workers=1,
-        local_log_dir=str(tmp_path),
-    )
+    short = {"num_trials_per_task": 1, "max_steps": 8, "num_steps_wait": 2}
+    config = small_run(tmp_path, task_suite_name="libero_object_swap", task_ids="0", **short)
     assert eval_libero(config, NoisePolicy())["total"]["failures"] == 1

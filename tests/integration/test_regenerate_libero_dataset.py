@@ -72,16 +72,10 @@ def raw(env: LiberoEnv, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _blank(actions: np.ndarray, states: np.ndarray, side: int = 8) -> Demonstration:
-    count = len(actions)
-    images = np.zeros((count, side, side, 3), np.uint8)
-    zeros = {"robot_states": 9, "ee_states": 6, "gripper_states": 2, "joint_states": 7}
-    return Demonstration(
-        actions=actions,
-        states=states,
-        images=images,
-        wrist_images=images,
-        **{name: np.zeros((count, width)) for name, width in zeros.items()},
-    )
+    images = np.zeros((len(actions), side, side, 3), np.uint8)
+    widths = {"robot_states": 9, "ee_states": 6, "gripper_states": 2, "joint_states": 7}
+    zeros = {name: np.zeros((len(actions), width)) for name, width in widths.items()}
+    return Demonstration(actions=actions, states=states, images=images, wrist_images=images, **zeros)
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +138,7 @@ def test_metainfo_gives_the_evaluation_its_states(raw: Path, regenerated: Path) 
 def test_runs_again_only_for_what_is_missing(
     raw: Path, regenerated: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def must_not_run(*_: object) -> None:
-        raise AssertionError("the task is finished")
-
-    monkeypatch.setattr(regenerate_libero_dataset, "regenerate_task", must_not_run)
+    monkeypatch.setattr(regenerate_libero_dataset, "regenerate_task", lambda *_: pytest.fail("the task is finished"))
     regenerate(_config(raw, regenerated))
     copy = shutil.copytree(regenerated, tmp_path / "copy")
     (copy / "libero_object_metainfo.json").unlink()
@@ -213,9 +204,8 @@ def test_damaged_files(damage: Callable[[Path], None], message: str, tmp_path: P
     with h5py.File(file, "w") as opened:
         write_demonstration(opened, "demo_0", _blank(np.zeros((3, 7)), np.zeros((3, 5))))
     damage(file)
-    with pytest.raises(UsageError, match=message) as caught:
+    with pytest.raises(UsageError, match=message):
         convert(ConvertConfig(hdf5_dir=source, out=tmp_path / "out"))
-    assert "\n" not in str(caught.value)
     assert not list((tmp_path / "out").glob("*")) or not (tmp_path / "out").exists()
 
 

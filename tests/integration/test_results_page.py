@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -16,35 +17,21 @@ import pytest
 from experiments.report.html import Line, Rate, line_chart
 from experiments.robot.libero.results.page import build_page, main
 from experiments.robot.libero.rollouts.episode import write_video
+from tests.helpers.episode_results import episode_results, write_episodes
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome-headless-shell")
+PROBE = Path(__file__).parents[1] / "helpers" / "results_page_probe.html"
 EVIL = 'pick up the <b>milk</b> & "run" <script>alert(1)</script>'
 
 
-def write_run(folder: Path, outcomes: dict[int, str], **extra: Any) -> Path:
+def write_run(folder: Path, outcomes: dict[int, str], kinds: dict[int, str] | None = None) -> Path:
     """A run folder: for each task a letter an episode: s success, f failure, e error."""
-    statuses = {"s": ("success", True), "f": ("failure", False), "e": ("error", None)}
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"identity": {"seed": 7, "checkpoint_hash": folder.name}}))
-    with (folder / "episodes.jsonl").open("w") as stream:
-        for task_id, letters in outcomes.items():
-            for number, letter in enumerate(letters):
-                status, success = statuses[letter]
-                line = {
-                    "suite": "libero_goal",
-                    "task_id": task_id,
-                    "task": EVIL if task_id == 1 else f"task {task_id}",
-                    "init_state": number,
-                    "seed": 7,
-                    "status": status,
-                    "success": success,
-                    "steps": 10 * task_id + number,
-                    "error": "RuntimeError: the arm fell off" if letter == "e" else None,
-                    "wall_time": 1.0,
-                    **{name: values[task_id] for name, values in extra.items()},
-                }
-                stream.write(json.dumps(line) + "\n")
-    return folder
+    results = [
+        episode_results(letters, task, task=EVIL if task == 1 else f"task {task}", kind=(kinds or {}).get(task))
+        for task, letters in outcomes.items()
+    ]
+    identity = {"seed": 7, "checkpoint_hash": folder.name}
+    return write_episodes(folder, itertools.chain.from_iterable(results), identity)
 
 
 @pytest.fixture
@@ -85,7 +72,7 @@ def test_numbers_come_from_the_result_files(runs: list[Path], tmp_path: Path) ->
     assert "90.9% 95% interval 62 to 98%" in text and "10 of 11 solved" in text
     # Of the 11 episodes that both completed, rocket alone solved five and none was solved by the other alone.
     assert re.search(r"a b rocket 11 0 5 \+45\.5 0\.0625 no difference shown", text)
-    assert "RuntimeError: the arm fell off" in text and EVIL in text
+    assert "boom" in text and EVIL in text
     assert "checkpoint_hash a b rocket" in text
     assert "None were saved" in text and "Kinds of perturbation" not in text
 
@@ -114,7 +101,7 @@ def test_videos_of_failures_come_first_and_stale_ones_are_left_out(runs: list[Pa
 
 def test_kinds_of_perturbation_have_a_table_with_both_averages(tmp_path: Path) -> None:
     kinds = {0: "camera", 1: "noise", 2: "noise", 3: "noise"}
-    run = write_run(tmp_path / "plus", {0: "s", 1: "f", 2: "f", 3: "s"}, kind=kinds)
+    run = write_run(tmp_path / "plus", {0: "s", 1: "f", 2: "f", 3: "s"}, kinds=kinds)
     build_page([run], tmp_path / "index.html")
     text = text_of((tmp_path / "index.html").read_text())
     assert "camera 100% 1/1 noise 33% 1/3 all episodes 50% 2/4 mean of 2 kinds 66.7%" in text
@@ -148,47 +135,6 @@ def test_a_bar_in_words_and_a_chart() -> None:
     assert line_chart([], title="empty", x_label="", y_label="")
 
 
-PROBE = """
-<script>
-addEventListener("load", () => setTimeout(() => {
-  const column = (table, index) => [...table.tBodies[0].rows].filter((row) => !row.hidden)
-    .map((row) => row.cells[index].textContent.trim());
-  const tasks = document.getElementById("tasks-1");
-  const found = {before: column(tasks, 0)};
-  const headings = tasks.tHead.rows[0].cells;
-  headings[0].querySelector("button").click();
-  found.falling = column(tasks, 0);
-  headings[0].querySelector("button").click();
-  found.rising = column(tasks, 0);
-  found.state = headings[0].getAttribute("aria-sort");
-  headings[2].querySelector("button").click();
-  found.by_rate = column(tasks, 0);
-  found.other_state = headings[0].getAttribute("aria-sort");
-  const bar = tasks.querySelector(".bar").getBoundingClientRect();
-  const fill = tasks.querySelector(".bar .fill").getBoundingClientRect();
-  const line = tasks.querySelector(".bar .interval").getBoundingClientRect();
-  found.bar = [bar.width, bar.height, fill.width / bar.width, line.width / bar.width];
-  const episodes = document.getElementById("episode-table");
-  const filter = document.querySelector("input[data-filter=episode-table]");
-  filter.value = "ROCKET error";
-  filter.dispatchEvent(new Event("input"));
-  found.filtered = column(episodes, 5);
-  const ground = () => getComputedStyle(document.body).backgroundColor;
-  found.grounds = [ground()];
-  document.getElementById("theme").click();
-  found.grounds.push(ground());
-  const video = document.querySelector("video");
-  found.video = [video.readyState, video.videoWidth, video.error && video.error.message];
-  found.overflow = document.documentElement.scrollWidth - innerWidth;
-  const report = document.createElement("pre");
-  report.id = "probe";
-  report.textContent = JSON.stringify(found);
-  document.body.append(report);
-}, 500));
-</script>
-"""
-
-
 def browse(page: Path, folder: Path) -> tuple[dict[str, Any], str]:
     """What the probe found in a headless browser, and what the browser's console says."""
     browser = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -211,7 +157,7 @@ def test_in_a_browser(runs: list[Path], tmp_path: Path) -> None:
     write_video(video, [np.full((64, 128, 3), 40 * number, np.uint8) for number in range(5)], 10)
     page = tmp_path / "index.html"
     build_page(runs, page)
-    page.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
+    page.write_text(page.read_text().replace("</body>", PROBE.read_text() + "</body>"))
     found, console = browse(page, tmp_path / "profile")
     assert console == ""
     assert found["before"] == ["1", "2", "10"]

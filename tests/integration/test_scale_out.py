@@ -18,8 +18,9 @@ import pytest
 
 from experiments.robot.libero.results import merge as merge_results
 from experiments.robot.libero.results.run_folder import load_episodes
-from experiments.robot.libero.run_libero_eval import GenerateConfig, eval_libero
+from experiments.robot.libero.run_libero_eval import eval_libero
 from experiments.robot.policy import Query
+from tests.helpers.episode_results import small_run
 from tests.helpers.eval_helpers import NoisePolicy
 
 pytest.importorskip("libero", reason="LIBERO is not installed")
@@ -46,16 +47,7 @@ class Deadly(NoisePolicy):
 
 
 def test_a_worker_that_is_killed_is_replaced_and_nothing_is_lost(tmp_path: Path) -> None:
-    config = GenerateConfig(
-        task_suite_name="libero_object",
-        task_ids="2",
-        num_trials_per_task=3,
-        max_steps=16,
-        env_img_res=64,
-        num_workers=2,
-        local_log_dir=str(tmp_path),
-        run_name="killed",
-    )
+    config = small_run(tmp_path, num_trials_per_task=3, max_steps=16, num_workers=2, run_name="killed")
     summary = eval_libero(config, Deadly(times=1))
     assert summary["episodes_missing"] == 0 and summary["total"]["errors"] == 0
     results = load_episodes(tmp_path / "killed")

@@ -53,22 +53,13 @@ def test_two_steps_with_a_transformers_teacher(model: str, finetune: Callable[..
 def test_the_store_gives_the_online_loss_without_augmentation(
     finetune: Callable[..., Path], build_store: Callable[..., Path], teacher_folder: Path, tmp_path: Path
 ) -> None:
-    store = build_store(store_dtype="float16", grid_scale=9.0)
-    build_store(store_dtype="float16", grid_scale=9.0, verify=True)
-    plain = {"image_aug": False, **LIGHT}
+    """The teacher's layers in any order, and one of them twice."""
+    layers = {"vla_layers_align": "1,2,3", "vggt_layers_align": "3,1,3"}
+    store = build_store(store_dtype="float16", grid_scale=9.0, **layers)
+    build_store(store_dtype="float16", grid_scale=9.0, verify=True, **layers)
+    plain = {"image_aug": False, **layers, **LIGHT}
     online = align_losses(finetune(vggt_path=str(teacher_folder), run_root_dir=tmp_path / "online", **plain))
     stored = align_losses(finetune(feature_store=str(store), run_root_dir=tmp_path / "stored", num_workers=1, **plain))
-    assert stored == pytest.approx(online, abs=2e-3)
-
-
-def test_teacher_layers_in_any_order_and_repeated_train_online_and_stored(
-    finetune: Callable[..., Path], build_store: Callable[..., Path], teacher_folder: Path, tmp_path: Path
-) -> None:
-    layers = {"vla_layers_align": "1,2,3", "vggt_layers_align": "3,1,3"}
-    plain = {"image_aug": False, **layers, **LIGHT}
-    store = build_store(store_dtype="float16", grid_scale=9.0, **layers)
-    online = align_losses(finetune(vggt_path=str(teacher_folder), run_root_dir=tmp_path / "online", **plain))
-    stored = align_losses(finetune(feature_store=str(store), run_root_dir=tmp_path / "stored", **plain))
     assert stored == pytest.approx(online, abs=2e-3)
 
 
@@ -89,9 +80,8 @@ def test_the_store_works_with_augmentation_and_refuses_other_teachers(
         ({"pooling_func": "random"}, "--pooling_func"),
         ({"feature_store": str(tmp_path / "nowhere")}, "no index of a feature store"),
     ):
-        with pytest.raises(UsageError, match=said) as refused:
+        with pytest.raises(UsageError, match=said):
             finetune(**{**again, **flags})
-        assert "\n" not in str(refused.value)
 
 
 def test_building_refuses_what_cannot_be(build_store: Callable[..., Path], tmp_path: Path) -> None:
@@ -104,9 +94,8 @@ def test_building_refuses_what_cannot_be(build_store: Callable[..., Path], tmp_p
         ({"feature_store": ""}, "--feature_store: empty"),
         ({"feature_store": str(tmp_path / "none"), "verify": True}, "no index of a feature store"),
     ):
-        with pytest.raises(UsageError, match=said) as refused:
+        with pytest.raises(UsageError, match=said):
             build_store(**flags)
-        assert "\n" not in str(refused.value)
 
 
 def test_a_defect_while_building_is_no_wrong_flag(

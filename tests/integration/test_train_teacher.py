@@ -79,8 +79,7 @@ def test_resumed_run_gives_the_weights_of_an_uninterrupted_one(
     main(cut)
     straight = load_file(tmp_path / "straight" / "weights" / "model.safetensors")
     resumed = load_file(tmp_path / "cut" / "weights" / "model.safetensors")
-    assert straight.keys() == resumed.keys()
-    assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
+    torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
     with pytest.raises(UsageError, match="learning_rate"):
         main(_config(data, tmp_path / "cut", learning_rate=0.5))
 
@@ -119,15 +118,6 @@ def test_learning_rate_warms_up_and_ends_near_zero(data: Path, tmp_path: Path) -
     assert rates[-1] < 0.001
 
 
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--held_out_tasks", "libero_object"], "--held_out_tasks"),
-        (["--control", "true", "--weights", "w"], "--weights"),
-        (["--stepps", "3"], "steps"),
-    ],
-)
-def test_refuses_wrong_flags_in_one_line(flags: list[str], named: str) -> None:
-    with pytest.raises(UsageError, match=named) as caught:
-        parse(TrainTeacherConfig, ["--data", "d", "--out", "o", *flags])
-    assert "\n" not in str(caught.value)
+def test_a_control_leaves_no_weights_behind() -> None:
+    with pytest.raises(UsageError, match="--weights"):
+        parse(TrainTeacherConfig, ["--data", "d", "--out", "o", "--control", "true", "--weights", "w"])

@@ -163,12 +163,8 @@ def test_vla_evals_connection(server: PolicyServer, policy: Seeded) -> None:
             return connection.server_info, found
 
     info, actions = asyncio.run(talk())
-    assert info["observation_params"] == {
-        "env_seed": 0,
-        "quat_no_antipodal": True,
-        "send_wrist_image": True,
-        "send_state": True,
-    }
+    asked = {"env_seed": 0, "quat_no_antipodal": True, "send_wrist_image": True, "send_state": True}
+    assert info["observation_params"] == asked
     announced = {name: specs.DimSpec.from_dict(spec) for name, spec in info["action_spec"].items()}
     wanted = {"position": specs.POSITION_DELTA, "rotation": specs.ROTATION_AA, "gripper": specs.GRIPPER_CLOSE_POS}
     assert specs.check_specs(announced, wanted, {}, {}) == []
@@ -205,19 +201,11 @@ def test_vla_eval_runs_an_episode_of_libero_against_the_server(
     """The harness itself, in a process of its own, since it changes torch.load; a few steps in the real simulator."""
     pytest.importorskip("vla_eval", reason="vla-eval is not installed")
     pytest.importorskip("libero", reason="LIBERO is not installed")
-    benchmark = {
-        "benchmark": "vla_eval.benchmarks.libero.benchmark:LIBEROBenchmark",
-        "mode": "sync",
-        "episodes_per_task": 1,
-        "max_tasks": 1,
-        "max_steps": 9,
-        "params": {"suite": "libero_object", "num_steps_wait": 2},
-    }
-    config = {
-        "server": {"url": f"ws://127.0.0.1:{server.port}/vla-eval", "timeout": 60},
-        "output_dir": str(tmp_path),
-        "benchmarks": [benchmark],
-    }
+    benchmark = {"benchmark": "vla_eval.benchmarks.libero.benchmark:LIBEROBenchmark", "mode": "sync"}
+    benchmark |= {"params": {"suite": "libero_object", "num_steps_wait": 2}}
+    benchmark |= {"episodes_per_task": 1, "max_tasks": 1, "max_steps": 9}
+    address = {"url": f"ws://127.0.0.1:{server.port}/vla-eval", "timeout": 60}
+    config = {"server": address, "output_dir": str(tmp_path), "benchmarks": [benchmark]}
     program = (
         "import json, sys; from vla_eval import api; "
         "print('RESULT', json.dumps(api.run(json.loads(sys.argv[1]), docker=False, no_save=True), default=str))"
@@ -227,9 +215,8 @@ def test_vla_eval_runs_an_episode_of_libero_against_the_server(
     assert run.returncode == 0, run.stderr[-2000:]
     (result,) = json.loads(run.stdout.split("RESULT ")[-1])
     (episode,) = result["tasks"][0]["episodes"]
-    assert result.get("num_errors", 0) == 0 and episode["steps"] == 9 and "failure_reason" not in episode, run.stderr[
-        -2000:
-    ]
+    assert result.get("num_errors", 0) == 0 and episode["steps"] == 9, run.stderr[-2000:]
+    assert "failure_reason" not in episode, run.stderr[-2000:]
     assert "mismatch" not in run.stderr.lower()
     assert len(policy.asked) == 2 and {key for _, key in policy.asked} == {"libero_object_no_noops"}
     query = policy.asked[0][0]

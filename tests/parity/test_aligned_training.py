@@ -15,11 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from experiments.analysis.gradients import block_parameters
-from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
-from prismatic.models.action_heads import L1RegressionActionHead
 from prismatic.models.lora import load_lora
-from prismatic.models.projectors import ProprioProjector
 from prismatic.training.config import TrainConfig
 from prismatic.training.module import TrainableVLA
 from prismatic.training.objectives import DiscreteObjective, L1Objective, PolicyParts
@@ -29,7 +26,8 @@ from prismatic.vla.platforms import LIBERO
 from rocket_align import AlignConfig, MultiLayerAlignment, VGGTTeacher
 from rocket_align.analysis.gradients import GradientCosines
 from rocket_align.teacher.preprocess import unnormalize_views
-from rocket_align.teacher.vggt import VGGTConfig
+from tests.helpers.student_helpers import beneath, load_heads, load_student
+from tests.helpers.teacher_models import recorded_vggt
 
 LAYERS = (1, 2, 3)
 ROCKET = AlignConfig(student_layers=LAYERS, teacher_layers=LAYERS)
@@ -50,37 +48,25 @@ CASES = {
 FILES = {"reversed_nonorm_nope_coeff0.25": "rocket_reversed_nonorm_nope_coeff0.25"}
 
 
-def _strip(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-
-
 @pytest.fixture(scope="module")
 def batch(golden_dir: Path) -> dict[str, Tensor]:
     inputs = load_file(golden_dir / "align_inputs_features.safetensors")
     pixels = load_file(golden_dir / "forward_l1_discrete.safetensors")["pixel_values"]
-    return {
-        **{name: inputs[name] for name in ["input_ids", "attention_mask", "labels", "proprio", "actions"]},
-        "pixel_values": pixels,
-    }
+    names = ("input_ids", "attention_mask", "labels", "proprio", "actions")
+    return {"pixel_values": pixels, **{name: inputs[name] for name in names}}
 
 
 @pytest.fixture(scope="module")
 def make_module(golden_dir: Path) -> Callable[[AlignConfig, dict[str, Tensor], bool], TrainableVLA]:
-    heads = load_file(golden_dir / "heads.safetensors")
-
     def make(config: AlignConfig, projectors: dict[str, Tensor], discrete: bool = False) -> TrainableVLA:
-        vla = OpenVLAForActionPrediction.from_pretrained(golden_dir / "openvla_tiny", dtype=torch.float32)
-        vla.vision_backbone.set_num_images_in_input(2)
-        parts = PolicyParts(load_lora(vla, golden_dir / "lora_adapter", is_trainable=True))
-        width = parts.vla.llm_dim
-        parts.proprio_projector = ProprioProjector(llm_dim=width, proprio_dim=8)
-        parts.proprio_projector.load_state_dict(_strip(heads, "proprio_projector."))
+        heads = load_heads(golden_dir)
+        parts = PolicyParts(load_lora(load_student(golden_dir), golden_dir / "lora_adapter", is_trainable=True))
+        parts.proprio_projector = heads["proprio_projector"]
         tokenizer = PrismaticProcessor.from_pretrained(golden_dir / "openvla_tiny").tokenizer
         objective: Any = DiscreteObjective(LIBERO, ActionTokenizer(tokenizer)) if discrete else L1Objective(LIBERO)
         if not discrete:
-            parts.action_head = L1RegressionActionHead(input_dim=width, hidden_dim=width, action_dim=7)
-            parts.action_head.load_state_dict(_strip(heads, "action_head_l1."))
-        alignment = MultiLayerAlignment(config, width, 64)
+            parts.action_head = heads["action_head_l1"]
+        alignment = MultiLayerAlignment(config, parts.vla.llm_dim, 64)
         alignment.load_state_dict(projectors)
         # The goldens were recorded in evaluation mode; nothing here depends on it but dropout, which is 0.
         return TrainableVLA(parts, objective, alignment, auxiliary_coeff=config.coeff).eval()
@@ -90,14 +76,12 @@ def make_module(golden_dir: Path) -> Callable[[AlignConfig, dict[str, Tensor], b
 
 @pytest.fixture(scope="module")
 def teacher(golden_dir: Path, batch: dict[str, Tensor]) -> Callable[[tuple[int, ...]], Any]:
-    weights = _strip(load_file(golden_dir / "vggt_teacher_518.safetensors"), "weights.")
-    config = VGGTConfig(embed_dim=64, depth=4, num_heads=4, vit_depth=3, vit_num_heads=4)
+    config, weights = recorded_vggt(golden_dir)
 
     @functools.cache
     def features(layers: tuple[int, ...]) -> Any:
         model = VGGTTeacher(config, layers)
-        kept = {key: weights[key] for key in model.state_dict()}
-        model.load_state_dict(kept)
+        model.load_state_dict({key: weights[key] for key in model.state_dict()})
         return model(unnormalize_views(batch["pixel_values"]))
 
     return features
@@ -119,7 +103,7 @@ def test_loss_and_gradients_of_one_step(
     expected = load_file(golden_dir / f"{stem}.safetensors")
     recorded = json.loads((golden_dir / f"{stem}.json").read_text())
     config = _case_config(name, recorded)
-    module = make_module(config, _strip(expected, "weights.align_projectors."), name == "rocket_discrete")
+    module = make_module(config, beneath(expected, "weights.align_projectors."), name == "rocket_discrete")
     targets = teacher(config.teacher_layers)
     torch.manual_seed(recorded["torch_manual_seed_before_forward"])
     output = module(dict(batch), targets)
@@ -132,7 +116,7 @@ def test_loss_and_gradients_of_one_step(
             assert output.metrics[metric].item() == pytest.approx(metrics[metric], abs=1e-4)
     compared = 0
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    for key, gradient in _strip(expected, "grad.").items():
+    for key, gradient in beneath(expected, "grad.").items():
         own = key.replace("action_head_l1.", "action_head.")
         if own not in parameters:
             continue
@@ -149,7 +133,7 @@ def test_loss_and_gradients_of_one_step(
 
 def test_five_optimizer_steps(golden_dir: Path, make_module: Any, teacher: Any, batch: dict[str, Tensor]) -> None:
     expected = load_file(golden_dir / "train_5_steps.safetensors")
-    projectors = _strip(load_file(golden_dir / "align_loss.rocket.safetensors"), "weights.align_projectors.")
+    projectors = beneath(load_file(golden_dir / "align_loss.rocket.safetensors"), "weights.align_projectors.")
     module = make_module(ROCKET, projectors)
     config = TrainConfig(learning_rate=5e-4, num_steps_before_decay=3)
     optimizer, schedule = make_optimizer(module.trainable_parameters(), config)
@@ -167,7 +151,7 @@ def test_five_optimizer_steps(golden_dir: Path, make_module: Any, teacher: Any, 
         schedule.step()
         optimizer.zero_grad()
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    for key, value in _strip(expected, "final.").items():
+    for key, value in beneath(expected, "final.").items():
         own = parameters[key.replace("action_head_l1.", "action_head.")]
         # AdamW divides by the gradient's size, so entries with gradients near zero may step either way.
         assert (own - value).abs().mean() < 2e-5, key
@@ -182,7 +166,7 @@ def test_gradient_conflict_between_pairs(
     """
     expected = load_file(golden_dir / "train_5_steps.safetensors")
     names = json.loads((golden_dir / "train_5_steps.json").read_text())["grad_conflict_params"]
-    projectors = _strip(load_file(golden_dir / "align_loss.rocket.safetensors"), "weights.align_projectors.")
+    projectors = beneath(load_file(golden_dir / "align_loss.rocket.safetensors"), "weights.align_projectors.")
     module = make_module(replace(ROCKET, projector="shared"), projectors)
     groups = block_parameters(module.vla)
     parameters = dict(module.vla.named_parameters())

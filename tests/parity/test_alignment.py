@@ -1,24 +1,19 @@
-"""Projectors, pooling and the alignment loss with its gradients against the recorded reference."""
+"""Projectors with their gradients, and pooling, against the recorded reference."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from rocket_align.alignment import MultiLayerAlignment, cosine_loss
+from rocket_align.alignment import MultiLayerAlignment, cosine_loss, vision_tokens
 from rocket_align.config import AlignConfig
 from rocket_align.pooling import pool_teacher, student_grid
 from rocket_align.projector import AlignmentProjector, matryoshka_widths
-from rocket_align.teacher.base import TeacherFeatures
-from rocket_align.teacher.preprocess import unnormalize_views
-from rocket_align.teacher.vggt.config import VGGTConfig
-from rocket_align.teacher.vggt.teacher import VGGTTeacher
+from tests.helpers.student_helpers import beneath
 
 PROJECTOR_CASES = [
     "matryoshka_default10",
@@ -35,20 +30,6 @@ PROJECTOR_CASES = [
 POOLING_CASES = ["n2_37x37_to_512", "n1_37x37_to_256", "n3_5x5_to_147", "n2_4x4_to_32", "n2_5x5_to_32"]
 
 ROCKET = AlignConfig(student_layers=(1, 2, 3), teacher_layers=(1, 2, 3))
-RELEASED_NAIVE = replace(ROCKET, projector="independent", released_independent_width=True)
-LOSS_CASES = {
-    "rocket": ROCKET,
-    "rocket_discrete": ROCKET,
-    "rocket_no_shift": replace(ROCKET, shift=False),
-    "rocket_random_pooling": replace(ROCKET, pooling="random"),
-    "rocket_ensemble2": replace(ROCKET, ensemble_size=2),
-    "rocket_reversed_nonorm_nope_coeff0.25": replace(
-        ROCKET, coeff=0.25, widths_increase_with_depth=False, student_norm=False, teacher_pe=False
-    ),
-    "shared_full_width": replace(ROCKET, projector="shared"),
-    "naive_multi_layer": RELEASED_NAIVE,
-    "spatial_forcing": replace(RELEASED_NAIVE, student_layers=(3,), teacher_layers=(-1,)),
-}
 
 
 def widths_of(kwargs: dict[str, object]) -> tuple[int, ...]:
@@ -68,15 +49,9 @@ def test_projector(golden_dir: Path, case: str) -> None:
     kwargs = description["kwargs"]
     widths = widths_of(kwargs)
     assert list(widths) == description["info"]["layer_hidden_dims"]
-    projector = AlignmentProjector(
-        kwargs["llm_dim"],
-        kwargs["vggt_dim"],
-        kwargs.get("hidden_dim"),
-        widths=widths,
-        student_norm=kwargs.get("use_vlm_norm", False),
-    )
-    prefix = f"{case}.weights."
-    projector.load_state_dict({key[len(prefix) :]: value for key, value in recorded.items() if key.startswith(prefix)})
+    sizes = kwargs["llm_dim"], kwargs["vggt_dim"], kwargs.get("hidden_dim")
+    projector = AlignmentProjector(*sizes, widths=widths, student_norm=kwargs.get("use_vlm_norm", False))
+    projector.load_state_dict(beneath(recorded, f"{case}.weights."))
     for layer in description["layer_indices"]:
         name = f"{case}.layer{layer}"
         tokens = recorded[f"{case}.in.llm_emb"].clone().requires_grad_()
@@ -110,14 +85,8 @@ def test_pooling(golden_dir: Path, case: str, position: int, mode: str) -> None:
     height, width = description["patch_hw"]
     features = recorded[f"{case}.in"].clone().requires_grad_()
     torch.manual_seed(description["random_seed"])
-    pooled = pool_teacher(
-        features,
-        (height, width),
-        (14 * height, 14 * width),
-        description["ref_len"],
-        mode=mode,  # type: ignore[arg-type]
-        position_embedding=bool(position),
-    )
+    sizes = (height, width), (14 * height, 14 * width), description["ref_len"]
+    pooled = pool_teacher(features, *sizes, mode=mode, position_embedding=bool(position))
     torch.testing.assert_close(pooled, recorded[f"{case}.{mode}.pe{position}"], atol=1e-5, rtol=1e-4)
     gradient = recorded.get(f"{case}.{mode}.pe{position}.grad_in_of_sum_sq")
     if gradient is not None:
@@ -143,56 +112,10 @@ def test_pooled_sizes_agree_wherever_the_reference_fits(golden_dir: Path) -> Non
         assert student_grid(tokens, views, (height, width)) == (out_height, out_width)
 
 
-@pytest.fixture(scope="module")
-def teacher(golden_dir: Path) -> TeacherFeatures:
-    """Features of blocks 1, 2 and 3 for the recorded batch."""
-    sizes = json.loads((golden_dir / "vggt_teacher_518.json").read_text())["config"]["other"]
-    config = VGGTConfig(
-        embed_dim=sizes["aggregator"]["embed_dim"],
-        depth=sizes["aggregator"]["depth"],
-        num_heads=sizes["aggregator"]["num_heads"],
-        vit_depth=sizes["dino_vit"]["depth"],
-        vit_num_heads=sizes["dino_vit"]["num_heads"],
-    )
-    model = VGGTTeacher(config, layers="1,2,3")
-    weights = load_file(golden_dir / "vggt_teacher_518.safetensors")
-    model.load_state_dict({key.removeprefix("weights."): value for key, value in weights.items()})
-    return model(unnormalize_views(load_file(golden_dir / "forward_l1_discrete.safetensors")["pixel_values"]))
-
-
-def hidden_states(golden_dir: Path) -> list[Tensor]:
-    recorded = load_file(golden_dir / "align_inputs_features.safetensors")
-    return [recorded[f"lora.hidden_states.{layer}"] for layer in range(5)]
-
-
-@pytest.mark.parametrize("case", LOSS_CASES)
-def test_alignment_loss(golden_dir: Path, teacher: TeacherFeatures, case: str) -> None:
-    config = LOSS_CASES[case]
-    description = json.loads((golden_dir / f"align_loss.{case}.json").read_text())
-    recorded = load_file(golden_dir / f"align_loss.{case}.safetensors")
-    alignment = MultiLayerAlignment(config, student_dim=64, teacher_dim=64)
-    prefix = "weights.align_projectors."
-    alignment.load_state_dict({key[len(prefix) :]: value for key, value in recorded.items() if key.startswith(prefix)})
-    if config.num_pairs == 1:
-        teacher = teacher._replace(layers=teacher.layers[-1:])
-
-    torch.manual_seed(description["torch_manual_seed_before_forward"])
-    output = alignment(hidden_states(golden_dir), 1, 32, teacher)
-    (config.coeff * output.loss).backward()
-
-    metrics = description["metrics"]
-    assert output.loss.item() == pytest.approx(metrics["align_loss"], abs=1e-5)
-    pairs = [metrics[f"align_loss_layer_{pair}_avg"] for pair in range(config.num_pairs)]
-    assert output.per_pair.tolist() == pytest.approx(pairs, abs=1e-5)
-    for name, parameter in alignment.named_parameters():
-        torch.testing.assert_close(parameter.grad, recorded[f"grad.align_projectors.{name}"], atol=1e-6, rtol=1e-3)
-
-
 def test_shifted_vision_tokens(golden_dir: Path) -> None:
-    from rocket_align.alignment import vision_tokens
-
     recorded = load_file(golden_dir / "align_inputs_features.safetensors")
-    tokens = vision_tokens(hidden_states(golden_dir), (1, 2, 3), 1, 32, shift=True)
+    hidden_states = [recorded[f"lora.hidden_states.{layer}"] for layer in range(5)]
+    tokens = vision_tokens(hidden_states, (1, 2, 3), 1, 32, shift=True)
     for pair in range(3):
         torch.testing.assert_close(tokens[pair], recorded[f"pair{pair}.vision_hidden"])
 
@@ -202,7 +125,6 @@ def test_released_checkpoint_loads_and_keeps_its_layout(golden_dir: Path) -> Non
     released = torch.load(path, weights_only=True)
     alignment = MultiLayerAlignment(ROCKET, student_dim=64, teacher_dim=64)
     alignment.load_state_dict(released)
-    saved = alignment.state_dict()
-    assert list(saved) == [key.removeprefix("module.") for key in released]
-    for key, value in released.items():
-        torch.testing.assert_close(saved[key.removeprefix("module.")], value, rtol=0, atol=0)
+    expected = {key.removeprefix("module."): value for key, value in released.items()}
+    assert list(alignment.state_dict()) == list(expected)
+    torch.testing.assert_close(dict(alignment.state_dict()), expected, rtol=0, atol=0)

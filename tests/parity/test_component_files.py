@@ -41,10 +41,7 @@ def test_every_component_loads(name: str, prefix: str, tag: str, golden_dir: Pat
     assert found is not None
     module = COMPONENTS[name]()
     load_component(module, found)
-    loaded = module.state_dict()
-    assert loaded.keys() == state.keys()
-    for key, value in state.items():
-        assert torch.equal(loaded[key], value), key
+    torch.testing.assert_close(dict(module.state_dict()), state, rtol=0, atol=0)
 
 
 def test_the_rule_for_several_steps(tmp_path: Path) -> None:

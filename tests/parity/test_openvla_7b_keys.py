@@ -25,13 +25,9 @@ def real(golden_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def vla(real: dict[str, Any]) -> OpenVLAForActionPrediction:
-    config = OpenVLAConfig(
-        vision_backbone_id="dinosiglip-vit-so-224px",
-        llm_backbone_id="llama2-7b-pure",
-        arch_specifier="no-align+fused-gelu-mlp",
-        image_resize_strategy="resize-naive",
-        text_config=dict(real["text_config"]),
-    )
+    names = {"vision_backbone_id": "dinosiglip-vit-so-224px", "llm_backbone_id": "llama2-7b-pure"}
+    names |= {"arch_specifier": "no-align+fused-gelu-mlp", "image_resize_strategy": "resize-naive"}
+    config = OpenVLAConfig(**names, text_config=dict(real["text_config"]))
     with torch.device("meta"):
         return OpenVLAForActionPrediction(config)
 

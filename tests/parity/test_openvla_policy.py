@@ -13,41 +13,21 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch_file
+from safetensors.torch import save_file
 
 from experiments.robot import openvla_utils
-from experiments.robot.openvla_utils import (
-    OpenVLAPolicy,
-    get_action_head,
-    get_noisy_action_projector,
-    get_processor,
-    get_proprio_projector,
-    get_vla,
-    get_vla_action,
-    normalize_proprio,
-    prepare_images_for_vla,
-)
-from experiments.robot.policy import Query
+from experiments.robot.openvla_utils import OpenVLAPolicy, get_action_head, get_vla, prepare_images_for_vla
+from experiments.robot.policy import PolicyFlags, Query
 from prismatic.checkpoint.folder import Checkpoint, open_checkpoint
 from prismatic.util.errors import UsageError
+from tests.helpers.student_helpers import beneath, load_heads
+
+INPUTS = ("input_ids", "attention_mask", "pixel_values")
 
 
-def settings(folder: Path, **changes: Any) -> SimpleNamespace:
-    flags: dict[str, Any] = {
-        "pretrained_checkpoint": str(folder),
-        "use_l1_regression": True,
-        "use_diffusion": False,
-        "num_diffusion_steps_train": 10,
-        "num_diffusion_steps_inference": 10,
-        "use_film": False,
-        "num_images_in_input": 2,
-        "use_proprio": True,
-        "center_crop": True,
-        "load_in_8bit": False,
-        "load_in_4bit": False,
-        "unnorm_key": "libero_tiny",
-        "device": "cpu",
-    }
-    return SimpleNamespace(**{**flags, **changes})
+def settings(folder: Path, **changes: Any) -> PolicyFlags:
+    steps = {"num_diffusion_steps_train": 10, "num_diffusion_steps_inference": 10}
+    return PolicyFlags(str(folder), unnorm_key="libero_tiny", device="cpu", **{**steps, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -64,54 +44,32 @@ def queries() -> list[Query]:
 def test_proprio(golden_dir: Path) -> None:
     tensors = load_file(golden_dir / "normalization.safetensors")
     statistics = json.loads((golden_dir / "normalization.json").read_text())["metadata"]["proprio"]
-    normalized = normalize_proprio(tensors["in.proprio"], statistics)
+    normalized = openvla_utils.normalize_proprio(tensors["in.proprio"], statistics)
     assert normalized.dtype == np.float64
     np.testing.assert_allclose(normalized, tensors["eval.normalize_proprio"], atol=1e-6)
     constant = np.asarray(statistics["min"]) == np.asarray(statistics["max"])
     assert constant.any() and (normalized[:, constant] != 0).all()
 
 
-def test_actions_of_a_loaded_checkpoint(golden_dir: Path, openvla_checkpoint: Path) -> None:
-    cfg = settings(openvla_checkpoint)
+@pytest.mark.parametrize("head", ["l1", "diffusion"])
+def test_actions_of_a_loaded_checkpoint(head: str, golden_dir: Path, openvla_checkpoint: Path) -> None:
+    cfg = settings(openvla_checkpoint, use_l1_regression=head == "l1", use_diffusion=head == "diffusion")
     vla = get_vla(cfg)
-    golden = load_file(golden_dir / "predict_action.safetensors")
-    parts = {
-        "action_head": get_action_head(cfg, vla.llm_dim),
-        "proprio_projector": get_proprio_projector(cfg, vla.llm_dim, 8),
-    }
-    inputs = [torch.from_numpy(golden[name]) for name in ("input_ids", "attention_mask", "pixel_values")]
-    actions, _ = vla.predict_action(*inputs, "libero_tiny", proprio=golden["proprio"], **parts)
-    np.testing.assert_allclose(actions[0], golden["l1.actions"], atol=1e-4)
-
-    prompt = json.loads((golden_dir / "predict_action.json").read_text())["prompt"]
-    tokens = get_processor(cfg).tokenizer(prompt)["input_ids"]
-    assert tokens == golden["input_ids"][0].tolist()
-
-
-def test_diffusion_from_given_noise(golden_dir: Path, openvla_checkpoint: Path) -> None:
-    from prismatic.models.action_heads import DiffusionActionHead
-
-    cfg = settings(openvla_checkpoint, use_l1_regression=False, use_diffusion=True)
-    vla = get_vla(cfg)
-    heads = load_torch_file(golden_dir / "heads.safetensors")
-    head = DiffusionActionHead(vla.llm_dim, vla.llm_dim, 7, num_diffusion_steps_train=10).eval()
-    prefix = "action_head_diffusion."
-    head.load_state_dict({key.removeprefix(prefix): heads[key] for key in heads if key.startswith(prefix)})
-    head.noise_scheduler.set_timesteps(10)
     golden = load_torch_file(golden_dir / "predict_action.safetensors")
-    actions, _ = vla.predict_action(
-        golden["input_ids"],
-        golden["attention_mask"],
-        golden["pixel_values"],
-        "libero_tiny",
-        proprio=golden["proprio"],
-        proprio_projector=get_proprio_projector(cfg, vla.llm_dim, 8),
-        action_head=head,
-        noisy_action_projector=get_noisy_action_projector(cfg, vla.llm_dim),
-        initial_noise=golden["diffusion.initial_noise"],
-    )
-    # A free run: test_modeling_prismatic.py compares its steps at 2e-5, and says what rounding makes of ten.
-    np.testing.assert_allclose(actions[0], golden["diffusion.actions"].numpy(), rtol=0, atol=5e-3)
+    parts = {"proprio_projector": openvla_utils.get_proprio_projector(cfg, vla.llm_dim, 8)}
+    if head == "l1":
+        parts["action_head"] = get_action_head(cfg, vla.llm_dim)
+    else:
+        parts["action_head"] = load_heads(golden_dir)["action_head_diffusion"].eval()
+        parts["action_head"].noise_scheduler.set_timesteps(10)
+        parts["noisy_action_projector"] = openvla_utils.get_noisy_action_projector(cfg, vla.llm_dim)
+        parts["initial_noise"] = golden["diffusion.initial_noise"]
+    prompt = json.loads((golden_dir / "predict_action.json").read_text())["prompt"]
+    assert openvla_utils.get_processor(cfg).tokenizer(prompt)["input_ids"] == golden["input_ids"][0].tolist()
+    inputs = (golden[name] for name in INPUTS)
+    actions, _ = vla.predict_action(*inputs, "libero_tiny", proprio=golden["proprio"], **parts)
+    # Ten steps of diffusion run freely: test_modeling_prismatic.py compares each at 2e-5, and says what rounding makes.
+    np.testing.assert_allclose(actions[0], golden[f"{head}.actions"], rtol=0, atol=1e-4 if head == "l1" else 5e-3)
 
 
 def test_an_adapter_acts_as_the_merged_model(golden_dir: Path, tmp_path: Path) -> None:
@@ -132,12 +90,9 @@ def test_an_adapter_acts_as_the_merged_model(golden_dir: Path, tmp_path: Path) -
 @pytest.mark.parametrize("layout", ["plain model", "model saved with the wrapper"])
 def test_a_film_checkpoint(golden_dir: Path, openvla_checkpoint: Path, tmp_path: Path, layout: str) -> None:
     """The vision weights come from `vision_backbone--*`, whatever names the model's own file has."""
-    from safetensors.torch import save_file
-
     folder = Path(shutil.copytree(openvla_checkpoint, tmp_path / "film"))
     golden = load_torch_file(golden_dir / "forward_film.safetensors")
-    prefix = "weights."
-    backbone = {f"module.{key.removeprefix(prefix)}": golden[key] for key in golden if key.startswith(prefix)}
+    backbone = {f"module.{key}": value for key, value in beneath(golden, "weights.").items()}
     torch.save(backbone, folder / "vision_backbone--7_checkpoint.pt")
     if layout != "plain model":
         weights = load_torch_file(folder / "model.safetensors")
@@ -147,14 +102,9 @@ def test_a_film_checkpoint(golden_dir: Path, openvla_checkpoint: Path, tmp_path:
     cfg = settings(folder, use_film=True)
     vla = get_vla(cfg)
     inputs = load_torch_file(golden_dir / "predict_action.safetensors")
-    actions, _ = vla.predict_action(
-        *(inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")),
-        "libero_tiny",
-        proprio=inputs["proprio"],
-        proprio_projector=get_proprio_projector(cfg, vla.llm_dim, 8),
-        action_head=get_action_head(cfg, vla.llm_dim),
-        use_film=True,
-    )
+    heads = openvla_utils.get_proprio_projector(cfg, vla.llm_dim, 8), get_action_head(cfg, vla.llm_dim)
+    parts = {"proprio": inputs["proprio"], "proprio_projector": heads[0], "action_head": heads[1], "use_film": True}
+    actions, _ = vla.predict_action(*(inputs[name] for name in INPUTS), "libero_tiny", **parts)
     np.testing.assert_allclose(actions[0], golden["predict_action.actions"].numpy(), atol=1e-4)
 
 
@@ -167,9 +117,8 @@ def test_a_batch_answers_as_each_query_alone(openvla_checkpoint: Path, queries: 
     # Upstream's function on the same observation; its dictionary is left alone.
     query = queries[1]
     observation = {"full_image": query.image, "wrist_image": query.wrist_image, "state": query.state.copy()}
-    chunk = get_vla_action(
-        settings(openvla_checkpoint), policy.vla, policy.processor, observation, query.instruction, **policy._parts
-    )
+    cfg, model = settings(openvla_checkpoint), (policy.vla, policy.processor)
+    chunk = openvla_utils.get_vla_action(cfg, *model, observation, query.instruction, **policy._parts)
     assert len(chunk) == 8
     np.testing.assert_allclose(np.stack(chunk), together[1], atol=1e-4)
     np.testing.assert_array_equal(observation["state"], query.state)
@@ -196,8 +145,6 @@ def test_images_of_the_policys_size_are_only_cropped(golden_dir: Path) -> None:
 
 
 def test_missing_weights_are_never_random_numbers(openvla_checkpoint: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     shutil.copytree(openvla_checkpoint, tmp_path / "partial")
     weights = load_torch_file(openvla_checkpoint / "model.safetensors")
     removed = next(key for key in weights if "layers.1.mlp.up_proj" in key)
@@ -244,13 +191,10 @@ def test_statistics_of_the_folder_replace_those_of_the_configuration(openvla_che
     (tmp_path / "joint" / "dataset_statistics.json").write_text(json.dumps({"mine": statistics["libero_tiny"]}))
     assert set(get_vla(settings(tmp_path / "joint")).norm_stats) == {"mine"}
     with pytest.raises(UsageError, match=r"--unnorm_key: .*accepted: mine"):
-        OpenVLAPolicy.from_checkpoint(
-            open_checkpoint(str(tmp_path / "joint")), settings(openvla_checkpoint), "libero_tiny"
-        )
+        OpenVLAPolicy.from_checkpoint(str(tmp_path / "joint"), settings(openvla_checkpoint), "libero_tiny")
 
 
 def test_component_files_are_not_unpickled(openvla_checkpoint: Path, tmp_path: Path) -> None:
-    """A state-dict file that carries code is refused without running it."""
     shutil.copytree(openvla_checkpoint, tmp_path / "evil")
     marker = tmp_path / "ran"
 

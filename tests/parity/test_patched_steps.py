@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.helpers.student_helpers import load_student
+from tests.helpers.student_helpers import beneath, load_student
 
 pytest.importorskip("libcst")
 
@@ -33,7 +33,7 @@ from prismatic.training.schedule import make_optimizer
 from rocket_align import AlignConfig, MultiLayerAlignment, VGGTTeacher
 from rocket_align.targets import TeacherTargets
 from rocket_align.teacher.preprocess import IMAGENET_MEAN, IMAGENET_STD, unnormalize_views
-from rocket_align.teacher.vggt import VGGTConfig
+from tests.helpers.teacher_models import recorded_vggt
 
 STAND_IN = Path(__file__).resolve().parents[1] / "helpers" / "openvla_oft_stand_in.py"
 ALIGN = AlignConfig(student_layers=(1, 2, 3), teacher_layers=(1, 2, 3))
@@ -87,18 +87,16 @@ def batch(golden_dir: Path) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def alignment(golden_dir: Path) -> MultiLayerAlignment:
     recorded = load_file(golden_dir / "align_loss.rocket.safetensors")
-    prefix = "weights.align_projectors."
     projectors = MultiLayerAlignment(ALIGN, 64, 64)
-    projectors.load_state_dict({key[len(prefix) :]: value for key, value in recorded.items() if key.startswith(prefix)})
+    projectors.load_state_dict(beneath(recorded, "weights.align_projectors."))
     return projectors
 
 
 @pytest.fixture(scope="module")
 def teacher(golden_dir: Path) -> VGGTTeacher:
-    recorded = load_file(golden_dir / "vggt_teacher_518.safetensors")
-    config = VGGTConfig(embed_dim=64, depth=4, num_heads=4, vit_depth=3, vit_num_heads=4)
+    config, weights = recorded_vggt(golden_dir)
     model = VGGTTeacher(config, ALIGN.teacher_layers)
-    model.load_state_dict({key: recorded[f"weights.{key}"] for key in model.state_dict()})
+    model.load_state_dict({key: weights[key] for key in model.state_dict()})
     return model
 
 

@@ -8,19 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from prismatic.vla.datasets.image_transforms import (
-    FULL_IMAGE,
-    AugmentDraw,
-    AugmentRanges,
-    CropBox,
-    PolicyImageTransform,
-    center_crop_box,
-    decode_image,
-    jpeg_round_trip,
-    prepare_policy_image,
-    resize_and_crop,
-    resize_lanczos,
-)
+from prismatic.vla.datasets import image_transforms as images
+from prismatic.vla.datasets.image_transforms import AugmentDraw, AugmentRanges, CropBox, PolicyImageTransform
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +32,26 @@ DECODED = load_file(Path(__file__).parent / "tensorflow_images.safetensors")  # 
 
 @pytest.mark.parametrize("kind", sorted({name.removesuffix(".file") for name in DECODED if name.endswith(".file")}))
 def test_every_kind_of_file_decodes_to_tensorflows_pixels(kind: str) -> None:
-    pixels = decode_image(DECODED[f"{kind}.file"].tobytes())
+    pixels = images.decode_image(DECODED[f"{kind}.file"].tobytes())
     np.testing.assert_array_equal(pixels, DECODED[f"{kind}.pixels"])
 
 
 def test_lanczos_alone(rollout: dict[str, np.ndarray]) -> None:
     source = rollout["sq256.in"]
-    assert _difference(resize_lanczos(source, 224), rollout["sq256.lanczos224_nojpeg"]).max() <= 1
+    assert _difference(images.resize_lanczos(source, 224), rollout["sq256.lanczos224_nojpeg"]).max() <= 1
     assert (
-        _difference(resize_lanczos(rollout["sq256.jpeg_roundtrip"], 224), rollout["sq256.jpeg_lanczos224"]).max() <= 1
+        _difference(images.resize_lanczos(rollout["sq256.jpeg_roundtrip"], 224), rollout["sq256.jpeg_lanczos224"]).max()
+        <= 1
     )
     wide = rollout["wide180x240.jpeg_roundtrip"]
-    assert _difference(resize_lanczos(wide, 224), rollout["wide180x240.jpeg_lanczos224"]).max() <= 1
+    assert _difference(images.resize_lanczos(wide, 224), rollout["wide180x240.jpeg_lanczos224"]).max() <= 1
     clipped = np.clip(rollout["lanczos64_of_sq256_nojpeg"], 0, 255).transpose(2, 0, 1)
-    np.testing.assert_allclose(resize_and_crop(source, (64, 64)), clipped, atol=1e-3)
+    np.testing.assert_allclose(images.resize_and_crop(source, (64, 64)), clipped, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["sq256", "sq224"])
 def test_center_crop_alone(rollout: dict[str, np.ndarray], name: str) -> None:
-    planar = resize_and_crop(rollout[f"{name}.jpeg_lanczos224"], (224, 224), center_crop_box())
+    planar = images.resize_and_crop(rollout[f"{name}.jpeg_lanczos224"], (224, 224), images.center_crop_box())
     found = np.minimum(planar * (255.5 / 255), 255).astype(np.uint8).transpose(1, 2, 0)
     assert _difference(found, rollout[f"{name}.center_crop_of_224"]).max() <= 1
 
@@ -69,23 +59,25 @@ def test_center_crop_alone(rollout: dict[str, np.ndarray], name: str) -> None:
 @pytest.mark.parametrize("name", ["sq256", "wide180x240"])
 def test_whole_rollout_path(rollout: dict[str, np.ndarray], name: str) -> None:
     source = rollout[f"{name}.in"]
-    np.testing.assert_array_equal(jpeg_round_trip(source), rollout[f"{name}.jpeg_roundtrip"])
-    without = _difference(prepare_policy_image(source, 224, center_crop=False), rollout[f"{name}.jpeg_lanczos224"])
+    np.testing.assert_array_equal(images.jpeg_round_trip(source), rollout[f"{name}.jpeg_roundtrip"])
+    without = _difference(
+        images.prepare_policy_image(source, 224, center_crop=False), rollout[f"{name}.jpeg_lanczos224"]
+    )
     cropped = _difference(
-        prepare_policy_image(source, (224, 224), center_crop=True), rollout[f"{name}.prepare_images_center_crop"]
+        images.prepare_policy_image(source, (224, 224), center_crop=True), rollout[f"{name}.prepare_images_center_crop"]
     )
     assert without.max() <= 1 and cropped.max() <= 1
     # Leaving out the JPEG round trip or taking the wrong crop is far outside.
-    skipped = _difference(resize_lanczos(source, 224), rollout[f"{name}.jpeg_lanczos224"])
+    skipped = _difference(images.resize_lanczos(source, 224), rollout[f"{name}.jpeg_lanczos224"])
     assert skipped.mean() > 2.5
 
 
 def test_resize_of_the_reference_pipeline(augmented: dict[str, np.ndarray]) -> None:
-    assert _difference(resize_lanczos(augmented["in"], 40), augmented["resize_image_40"]).max() <= 1
+    assert _difference(images.resize_lanczos(augmented["in"], 40), augmented["resize_image_40"]).max() <= 1
 
 
 def _train(image: np.ndarray, **changes: float | CropBox) -> np.ndarray:
-    neutral = AugmentDraw(FULL_IMAGE, brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0)
+    neutral = AugmentDraw(images.FULL_IMAGE, brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0)
     return PolicyImageTransform((64, 64), AugmentRanges()).train(image, neutral._replace(**changes))
 
 

@@ -39,21 +39,16 @@ def _transform(processor: PrismaticProcessor, use_wrist: bool, use_proprio: bool
 
 @pytest.fixture(scope="module")
 def pipeline(golden_dir: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    return load_file(golden_dir / "rlds_pipeline.safetensors"), json.loads(
-        (golden_dir / "rlds_pipeline.json").read_text()
-    )
+    description = json.loads((golden_dir / "rlds_pipeline.json").read_text())
+    return load_file(golden_dir / "rlds_pipeline.safetensors"), description
 
 
 @pytest.fixture(scope="module")
 def dataset(golden_dir: Path, processor: PrismaticProcessor, tmp_path_factory: pytest.TempPathFactory) -> RLDSDataset:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return RLDSDataset(
-            golden_dir / "rlds",
-            "libero_spatial_no_noops",
-            _transform(processor, True, True),
-            resize_resolution=(56, 56),
-        )
+        transform = _transform(processor, True, True)
+        return RLDSDataset(golden_dir / "rlds", "libero_spatial_no_noops", transform, resize_resolution=(56, 56))
 
 
 def test_statistics(dataset: RLDSDataset, pipeline: tuple[dict[str, np.ndarray], dict[str, Any]]) -> None:
@@ -90,6 +85,12 @@ def test_samples_of_files(dataset: RLDSDataset, pipeline: tuple[dict[str, np.nda
     np.testing.assert_allclose(batch["proprio"].numpy(), tensors["batch0_3.proprio"], atol=2e-6)
 
 
+def _frame(tensors: dict[str, np.ndarray], number: int, dataset: str | bytes, words: str | bytes) -> dict[str, Any]:
+    observation = {key: tensors[f"in.{number}.{key}"] for key in ("image_primary", "image_wrist", "proprio")}
+    frame = {"dataset_name": dataset, "action": tensors[f"in.{number}.action"], "observation": observation}
+    return {**frame, "task": {"language_instruction": words}}
+
+
 @pytest.mark.parametrize("name", ["data_batch_wrist_proprio", "data_batch_primary_only"])
 def test_batch_transform_and_collator(golden_dir: Path, processor: PrismaticProcessor, name: str) -> None:
     tensors = load_file(golden_dir / f"{name}.safetensors")
@@ -99,14 +100,7 @@ def test_batch_transform_and_collator(golden_dir: Path, processor: PrismaticProc
     transform = _transform(processor, description["use_wrist_image"], description["use_proprio"])
     samples = []
     for number, language in enumerate(description["language"]):
-        observation = {key: tensors[f"in.{number}.{key}"] for key in ("image_primary", "image_wrist", "proprio")}
-        frame = {
-            "dataset_name": b"libero_tiny",
-            "action": tensors[f"in.{number}.action"],
-            "observation": observation,
-            "task": {"language_instruction": language.encode()},
-        }
-        samples.append(transform(frame))
+        samples.append(transform(_frame(tensors, number, b"libero_tiny", language.encode())))
         np.testing.assert_array_equal(samples[-1]["input_ids"].numpy(), tensors[f"sample.{number}.input_ids"])
         np.testing.assert_array_equal(samples[-1]["labels"].numpy(), tensors[f"sample.{number}.labels"])
         assert processor.tokenizer.decode(samples[-1]["input_ids"]) == description["prompts"][number]
@@ -126,12 +120,7 @@ def test_batch_transform_and_collator(golden_dir: Path, processor: PrismaticProc
 
 def test_collator_keeps_the_batch_axis_of_one_sample(golden_dir: Path, processor: PrismaticProcessor) -> None:
     tensors = load_file(golden_dir / "data_batch_wrist_proprio.safetensors")
-    frame = {
-        "dataset_name": "libero_tiny",
-        "action": tensors["in.0.action"],
-        "observation": {key: tensors[f"in.0.{key}"] for key in ("image_primary", "image_wrist", "proprio")},
-        "task": {"language_instruction": "open the top drawer"},
-    }
+    frame = _frame(tensors, 0, "libero_tiny", "open the top drawer")
     batch = PaddedCollatorForActionPrediction(2048, 32000)([_transform(processor, True, True)(frame)])
     assert batch["proprio"].shape == (1, 8) and batch["actions"].shape == (1, 8, 7)
     assert batch["dataset_names"] == ["libero_tiny"]

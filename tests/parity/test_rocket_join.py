@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from patches.rocket_join import RocketJoin, check_flags
+from patches.rocket_join import RocketJoin
 from rocket_align.alignment import cosine_loss
 from rocket_align.flags import AlignFlags
 from rocket_align.teacher.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from rocket_align.teacher.vggt.config import VGGTConfig, save_folder
+from rocket_align.teacher.vggt.config import save_folder
+from tests.helpers.student_helpers import beneath
+from tests.helpers.teacher_models import recorded_vggt
 
 RELEASED_SINGLE = {"vla_layers_align": "3", "vggt_layers_align": "-1", "use_matryoshka": True}
 CASES: dict[str, dict[str, Any]] = {
@@ -64,18 +66,8 @@ PROCESSOR = SimpleNamespace(image_processor=IMAGES)
 @pytest.fixture(scope="module")
 def teacher_path(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recorded teacher as a folder."""
-    sizes = json.loads((golden_dir / "vggt_teacher_518.json").read_text())["config"]["other"]
-    config = VGGTConfig(
-        embed_dim=sizes["aggregator"]["embed_dim"],
-        depth=sizes["aggregator"]["depth"],
-        num_heads=sizes["aggregator"]["num_heads"],
-        vit_depth=sizes["dino_vit"]["depth"],
-        vit_num_heads=sizes["dino_vit"]["num_heads"],
-    )
-    weights = load_file(golden_dir / "vggt_teacher_518.safetensors")
-    weights = {key.removeprefix("weights."): value for key, value in weights.items() if key.startswith("weights.")}
     folder = tmp_path_factory.mktemp("teacher")
-    save_folder(folder, config, weights)
+    save_folder(folder, *recorded_vggt(golden_dir))
     return folder
 
 
@@ -83,9 +75,8 @@ def teacher_path(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_losses_and_gradients(golden_dir: Path, teacher_path: Path, tmp_path: Path, case: str) -> None:
     description = json.loads((golden_dir / f"align_loss.{case}.json").read_text())
     recorded = load_file(golden_dir / f"align_loss.{case}.safetensors")
-    prefix = "weights.align_projectors."
-    projectors = {f"module.{key[len(prefix) :]}": value for key, value in recorded.items() if key.startswith(prefix)}
-    torch.save(projectors, tmp_path / "align_projectors--7_checkpoint.pt")
+    projectors = beneath(recorded, "weights.align_projectors.").items()
+    torch.save({f"module.{key}": value for key, value in projectors}, tmp_path / "align_projectors--7_checkpoint.pt")
     flags = {"recipe": "rocket", "vla_layers_align": "1,2,3", "vggt_layers_align": "1,2,3", **CASES[case]}
     config = ScriptConfig(vggt_path=str(teacher_path), vla_path=str(tmp_path), resume=True, resume_step=7, **flags)
     join = RocketJoin.build(config, Policy(), PROCESSOR)
@@ -135,17 +126,6 @@ def test_without_alignment_nothing_changes(tmp_path: Path) -> None:
     assert join.parameters() == []
     join.save(tmp_path / "align_projectors--1_checkpoint.pt")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("flags", "reason"),
-    [({"recipe": "rocket"}, "--vggt_path: empty"), ({"align_loss_coeff": -1.0}, "--align_loss_coeff")],
-)
-def test_wrong_flags_end_the_process(flags: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        check_flags(ScriptConfig(**flags))
-    message = capsys.readouterr().err
-    assert ended.value.code == 2 and reason in message and message.count("\n") == 1
 
 
 def test_projectors_that_do_not_fit_are_refused(

@@ -12,32 +12,16 @@ from safetensors.torch import load_file
 from rocket_align.pooling import pool_teacher
 from rocket_align.teacher.base import TeacherFeatures
 from rocket_align.teacher.preprocess import preprocess_normed_images, unnormalize_views
-from rocket_align.teacher.vggt.config import VGGTConfig, save_folder
+from rocket_align.teacher.vggt.config import save_folder
 from rocket_align.teacher.vggt.teacher import VGGTTeacher
+from tests.helpers.teacher_models import recorded_vggt
 
 
 @pytest.fixture(scope="module")
-def teacher_folder(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    other = json.loads((golden_dir / "vggt_teacher_518.json").read_text())["config"]["other"]
-    sizes, vit = other["aggregator"], other["dino_vit"]
-    config = VGGTConfig(
-        embed_dim=sizes["embed_dim"],
-        depth=sizes["depth"],
-        num_heads=sizes["num_heads"],
-        vit_depth=vit["depth"],
-        vit_num_heads=vit["num_heads"],
-    )
-    weights = load_file(golden_dir / "vggt_teacher_518.safetensors")
-    folder = tmp_path_factory.mktemp("teacher")
-    save_folder(folder, config, {key.removeprefix("weights."): value for key, value in weights.items()})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def features(golden_dir: Path, teacher_folder: Path) -> TeacherFeatures:
+def features(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TeacherFeatures:
+    save_folder(folder := tmp_path_factory.mktemp("teacher"), *recorded_vggt(golden_dir))
     pixels = load_file(golden_dir / "forward_l1_discrete.safetensors")["pixel_values"]
-    teacher = VGGTTeacher.from_pretrained(teacher_folder, layers=[1, 2, 3])
-    return teacher(unnormalize_views(pixels))
+    return VGGTTeacher.from_pretrained(folder, layers=[1, 2, 3])(unnormalize_views(pixels))
 
 
 def test_images_of_the_training_step(golden_dir: Path) -> None:
@@ -61,22 +45,12 @@ def test_pooled_features(golden_dir: Path, features: TeacherFeatures, position: 
     recorded = load_file(golden_dir / "align_inputs_features.safetensors")
     for pair, feature in enumerate(features.layers):
         expected = recorded[f"pair{pair}.pooled_pe{position}"]
-        pooled = pool_teacher(
-            feature,
-            features.grid_hw,
-            features.image_hw,
-            expected.shape[1],
-            mode="bilinear",
-            position_embedding=bool(position),
-        )
+        grid, image, tokens = features.grid_hw, features.image_hw, expected.shape[1]
+        pooled = pool_teacher(feature, grid, image, tokens, mode="bilinear", position_embedding=bool(position))
         torch.testing.assert_close(pooled, expected, atol=2e-5, rtol=1e-4)
 
 
-def preprocess_cases() -> list[str]:
-    return ["sq56_crop", "sq28_pad", "tall32x24_crop", "wide24x32_pad", "tall32x24_pad"]
-
-
-@pytest.mark.parametrize("case", preprocess_cases())
+@pytest.mark.parametrize("case", ["sq56_crop", "sq28_pad", "tall32x24_crop", "wide24x32_pad", "tall32x24_pad"])
 def test_preprocess_normed_images(golden_dir: Path, case: str) -> None:
     description = json.loads((golden_dir / "preprocess_normed_images.json").read_text())
     recorded = load_file(golden_dir / "preprocess_normed_images.safetensors")

@@ -62,9 +62,3 @@ def test_all_heads_but_the_track_head(shapes: Shapes, tmp_path: Path) -> None:
     model = VGGTGeometry.from_pretrained(write_sparse(tmp_path / "model.safetensors", shapes))
     loaded = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     assert loaded == {name: shape for name, shape in shapes.items() if not name.startswith("track_head.")}
-
-
-def test_a_name_that_vggt_does_not_have_is_refused(shapes: Shapes, tmp_path: Path) -> None:
-    file = write_sparse(tmp_path / "model.safetensors", {**shapes, "aggregator.surprise": (2,)})
-    with pytest.raises(ValueError, match=r"unexpected aggregator\.surprise"):
-        VGGTTeacher.from_pretrained(file, layers="-1")

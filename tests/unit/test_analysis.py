@@ -11,7 +11,6 @@ from experiments.analysis.report import heatmap, new_figure
 from rocket_align.analysis.cka import cka_map, linear_cka
 from rocket_align.analysis.gradients import GradientReport
 from rocket_align.analysis.importance import layer_importance, residual_stream
-from rocket_align.analysis.matching import match_layers
 from rocket_align.analysis.selection import STRATEGIES, select_layers
 
 
@@ -53,12 +52,6 @@ def test_cka_ignores_rotation_scale_and_offset(debiased: bool) -> None:
 def test_cka_refusals(rows: int, other: int, debiased: bool) -> None:
     with pytest.raises(ValueError, match="samples"):
         linear_cka(torch.zeros(rows, 2), torch.zeros(other, 2), debiased)
-
-
-def test_matching_prefers_the_best_total() -> None:
-    assert match_layers([[0.9, 0.8], [0.85, 0.1]]) == ((0, 1), (1, 0))
-    with pytest.raises(ValueError, match="finite"):
-        match_layers([[float("nan"), 1.0]])
 
 
 def test_selection_by_position() -> None:

@@ -21,14 +21,8 @@ from prismatic.vla.platforms import NormalizationType, Platform, get_platform
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """A checkpoint of a run with VGGT and layers by hand, as far as its flags are concerned."""
-    recorded = {
-        "vggt_path": "/recorded",
-        "vla_layers_align": "1,2",
-        "vggt_layers_align": "0,1",
-        "shuffle_buffer_size": 7,
-        "use_val_set": True,
-        "val_fraction": 0.1,
-    }
+    recorded = {"vggt_path": "/recorded", "vla_layers_align": "1,2", "vggt_layers_align": "0,1"}
+    recorded |= {"shuffle_buffer_size": 7, "use_val_set": True, "val_fraction": 0.1}
     (tmp_path / "lora_adapter").mkdir()
     (tmp_path / "run_config.json").write_text(json.dumps(recorded))
     return tmp_path

@@ -1,7 +1,8 @@
-"""The demo: its flags, its commands, and a report whose numbers are those of the result files."""
+"""The demo: its commands, and a report whose numbers are those of the result files."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from experiments.reproduce.studies import ROCKET
 from experiments.robot.libero.run_libero_eval import GenerateConfig
 from prismatic.util import cli
 from prismatic.util.errors import UsageError
+from tests.helpers.episode_results import episode_results, write_episodes
 
 
 def _config(out: Path) -> demo.DemoConfig:
@@ -21,28 +23,9 @@ def _config(out: Path) -> demo.DemoConfig:
 
 
 def _write_results(out: Path, run: str, successes: tuple[int, int], errors: int = 0) -> None:
-    folder = out / "eval" / run
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"identity": {"suite": "libero_object"}}))
-    with (folder / "episodes.jsonl").open("w") as stream:
-        for task, solved in zip((7, 9), successes, strict=True):
-            for state in range(4):
-                status = "success" if state < solved else "error" if state >= 4 - errors else "failure"
-                line = {"suite": "libero_object", "task_id": task, "task": f"task {task}", "init_state": state}
-                line |= {"seed": 7, "steps": 9, "error": None, "wall_time": 1.0, "status": status}
-                line["success"] = {"success": True, "failure": False}.get(status)
-                stream.write(json.dumps(line) + "\n")
-
-
-@pytest.mark.parametrize(
-    ("argv", "flag"),
-    [(["--tasks", "seven"], "--tasks"), (["--seeds", ""], "--seeds"), (["--episodes", "0"], "--episodes")],
-)
-def test_wrong_flags_are_refused(argv: list[str], flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as leaving:
-        cli.run(demo.DemoConfig, demo.main, argv)
-    assert leaving.value.code == 2
-    assert flag in capsys.readouterr().err
+    outcomes = ["s" * solved + "f" * (4 - solved - errors) + "e" * errors for solved in successes]
+    both = [episode_results(letters, task, suite="libero_object") for task, letters in zip((7, 9), outcomes)]
+    write_episodes(out / "eval" / run, itertools.chain(*both), {"suite": "libero_object"})
 
 
 def test_methods_differ_in_the_recipe_alone(tmp_path: Path) -> None:

@@ -22,19 +22,9 @@ from rocket_align.teacher.vggt.teacher import VGGTTeacher
 LAYERS = (0, 1, 2)
 FRAMES = np.array([3, 4, 5, 9, 10])
 LAYOUT = StoreLayout(
-    teacher_kind="vggt",
-    teacher_hash="abc",
-    teacher_depth=3,
-    layers=LAYERS,
-    channels=32,
-    components=8,
-    dtype="int8",
-    views=("primary", "wrist"),
-    view_pixels=42,
-    teacher_image_hw=(42, 42),
-    teacher_grid_hw=(3, 3),
-    grid_hw=(3, 3),
-)
+    teacher_kind="vggt", teacher_hash="abc", teacher_depth=3, layers=LAYERS, channels=32, components=8, dtype="int8",
+    views=("primary", "wrist"), view_pixels=42, teacher_image_hw=(42, 42), teacher_grid_hw=(3, 3), grid_hw=(3, 3),
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

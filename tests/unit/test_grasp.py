@@ -71,9 +71,8 @@ def test_a_neighbor_in_the_hands_way_turns_it() -> None:
     free, crowded = plan_grasp(item, NOTHING, HAND_YAW), plan_grasp(item, neighbor, HAND_YAW)
     assert same_line(free.yaw, HAND_YAW)
     assert not same_line(crowded.yaw, HAND_YAW)
-    straight = distance_to_rectangle(
-        neighbor[neighbor[:, 2] > 0.034][:, :2], free.position[:2], free.yaw, (0.21, 0.066)
-    )
+    high = neighbor[neighbor[:, 2] > 0.034][:, :2]
+    straight = distance_to_rectangle(high, free.position[:2], free.yaw, (0.21, 0.066))
     assert crowded.clearance > straight + 0.005
 
 

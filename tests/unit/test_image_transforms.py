@@ -10,18 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from prismatic.vla.datasets.image_transforms import (
-    FULL_IMAGE,
-    AugmentRanges,
-    PolicyImageTransform,
-    adjust_saturation_hue,
-    center_crop_box,
-    decode_image,
-    prepare_policy_image,
-    resize_and_crop,
-    resize_lanczos,
-)
-from tests.helpers.rlds_files import jpeg
+from prismatic.vla.datasets import image_transforms as images
+from prismatic.vla.datasets.image_transforms import AugmentRanges, PolicyImageTransform, decode_image
+from prismatic.vla.datasets.rlds_writer import encode_jpeg as jpeg
 
 
 def _image(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -34,12 +25,12 @@ def test_lanczos_agrees_with_pillow(shape: tuple[int, int]) -> None:
     soft = _image(16, 16) // 2 + 64
     smooth = np.array(Image.fromarray(soft).resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
     expected = np.array(Image.fromarray(smooth).resize((84, 72), Image.Resampling.LANCZOS))
-    assert np.abs(resize_lanczos(smooth, (72, 84)).astype(int) - expected).max() <= 1
+    assert np.abs(images.resize_lanczos(smooth, (72, 84)).astype(int) - expected).max() <= 1
 
 
 def test_resize_to_the_same_size_changes_nothing() -> None:
     image = _image(64, 48)
-    np.testing.assert_array_equal(resize_lanczos(image, (64, 48)), image)
+    np.testing.assert_array_equal(images.resize_lanczos(image, (64, 48)), image)
 
 
 def test_saturation_and_hue_agree_with_hsv() -> None:
@@ -48,7 +39,7 @@ def test_saturation_and_hue_agree_with_hsv() -> None:
     rgb[:, 0, 0] = 0.5  # gray has no hue
     rgb[:, 0, 1] = 0.0
     for saturation, hue in ((1.2, 0.05), (0.8, -0.05), (3.0, 0.4), (0.0, 0.0)):
-        found = adjust_saturation_hue(rgb.copy(), saturation, hue)
+        found = images.adjust_saturation_hue(rgb.copy(), saturation, hue)
         for row in range(8):
             for column in range(8):
                 h, s, v = colorsys.rgb_to_hsv(*rgb[:, row, column].tolist())
@@ -62,12 +53,8 @@ def test_draws_fill_their_ranges() -> None:
     for draw in draws:
         assert draw.crop.height == draw.crop.width == pytest.approx(0.9**0.5)
         assert 0 <= draw.crop.top <= 1 - draw.crop.height and 0 <= draw.crop.left <= 1 - draw.crop.width
-    for name, low, high in (
-        ("brightness", -0.2, 0.2),
-        ("contrast", 0.8, 1.2),
-        ("saturation", 0.8, 1.2),
-        ("hue", -0.05, 0.05),
-    ):
+    ends = {"brightness": (-0.2, 0.2), "contrast": (0.8, 1.2), "saturation": (0.8, 1.2), "hue": (-0.05, 0.05)}
+    for name, (low, high) in ends.items():
         values = np.array([getattr(draw, name) for draw in draws])
         assert low <= values.min() < low + 0.02 * (high - low)
         assert high - 0.02 * (high - low) < values.max() <= high
@@ -78,7 +65,7 @@ def test_crop_geometry_is_the_part_of_the_image_that_is_seen() -> None:
     # A horizontal ramp from 0 to 255: after a crop, the first and last column show the box's edges.
     ramp = np.repeat(np.linspace(0, 255, 224)[None, :, None], 224, axis=0).repeat(3, axis=2).astype(np.uint8)
     box = AugmentRanges().draw(np.random.default_rng(3)).crop
-    planar = resize_and_crop(ramp, (224, 224), box)
+    planar = images.resize_and_crop(ramp, (224, 224), box)
     assert planar[0, 100, 0] == pytest.approx(255 * box.left, abs=1.5)
     assert planar[0, 100, -1] == pytest.approx(255 * (box.left + box.width), abs=1.5)
 
@@ -88,7 +75,7 @@ def test_train_and_rollout_agree_at_the_center() -> None:
     scene = np.array(Image.fromarray(_image(12, 12)).resize((128, 128), Image.Resampling.BICUBIC))
     transform = PolicyImageTransform((84, 84), AugmentRanges())
     neutral = AugmentRanges(brightness=0.0, contrast=(1.0, 1.0), saturation=(1.0, 1.0), hue=0.0)
-    draw = neutral.draw(np.random.default_rng(0))._replace(crop=center_crop_box())
+    draw = neutral.draw(np.random.default_rng(0))._replace(crop=images.center_crop_box())
     trained = transform.train(decode_image(jpeg(scene)), draw)
     difference = np.abs(trained.astype(int) - transform.rollout(scene).astype(int))
     assert difference.mean() < 0.5 and difference.max() <= 4
@@ -96,7 +83,7 @@ def test_train_and_rollout_agree_at_the_center() -> None:
 
 def test_rollout_without_augmentation_does_not_crop() -> None:
     scene = np.array(Image.fromarray(_image(12, 12) // 2 + 64).resize((84, 84), Image.Resampling.BICUBIC))
-    whole, cropped = prepare_policy_image(scene, 84, False), prepare_policy_image(scene, 84, True)
+    whole, cropped = (images.prepare_policy_image(scene, 84, False), images.prepare_policy_image(scene, 84, True))
     assert np.abs(whole.astype(int) - scene).mean() < 2.5
     assert np.abs(cropped.astype(int) - scene).mean() > 5
     assert PolicyImageTransform((84, 84)).draw(np.random.default_rng(0)) is None
@@ -105,16 +92,16 @@ def test_rollout_without_augmentation_does_not_crop() -> None:
 
 def test_threads_do_not_change_a_pixel() -> None:
     image, threads = _image(256, 256), torch.get_num_threads()
-    box = center_crop_box()
+    box = images.center_crop_box()
     try:
         torch.set_num_threads(1)
-        one = resize_and_crop(image, (224, 224), box)
+        one = images.resize_and_crop(image, (224, 224), box)
         torch.set_num_threads(2)
-        two = resize_and_crop(image, (224, 224), box)
+        two = images.resize_and_crop(image, (224, 224), box)
     finally:
         torch.set_num_threads(threads)
     np.testing.assert_array_equal(one, two)
-    assert box != FULL_IMAGE
+    assert box != images.FULL_IMAGE
 
 
 @pytest.mark.parametrize(
@@ -122,7 +109,7 @@ def test_threads_do_not_change_a_pixel() -> None:
 )
 def test_wrong_images_are_refused(image: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"expected uint8 \(H, W, 3\)"):
-        prepare_policy_image(image, 8, True)
+        images.prepare_policy_image(image, 8, True)
 
 
 def test_damaged_images_are_refused() -> None:

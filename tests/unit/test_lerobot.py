@@ -31,7 +31,7 @@ from prismatic.vla.datasets.lerobot import images as lerobot_images
 from prismatic.vla.datasets.specs import DATASETS, LIBERO_SPEC
 from prismatic.vla.platforms import ALOHA
 from tests.helpers.lerobot_files import LeRobotFiles
-from tests.helpers.rlds_files import episode, write_dataset
+from tests.helpers.rlds_files import episode, png, write_dataset
 
 NAME = "libero_goal_no_noops"
 OTHER = "libero_object_no_noops"
@@ -45,12 +45,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _png(image_HW3: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image_HW3).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def _smooth(features: dict[str, Any], seed: int) -> dict[str, Any]:
     """The episode with images that a video codec can keep: a gradient that moves, another one for the wrist.
 
@@ -60,10 +54,8 @@ def _smooth(features: dict[str, Any], seed: int) -> dict[str, Any]:
     for shift, name in ((0, "image"), (90, "wrist_image")):
         frames = []
         for step in range(len(features["steps/action"])):
-            red = 2 * x + 60 + shift / 2
-            green = np.full_like(x, 40 + 12 * step)
-            blue = 3 * y + 20 + seed
-            frames.append(_png(np.clip(np.stack([red, green, blue], axis=2), 0, 255).astype(np.uint8)))
+            colors = (2 * x + 60 + shift / 2, np.full_like(x, 40 + 12 * step), 3 * y + 20 + seed)
+            frames.append(png(np.clip(np.stack(colors, axis=2), 0, 255).astype(np.uint8)))
         features[f"steps/observation/{name}"] = frames
     return features
 
@@ -179,8 +171,7 @@ def test_mixture_of_both_formats_in_workers(episodes: list[dict[str, Any]], tmp_
         loader = make_dataloader(dataset, MixtureSampler(dataset, 4, seed=1), _collate, workers)
         return list(itertools.islice(loader, 6))
 
-    for left, right in zip(batches(0), batches(2), strict=True):
-        assert all(torch.equal(left[key], right[key]) for key in left)
+    torch.testing.assert_close(batches(2), batches(0), rtol=0, atol=0)
 
 
 def _collate(samples: Any) -> Any:
@@ -222,20 +213,14 @@ def test_augmentation_is_that_tensorflows(rlds: RLDSDataset, episodes: list[dict
         np.testing.assert_array_equal(dataset.frame(draw)["observation"][view], other.frame(draw)["observation"][view])
 
 
-def _edit_info(**changes: Any) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        path = folder / "meta" / "info.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def _edit_info(without: str = "", **changes: Any) -> Callable[[Path], None]:
+    """Change entries of meta/info.json; leave out the feature `without`."""
 
-    return apply
-
-
-def _without_feature(name: str) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         path = folder / "meta" / "info.json"
         info = json.loads(path.read_text())
-        del info["features"][name]
-        path.write_text(json.dumps(info))
+        info["features"].pop(without, None)
+        path.write_text(json.dumps({**info, **changes}))
 
     return apply
 
@@ -248,62 +233,39 @@ def _rewrite(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
     return apply
 
 
-def _set(name: str, values: Callable[[pa.Table], pa.Array]) -> Callable[[Path], None]:
-    return _rewrite(lambda table: table.set_column(table.column_names.index(name), name, values(table)))
+def _fill(name: str, value: Any, kind: pa.DataType | None = None) -> Callable[[Path], None]:
+    """Put one value into every row of a column."""
+    return _rewrite(lambda t: t.set_column(t.column_names.index(name), name, pa.array([value] * t.num_rows, kind)))
 
 
 def _first(pattern: str, act: Callable[[Path], Any]) -> Callable[[Path], None]:
     return lambda folder: act(sorted(folder.glob(pattern))[0])
 
 
+NUMBERS, PICTURE = pa.list_(pa.float32()), pa.struct({"bytes": pa.binary(), "path": pa.string()})
 BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "old version": (
-        "v2.1",
-        _edit_info(codebase_version="v1.6"),
-        r"codebase_version 'v1.6'; accepted: v2.0, v2.1, v3.0",
-    ),
+    "old version": ("v2.1", _edit_info(codebase_version="v1.6"), r"version 'v1.6'; accepted: v2.0, v2.1, v3.0"),
     "no JSON": ("v2.1", lambda folder: (folder / "meta/info.json").write_text("{"), r"info.json: not valid JSON"),
     "no fps": ("v2.1", _edit_info(fps=None), r"info.json: no valid LeRobot description"),
     "no features": ("v2.1", _edit_info(features=[]), r"info.json: no valid LeRobot description"),
     "bad split": ("v2.1", _edit_info(splits={"train": "all"}), r"split 'train' is 'all'; accepted: episodes as FIRST"),
     "empty split": ("v2.1", _edit_info(splits={"train": "0:0"}), r"split 'train' is empty"),
-    "no wrist": ("v2.1", _without_feature("observation.images.image2"), r"no camera for 'observation/wrist_image' \("),
-    "no state": ("v2.1", _without_feature("observation.state"), r"no column for 'observation/state' \(looked for"),
+    "no wrist": ("v2.1", _edit_info("observation.images.image2"), r"no camera for 'observation/wrist_image' \("),
+    "no state": ("v2.1", _edit_info("observation.state"), r"no column for 'observation/state' \(looked for"),
     "no tasks": ("v2.1", _first("meta/tasks.jsonl", Path.unlink), r"tasks.jsonl: no such file"),
-    "bad tasks": (
-        "v2.1",
-        _first("meta/tasks.jsonl", lambda p: p.write_text("{}{\n")),
-        r"tasks.jsonl: line 1: not valid",
-    ),
+    "bad tasks": ("v2.1", _first("meta/tasks.jsonl", lambda p: p.write_text("{}{\n")), r"tasks.jsonl: line 1: not"),
     "no episodes": ("v3.0", lambda folder: shutil.rmtree(folder / "meta/episodes"), r"episodes: no chunk-\*/file-\*"),
     "missing rows": ("v2.1", _rewrite(lambda table: table.slice(1)), r"episode 0 has 11 rows, meta/ says 12"),
     "doubled rows": ("v3.0", _rewrite(lambda t: pa.concat_tables([t, t])), r"episode 0 has 24 rows, meta/ says 12"),
     "missing file": ("v3.0", _first("data/*/*", Path.unlink), r"file-000.parquet: no such file, but"),
     "damaged file": ("v3.0", _first("data/*/*", lambda p: p.write_bytes(b"PAR1")), r"no readable Parquet file"),
     "missing column": ("v2.1", _rewrite(lambda table: table.drop_columns(["action"])), r"no column 'action'; found: "),
-    "not finite": (
-        "v2.1",
-        _set("action", lambda t: pa.array([[np.nan] * 7] * t.num_rows, pa.list_(pa.float32()))),
-        r"column action holds values that are not finite",
-    ),
-    "wrong width": (
-        "v2.1",
-        _set("action", lambda t: pa.array([[0.0] * 6] * t.num_rows, pa.list_(pa.float32()))),
-        r"column action holds 72 numbers, expected 12 rows x \(7,\)",
-    ),
-    "unknown task": (
-        "v2.1",
-        _set("task_index", lambda t: pa.array([9] * t.num_rows)),
-        r"meta: no task 9, which the rows name",
-    ),
+    "not finite": ("v2.1", _fill("action", [np.nan] * 7, NUMBERS), r"column action holds values that are not finite"),
+    "wrong width": ("v2.1", _fill("action", [0.0] * 6, NUMBERS), r"action holds 72 numbers, expected 12 rows x \(7,\)"),
+    "unknown task": ("v2.1", _fill("task_index", 9), r"meta: no task 9, which the rows name"),
     "paths only": (
         "v2.1",
-        _set(
-            "observation.images.image",
-            lambda t: pa.array(
-                [{"bytes": None, "path": "x.png"}] * t.num_rows, pa.struct({"bytes": pa.binary(), "path": pa.string()})
-            ),
-        ),
+        _fill("observation.images.image", {"bytes": None, "path": "x.png"}, PICTURE),
         r"rows without image bytes; accepted: embedded images",
     ),
 }
@@ -314,9 +276,8 @@ def test_bad_files(case: str, episodes: list[dict[str, Any]], tmp_path: Path) ->
     version, damage, message = BAD[case]
     folder = LeRobotFiles(tmp_path / NAME, version).write(episodes)
     damage(folder)
-    with pytest.raises(UsageError, match=message) as caught:
+    with pytest.raises(UsageError, match=message):
         _open(tmp_path)
-    assert "\n" not in str(caught.value)
     assert not list(folder.glob("*.npz")) or case == "unknown task"
 
 
@@ -349,7 +310,6 @@ def test_platforms_and_packages(
             with pytest.raises(UsageError, match=re.escape(f"LeRobot data need {package} (")) as caught:
                 _open(tmp_path)
         assert 'pip install "rocket-vla[lerobot]"' in str(caught.value)
-        assert "\n" not in str(caught.value)
 
 
 def test_names_of_the_hubs_data() -> None:

@@ -71,11 +71,6 @@ def test_saved_files_load_as_the_same_tokenizer(tokenizer, tmp_path: Path) -> No
     assert (tmp_path / "tokenizer.json").stat().st_size < 1_500_000
 
 
-def test_the_same_instructions_give_the_same_vocabulary() -> None:
-    instructions = ["pick up the cup", "open the door"]
-    assert build_vocabulary(instructions) == build_vocabulary(list(instructions))
-
-
 def test_refuses_what_the_byte_layout_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="printable ASCII"):
         build_vocabulary(["move it to the stove\u2019s front"])

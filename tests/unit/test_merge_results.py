@@ -8,14 +8,9 @@ import pytest
 from experiments.robot.libero.results import EpisodeResult, RunFolder, load_episodes
 from experiments.robot.libero.results.merge import check, describe, main, planned_episodes
 from experiments.robot.libero.rollouts.protocol import Episode
+from tests.helpers.episode_results import episode_result as result
 
 IDENTITY = {"suite": "libero_goal", "seed": 7}
-
-
-def result(task_id: int, init_state: int, status: str = "success") -> EpisodeResult:
-    success = {"success": True, "failure": False, "error": None}[status]
-    error = "boom" if status == "error" else None
-    return EpisodeResult("libero_goal", task_id, "do it", init_state, 7, status, success, 100, error, 1.5)
 
 
 def write(

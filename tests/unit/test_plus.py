@@ -13,15 +13,7 @@ from experiments.robot.libero.rollouts.plan import make_plan, run_identity
 from experiments.robot.libero.run_libero_eval import GenerateConfig
 from experiments.robot.libero.suites import plus
 from experiments.robot.libero.suites.perturbations import CameraShift
-from experiments.robot.libero.suites.plus import (
-    KIND_COUNTS,
-    KINDS,
-    PLUS_SUITES,
-    choose_tasks,
-    instruction_of,
-    parse_kinds,
-    parse_name,
-)
+from experiments.robot.libero.suites.plus import choose_tasks, instruction_of, parse_kinds, parse_name
 from experiments.robot.libero.suites.tasks import find_suite, get_task, load_init_states, num_tasks, unnorm_key_for
 from prismatic.util.errors import UsageError
 
@@ -70,33 +62,26 @@ def test_a_name_of_no_or_two_perturbations_is_refused(name: str) -> None:
 
 
 def test_the_benchmark_has_10030_tasks() -> None:
-    totals = {kind: sum(counts) for kind, counts in KIND_COUNTS.items()}
-    assert totals == {
-        "camera": 1599,
-        "robot": 1550,
-        "language": 1537,
-        "light": 1142,
-        "background": 1076,
-        "noise": 1601,
-        "layout": 829 + 696,
-    }
-    assert [sum(counts[place] for counts in KIND_COUNTS.values()) for place in range(4)] == [2402, 2518, 2591, 2519]
+    totals = {kind: sum(counts) for kind, counts in plus.KIND_COUNTS.items()}
+    expected = {"camera": 1599, "robot": 1550, "language": 1537, "light": 1142, "background": 1076, "noise": 1601}
+    assert totals == {**expected, "layout": 829 + 696}
+    assert [sum(counts) for counts in zip(*plus.KIND_COUNTS.values())] == [2402, 2518, 2591, 2519]
 
 
 @installed
 def test_the_package_has_the_tasks_that_the_table_says() -> None:
     assert num_tasks("libero_plus") == 10030
-    for place, suite in enumerate(PLUS_SUITES):
+    for place, suite in enumerate(plus.PLUS_SUITES):
         tasks = plus.plus_tasks(suite)
         found = collections.Counter(task.kind for task in tasks)
-        assert found == {kind: KIND_COUNTS[kind][place] for kind in KINDS}
+        assert found == {kind: plus.KIND_COUNTS[kind][place] for kind in plus.KINDS}
         assert len({task.base for task in tasks}) == 10
     parts = collections.Counter(task.part for task in plus.plus_tasks("libero_plus"))
     assert (parts["layout_level"], parts["layout_add"]) == (696, 829)
 
 
 @installed
-@pytest.mark.parametrize("suite", PLUS_SUITES)
+@pytest.mark.parametrize("suite", plus.PLUS_SUITES)
 def test_every_task_has_its_files(suite: str) -> None:
     for task in plus.plus_tasks(suite)[::60]:
         spec = get_task(suite, task.task_id)
@@ -187,12 +172,8 @@ def test_a_plan_has_one_episode_a_task_with_its_suites_limit() -> None:
     plan = make_plan(settings(max_steps_factor=3, task_subset=80), with_checkpoint=False)
     assert len(plan.episodes) == 80
     limits = {episode.suite: episode.max_steps for episode in plan.episodes}
-    assert limits == {
-        "libero_plus_spatial": 660,
-        "libero_plus_object": 840,
-        "libero_plus_goal": 900,
-        "libero_plus_10": 1560,
-    }
+    expected = {"spatial": 660, "object": 840, "goal": 900, "10": 1560}
+    assert limits == {f"libero_plus_{name}": limit for name, limit in expected.items()}
     assert {episode.kind for episode in plan.episodes} == {"camera", "layout"}
     assert all(episode.init_state == 0 and episode.task_name for episode in plan.episodes)
 
@@ -226,7 +207,7 @@ def test_wrong_flags_are_one_line(changes: dict[str, Any], message: str) -> None
 
 
 def test_a_perturbed_suite_takes_the_statistics_of_its_base() -> None:
-    joint = {f"{suite}_no_noops": {} for suite in PLUS_SUITES.values()}
+    joint = {f"{suite}_no_noops": {} for suite in plus.PLUS_SUITES.values()}
     assert unnorm_key_for(joint, "", "libero_plus_goal") == "libero_goal_no_noops"
     assert unnorm_key_for(joint, "", "libero_goal_swap") == "libero_goal_no_noops"
     assert unnorm_key_for(joint, "libero_10_no_noops", "libero_plus") == "libero_10_no_noops"
@@ -237,9 +218,8 @@ def test_a_perturbed_suite_takes_the_statistics_of_its_base() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="LIBERO is not installed")
 def test_suites_of_libero_pro_and_libero_90_in_the_same_command() -> None:
-    swapped = make_plan(
-        GenerateConfig(task_suite_name="libero_object_swap", num_trials_per_task=1), with_checkpoint=False
-    )
+    config = GenerateConfig(task_suite_name="libero_object_swap", num_trials_per_task=1)
+    swapped = make_plan(config, with_checkpoint=False)
     assert len(swapped.episodes) == 10 and swapped.protocol.max_steps == 280
     long = make_plan(GenerateConfig(task_suite_name="libero_90", num_trials_per_task=1), with_checkpoint=False)
     assert len(long.episodes) == 90 and long.protocol.max_steps == 400

@@ -4,14 +4,8 @@ import time
 
 import pytest
 
-from experiments.robot.libero.rollouts.result import EpisodeResult, EvalProgress
-
-
-def result(init_state: int, status: str) -> EpisodeResult:
-    success = {"success": True, "failure": False, "error": None}[status]
-    return EpisodeResult(
-        "libero_goal", 3, "do it", init_state, 7, status, success, 90, None if success else "boom", 1.0
-    )
+from experiments.robot.libero.rollouts.result import EvalProgress
+from tests.helpers.episode_results import episode_result
 
 
 def test_a_line_an_episode_with_rate_time_left_and_interval(
@@ -20,11 +14,11 @@ def test_a_line_an_episode_with_rate_time_left_and_interval(
     """Two episodes in 60 seconds, eight to go; a success from before counts in the rate of success alone."""
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    with EvalProgress(10, [result(0, "success")]) as shown:
+    with EvalProgress(10, [episode_result(3, 0)]) as shown:
         clock[0] += 30
-        shown.update(result(1, "failure"))
+        shown.update(episode_result(3, 1, "failure", steps=90))
         clock[0] += 30
-        shown.update(result(2, "error"))
+        shown.update(episode_result(3, 2, "error"))
     first, second = capsys.readouterr().err.splitlines()
     assert first == (
         "[1/10] libero_goal task 3 init state 1: failure in 90 steps | "

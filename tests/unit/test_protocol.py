@@ -3,15 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.robot.libero.rollouts.protocol import (
-    MAX_STEPS,
-    Episode,
-    EpisodeQueue,
-    Protocol,
-    checked_chunk,
-    max_steps_for,
-    to_env_action,
-)
+from experiments.robot.libero.rollouts import protocol
+from experiments.robot.libero.rollouts.protocol import Episode, EpisodeQueue, Protocol, checked_chunk
 from prismatic.util.errors import UsageError
 
 
@@ -21,14 +14,14 @@ def episode(task_id: int, init_state: int, seed: int = 7) -> Episode:
 
 def test_step_limits_are_those_of_published_numbers() -> None:
     published = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
-    assert dict(MAX_STEPS) == published
-    assert max_steps_for("libero_10_swap") == 520
-    assert max_steps_for("libero_90") == 400
+    assert dict(protocol.MAX_STEPS) == published
+    assert protocol.max_steps_for("libero_10_swap") == 520
+    assert protocol.max_steps_for("libero_90") == 400
 
 
 def test_unknown_suite_is_refused_with_a_suggestion() -> None:
     with pytest.raises(UsageError, match=r"--task_suite_name.*did you mean 'libero_goal'"):
-        max_steps_for("libero_gaol")
+        protocol.max_steps_for("libero_gaol")
 
 
 def test_defaults_are_the_standard_protocol() -> None:
@@ -40,8 +33,8 @@ def test_defaults_are_the_standard_protocol() -> None:
 def test_gripper_is_binarized_and_flipped() -> None:
     actions = np.array([[0.1, 0, 0, 0, 0, 0, 0.9], [0.1, 0, 0, 0, 0, 0, 0.2]])
     before = actions.copy()
-    np.testing.assert_array_equal(to_env_action(actions)[:, -1], [-1.0, 1.0])
-    np.testing.assert_array_equal(to_env_action(actions)[:, :-1], before[:, :-1])
+    np.testing.assert_array_equal(protocol.to_env_action(actions)[:, -1], [-1.0, 1.0])
+    np.testing.assert_array_equal(protocol.to_env_action(actions)[:, :-1], before[:, :-1])
     np.testing.assert_array_equal(actions, before)
 
 
@@ -58,14 +51,8 @@ def test_a_longer_chunk_is_accepted() -> None:
 
 
 def test_query_seeds_depend_on_episode_seed_and_step() -> None:
-    seeds = {
-        episode(0, 0).query_seed(0),
-        episode(0, 0).query_seed(8),
-        episode(0, 1).query_seed(0),
-        episode(1, 0).query_seed(0),
-        episode(0, 0, seed=8).query_seed(0),
-    }
-    assert len(seeds) == 5
+    others = (episode(0, 0), episode(0, 1), episode(1, 0), episode(0, 0, seed=8))
+    assert len({episode(0, 0).query_seed(8), *(other.query_seed(0) for other in others)}) == 5
     assert episode(0, 0).query_seed(8) == episode(0, 0).query_seed(8)
 
 

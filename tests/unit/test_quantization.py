@@ -40,9 +40,8 @@ def test_without_the_package_the_commands_say_it_in_one_line(
     weights = golden_dir / "openvla_tiny" / "model.safetensors"
     flags = ["--use_l1_regression", "false", "--use_proprio", "false", "--unnorm_key", "libero_tiny", "--device", "cpu"]
     command = [sys.executable, str(repo_root / script), "--pretrained_checkpoint", str(weights.parent), *flags]
-    done = subprocess.run(
-        [*command, "--load_in_8bit", "true"], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+    command += ["--load_in_8bit", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: --load_in_8bit: needs the package bitsandbytes")
     assert "Traceback" not in done.stderr

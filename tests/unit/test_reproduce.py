@@ -14,16 +14,8 @@ from typing import Any
 
 import pytest
 
-from experiments.analysis.config import (
-    CkaConfig,
-    ConeConfig,
-    DepthConfig,
-    GradientsConfig,
-    ProjectorsConfig,
-    ReachConfig,
-    SelectConfig,
-    TheoremConfig,
-)
+from analyze import COMMANDS
+from experiments.analysis.config import SelectConfig
 from experiments.join import FinetuneConfig, StoreConfig
 from experiments.reproduce import __main__ as command
 from experiments.reproduce import records, report
@@ -36,6 +28,7 @@ from experiments.reproduce.studies import STUDIES
 from experiments.robot.libero.results.summary import paired_test
 from experiments.robot.libero.run_libero_eval import GenerateConfig
 from prismatic.util.errors import UsageError
+from tests.helpers.episode_results import episode_result, write_episodes
 
 SCRIPTS = ROOT / "experiments" / "reproduce"
 
@@ -46,6 +39,10 @@ def _paths(tmp_path: Path, profile: Any = MINI) -> StudyPaths:
 
 def _all_arms(profile: Any) -> dict[str, arms.Arm]:
     return {arm.name: arm for study in STUDIES.values() for arm in study.arms(profile)}
+
+
+def _flags(words: tuple[str, ...]) -> set[str]:
+    return {word[2:] for word in words if word.startswith("--")}
 
 
 def test_every_table_and_figure_has_its_script() -> None:
@@ -69,18 +66,14 @@ def test_a_script_prints_its_commands(tmp_path: Path) -> None:
 
 
 def test_pi05_has_models_and_folders_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--dry_run", "--seeds", "0", "--arms", "rocket", "--out", str(tmp_path)]
-    assert command.main(["run", "table2", "table3", *flags]) == 0
+    asked = ["--dry_run", "--seeds", "0", "--arms", "rocket", "--out", str(tmp_path)]
+    assert command.main(["run", "table2", "table3", *asked]) == 0
     shown = capsys.readouterr().out.splitlines()
     trained = [line for line in shown if "finetune.py" in line]
-    assert [line.split("--vla_path ")[1].split()[0] for line in trained] == [
-        "experiments/mini/weights/student",
-        "experiments/mini/weights/pi05",
-    ]
-    assert [line.split("--run_root_dir ")[1].split()[0] for line in trained] == [
-        str(tmp_path / "runs"),
-        str(tmp_path / "pi05" / "runs"),
-    ]
+    names = ("--vla_path ", "--run_root_dir ")
+    models, folders = ([line.split(name)[1].split()[0] for line in trained] for name in names)
+    assert models == ["experiments/mini/weights/student", "experiments/mini/weights/pi05"]
+    assert folders == [str(tmp_path / "runs"), str(tmp_path / "pi05" / "runs")]
     assert len({line for line in shown if "experiments.mini.collect" in line}) == 1
 
 
@@ -103,13 +96,8 @@ def test_a_script_without_an_environment_names_make_install(options: list[str], 
     if options:
         bare.write_text(f'#!/bin/sh\nexec {sys.executable} {" ".join(options)} "$@"\n')
         bare.chmod(0o755)
-    done = subprocess.run(
-        ["bash", str(SCRIPTS / "table8.sh")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHON": str(bare)},
-    )
+    command, environment = ["bash", str(SCRIPTS / "table8.sh")], {**os.environ, "PYTHON": str(bare)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "make install" in done.stderr
 
@@ -133,37 +121,24 @@ def test_wrong_flags_are_refused(flags: list[str], message: str, capsys: pytest.
 @pytest.mark.parametrize("profile", [*PROFILES.values(), *POLICIES["pi05"].values()], ids=lambda profile: profile.name)
 def test_commands_use_flags_that_the_scripts_have(profile: Any, tmp_path: Path) -> None:
     """Fine-tuning and evaluation flags exist, and every arm's alignment can be formed for the profile's depths."""
-    finetune = {field.name for field in dataclasses.fields(FinetuneConfig)}
-    evaluate = {field.name for field in dataclasses.fields(GenerateConfig)}
-    select = {field.name for field in dataclasses.fields(SelectConfig)}
-    store = {field.name for field in dataclasses.fields(StoreConfig)}
-    known = {
-        "vla-scripts/finetune.py": finetune,
-        "experiments/robot/libero/run_libero_eval.py": evaluate,
-        "vla-scripts/select_layers.py": select,
-        "vla-scripts/build_feature_store.py": store,
+    configs = {
+        "vla-scripts/finetune.py": FinetuneConfig,
+        "experiments/robot/libero/run_libero_eval.py": GenerateConfig,
+        "vla-scripts/select_layers.py": SelectConfig,
+        "vla-scripts/build_feature_store.py": StoreConfig,
     }
     paths = _paths(tmp_path, profile)
     jobs = [job for study in STUDIES.values() for arm in study.arms(profile) for job in arm_jobs(paths, study, arm, 0)]
     for job in jobs:
-        assert {word[2:] for word in job.arguments if word.startswith("--")} <= known[job.arguments[0]], job.name
+        known = {field.name for field in dataclasses.fields(configs[job.arguments[0]])}
+        assert _flags(job.arguments) <= known, job.name
 
 
 @pytest.mark.parametrize("study", [study for study in STUDIES.values() if study.analyses], ids=lambda study: study.name)
 def test_analyses_are_commands_with_flags_that_exist(study: Any, tmp_path: Path) -> None:
     for analysis in study.analyses:
         words = analysis_job(_paths(tmp_path), analysis, 0).arguments
-        config = {
-            "gradients": GradientsConfig,
-            "projectors": ProjectorsConfig,
-            "cone": ConeConfig,
-            "cka": CkaConfig,
-            "theorem": TheoremConfig,
-            "depth": DepthConfig,
-            "reach": ReachConfig,
-        }[words[1]]
-        flags = {word[2:] for word in words if word.startswith("--")}
-        assert flags <= {field.name for field in dataclasses.fields(config)}
+        assert _flags(words) <= {field.name for field in dataclasses.fields(COMMANDS[words[1]])}
 
 
 def test_arms_mean_what_they_say() -> None:
@@ -346,11 +321,8 @@ def test_a_record_holds_what_the_run_left(tmp_path: Path) -> None:
     log.parent.mkdir(parents=True)
     log.write_text('{"step": 1, "loss": 1.0, "seconds": 2.0}\n{"step": 10, "loss": 0.5, "seconds": 4.0}\n')
     folder = paths.out / "eval" / "rocket-seed0-step100-libero_object"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"identity": {"suite": "libero_object"}, "environment": {}}))
-    episode = {"suite": "libero_object", "task_id": 7, "task": "t", "init_state": 3, "seed": 7, "status": "success"}
-    episode |= {"success": True, "steps": 90, "error": None, "wall_time": 2.345, "attempts": 1}
-    (folder / "episodes.jsonl").write_text(json.dumps(episode) + "\n")
+    episode = episode_result(7, 3, suite="libero_object", steps=90, wall_time=2.345)
+    write_episodes(folder, [episode], {"suite": "libero_object"})
     (folder / "summary.json").write_text('{"missing": 0}')
     stopped = paths.out / "eval" / "rocket-seed0-step50-libero_object"
     shutil.copytree(folder, stopped)
@@ -371,16 +343,10 @@ def test_a_record_holds_what_the_run_left(tmp_path: Path) -> None:
 
 
 def test_tasks_of_a_suite_of_several_are_told_apart(tmp_path: Path) -> None:
+    solved = episode_result(0, 0, suite="libero_plus_goal", kind="noise")
+    failed = episode_result(0, 0, "failure", suite="libero_plus_10", kind="noise")
     folder = tmp_path / "rocket-seed0-step100-libero_plus"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"identity": {"suite": "libero_plus"}}))
-    lines = [
-        {"suite": suite, "task_id": 0, "task": "t", "init_state": 0, "seed": 7, "status": status, "kind": "noise"}
-        | {"success": status == "success", "steps": 9, "error": None, "wall_time": 1.0}
-        for suite, status in (("libero_plus_goal", "success"), ("libero_plus_10", "failure"))
-    ]
-    (folder / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = records.evaluation_record(folder)
+    found = records.evaluation_record(write_episodes(folder, [solved, failed], {"suite": "libero_plus"}))
     assert set(found["kinds"]) == {"libero_plus_goal:0", "libero_plus_10:0"}
     record = {**_record("rocket", 0, []), "evaluations": [found]}
     result = records.outcome([record], "rocket", 100, ("libero_plus",))

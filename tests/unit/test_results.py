@@ -8,14 +8,13 @@ import pytest
 from experiments.robot.libero.results import EpisodeResult, RunFolder, load_episodes
 from experiments.robot.libero.results.__main__ import main
 from prismatic.util.errors import UsageError
+from tests.helpers.episode_results import episode_result
 
 IDENTITY = {"suite": "libero_spatial", "seed": 7, "protocol": {"max_steps": 220}}
 
 
-def result(init_state: int, status: str = "success", task_id: int = 0, suite: str = "libero_spatial") -> EpisodeResult:
-    success = {"success": True, "failure": False, "error": None}[status]
-    error = "boom" if status == "error" else None
-    return EpisodeResult(suite, task_id, "do it", init_state, 7, status, success, 100, error, 1.5)
+def result(init_state: int, status: str = "success", suite: str = "libero_spatial") -> EpisodeResult:
+    return episode_result(0, init_state, status, suite=suite)
 
 
 def write(folder: Path, results: list[EpisodeResult], identity: dict[str, object] | None = None) -> None:
@@ -103,10 +102,7 @@ def test_a_repeated_episode_counts_once_with_its_later_line(tmp_path: Path) -> N
 
 
 def test_two_processes_cannot_write_to_one_file(tmp_path: Path) -> None:
-    with (
-        RunFolder(tmp_path, IDENTITY, {}),
-        pytest.raises(UsageError, match="another process is writing"),
-    ):
+    with RunFolder(tmp_path, IDENTITY, {}), pytest.raises(UsageError, match="another process is writing"):
         RunFolder(tmp_path, IDENTITY, {})
 
 

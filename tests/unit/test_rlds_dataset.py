@@ -22,14 +22,7 @@ from prismatic.vla.datasets.builder import open_dataset
 from prismatic.vla.datasets.episodes import cache_folder
 from prismatic.vla.datasets.frame_index import load_frame_index
 from prismatic.vla.datasets.image_transforms import decode_image
-from prismatic.vla.datasets.specs import (
-    DATASETS,
-    LIBERO_SPEC,
-    DatasetSpec,
-    Standardize,
-    register_dataset,
-    resolve_mixture,
-)
+from prismatic.vla.datasets.specs import DATASETS, LIBERO_SPEC, DatasetSpec, register_dataset, resolve_mixture
 from prismatic.vla.datasets.statistics import normalize
 from prismatic.vla.platforms import ALOHA, LIBERO
 from tests.helpers.rlds_files import encode_example, episode, frame_record, write_dataset
@@ -146,7 +139,7 @@ class TestCache:
     ) -> None:
         """Edited code and a value from outside alike; also callables that have no name."""
 
-        def scaled(factor: float) -> Standardize:
+        def scaled(factor: float) -> Callable[..., Any]:
             return lambda action, state: (action * factor, state)
 
         means = []
@@ -269,75 +262,51 @@ def _shard(root: Path, number: int = 0) -> Path:
     return sorted((root / NAME / "1.0.0").glob("*-train.tfrecord-*"))[number]
 
 
-def _cut_payload(root: Path) -> None:
-    path = _shard(root)
-    path.write_bytes(path.read_bytes()[:-100])
+def _edit(change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
+    return lambda root: _shard(root).write_bytes(change(_shard(root).read_bytes()))
 
 
-def _cut_header(root: Path) -> None:
-    path = _shard(root)
-    path.write_bytes(path.read_bytes() + b"\x01\x02")
+def _flip(data: bytes, place: int, bit: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :]
 
 
-def _flip_byte(root: Path) -> None:
-    data = bytearray(_shard(root).read_bytes())
-    data[len(data) // 3] ^= 1
-    _shard(root).write_bytes(data)
+def _wrong_feature(name: str, value: Any) -> Callable[[Path], Any]:
+    """Put another value, or none, into a shard's second record."""
+    features = {**episode(12, 0), f"steps/{name}": value}
+    features = {key: kept for key, kept in features.items() if kept is not None}
+    records = [frame_record(encode_example(record)) for record in (episode(9, 1), features)]
+    return _edit(lambda data: b"".join(records))
 
 
-def _flip_length(root: Path) -> None:
-    data = bytearray(_shard(root).read_bytes())
-    data[1] ^= 4
-    _shard(root).write_bytes(data)
-
-
-def _wrong_features(**changes: Any) -> Callable[[Path], None]:
-    features = episode(12, 0)
-    for name, value in changes.items():
-        full = next(key for key in features if key.endswith("/" + name))
-        if value is None:
-            del features[full]
-        else:
-            features[full] = value
-
-    def apply(root: Path) -> None:
-        records = [frame_record(encode_example(one)) for one in (episode(9, 1), features)]
-        _shard(root).write_bytes(b"".join(records))
-
-    return apply
-
-
-def _drop_shard(root: Path) -> None:
-    _shard(root, 1).unlink()
-
-
-def _drop_record(root: Path) -> None:
-    _shard(root).write_bytes(frame_record(encode_example(episode(12, 0))))
-
-
-def _garbage_record(root: Path) -> None:
-    _shard(root).write_bytes(frame_record(b"\xff" * 50))
-
-
-BAD_SHARDS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "truncated": (_cut_payload, r"00000-of-00002: record 1: needs \d+ bytes, the file has \d+ more \(truncated"),
-    "truncated header": (_cut_header, r"00000-of-00002: record 2: the file ends inside the record's header"),
-    "flipped byte": (_flip_byte, r"00000-of-00002: record 0: wrong checksum of its \d+ bytes"),
-    "flipped length": (_flip_length, r"00000-of-00002: record 0: wrong checksum of the length at byte 0"),
-    "no protobuf": (_garbage_record, r"00000-of-00002: record 0: (bad varint|unknown wire type|a field) "),
-    "missing shard": (_drop_shard, r"00001-of-00002: no such file, but dataset_info.json lists 2 shards"),
-    "missing record": (_drop_record, r"00000-of-00002: 1 records, dataset_info.json says 2"),
-    "missing feature": (_wrong_features(wrist_image=None), r"record 1: missing feature steps/observation/wrist_image;"),
+EPISODE = frame_record(encode_example(episode(12, 0)))
+BAD_SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (_edit(lambda data: data[:-100]), r"record 1: needs \d+ bytes, the file has \d+ more \(truncated"),
+    "truncated header": (_edit(lambda data: data + b"\x01\x02"), r"record 2: the file ends inside the record's header"),
+    "flipped byte": (_edit(lambda data: _flip(data, len(data) // 3, 1)), r"record 0: wrong checksum of its \d+ bytes"),
+    "flipped length": (_edit(lambda data: _flip(data, 1, 4)), r"record 0: wrong checksum of the length at byte 0"),
+    "no protobuf": (
+        _edit(lambda data: frame_record(b"\xff" * 50)),
+        r"record 0: (bad varint|unknown wire type|a field) ",
+    ),
+    "missing shard": (lambda root: _shard(root, 1).unlink(), r"no such file, but dataset_info.json lists 2 shards"),
+    "missing record": (_edit(lambda data: EPISODE), r"1 records, dataset_info.json says 2"),
+    "missing feature": (
+        _wrong_feature("observation/wrist_image", None),
+        r"record 1: missing feature steps/observation/wrist",
+    ),
     "wrong width": (
-        _wrong_features(action=np.zeros((12, 6), np.float32)),
+        _wrong_feature("action", np.zeros((12, 6), np.float32)),
         r"record 1: steps/action holds 72 numbers, expected 12 steps x 7",
     ),
-    "wrong kind": (_wrong_features(action=[1] * 84), r"record 1: feature steps/action holds list kind 3 .*, not 2"),
+    "wrong kind": (_wrong_feature("action", [1] * 84), r"record 1: feature steps/action holds list kind 3 .*, not 2"),
     "not finite": (
-        _wrong_features(state=np.full((12, 8), np.nan, np.float32)),
-        r"record 1: steps/observation/state holds values that are not finite",
+        _wrong_feature("observation/state", np.full((12, 8), np.nan, np.float32)),
+        r"record 1: steps/observation/state holds values that are not f",
     ),
-    "missing image": (_wrong_features(image=[b"x"] * 11), r"record 1: steps/observation/image holds 11 images for 12"),
+    "missing image": (
+        _wrong_feature("observation/image", [b"x"] * 11),
+        r"record 1: steps/observation/image holds 11 images",
+    ),
 }
 
 
@@ -345,31 +314,29 @@ BAD_SHARDS: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_bad_shards(root: Path, case: str) -> None:
     damage, message = BAD_SHARDS[case]
     damage(root)
-    with pytest.raises(UsageError, match=message) as caught:
+    with pytest.raises(UsageError, match=rf"0000[01]-of-00002: {message}"):
         _open(root)
-    assert "\n" not in str(caught.value)
     assert not list((root / NAME / "1.0.0").glob("*.npz"))  # nothing half-read is cached
 
 
 def test_an_image_that_is_no_image(root: Path) -> None:
-    _wrong_features(image=[b"not a JPEG"] * 12)(root)
+    _wrong_feature("observation/image", [b"not a JPEG"] * 12)(root)
     dataset = _open(root)
-    with pytest.raises(UsageError, match=r"00000-of-00002: record 1: step 4: image primary: 10 bytes that are no comp"):
+    with pytest.raises(UsageError, match=r"record 1: step 4: image primary: 10 bytes that are no comp"):
         dataset.frame(2 + 4)
 
 
 def test_a_shard_that_shrinks_while_training(root: Path) -> None:
     dataset = _open(root)
     _shard(root).write_bytes(b"")
-    with pytest.raises(UsageError, match=r"00000-of-00002: record 0: step 0: image primary: 0 bytes"):
+    with pytest.raises(UsageError, match=r"record 0: step 0: image primary: 0 bytes"):
         dataset.frame(0)
 
 
 class TestBadFolders:
     def _fails(self, root: Path, message: str, mix: str = NAME, **options: Any) -> None:
-        with pytest.raises(UsageError, match=message) as caught:
+        with pytest.raises(UsageError, match=message):
             _open(root, mix, **options)
-        assert "\n" not in str(caught.value)
 
     def test_missing_folders(self, root: Path) -> None:
         self._fails(root / "nowhere", r"--data_root_dir: no such folder: .*nowhere")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
+import re
 import subprocess
 import sys
 import time
@@ -18,21 +18,12 @@ FORBIDDEN = {"prismatic", "experiments", "transformers", "peft", "tensorflow"}
 ALLOWED = {"vit.py": {"transformers"}}
 
 
-def imported_packages(source: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.split(".")[0])
-    return found
-
-
 def test_sources_import_nothing_of_the_policy(repo_root: Path) -> None:
     sources = sorted((repo_root / "rocket_align").rglob("*.py"))
     assert sources
     for source in sources:
-        assert not imported_packages(source) & FORBIDDEN - ALLOWED.get(source.name, set()), source
+        imported = set(re.findall(r"^ *(?:from|import) (\w+)", source.read_text(encoding="utf-8"), re.MULTILINE))
+        assert not imported & FORBIDDEN - ALLOWED.get(source.name, set()), source
 
 
 def test_import_is_fast_and_loads_no_torch(repo_root: Path) -> None:

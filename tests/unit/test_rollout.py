@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,8 @@ def test_creation_and_resets_overlap_with_the_steps_of_others(part: str, tmp_pat
     found: list[EpisodeResult] = []
     workers = make_workers(2, make_runner)
     Rollouts(LinePolicy(0.0), workers, found.append, RolloutSettings(8)).run(episodes(0, tasks=2))
-    assert sorted((result.task_id, result.status, result.error) for result in found) == [
-        (0, "failure", None),
-        (1, "failure", None),
-    ]
+    ends = sorted((result.task_id, result.status, result.error) for result in found)
+    assert ends == [(0, "failure", None), (1, "failure", None)]
 
 
 def test_a_result_says_where_its_time_went() -> None:
@@ -173,15 +172,14 @@ class Picky:
         (np.full((8, 7), np.nan), "not finite"),
         (np.ones((4, 7)), r"shape \(4, 7\)"),
         (np.ones((8, 14)), r"shape \(8, 14\)"),
+        (TimeoutError("no answer within 2 s"), "^policy: TimeoutError: no answer within 2 s$"),
     ],
 )
-def test_an_unusable_answer_is_an_error_of_its_episode_alone(answer: np.ndarray, message: str) -> None:
+def test_an_unusable_answer_is_an_error_of_its_episode_alone(answer: object, message: str) -> None:
     queries = [Query(IMAGE, IMAGE, np.full(8, position), "go") for position in (0.0, 1.0, 0.0)]
     good, bad, also_good = ask(Picky(answer), queries, 8)
     assert isinstance(good, np.ndarray) and isinstance(also_good, np.ndarray)
-    assert isinstance(bad, str)
-    with pytest.raises(ValueError, match=message):
-        raise ValueError(bad)
+    assert isinstance(bad, str) and re.search(message, bad)
 
 
 def test_a_query_that_raises_does_not_take_its_batch_along() -> None:
@@ -197,14 +195,6 @@ def test_a_query_that_raises_does_not_take_its_batch_along() -> None:
     assert isinstance(bad, str) and bad.startswith("policy: ValueError: too far")
 
 
-def test_an_exception_in_place_of_an_answer_is_an_error_of_its_episode_alone() -> None:
-    queries = [Query(IMAGE, IMAGE, np.full(8, position), "go") for position in (0.0, 1.0, 0.0)]
-    policy = Picky(TimeoutError("no answer within 2 s"))
-    good, bad, also_good = ask(policy, queries, 8)
-    assert isinstance(good, np.ndarray) and isinstance(also_good, np.ndarray)
-    assert bad == "policy: TimeoutError: no answer within 2 s"
-
-
 def test_too_few_answers_are_an_error() -> None:
     class Short:
         def act(self, queries: Sequence[Query]) -> np.ndarray:
@@ -215,11 +205,8 @@ def test_too_few_answers_are_an_error() -> None:
 
 
 def test_videos_are_written_for_the_chosen_episodes_only(tmp_path: Path) -> None:
-    found = roll(
-        LinePolicy(0.5),
-        episodes(0, 1),
-        video_path=lambda result: tmp_path / "one.mp4" if result.init_state == 1 else None,
-    )
+    videos = {1: tmp_path / "one.mp4"}
+    found = roll(LinePolicy(0.5), episodes(0, 1), video_path=lambda result: videos.get(result.init_state))
     assert found[0, 1].status == "success"
     assert [file.name for file in tmp_path.iterdir()] == ["one.mp4"]
     import imageio_ffmpeg

@@ -40,19 +40,8 @@ VALUES: dict[str, Any] = {
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for key in expected:
-            assert_same(found[key], expected[key])
-    elif isinstance(expected, list):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected):
-            assert_same(one, other)
-    elif isinstance(expected, np.ndarray | np.generic):
-        assert found.dtype == expected.dtype and found.shape == expected.shape
-        np.testing.assert_array_equal(found, expected)
-    else:
-        assert found == expected
+    """Types, shapes and bytes of all arrays, in the form that test_msgpack_is_what_openpi_writes has by hand."""
+    assert to_msgpack(found) == to_msgpack(expected)
 
 
 def test_json_is_what_the_json_numpy_package_reads_and_writes() -> None:

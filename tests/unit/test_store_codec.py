@@ -10,16 +10,8 @@ import torch.nn.functional as F
 from prismatic.vla.datasets.image_transforms import AugmentRanges, CropBox, center_crop_box, resize_and_crop
 from rocket_align.pooling import pool_teacher
 from rocket_align.teacher.base import TeacherFeatures
-from rocket_align.teacher.store.codec import (
-    Basis,
-    BasisFit,
-    StoredTeacher,
-    StoreGeometry,
-    dequantize,
-    encode,
-    pool_to_grid,
-    reconstruct,
-)
+from rocket_align.teacher.store import codec
+from rocket_align.teacher.store.codec import Basis, BasisFit, dequantize, encode, pool_to_grid, reconstruct
 from rocket_align.teacher.store.layout import StoreLayout
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
@@ -39,8 +31,8 @@ def read(seen: TeacherFeatures, store: int, student: int, crop: tuple[float, ...
     fit.add(pooled)
     basis = fit.result(components=pooled.shape[-1])
     codes = encode(pooled, basis, dtype)
-    geometry = StoreGeometry((store, store), seen.grid_hw, (student, student), seen.image_hw, seen.image_hw[0])
-    teacher = StoredTeacher(basis, geometry, position_embedding=True)
+    geometry = codec.StoreGeometry((store, store), seen.grid_hw, (student, student), seen.image_hw, seen.image_hw[0])
+    teacher = codec.StoredTeacher(basis, geometry, position_embedding=True)
     crops = torch.tensor(crop).expand(*pooled.shape[:1], pooled.shape[2], 4)
     return teacher(codes.values_BKVPR, crops, codes.scales_BKVP).pooled_KBNC
 
@@ -50,12 +42,9 @@ def read(seen: TeacherFeatures, store: int, student: int, crop: tuple[float, ...
 def test_without_a_crop_the_targets_are_the_online_ones(dtype: torch.dtype, store: int, student: int) -> None:
     # Pooling 9 -> 5 reads every second token, so that a store of 5 or of all 9 loses nothing.
     seen = features(2, 2, (9, 9), 8)
-    online = torch.stack(
-        [
-            pool_teacher(layer, seen.grid_hw, seen.image_hw, 2 * student**2, mode="bilinear", position_embedding=True)
-            for layer in seen.layers
-        ]
-    )
+    sizes = seen.grid_hw, seen.image_hw, 2 * student**2
+    pooled = (pool_teacher(layer, *sizes, mode="bilinear", position_embedding=True) for layer in seen.layers)
+    online = torch.stack(list(pooled))
     stored = read(seen, store, student, WHOLE, dtype)
     torch.testing.assert_close(stored, online, atol=0.02 if dtype == torch.int8 else 0.003, rtol=0)
 
@@ -114,18 +103,9 @@ def test_values_that_cannot_be_stored_are_refused() -> None:
 
 def test_bytes_of_a_frame_at_the_real_size() -> None:
     layout = StoreLayout(
-        teacher_kind="vggt",
-        teacher_hash="",
-        teacher_depth=24,
-        layers=tuple(range(10)),
-        channels=2048,
-        components=384,
-        dtype="int8",
-        views=("primary", "wrist"),
-        view_pixels=224,
-        teacher_image_hw=(518, 518),
-        teacher_grid_hw=(37, 37),
-        grid_hw=(20, 20),
-    )
+        teacher_kind="vggt", teacher_hash="", teacher_depth=24, layers=tuple(range(10)), channels=2048, components=384,
+        dtype="int8", views=("primary", "wrist"), view_pixels=224,
+        teacher_image_hw=(518, 518), teacher_grid_hw=(37, 37), grid_hw=(20, 20),
+    )  # fmt: skip
     assert layout.frame_bytes == 10 * 800 * (384 + 4) + 80
     assert layout.frame_bytes < 4_000_000

@@ -16,6 +16,7 @@ from rocket_align.analysis.cosines import OutputSimilarity, TokenCone, parameter
 from rocket_align.analysis.depth_probe import DepthErrors, RidgeProbe, depth_map, patch_depths
 from rocket_align.analysis.gradients import GradientCosines, TheoremCheck
 from rocket_align.analysis.matching import match_layers
+from rocket_align.analysis.static import StaticTargets
 from rocket_align.config import AlignConfig
 
 SHARED = AlignConfig(student_layers=(1, 2, 3), teacher_layers=(0, 1, 2), projector="shared")
@@ -78,6 +79,8 @@ def test_matching_of_a_given_size_is_the_best_of_all() -> None:
         assert sum(scores[pair].item() for pair in pairs) == pytest.approx(best)
     with pytest.raises(ValueError, match="count"):
         match_layers(random(2, 3), 3)
+    with pytest.raises(ValueError, match="finite"):
+        match_layers([[float("nan"), 1.0]])
 
 
 def test_token_cone_equals_the_mean_over_all_pairs() -> None:
@@ -267,3 +270,46 @@ def test_depth_cells_of_patches_and_back() -> None:
     torch.testing.assert_close(depth_map(cells, (3, 6), 2), blocks)
     with pytest.raises(ValueError, match="depth"):
         patch_depths(torch.zeros(1, 1, 4, 4), (2, 2), 1)
+
+
+PAIRS, SAMPLES, VIEWS, PLACES, CHANNELS = 2, 12, 2, 5, 6
+
+
+def noisy_targets(noise: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randn(PAIRS, 1, VIEWS * PLACES, CHANNELS, generator=generator)
+    return places + noise * torch.randn(PAIRS, SAMPLES, VIEWS * PLACES, CHANNELS, generator=generator)
+
+
+def test_streamed_shares_of_place_are_those_of_all_samples() -> None:
+    values = noisy_targets(noise=0.7)
+    static = StaticTargets(VIEWS)
+    for batch in values.split((5, 4, 3), dim=1):
+        static.update(batch)
+    share = static.result()
+    for pair in range(PAIRS):
+        for view in range(VIEWS):
+            units = F.normalize(values[pair].double(), dim=-1).unflatten(1, (VIEWS, PLACES))[:, view]
+            places = units.mean(dim=0)
+            within = (units - places).square().sum(dim=-1).mean()
+            total = (units - units.mean(dim=(0, 1))).square().sum(dim=-1).mean()
+            constant = 1 - F.cosine_similarity(units, places.expand_as(units), dim=-1).mean()
+            assert share.explained_KV[pair, view].item() == pytest.approx(float(1 - within / total))
+            assert share.remaining_KV[pair, view].item() == pytest.approx(float(within))
+            assert share.constant_loss_KV[pair, view].item() == pytest.approx(float(constant))
+
+
+def test_targets_of_place_alone_are_explained_wholly_and_noise_hardly() -> None:
+    for noise, low, high in ((0.0, 1.0 - 1e-12, 1.0 + 1e-12), (1e6, 0.0, 0.2)):
+        static = StaticTargets(VIEWS)
+        static.update(noisy_targets(noise))
+        assert bool((static.result().explained_KV >= low).all() and (static.result().explained_KV <= high).all())
+
+
+def test_static_refusals() -> None:
+    with pytest.raises(ValueError, match="found none"):
+        StaticTargets(1).result()
+    with pytest.raises(ValueError, match="a multiple of the 3 views"):
+        StaticTargets(3).update(noisy_targets(0.0))
+    with pytest.raises(ValueError, match="num_views: found 0"):
+        StaticTargets(0)

@@ -1,15 +1,11 @@
-"""The untrained mini student has OpenVLA-OFT's classes and layout, and answers."""
+"""The untrained mini student: its sizes, its seed, its embeddings."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from experiments.mini.make.pretrain_student import IMAGE_SIZE, build_student
+from experiments.mini.make.pretrain_student import build_student
 
 PROMPT = "In: What action should the robot take to pick up the milk and place it in the basket?\nOut:"
 
@@ -47,26 +43,3 @@ def test_embeddings_of_ids_that_text_reaches_are_not_zero(student) -> None:
     ids = processor.tokenizer(f"{PROMPT} zebra 42!").input_ids + list(range(31744, 32000)) + [29871]
     assert (table[ids].abs().sum(dim=1) > 0).all()
     assert (table.abs().sum(dim=1) == 0).float().mean() > 0.9
-
-
-def test_predicts_a_chunk_after_a_round_trip_through_files(student, tmp_path: Path) -> None:
-    from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
-    from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
-
-    model, processor = student
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    loaded = OpenVLAForActionPrediction.from_pretrained(tmp_path).eval()
-    loaded.vision_backbone.set_num_images_in_input(2)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8))
-    inputs = PrismaticProcessor.from_pretrained(tmp_path)(PROMPT, image)
-    assert inputs["input_ids"].tolist() == processor(PROMPT, image)["input_ids"].tolist()
-    statistics = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}
-    answers = []
-    for policy in (model, loaded):
-        policy.norm_stats = policy.config.norm_stats = {"libero": statistics}
-        pixels = torch.cat([inputs["pixel_values"]] * 2, dim=1)
-        actions, _ = policy.predict_action(inputs["input_ids"], inputs["attention_mask"], pixels, "libero")
-        answers.append(np.asarray(actions))
-    assert answers[0].shape[-2:] == (8, 7)
-    np.testing.assert_allclose(answers[0], answers[1], atol=1e-5)

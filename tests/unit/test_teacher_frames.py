@@ -8,18 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.mini.make import teacher_frames
 from experiments.mini.make.teacher_data import parse_tasks
-from experiments.mini.make.teacher_frames import (
-    CROP,
-    ROTATION,
-    TRANSLATION,
-    FrameSet,
-    crop_images,
-    draw_crops,
-    geometry,
-    jitter_colors,
-    load_frames,
-)
+from experiments.mini.make.teacher_frames import FrameSet, draw_crops, geometry, jitter_colors, load_frames
 from prismatic.util.errors import UsageError
 
 SIZE, FOCAL = 64, 60.0
@@ -93,10 +84,10 @@ def test_relative_pose_takes_second_view_points_to_the_first_camera() -> None:
     frames = _plane_frames()
     targets = geometry(frames, torch.arange(3), draw_crops(3, 2, None), cells=4)
     camera = targets.camera_BVK[:, 1]
-    x, y = camera[:, ROTATION][:, :3], camera[:, ROTATION][:, 3:]
+    x, y = camera[:, teacher_frames.ROTATION][:, :3], camera[:, teacher_frames.ROTATION][:, 3:]
     rotation = torch.stack((x, y, torch.linalg.cross(x, y)), dim=-1)
     torch.testing.assert_close(torch.linalg.det(rotation), torch.ones(3), atol=1e-5, rtol=0)
-    inside = (targets.points_BVGG3[:, 1] - camera[:, None, None, TRANSLATION]).unflatten(-1, (3, 1))
+    inside = (targets.points_BVGG3[:, 1] - camera[:, None, None, teacher_frames.TRANSLATION]).unflatten(-1, (3, 1))
     own = (rotation.transpose(-1, -2)[:, None, None] @ inside).squeeze(-1)
     torch.testing.assert_close(own[..., 2], targets.depth_BVGG[:, 1], atol=1e-4, rtol=0)
 
@@ -104,10 +95,10 @@ def test_relative_pose_takes_second_view_points_to_the_first_camera() -> None:
 def test_images_and_targets_see_the_same_crop() -> None:
     frames = _plane_frames()
     crops = draw_crops(3, 2, torch.Generator().manual_seed(5))
-    images = crop_images(frames.images, crops)
+    images = teacher_frames.crop_images(frames.images, crops)
     assert images.shape == frames.images.shape
     seen = images[..., :2, :, :].mean(dim=(-2, -1))
-    center = geometry(frames, torch.arange(3), crops, cells=4).camera_BVK[..., CROP] + 0.5
+    center = geometry(frames, torch.arange(3), crops, cells=4).camera_BVK[..., teacher_frames.CROP] + 0.5
     torch.testing.assert_close(seen, center, atol=0.01, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""Which teacher a folder holds is read from its config.json."""
+"""Which teacher a folder holds is read from its config.json; what all teachers have in common."""
 
 from __future__ import annotations
 
@@ -10,36 +10,58 @@ import torch
 from rocket_align import flags
 from rocket_align.alignment import MultiLayerAlignment
 from rocket_align.config import AlignConfig
-from rocket_align.teacher.registry import (
-    TEACHER_TYPES,
-    TeacherInfo,
-    describe_teacher,
-    detect_kind,
-    load_teacher,
-    teacher_hash,
-)
-from rocket_align.teacher.vggt.aggregator import VGGTAggregator
-from rocket_align.teacher.vggt.config import VGGTConfig, save_folder
-from tests.helpers.teacher_models import DEPTH, VIT_TEACHERS, WIDTH, save_vit
+from rocket_align.teacher import registry
+from rocket_align.teacher.registry import describe_teacher, detect_kind, load_teacher, teacher_hash
+from tests.helpers.teacher_models import DEPTH, VIT_TEACHERS, WIDTH, save_teacher
 
-CONFIG = VGGTConfig(image_size=28, embed_dim=16, depth=3, num_heads=2, vit_depth=1, vit_num_heads=2)
+TEACHERS = ("vggt", *VIT_TEACHERS)
 
 
-def save_teacher(kind: str, folder: Path) -> Path:
-    if kind != "vggt":
-        return save_vit(kind, folder)
-    torch.manual_seed(0)
-    weights = {f"aggregator.{key}": value for key, value in VGGTAggregator(CONFIG).state_dict().items()}
-    save_folder(folder, CONFIG, weights)
-    return folder
+@pytest.fixture(scope="module", params=TEACHERS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_teacher(request.param, tmp_path_factory.mktemp("teacher"))
 
 
-@pytest.mark.parametrize("model", ["vggt", *VIT_TEACHERS])
+def views() -> torch.Tensor:
+    return torch.rand(2, 3, 3, 84, 84, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("layers", ["2,0,1", "1,1,1", [-1, 0, -1]])
+def test_layers_come_in_the_order_asked_for_and_repeat(folder: Path, layers: str | list[int]) -> None:
+    every = load_teacher(folder, tuple(range(describe_teacher(folder).depth)))(views()).layers
+    teacher = load_teacher(folder, layers)
+    for feature, layer in zip(teacher(views()).layers, teacher.layers, strict=True):
+        torch.testing.assert_close(feature, every[layer])
+
+
+def test_frozen_clamped_and_in_the_precision_asked_for(folder: Path) -> None:
+    teacher = load_teacher(folder, [1])
+    torch.nn.ModuleList([teacher]).train()
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not teacher(views().requires_grad_()).layers[0].requires_grad
+    beyond = views() * 3 - 1
+    assert torch.equal(teacher(beyond).layers[0], teacher(beyond.clamp(0, 1)).layers[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert teacher(views()).layers[0].dtype == torch.float32
+    half = load_teacher(folder, [1], dtype=torch.bfloat16)(views()).layers[0]
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), teacher(views()).layers[0], atol=0.1, rtol=0.1)
+
+
+def test_layers_that_are_not_there_are_refused(folder: Path) -> None:
+    depth = describe_teacher(folder).depth
+    for layers in ([depth], [-depth - 1], ""):
+        with pytest.raises(ValueError, match="layers"):
+            load_teacher(folder, layers)
+
+
+@pytest.mark.parametrize("model", TEACHERS)
 def test_every_teacher_feeds_the_same_alignment(model: str, tmp_path: Path) -> None:
     folder = save_teacher(model, tmp_path / "teacher")
     kind = model.removesuffix("_with_registers")
     info = describe_teacher(folder)
-    assert info == (TeacherInfo("vggt", 3, 32) if kind == "vggt" else TeacherInfo(kind, DEPTH, WIDTH))
+    assert info == registry.TeacherInfo(kind, *((3, 32) if kind == "vggt" else (DEPTH, WIDTH)))
     assert detect_kind(folder, kind) == kind
     teacher = load_teacher(folder, "1,2")
     config = AlignConfig(student_layers=(1, 2), teacher_layers=(1, 2))
@@ -51,7 +73,7 @@ def test_every_teacher_feeds_the_same_alignment(model: str, tmp_path: Path) -> N
 
 
 def test_the_flag_names_the_teachers_there_are() -> None:
-    assert tuple(flags.TEACHER_TYPES[1:]) == tuple(TEACHER_TYPES)
+    assert tuple(flags.TEACHER_TYPES[1:]) == tuple(registry.TEACHER_TYPES)
 
 
 def test_a_wrong_type_is_refused(tmp_path: Path) -> None:

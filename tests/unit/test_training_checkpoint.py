@@ -89,9 +89,8 @@ def test_a_damaged_training_state_is_refused(tmp_path: Path) -> None:
     assert (load_training_state(tmp_path) or {})["step"] == 3
     file.write_bytes(file.read_bytes()[:2000])
     for lazily in (True, False):
-        with pytest.raises(UsageError, match=r"state\.pt: not readable") as refusal:
+        with pytest.raises(UsageError, match=r"state\.pt: not readable"):
             load_training_state(tmp_path, lazily=lazily)
-        assert "\n" not in str(refusal.value)
 
 
 def test_a_damaged_or_foreign_adapter_is_refused(tmp_path: Path) -> None:
@@ -102,9 +101,8 @@ def test_a_damaged_or_foreign_adapter_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "adapter_model.safetensors"
     for student, content in ((tiny_student(text_config=wider), file.read_bytes()), (tiny_student(), b"cut")):
         file.write_bytes(content)
-        with pytest.raises(UsageError, match=f"--resume: {tmp_path}: ") as refusal:
+        with pytest.raises(UsageError, match=f"--resume: {tmp_path}: "):
             prepare_for_training(student, config, LIBERO, tmp_path)
-        assert "\n" not in str(refusal.value)
 
 
 def test_a_resume_tells_which_flags_differ() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from experiments.report.html import setting_rows
 from experiments.reproduce import training_page
+from tests.helpers.episode_results import episode_results, write_episodes
 
 
 def _run(root: Path, name: str, *, pairs: int, final: float, **config: Any) -> Path:
@@ -37,16 +38,11 @@ def _run(root: Path, name: str, *, pairs: int, final: float, **config: Any) -> P
 
 def _evaluation(root: Path, run: str, step: int, successes: int) -> None:
     folder = root / "eval" / f"{run}-{step}"
-    (folder / "videos").mkdir(parents=True)
-    record = {"identity": {"suite": "libero_object"}, "environment": {"checkpoint": f"x/{run}--{step}_chkpt"}}
-    (folder / "config.json").write_text(json.dumps(record))
-    for number in range(4):
-        good = number < successes
-        line = {"suite": "libero_object", "task_id": 0, "task": "t", "init_state": number, "seed": 7}
-        line |= {"status": "success" if good else "failure", "success": good, "steps": 9, "error": None, "wall_time": 1}
-        with (folder / "episodes.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        (folder / "videos" / f"libero_object--task00--init{number:02d}--{line['status']}.mp4").write_bytes(b"")
+    results = episode_results("s" * successes + "f" * (4 - successes), suite="libero_object")
+    write_episodes(folder, results, {"suite": "libero_object"}, {"checkpoint": f"x/{run}--{step}_chkpt"})
+    (folder / "videos").mkdir()
+    for result in results:
+        (folder / "videos" / f"libero_object--task00--init{result.init_state:02d}--{result.status}.mp4").touch()
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
-"""Loading, cutting and freezing the VGGT teacher."""
+"""Loading and cutting the VGGT teacher, from folders, released configurations and hub ids."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,23 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rocket_align.teacher.vggt.aggregator import VGGTAggregator
-from rocket_align.teacher.vggt.config import VGGTConfig, save_folder
+from rocket_align.teacher.vggt.config import VGGTConfig, find_weights, save_folder
 from rocket_align.teacher.vggt.geometry import VGGTGeometry
 from rocket_align.teacher.vggt.teacher import VGGTTeacher
-
-CONFIG = VGGTConfig(image_size=28, embed_dim=16, depth=3, num_heads=2, vit_depth=1, vit_num_heads=2)
+from tests.helpers.teacher_models import VGGT, save_teacher
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    weights = {f"aggregator.{key}": value for key, value in VGGTAggregator(CONFIG).state_dict().items()}
-    save_folder(tmp_path / "teacher", CONFIG, {**weights, "depth_head.norm.weight": torch.ones(3)})
-    return tmp_path / "teacher"
+    return save_teacher("vggt", tmp_path / "teacher")
 
 
-def rewrite(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    save_file(weights, folder / "model.safetensors")
+def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Change tensors of the aggregator; None takes one out."""
+    named = {f"aggregator.{name}": value for name, value in changes.items()}
+    weights = {**load_file(folder / "model.safetensors"), **named}
+    save_file({name: value for name, value in weights.items() if value is not None}, folder / "model.safetensors")
 
 
 def images() -> torch.Tensor:
@@ -59,50 +60,17 @@ def test_runs_on_the_images_device_and_builds_no_heads(folder: Path, monkeypatch
 
 def test_later_layers_need_no_weights(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
-    rewrite(folder, {key: value for key, value in weights.items() if "_blocks.2." not in key})
+    kept = {key: value for key, value in weights.items() if "_blocks.2." not in key}
+    save_file(kept, folder / "model.safetensors")
     VGGTTeacher.from_pretrained(folder, layers=[1])
     with pytest.raises(ValueError, match="missing"):
         VGGTTeacher.from_pretrained(folder, layers=[-1])
 
 
-@pytest.mark.parametrize("layers", ["2,0,1", "1,1,1", [-1, 0, -1]])
-def test_layers_come_in_the_order_asked_for_and_repeat(folder: Path, layers: str | list[int]) -> None:
-    every = VGGTTeacher.from_pretrained(folder, layers="0,1,2")(images()).layers
-    teacher = VGGTTeacher.from_pretrained(folder, layers=layers)
-    for feature, layer in zip(teacher(images()).layers, teacher.layers, strict=True):
-        torch.testing.assert_close(feature, every[layer])
-
-
-def test_is_frozen_whatever_is_around_it(folder: Path) -> None:
+def test_images_are_resized(folder: Path) -> None:
     teacher = VGGTTeacher.from_pretrained(folder, layers=[0])
-    torch.nn.ModuleList([teacher]).train()
-    assert not any(module.training for module in teacher.modules())
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert not teacher(images().requires_grad_()).layers[0].requires_grad
-
-
-def test_runs_in_the_precision_asked_for(folder: Path) -> None:
-    exact = VGGTTeacher.from_pretrained(folder, layers=[1])
-    with torch.autocast("cpu", torch.bfloat16):
-        assert exact(images()).layers[0].dtype == torch.float32
-    half = VGGTTeacher.from_pretrained(folder, layers=[1], dtype=torch.bfloat16)
-    feature = half(images()).layers[0]
-    assert feature.dtype == torch.bfloat16
-    torch.testing.assert_close(feature.float(), exact(images()).layers[0], atol=0.1, rtol=0.1)
-
-
-def test_images_are_clamped_and_resized(folder: Path) -> None:
-    teacher = VGGTTeacher.from_pretrained(folder, layers=[0])
-    beyond = images() * 3 - 1
-    assert torch.equal(teacher(beyond).layers[0], teacher(beyond.clamp(0, 1)).layers[0])
     assert teacher(images()).image_hw == (28, 28)
     assert teacher(torch.rand(1, 1, 3, 20, 40)).image_hw == (14, 28)
-
-
-@pytest.mark.parametrize("layers", [[3], [-4], ""])
-def test_refused_layers(folder: Path, layers: str | list[int]) -> None:
-    with pytest.raises(ValueError, match="layers"):
-        VGGTTeacher.from_pretrained(folder, layers=layers)
 
 
 def test_torch_file_without_tensors_only_is_refused(tmp_path: Path) -> None:
@@ -120,41 +88,21 @@ def test_torch_file_is_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("spoil", "said"),
     [
-        ("missing", "missing aggregator.camera_token"),
-        ("unexpected", "unexpected aggregator.other"),
-        ("shape", "wrong shapes: aggregator.camera_token"),
-        ("broken", "not readable"),
-        ("config", "unknown fields width"),
-        ("nothing", "no teacher weights"),
+        (lambda at: rewrite(at, camera_token=None), "missing aggregator.camera_token"),
+        (lambda at: rewrite(at, other=torch.zeros(1)), "unexpected aggregator.other"),
+        (lambda at: rewrite(at, camera_token=torch.zeros(1, 2, 1, 8)), "wrong shapes: aggregator.camera_token"),
+        (lambda at: (at / "model.safetensors").write_bytes(b"not a safetensors file"), "not readable"),
+        (lambda at: (at / "config.json").write_text('{"width": 3}'), "unknown fields width"),
+        (lambda at: (at / "model.safetensors").unlink(), "no teacher weights"),
     ],
 )
-def test_wrong_files_are_refused_in_one_line(folder: Path, change: str, said: str) -> None:
-    weights = load_file(folder / "model.safetensors")
-    if change == "missing":
-        del weights["aggregator.camera_token"]
-    elif change == "unexpected":
-        weights["aggregator.other"] = torch.zeros(1)
-    elif change == "shape":
-        weights["aggregator.camera_token"] = torch.zeros(1, 2, 1, 8)
-    if change in ("missing", "unexpected", "shape"):
-        rewrite(folder, weights)
-    elif change == "broken":
-        (folder / "model.safetensors").write_bytes(b"not a safetensors file")
-    elif change == "config":
-        (folder / "config.json").write_text('{"width": 3}')
-    elif change == "nothing":
-        (folder / "model.safetensors").unlink()
+def test_wrong_files_are_refused_in_one_line(folder: Path, spoil: Callable[[Path], object], said: str) -> None:
+    spoil(folder)
     with pytest.raises(ValueError, match=said) as refused:
         VGGTTeacher.from_pretrained(folder, layers=[0])
-    assert "\n" not in str(refused.value)
-    assert str(folder) in str(refused.value)
-
-
-def test_missing_path() -> None:
-    with pytest.raises(ValueError, match="/no/such"):
-        VGGTTeacher.from_pretrained("/no/such", layers=[0])
+    assert "\n" not in str(refused.value) and str(folder) in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -170,22 +118,22 @@ def test_missing_path() -> None:
 )
 def test_sizes_that_cannot_be_built(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="accepted"):
-        replace(CONFIG, **change)  # type: ignore[arg-type]
+        replace(VGGT, **change)  # type: ignore[arg-type]
 
 
 def test_aggregator_trains() -> None:
-    aggregator = VGGTAggregator(replace(CONFIG, patch_embed="conv"))
+    aggregator = VGGTAggregator(replace(VGGT, patch_embed="conv"))
     aggregator(torch.rand(1, 2, 3, 28, 28))[-1].square().mean().backward()
     assert all(parameter.grad is not None for parameter in aggregator.parameters())
 
 
 def test_dense_layers_beyond_the_model_are_refused() -> None:
     with pytest.raises(ValueError, match="dense_layers"):
-        VGGTGeometry(CONFIG, heads=["depth"])
+        VGGTGeometry(VGGT, heads=["depth"])
 
 
 def test_a_teacher_trained_with_heads_loads_without_them(tmp_path: Path) -> None:
-    config = replace(CONFIG, dense_layers=(0, 1, 1, 2), dense_channels=(8, 8, 8, 8), dense_features=8)
+    config = replace(VGGT, dense_layers=(0, 1, 1, 2), dense_channels=(8, 8, 8, 8), dense_features=8)
     model = VGGTGeometry(config, heads=["depth"])
     depth = model(torch.rand(1, 2, 3, 28, 42)).depth
     assert depth is not None
@@ -201,4 +149,24 @@ def test_a_teacher_trained_with_heads_loads_without_them(tmp_path: Path) -> None
 
 def test_image_sides_must_fit_the_patches() -> None:
     with pytest.raises(ValueError, match="30 x 28"):
-        VGGTAggregator(CONFIG)(torch.rand(1, 1, 3, 30, 28))
+        VGGTAggregator(VGGT)(torch.rand(1, 1, 3, 30, 28))
+
+
+def test_a_released_configuration_is_understood(tmp_path: Path) -> None:
+    released = {"img_size": 518, "patch_size": 14, "embed_dim": 1024, "enable_track": True}
+    (tmp_path / "config.json").write_text(json.dumps(released))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert find_weights(tmp_path) == (tmp_path / "model.safetensors", VGGTConfig())
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^nobody/no-such-vggt: no such file or folder here, and not .*hub") as caught:
+        find_weights("nobody/no-such-vggt")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["missing", "/no/such/folder", "./no/such", "a/b/c"])
+def test_what_is_no_hub_id_is_never_asked_of_the_hub(path: str) -> None:
+    with pytest.raises(ValueError, match="no such file or folder; accepted"):
+        find_weights(path)
