@@ -214,7 +214,8 @@ def test_a_field_that_nobody_reads_refuses_no_request() -> None:
         "counts": {1: 2},
         "note": "\udcff",
     }
-    message = msgpack.packb({**odd, **PAYLOAD}, default=_numpy_hook, unicode_errors="surrogateescape")
+    packing = {"default": lambda value: msgpack.unpackb(to_msgpack(value)), "unicode_errors": "surrogateescape"}
+    message = msgpack.packb({**odd, **PAYLOAD}, **packing)
     content: Any = from_msgpack(message, lenient=True)
     request = parse_request(content, SPEC)
     assert (request.query.wrist_image == 1).all()
@@ -228,10 +229,6 @@ def test_a_field_that_nobody_reads_refuses_no_request() -> None:
         parse_request({**PAYLOAD, **from_json(text, lenient=True)}, SPEC)  # type: ignore[dict-item]
     with pytest.raises(RequestError, match="text: found bytes that are no UTF-8"):
         parse_request({**PAYLOAD, "instruction": content["note"]}, SPEC)
-
-
-def _numpy_hook(value: Any) -> Any:
-    return msgpack.unpackb(to_msgpack(value))
 
 
 def test_missing_views_and_payloads_that_are_none() -> None:
@@ -292,8 +289,7 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_access(headers: dict[str, str], token: str | None, status: int | None) -> None:
-    refused = refusal(headers, token)
-    assert (refused[0] if refused else None) == status
+    assert (refusal(headers, token) or (None,))[0] == status
 
 
 class CountingPolicy:
@@ -364,8 +360,7 @@ def test_too_many_requests_and_shutting_down() -> None:
     running = batcher.submit(request(0))
     assert policy.entered.wait(10)
     waiting = [batcher.submit(request(number)) for number in (1, 2)]
-    given_up = waiting.pop(0)
-    assert given_up.cancel()  # Closing must not stumble over it.
+    assert waiting.pop(0).cancel()  # Closing must not stumble over it.
     with pytest.raises(Overloaded, match="2 requests are waiting"):
         batcher.submit(request(3))
     pool = ThreadPoolExecutor(1)
