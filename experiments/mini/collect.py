@@ -1,6 +1,7 @@
-"""Collect demonstrations of the scripted expert in LIBERO as an RLDS dataset.
+"""Collect demonstrations of the scripted expert in LIBERO, or of gym-aloha's two arms, as an RLDS dataset.
 
     python -m experiments.mini.collect --suite libero_object --tasks 1,2 --episodes 30 --out data
+    python -m experiments.mini.collect --suite gym_aloha --episodes 100 --out data
 
 Object placements come from each task's own sampler, seeded by (seed, suite, task, episode): no official initial state
 is used, so all of them stay unseen for evaluation. The bytes do not depend on the number of workers. An interrupted run
@@ -17,6 +18,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.mini import SCENES
+from experiments.robot.aloha import GYM_ALOHA
 from experiments.robot.policy import Render
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
@@ -39,7 +42,7 @@ _POLL_SECONDS = 0.5
 class CollectConfig:
     """Flags of the collection."""
 
-    suite: str = "libero_object"  # task suite
+    suite: str = "libero_object"  # task suite, or gym_aloha
     tasks: str = numbers("all", least=0)  # task numbers, such as 1,2,5-7, or all
     episodes: int = limited(30, least=1)  # successful episodes a task
     seed: int = limited(0, least=0)  # of placements and noise
@@ -50,12 +53,14 @@ class CollectConfig:
     workers: int = limited(2, least=1)  # processes
     max_attempts: int = limited(4, least=1)  # placements tried for one episode before it is given up
     out: Path = Path("data")  # folder of datasets
-    name: str = ""  # dataset name; default <suite>_no_noops
+    name: str = ""  # dataset name; default <suite>_no_noops, or gym_aloha
 
     def __post_init__(self) -> None:
         check(self)
         self.out = Path(self.out).expanduser()
-        self.name = self.name or f"{self.suite}_no_noops"
+        self.name = self.name or (self.suite if self.suite == GYM_ALOHA else f"{self.suite}_no_noops")
+        if self.suite == GYM_ALOHA and self.scene != "task":
+            raise UsageError(f"--scene: {self.scene} found; accepted for {GYM_ALOHA}: task")
 
     def identity(self) -> dict[str, Any]:
         """Settings that the bytes of an episode depend on, beside its task and number."""
@@ -79,17 +84,30 @@ class CollectConfig:
         return self.staging / f"task{task:02d}-episode{episode:05d}.example"
 
 
-def _collect_block(config: CollectConfig, task: int, episodes: range) -> None:
-    """Work of one process: the given episodes of one task, each stored when it is finished."""
-    from experiments.mini.expert import demonstrate, derive_seed
+def _expert(config: CollectConfig, task: int) -> tuple[Any, Callable[..., Any], Callable[..., bytes]]:
+    """The task's scene, the expert that demonstrates in it, and how its episodes are stored."""
+    looks: dict[str, Any] = {"image_size": config.image_size, "render": config.render}
+    if config.suite == GYM_ALOHA:
+        from experiments.mini import transfer
+
+        return transfer.AlohaEnv(**looks), transfer.demonstrate, transfer.serialize_episode
+    from experiments.mini.expert import demonstrate
     from experiments.mini.moved_scene import make_scene
     from prismatic.vla.datasets.rlds_writer import serialize_episode
+
+    return make_scene(config.scene, config.suite, task, **looks), demonstrate, serialize_episode
+
+
+def _collect_block(config: CollectConfig, task: int, episodes: range) -> None:
+    """Work of one process: the given episodes of one task, each stored when it is finished."""
+    from experiments.mini.expert import derive_seed
 
     todo = [number for number in episodes if not config.staged(task, number).with_suffix(".json").exists()]
     if not todo:
         return
     parent = multiprocessing.parent_process()
-    with make_scene(config.scene, config.suite, task, image_size=config.image_size, render=config.render) as env:
+    scene, demonstrate, serialize_episode = _expert(config, task)
+    with scene as env:
         for number in todo:
             if parent is not None and not parent.is_alive():
                 return  # Without the process that shows progress nobody would stop this one.
@@ -123,7 +141,7 @@ def _check_tasks(config: CollectConfig) -> tuple[int, ...]:
 
     choose_renderer()
     tasks = choose_numbers("--tasks", config.tasks, num_tasks(config.suite))
-    for task in tasks:
+    for task in tasks if config.suite != GYM_ALOHA else ():
         read_goal(get_task(config.suite, task))
     return tasks
 
@@ -189,12 +207,13 @@ def _existing(config: CollectConfig) -> dict[str, Any] | None:
 
 def collect(config: CollectConfig) -> Path:
     """Collect what is missing, write the dataset, return its folder. Raises UsageError when that cannot be."""
-    from prismatic.vla.datasets.rlds_writer import RLDSWriter
+    from prismatic.vla.datasets.rlds_writer import RLDSWriter, aloha_schema
 
     refuse_long_name("--name", config.folder)
     existing = _existing(config)
     tasks = _check_tasks(config)
-    writer = RLDSWriter(config.out, config.name, image_size=config.image_size)
+    schema = aloha_schema(config.image_size, config.image_size) if config.suite == GYM_ALOHA else None
+    writer = RLDSWriter(config.out, config.name, image_size=config.image_size, schema=schema)
     if (
         existing
         and list(existing["tasks"]) == [str(task) for task in tasks]

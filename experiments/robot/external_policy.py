@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from experiments.robot.libero.rollouts.protocol import EvalFlags
-from experiments.robot.libero.suites.tasks import unnorm_key_for
+from experiments.robot.libero.suites.tasks import find_suite, unnorm_key_for
 from experiments.robot.policy import Policy
 from prismatic.util.errors import UsageError
 
@@ -43,7 +43,7 @@ def _open_server(config: EvalFlags) -> tuple[Policy, dict[str, object]]:
         config.policy,
         token=read_token(""),
         timeout_s=config.policy_timeout or SERVER_TIMEOUT_S,
-        gripper=config.policy_gripper,
+        gripper=config.policy_gripper if find_suite(config.task_suite_name).robot.flips_gripper else "policy",
     )
     metadata = policy.metadata
     policy.unnorm_key = _unnorm_key(config, metadata)
@@ -77,8 +77,12 @@ def _check_sizes(config: EvalFlags, metadata: Mapping[str, object]) -> None:
             f"--num_open_loop_steps: found {config.num_open_loop_steps}; "
             f"accepted: 1 to {chunk}, the chunk length of the policy at {config.policy}"
         )
-    if isinstance(size, int) and size != 7:
-        raise UsageError(f"--policy: {config.policy} answers {size} numbers an action; accepted: 7, as LIBERO takes")
+    robot = find_suite(config.task_suite_name).robot
+    if isinstance(size, int) and size != robot.platform.action_dim:
+        raise UsageError(
+            f"--policy: {config.policy} answers {size} numbers an action; "
+            f"accepted: {robot.platform.action_dim}, as {robot.name} takes"
+        )
 
 
 def _open_factory(config: EvalFlags) -> tuple[Policy, dict[str, object]]:

@@ -28,7 +28,7 @@ from experiments.robot.acting import load_policy
 from experiments.robot.external_policy import open_policy
 from experiments.robot.libero.results.run_folder import RunFolder
 from experiments.robot.libero.results.summary import Report
-from experiments.robot.libero.rollouts.episode import EpisodeRunner, MakeEnv, make_libero_env
+from experiments.robot.libero.rollouts.episode import EpisodeRunner, MakeEnv, make_simulator
 from experiments.robot.libero.rollouts.plan import Plan, default_run_name, make_plan, run_environment, run_identity
 from experiments.robot.libero.rollouts.protocol import Episode, EvalFlags, SaveVideos
 from experiments.robot.libero.rollouts.result import EpisodeResult, EvalProgress
@@ -50,12 +50,12 @@ class GenerateConfig(EvalFlags):
     """OpenVLA-OFT's evaluation flags, and ours."""
 
 
-def eval_libero(config: EvalFlags, policy: Policy | None = None, make_env: MakeEnv = make_libero_env) -> Report:
+def eval_libero(config: EvalFlags, policy: Policy | None = None, make_env: MakeEnv = make_simulator) -> Report:
     """Run an evaluation and return its summary (also written to summary.json).
 
     Args:
         policy: acts instead of `config.pretrained_checkpoint`.
-        make_env: (episode, protocol) -> environment, a picklable function, instead of LIBERO's simulator.
+        make_env: (episode, protocol) -> environment, a picklable function, instead of the suite's simulator.
 
     Raises:
         UsageError: anything wrong that the user can mend; most of it before anything is loaded.
@@ -128,13 +128,16 @@ def _ready_policy(config: EvalFlags, plan: Plan, given: Policy | None) -> Policy
 def _run_episodes(
     config: EvalFlags, plan: Plan, policy: Policy, episodes: list[Episode], results: RunFolder, make_env: MakeEnv
 ) -> None:
-    views = config.num_images_in_input if plan.checkpoint is not None else 2  # Policies of others may look at both.
+    robot = find_suite(config.task_suite_name).robot
+    # Policies of others may look through all cameras.
+    views = config.num_images_in_input if plan.checkpoint is not None else robot.cameras
     make_runner = functools.partial(EpisodeRunner, plan.protocol, make_env, views=views)
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     count = min(config.num_workers or default_num_workers(len(episodes), on_this_machine), len(episodes))
     settings = RolloutSettings(
         open_loop_steps=plan.protocol.open_loop_steps,
         max_batch=config.max_batch,
+        action_dim=robot.platform.action_dim,
         video_path=_video_path(config.save_videos, results.folder / "videos"),
     )
     with policy_threads(count, on_this_machine), EvalProgress(len(episodes), results.finished()) as progress:

@@ -22,6 +22,7 @@ from prismatic.vla.datasets.tfrecord import masked_crc
 
 JPEG_QUALITY = 95
 STATE_DIM, JOINT_DIM, ACTION_DIM = 8, 7, 7
+ALOHA_DIM = 14  # Of actions and states
 _SHARD_BYTES = 256 << 20
 
 
@@ -108,6 +109,26 @@ def libero_schema(image_size: int) -> Schema:
         "language_instruction": Texts(),
         "observation": observation,
         "reward": Numbers(),
+    }
+    return Schema(steps, {"episode_metadata": {"file_path": Texts()}})
+
+
+def aloha_schema(height: int, width: int) -> Schema:
+    """Schema of a two-armed dataset: head and wrist cameras, joints and grippers of both arms (14 numbers)."""
+    image, flag = Images(height, width), Numbers(dtype="bool")
+    observation: Features = {
+        "image": image,
+        "left_wrist_image": image,
+        "right_wrist_image": image,
+        "state": Numbers((ALOHA_DIM,)),
+    }
+    steps: Features = {
+        "action": Numbers((ALOHA_DIM,)),
+        "is_first": flag,
+        "is_last": flag,
+        "is_terminal": flag,
+        "language_instruction": Texts(),
+        "observation": observation,
     }
     return Schema(steps, {"episode_metadata": {"file_path": Texts()}})
 

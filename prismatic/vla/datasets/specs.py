@@ -198,6 +198,7 @@ _LIBERO_SUFFIXES = ("", "_no_noops", "_image", "_no_noops_1.0.0_lerobot")
 DATASETS: dict[str, DatasetSpec] = {
     **{suite + suffix: LIBERO_SPEC for suite in _LIBERO_SUITES for suffix in _LIBERO_SUFFIXES},
     "libero": LIBERO_SPEC,  # four suites in one: lerobot/libero, physical-intelligence/libero
+    "gym_aloha": ALOHA_SPEC,  # experiments/mini/collect.py
     "aloha1_fold_shorts_20_demos": ALOHA_SPEC,
     "aloha1_fold_shirt_30_demos": ALOHA_SPEC,
     "aloha1_scoop_X_into_bowl_45_demos": ALOHA_SPEC,

@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from experiments.robot.libero.rollouts.protocol import DUMMY_ACTION, Episode, to_env_action
+from experiments.robot.aloha import GYM_ALOHA
+from experiments.robot.libero.rollouts.protocol import Episode, to_env_action
 from experiments.robot.libero.rollouts.protocol import Protocol as EvalProtocol
+from experiments.robot.libero.suites.task import Robot
+from experiments.robot.libero.suites.tasks import find_suite
 from experiments.robot.policy import Query
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_path
@@ -27,8 +30,7 @@ from prismatic.util.files import atomic_path
 if TYPE_CHECKING:
     from experiments.robot.libero.simulator.environment import LiberoEnv, Observation
 
-CONTROL_HZ = 20
-VIDEO_STRIDE = 2  # simulator steps a video frame: 10 frames a second in real time
+VIDEO_STRIDE = 2  # simulator steps a video frame: 10 frames a second of LIBERO, in real time
 
 Array = npt.NDArray[np.float64]
 Image = npt.NDArray[np.uint8]
@@ -71,12 +73,23 @@ class WorkerReply:
 
 
 def make_libero_env(episode: Episode, protocol: EvalProtocol) -> LiberoEnv:
-    """The simulator for an episode's task; the default of :class:`EpisodeRunner`."""
+    """LIBERO's simulator for an episode's task; the default of :class:`EpisodeRunner`."""
     from experiments.robot.libero.simulator.environment import LiberoEnv
 
     env = LiberoEnv(episode.suite, episode.task_id, image_size=protocol.image_size, render=protocol.render)
     env.robot_start = episode.robot_start
     env.observe()  # Opens the renderer, which takes a second or two: part of creation, not of the first episode.
+    return env
+
+
+def make_simulator(episode: Episode, protocol: EvalProtocol) -> Environment:
+    """The simulator of an episode's suite."""
+    if episode.suite != GYM_ALOHA:
+        return make_libero_env(episode, protocol)
+    from experiments.robot.aloha.environment import AlohaEnv
+
+    env = AlohaEnv(image_size=protocol.image_size, render=protocol.render)
+    env.observe()  # As above.
     return env
 
 
@@ -107,7 +120,7 @@ class EpisodeRunner:
         assert self._episode is not None
         with self._timed("physics"):
             for action_A in actions_TA[: self.protocol.open_loop_steps]:
-                self._actions.append(to_env_action(action_A))
+                self._actions.append(to_env_action(action_A) if self._robot.flips_gripper else action_A)
                 if self._simulator.step(self._actions[-1]):
                     return StepResult(None, True, len(self._actions))
                 if len(self._actions) >= (self._episode.max_steps or self.protocol.max_steps):
@@ -115,7 +128,7 @@ class EpisodeRunner:
         return self._ask()
 
     def film(self, path: Path) -> None:
-        """Replay the episode that ended last and write it to `path` (mp4, both cameras side by side)."""
+        """Replay the episode that ended last and write it to `path` (mp4, all cameras side by side)."""
 
         def frames() -> Iterator[Image]:
             self._reset()
@@ -125,7 +138,7 @@ class EpisodeRunner:
                 if number % VIDEO_STRIDE == 0 or number == len(self._actions):
                     yield self._frame()
 
-        write_video(path, frames(), CONTROL_HZ / VIDEO_STRIDE)
+        write_video(path, frames(), self._robot.control_hz / VIDEO_STRIDE)
 
     def perform(self, request: str, *arguments: object) -> WorkerReply:
         """Call a method by name; an exception becomes an error reply and the environment is built anew next time."""
@@ -151,6 +164,11 @@ class EpisodeRunner:
     def _simulator(self) -> Environment:
         assert self._env is not None
         return self._env
+
+    @property
+    def _robot(self) -> Robot:
+        assert self._episode is not None
+        return find_suite(self._episode.suite).robot
 
     @contextlib.contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -183,19 +201,26 @@ class EpisodeRunner:
                 raise UsageError(f"--initial_states_path: {error}") from None
             raise ValueError(str(error)) from None  # A state that does not fit is this episode's error, not the run's.
         for _ in range(self.protocol.settle_steps):
-            self._simulator.step(np.array(DUMMY_ACTION))
+            self._simulator.step(np.array(self._robot.idle))
 
     def _ask(self) -> StepResult:
         assert self._episode is not None
         with self._timed("rendering"):
             seen, steps = self._simulator.observe(**self._looks), len(self._actions)
         seed = self._episode.query_seed(steps)
-        query = Query(seen.image, seen.wrist_image, seen.state, self._episode.task, seed)
+        query = Query(
+            seen.image, seen.wrist_image, seen.state, self._episode.task, seed, extra_images=_extra_images(seen)
+        )
         return StepResult(query, False, steps)
 
     def _frame(self) -> Image:
         seen = self._simulator.observe()
-        return np.concatenate([seen.image, seen.wrist_image], axis=1)
+        return np.concatenate([seen.image, seen.wrist_image, *_extra_images(seen)], axis=1)
+
+
+def _extra_images(seen: Observation) -> tuple[Image, ...]:
+    """Further wrist cameras' pictures; an environment of one's own need not name any."""
+    return getattr(seen, "extra_images", ())
 
 
 def describe_error(error: BaseException) -> str:

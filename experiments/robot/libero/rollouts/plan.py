@@ -45,7 +45,6 @@ from prismatic.util.errors import UsageError
 from prismatic.util.files import fitting_name, longest_name
 from prismatic.util.flags import check, choose_numbers
 from prismatic.util.versions import package_version, package_versions
-from prismatic.vla.platforms import LIBERO
 
 
 @dataclass(frozen=True)
@@ -103,15 +102,15 @@ def _check_flags(config: EvalFlags) -> None:
 def _check_policy(config: EvalFlags, checkpoint: Checkpoint, unnorm_key: str) -> None:
     """Checks of the flags against what the checkpoint holds."""
     check_policy_flags(config, checkpoint, unnorm_key)
-    robot = checkpoint.platform
-    widths = {"action": (robot.action_dim, LIBERO.action_dim)}
+    robot, taker = checkpoint.platform, find_suite(config.task_suite_name).robot
+    widths = {"action": (robot.action_dim, taker.platform.action_dim)}
     if config.use_proprio:
-        widths["state"] = (robot.proprio_dim, LIBERO.proprio_dim)
+        widths["state"] = (robot.proprio_dim, taker.platform.proprio_dim)
     for kind, (trained, taken) in widths.items():
         if trained != taken:
             raise UsageError(
                 f"--pretrained_checkpoint: {checkpoint.path} is a policy of {robot.name}, with {kind}s of {trained} "
-                f"numbers; accepted: {taken}, as LIBERO takes"
+                f"numbers; accepted: {taken}, as {taker.name} takes"
             )
     if config.num_open_loop_steps > robot.chunk:
         raise UsageError(
@@ -126,6 +125,11 @@ def _check_suite_flags(config: EvalFlags) -> None:
         max_steps_for(suite.name)
     suite.num_tasks()
     refuse_foreign_flags(suite.name, config)
+    if config.num_images_in_input > suite.robot.cameras:
+        raise UsageError(
+            f"--num_images_in_input: found {config.num_images_in_input}; "
+            f"accepted: 1 to {suite.robot.cameras}, the cameras of {suite.name}"
+        )
     if suite.own_states and config.initial_states_path != "DEFAULT":
         raise UsageError(f"--initial_states_path: {suite.own_states} has initial states of its own; accepted: DEFAULT")
 

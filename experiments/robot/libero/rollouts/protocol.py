@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from experiments.robot.libero.suites.task import MAX_STEPS, TRIALS, Instructions
+from experiments.robot.libero.suites.task import MAX_STEPS, TRIALS, Instructions, Robot
 from experiments.robot.libero.suites.tasks import LIBERO_FILES, SuiteFlags, find_suite
 from experiments.robot.policy import Gripper, PolicyFlags, Render
 from experiments.robot.robot_utils import invert_gripper_action, normalize_gripper_action
@@ -33,9 +33,9 @@ __all__ = [
     "protocol_deviations", "to_env_action",
 ]  # fmt: skip
 Array = npt.NDArray[np.float64]
-Views = Literal[1, 2]
+Views = Literal[1, 2, 3]
 SaveVideos = Literal["none", "failures", "all"]
-DUMMY_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+DUMMY_ACTION = Robot().idle
 
 
 @dataclass
@@ -43,7 +43,7 @@ class _CommonFlags(PolicyFlags):
     """Flags for every suite: OpenVLA-OFT's, and ours."""
 
     # What is evaluated
-    num_images_in_input: Views = 2  # Camera views: the third-person one, then the wrist camera
+    num_images_in_input: Views = 2  # Camera views: the third-person one, then the wrist camera, or two of gym_aloha's
     unnorm_key: str = ""  # Dataset whose statistics un-normalize actions; default: the suite, then suite_no_noops
     policy: str = ""  # Instead of a checkpoint: http://HOST:PORT or ws://HOST:PORT of a server, or MODULE:FACTORY
     # Gripper of a server's actions; policy: 1 = open; libero: -1 = open; auto: as it says
@@ -98,7 +98,7 @@ class EvalFlags(SuiteFlags, _CommonFlags):
 class Protocol:
     """Rules of an episode; part of what makes two runs comparable.
 
-    `max_steps` policy steps at most after `settle_steps` steps of :data:`DUMMY_ACTION`; `open_loop_steps` actions of
+    `max_steps` policy steps at most after `settle_steps` idle steps; `open_loop_steps` actions of
     each chunk are executed; cameras of `image_size` pixels, drawn as `render` says; `env_seed` seeds the simulator.
     """
 
@@ -188,7 +188,7 @@ def protocol_deviations(identity: Mapping[str, object]) -> list[str]:
 
 
 def to_env_action(action_A: Array) -> Array:
-    """A policy's action as the simulator takes it: gripper from [0, 1] (1 open) to -1/+1 (-1 open)."""
+    """A policy's action as LIBERO's simulator takes it: gripper from [0, 1] (1 open) to -1/+1 (-1 open)."""
     return invert_gripper_action(normalize_gripper_action(action_A, binarize=True))
 
 

@@ -26,7 +26,6 @@ from experiments.robot.policy import Policy, Query
 from prismatic.util.errors import UsageError
 
 MAX_ATTEMPTS = 3
-ACTION_DIM = 7
 _log = logging.getLogger(__name__)
 
 Array = npt.NDArray[np.float64]
@@ -40,12 +39,14 @@ class RolloutSettings:
         open_loop_steps: actions of a chunk that are executed.
         max_batch: most queries the policy gets at once, 0 for no limit. With 1, results do not depend on the number
             of workers: a batch of another size may round differently.
+        action_dim: numbers of an action.
         timeout: seconds after which a worker that does not reply counts as dead.
         video_path: file for an episode's video, or None for no video of it.
     """
 
     open_loop_steps: int
     max_batch: int = 0
+    action_dim: int = 7
     timeout: float = 900.0
     video_path: Callable[[EpisodeResult], Path | None] = lambda result: None
 
@@ -154,7 +155,7 @@ class Rollouts:
     def _answer(self, waiting: list[_Slot]) -> None:
         queries = [slot.state.query for slot in waiting if slot.state is not None and slot.state.query is not None]
         started = time.monotonic()
-        answers = ask(self._policy, queries, self._settings.open_loop_steps)
+        answers = ask(self._policy, queries, self._settings.open_loop_steps, self._settings.action_dim)
         spent = {"policy": time.monotonic() - started}
         for slot, answer in zip(waiting, answers):
             slot.spend(spent)
@@ -213,7 +214,7 @@ class Rollouts:
             self._queue.put_back(episode)
 
 
-def ask(policy: Policy, queries: Sequence[Query], open_loop_steps: int) -> list[Array | str]:
+def ask(policy: Policy, queries: Sequence[Query], open_loop_steps: int, action_dim: int = 7) -> list[Array | str]:
     """The policy's chunk (T, A) for each query, or one line saying why there is none.
 
     When a batch raises, its queries are asked one by one, so that only those that cannot be answered are lost.
@@ -227,14 +228,15 @@ def ask(policy: Policy, queries: Sequence[Query], open_loop_steps: int) -> list[
     except Exception as error:
         if len(queries) == 1:
             return [f"policy: {describe_error(error)}"]
-        return [ask(policy, [query], open_loop_steps)[0] for query in queries]
+        return [ask(policy, [query], open_loop_steps, action_dim)[0] for query in queries]
     answers: list[Array | str] = []
     for chunk in chunks:
         if isinstance(chunk, Exception):
             answers.append(f"policy: {describe_error(chunk)}")
             continue
         try:
-            answers.append(np.ascontiguousarray(checked_chunk(chunk, open_loop_steps, ACTION_DIM)[:open_loop_steps]))
+            actions_TA = checked_chunk(chunk, open_loop_steps, action_dim)
+            answers.append(np.ascontiguousarray(actions_TA[:open_loop_steps]))
         except (ValueError, TypeError) as error:
             answers.append(str(error))
     return answers

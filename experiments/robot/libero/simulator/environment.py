@@ -61,12 +61,14 @@ class Observation:
         wrist_image: uint8 (H, W, 3), camera at the hand, rotated 180 degrees.
         state: float64 (8,): hand position (3, meters), axis-angle (3, radians), finger positions (2, meters).
         joint_state: float64 (7,), arm joints in radians.
+        extra_images: further wrist cameras, of robots that have them.
     """
 
     image: np.ndarray
     wrist_image: np.ndarray
     state: np.ndarray
     joint_state: np.ndarray
+    extra_images: tuple[np.ndarray, ...] = ()
 
 
 def quat_to_axis_angle(quat_xyzw: np.ndarray) -> np.ndarray:

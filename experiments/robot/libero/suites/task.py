@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from prismatic.util.errors import UsageError, one_line
 from prismatic.util.files import DAMAGED, read_json
+from prismatic.vla.platforms import LIBERO, Platform
 
 if TYPE_CHECKING:
     from robosuite.environments.base import MujocoEnv
@@ -68,6 +69,25 @@ class TaskSpec:
 
 
 @dataclass(frozen=True)
+class Robot:
+    """A suite's robot, as an evaluation has to know it; the default is LIBERO's.
+
+    Attributes:
+        name: of the simulator, for messages.
+        cameras: how many a policy can look through.
+        control_hz: actions a second; idle: the action that keeps the robot where it starts.
+        flips_gripper: the last number of an action is a gripper of which the simulator takes -1 as open, +1 as closed.
+    """
+
+    name: str = "LIBERO"
+    platform: Platform = LIBERO
+    cameras: int = 2
+    control_hz: float = 20
+    idle: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+    flips_gripper: bool = True
+
+
+@dataclass(frozen=True)
 class Suite(Generic[FlagsT]):
     """Everything an evaluation has to know of a suite.
 
@@ -82,6 +102,7 @@ class Suite(Generic[FlagsT]):
         identity: flags -> what the suite adds to a run's identity; notice: flags -> a line for the user, or "".
         kinds: number of its tasks by kind of perturbation; `part_of`: a task's name -> its part of these kinds, and
             `kind_parts` all of those, for a summary to tell which were not run.
+        robot: whose policies it takes.
     """
 
     name: str
@@ -98,6 +119,7 @@ class Suite(Generic[FlagsT]):
     kinds: Mapping[str, int] = field(default_factory=dict)
     kind_parts: tuple[str, ...] = ()
     part_of: Callable[[str], str] = lambda name: ""
+    robot: Robot = Robot()
 
 
 def bddl_sentence(path: Path) -> str:

@@ -27,6 +27,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
+from experiments.robot.aloha import GYM_ALOHA
+from experiments.robot.aloha import suite as aloha
 from experiments.robot.libero.suites import plus
 from experiments.robot.libero.suites.task import (
     INSTRUCTION_SOURCES,
@@ -168,6 +170,7 @@ SUITES: dict[str, Suite[SuiteFlags]] = {
     **{name: _record(name, name) for name in MAX_STEPS},
     **{f"{base}_{ending}": _record(f"{base}_{ending}", base) for base in list(MAX_STEPS)[:4] for ending in PRO_ENDINGS},
     **plus.suites(lambda suite, number: _suite_tasks(suite)[number].name),
+    GYM_ALOHA: aloha.suite(),
 }
 
 
