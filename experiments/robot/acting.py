@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar, cast
 
 from experiments.robot.policy import Policy, PolicyFlags
-from prismatic.checkpoint.folder import OPENPI, Checkpoint
+from prismatic.checkpoint.folder import FOREIGN, Checkpoint
 
 PolicyT = TypeVar("PolicyT")
 
@@ -18,7 +18,7 @@ def load_policy(checkpoint: Checkpoint, cfg: PolicyFlags, unnorm_key: str) -> Po
         return verified(OpenVLAPolicy.from_checkpoint(checkpoint, cfg, unnorm_key), checkpoint, cfg)
     from experiments.robot.pi_policy import OpenPISimulated, PiActingPolicy
 
-    kind = OpenPISimulated if checkpoint.platform.name == OPENPI else PiActingPolicy
+    kind = OpenPISimulated if checkpoint.platform.name in FOREIGN else PiActingPolicy
     return verified(kind.from_checkpoint(checkpoint, cfg, unnorm_key), checkpoint, cfg)
 
 

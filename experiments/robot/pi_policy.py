@@ -2,9 +2,9 @@
 
 Not obvious:
 - As openpi's server, the policy letterboxes whatever size comes, and crops nothing, `center_crop` or not. Rendered
-  images go through JPEG first, as the data did; those of clients do not.
+  images go through JPEG first, as the data did; those of clients do not. LeRobot's checkpoints get LeRobot's letterbox.
 - An answer has the robot's width and the units of the data. Checkpoints of this project close LIBERO's gripper at 0 and
-  open it at 1; openpi's own have the simulator's -1 (open) and +1.
+  open it at 1; openpi's own, and LeRobot's, have the simulator's -1 (open) and +1.
 - Action numbers that the statistics mark as `delta` were learned as differences to the state; answers are absolute.
 """
 
@@ -21,10 +21,12 @@ from experiments.robot.libero.suites.tasks import unnorm_key_for
 from experiments.robot.openvla_utils import placement
 from experiments.robot.policy import Array, PolicyFlags, Query
 from prismatic.checkpoint.folder import Checkpoint, open_checkpoint, resolve_unnorm_key
-from prismatic.models.pi.images import pil_letterbox
+from prismatic.models.pi.images import letterbox, pil_letterbox
 from prismatic.models.pi.model import PiPolicy
+from prismatic.models.pi.normalization import LEROBOT
 from prismatic.policies.pi import load_acting, make_processor
 from prismatic.policies.pi_data import LetterboxTransform, PiProcessor, pad_prompts, padded
+from prismatic.vla.datasets.image_transforms import jpeg_round_trip
 from prismatic.vla.datasets.statistics import openpi_normalizer
 from prismatic.vla.platforms import OpenPINormalization, Platform
 
@@ -122,13 +124,20 @@ class PiActingPolicy:
     def _pixels(self, query: Query) -> Tensor:
         """(V, 3, H, W) in [-1, 1]."""
         views = [query.image, query.wrist_image, *query.extra_images][: self._cfg.num_images_in_input]
-        rendered = LetterboxTransform(self.image_hw).rollout
-        ready = [pil_letterbox(view, self.image_hw[0]) if query.prepared else rendered(view) for view in views]
+        side, rendered = self.image_hw[0], LetterboxTransform(self.image_hw).rollout
+        if self.platform.name == LEROBOT:
+            ready = [_lerobot_letterbox(view if query.prepared else jpeg_round_trip(view), side) for view in views]
+        else:
+            ready = [pil_letterbox(view, side) if query.prepared else rendered(view) for view in views]
         return torch.stack([self.processor.image_processor.apply_transform(view) for view in ready])
 
 
+def _lerobot_letterbox(image: Array, side: int) -> Array:
+    return letterbox(torch.from_numpy(image).permute(2, 0, 1), side).permute(1, 2, 0).numpy()
+
+
 class OpenPISimulated(PiActingPolicy):
-    """A checkpoint of openpi in LIBERO: its gripper, -1 open and +1 closed, is answered as 1 open and 0 closed."""
+    """A checkpoint of openpi or LeRobot in LIBERO: its gripper (-1 open, +1 closed) is answered as 1 open, 0 closed."""
 
     def act(self, queries: Sequence[Query], unnorm_key: str | None = None) -> Array:
         """See :meth:`PiActingPolicy.act`."""

@@ -35,13 +35,13 @@ from prismatic.checkpoint.layout import (
     component_files,
     component_name,
     load_training_state,
-    read_openpi_statistics,
     read_record,
     read_statistics,
     recorded_platform,
     split_checkpoint_name,
     weight_files,
 )
+from prismatic.models.pi.normalization import LEROBOT, foreign_statistics_files, read_foreign_statistics
 from prismatic.util.errors import UsageError
 from prismatic.util.files import HUB_ID, find_folder, read_json
 from prismatic.vla.platforms import OPENPI_NORMALIZATION, Platform, get_platform, platform_of_statistics
@@ -49,7 +49,9 @@ from prismatic.vla.platforms import OPENPI_NORMALIZATION, Platform, get_platform
 if TYPE_CHECKING:
     from prismatic.training.config import TrainConfig
 
-OPENPI = "openpi"  # Platform of checkpoints that openpi wrote, whose units are its own
+# Platforms of checkpoints that openpi and LeRobot wrote, whose units are their own.
+OPENPI = "openpi"
+FOREIGN = (OPENPI, LEROBOT)
 _SAMPLED_ABOVE = 64 * 2**20  # bytes; larger files are hashed by samples
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
 
@@ -100,6 +102,7 @@ class Checkpoint:
             files += [*weight_files(self.adapter_path), self.path / ADAPTER_CONFIG]
         for name in (STATISTICS, PREPROCESSOR, TOKENIZER, "tokenizer.model"):
             files += [folder / name for folder in {self.path, self.processor_path} if (folder / name).is_file()]
+        files += foreign_statistics_files(self.path)
         digest = hashlib.sha256()
         for file in sorted(set(files)):
             digest.update(f"{file.name}:{file.stat().st_size}:{_file_hash(file)}\n".encode())
@@ -125,7 +128,7 @@ def open_checkpoint(name: str, base_checkpoint: str | None = None) -> Checkpoint
     check_weights(model_path)
     config = _model_config(model_path)
     family = _told_family(model_path, config) or "openvla"
-    statistics = read_statistics(path, config) or (read_openpi_statistics(path) if family != "openvla" else {})
+    statistics = read_statistics(path, config) or (read_foreign_statistics(path) if family != "openvla" else {})
     if not statistics:
         raise UsageError(
             f"--pretrained_checkpoint: {path} has no {STATISTICS} and no norm_stats in {MODEL_CONFIG}; "
@@ -145,10 +148,10 @@ def open_checkpoint(name: str, base_checkpoint: str | None = None) -> Checkpoint
 
 
 def _openpi_platform(family: str, config: Mapping[str, Any], statistics: Mapping[str, Any]) -> Platform:
-    """The robot of a checkpoint of openpi's: the widths of its statistics, its model's chunk."""
+    """The robot of a checkpoint of openpi's or LeRobot's: the widths of its statistics, its model's chunk."""
     sizes = next(iter(statistics.values()))
     return Platform(
-        OPENPI,
+        LEROBOT if LEROBOT in statistics else OPENPI,
         chunk=int(config.get("chunk_size") or config.get("action_horizon") or 50),
         action_dim=len(sizes["action"]["mean"]),
         proprio_dim=len(sizes["proprio"]["mean"]),
@@ -206,6 +209,12 @@ def _check_openpi_flags(flags: PolicyShape, checkpoint: Checkpoint, unnorm_key: 
     if flags.use_proprio and "proprio" not in checkpoint.statistics[unnorm_key]:
         raise UsageError(f"--use_proprio: the statistics {unnorm_key!r} of the checkpoint have no proprio")
     _check_recorded(flags, checkpoint, ("use_proprio", "num_images_in_input"))
+    told = checkpoint.config.get("discrete_state_input", flags.use_proprio)
+    if told != flags.use_proprio:
+        raise UsageError(
+            f"--use_proprio: found {flags.use_proprio}; accepted: {told}, as discrete_state_input in "
+            f"{checkpoint.model_path / MODEL_CONFIG} says"
+        )
 
 
 def _check_recorded(flags: PolicyShape, checkpoint: Checkpoint, names: Sequence[str]) -> None:

@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -122,6 +122,11 @@ def component_files(folder: Path, flag: str = "--vla_path", names: tuple[str, ..
     return {name: file for name, file in files.items() if file is not None}
 
 
+def is_pi(names: Iterable[str]) -> bool:
+    """Tell by the names of its weights in files whether a model is pi0 or pi0.5."""
+    return any(name.removeprefix("model.") in PI_MARKS for name in names)
+
+
 def weight_files(folder: Path, patterns: tuple[str, ...] = (*MODEL_WEIGHTS, *ADAPTER_WEIGHTS)) -> list[Path]:
     """Weight files of a model or adapter: those of the first pattern that matches any."""
     return next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])
@@ -175,17 +180,6 @@ def read_statistics(folder: Path, config: Mapping[str, Any] | None = None) -> di
     if config is None:
         config = read_json(folder / MODEL_CONFIG) if (folder / MODEL_CONFIG).is_file() else {}
     return dict(config.get("norm_stats") or {})
-
-
-def read_openpi_statistics(folder: Path) -> dict[str, Any]:
-    """The same of a folder of openpi's: `assets/{name}/norm_stats.json`, by that name."""
-    assets, statistics = folder / "assets", {}
-    for file in sorted(assets.glob("**/norm_stats.json")):
-        stored = read_json(file).get("norm_stats", {})
-        if {"state", "actions"} <= stored.keys():
-            name = file.parent.relative_to(assets).as_posix()
-            statistics[name] = {"action": stored["actions"], "proprio": stored["state"]}
-    return statistics
 
 
 def load_training_state(folder: Path, *, lazily: bool = False) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,6 @@ _PROCESSOR_FILES = (
 _PLAIN_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "modules_to_save": (None, []),
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
     "alpha_pattern": ({}, None),
@@ -56,10 +55,15 @@ _PLAIN_SETTINGS: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """A PEFT adapter on disk: `pairs` maps the name of a base weight to those of its A, B and, with DoRA, row norms."""
+    """A PEFT adapter on disk.
+
+    `pairs` maps the name of a base weight to those of its A, B and, with DoRA, row norms; `replaced` maps it to the
+    weight that trained in full and takes its place (PEFT's modules_to_save).
+    """
 
     files: TensorFiles
     pairs: Mapping[str, tuple[str, ...]]
+    replaced: Mapping[str, str]
     alpha: float
     rank_stabilized: bool
 
@@ -86,15 +90,29 @@ class LoraAdapter:
                 raise UsageError(f"{settings_file}: use_dora is True; accepted: False where there is no {names[-1]}")
             target = name_without_film(name_a.split(".lora_A.")[0].removeprefix(_PEFT_PREFIX))
             pairs[f"{target}.weight"] = names
-        known = {name for pair in pairs.values() for name in pair}
+        modules = tuple(f"{_PEFT_PREFIX}{module}." for module in settings.get("modules_to_save") or ())
+        replaced = {name.removeprefix(_PEFT_PREFIX): name for name in files.specs if name.startswith(modules)}
+        known = {name for pair in pairs.values() for name in pair} | set(replaced.values())
         odd = next((name for name in files.specs if name not in known and ".base_layer." not in name), None)
         if odd or not pairs:
             odd = odd or "no lora_A / lora_B pair"
             raise UsageError(f"{folder}: {odd} found; accepted: pairs of lora_A and lora_B weights")
-        return cls(files, pairs, float(settings["lora_alpha"]), bool(settings.get("use_rslora")))
+        return cls(files, pairs, replaced, float(settings["lora_alpha"]), bool(settings.get("use_rslora")))
+
+    def renamed(self, rename: Callable[[str], str]) -> LoraAdapter:
+        """The adapter for a base model whose files have other names of weights than its modules."""
+        pairs = {rename(target): names for target, names in self.pairs.items()}
+        return replace(self, pairs=pairs, replaced={rename(target): name for target, name in self.replaced.items()})
 
     def check_fits(self, base: TensorFiles, folder: Path) -> None:
-        """Raise UsageError unless every pair has its weight, of the right shape, among `base`."""
+        """Raise UsageError unless every pair and replacement has its weight, of the right shape, among `base`."""
+        for target, name in self.replaced.items():
+            held = base.specs[target].shape if target in base.specs else "missing"
+            if held != self.files.specs[name].shape:
+                raise UsageError(
+                    f"--base_checkpoint: {target} is {held} in {folder}; accepted: {self.files.specs[name].shape}, as "
+                    "in the adapter"
+                )
         for target, (name_a, name_b, *_) in self.pairs.items():
             if target not in base.specs:
                 raise UsageError(f"--base_checkpoint: {folder} has no {target}, which the adapter changes")
@@ -117,7 +135,9 @@ class LoraAdapter:
         return None
 
     def merged(self, target: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`weight` with the adapter's update added in float32, as `dtype`."""
+        """`weight` with the adapter's update added in float32, or what takes its place, as `dtype`."""
+        if target in self.replaced:
+            return self.files.read(self.replaced[target]).to(dtype)
         if target not in self.pairs:
             return weight.to(dtype)
         lora_a, lora_b, *norms = (self.files.read(name) for name in self.pairs[target])
@@ -168,6 +188,8 @@ def merge_checkpoint(
         raise UsageError(f"{output}: holds merged weights; accepted: --overwrite True, or another --output_dir")
     adapter = LoraAdapter.open(checkpoint / layout.LORA_FOLDER)
     weights = TensorFiles(check_weights(base))
+    if layout.is_pi(weights.specs):
+        adapter = adapter.renamed(_published(weights))
     adapter.check_fits(weights, base)
     specs = [replace(spec, dtype=_target_type(spec, dtype)) for spec in weights.specs.values()]
     config = _merged_config(base, checkpoint)
@@ -189,10 +211,18 @@ def merge_checkpoint(
     return MergeReport(
         folder=output,
         files=tuple(output / file.name for file in files),
-        num_merged=len(adapter.pairs),
+        num_merged=len(adapter.pairs) + len(adapter.replaced),
         num_bytes=sum(spec.num_bytes for spec in specs),
         suspicious=adapter.differs_from(weights),
     )
+
+
+def _published(weights: TensorFiles) -> Callable[[str], str]:
+    """From the names of pi0's or pi0.5's modules to those in the files of its base model."""
+    from prismatic.models.pi.weights import published_name, published_names
+
+    names = published_names(weights.specs)
+    return lambda target: names.get(published_name(target), published_name(target))
 
 
 def _weights_in(folder: Path) -> list[Path]:
@@ -206,7 +236,8 @@ def _target_type(spec: TensorSpec, dtype: torch.dtype | None) -> torch.dtype:
 
 def _merged_config(base: Path, checkpoint: Path) -> dict[str, Any]:
     """The base model's configuration with the platform that the run was trained for, where the run tells it."""
-    config = read_json(base / layout.MODEL_CONFIG)
+    file = base / layout.MODEL_CONFIG
+    config = read_json(file) if file.is_file() else {}  # openpi's folders need none.
     if platform := layout.recorded_platform(checkpoint):
         config["platform"] = platform.to_json()
     return config

@@ -180,6 +180,8 @@ class _Pi:
         folder = find_folder("--vla_path", start.base)
         policy = PiPolicy.from_pretrained(folder)
         policy.config.platform = platform.to_json()
+        if self.name == "pi05":
+            policy.config.discrete_state_input = config.use_proprio  # openpi's name for a state in the prompt.
         if config.gradient_checkpointing:
             policy.gradient_checkpointing_enable()
         policy.output_hidden_states = bool(states)

@@ -170,6 +170,7 @@ def test_a_default_name_fits_whatever_the_checkpoints_name(tmp_path: Path) -> No
     name = default_run_name(flags, {"policy": {}})
     (tmp_path / name).mkdir()
     assert name.startswith("EVAL-libero_spatial-openvla-ccc") and name.endswith("--try")
+    assert default_run_name(flags, {"policy": {}}, "pi05").startswith("EVAL-libero_spatial-pi05-ccc")
 
 
 def test_versions_are_recorded() -> None:

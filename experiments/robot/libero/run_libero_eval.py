@@ -69,7 +69,9 @@ def eval_libero(config: EvalFlags, policy: Policy | None = None, make_env: MakeE
     if config.deterministic:
         use_deterministic_kernels()
         identity["fixed_batch"] = max(config.max_batch, 1)
-    folder = Path(config.local_log_dir).expanduser() / (config.run_name or default_run_name(config, identity))
+    family = plan.checkpoint.family if plan.checkpoint else config.model_family
+    name = config.run_name or default_run_name(config, identity, family)
+    folder = Path(config.local_log_dir).expanduser() / name
     refuse_long_name("--run_name" if config.run_name else "--run_id_note", folder)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     # Neighbors stay together: they are of one task, and every task costs a process an environment.

@@ -18,6 +18,8 @@ from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 
 _NAMES = ("mean", "std", "q01", "q99")
+_OPENPI_FILE = "assets/*/norm_stats.json"
+LEROBOT = "lerobot"  # Name of the statistics in LeRobot's folders, and of the platform of their policies
 # LeRobot's modes, and the statistics that each takes as the ends of [-1, 1].
 _RANGES = {"QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max"), "QUANTILE10": ("q10", "q90")}
 
@@ -59,6 +61,42 @@ class Normalizer:
             return self.q01[:width], (self.q99 - self.q01)[:width]
         return self.mean[:width], self.std[:width]
 
+    @classmethod
+    def from_statistics(cls, statistics: Mapping[str, Any], *, quantiles: bool) -> Normalizer:
+        """By a checkpoint's statistics of a vector, which may say themselves how they normalize; else by `quantiles`.
+
+        Raises ValueError: some are missing.
+        """
+        arrays = {name: np.asarray(statistics[name], np.float64) for name in _NAMES if statistics.get(name) is not None}
+        if missing := {"mean", "std"} - arrays.keys():
+            raise ValueError(f"{', '.join(sorted(missing))}: missing; accepted: mean and std")
+        told = {name: statistics[name] for name in ("quantiles", "epsilon") if name in statistics}
+        return cls(**{"quantiles": quantiles, **arrays, **told})
+
+
+def foreign_statistics_files(folder: Path) -> list[Path]:
+    """The files in a folder that :func:`read_foreign_statistics` may read."""
+    return [*folder.glob("assets/**/norm_stats.json"), *folder.glob("policy_preprocessor*")]
+
+
+def read_foreign_statistics(folder: Path) -> dict[str, Any]:
+    """Statistics in a folder of openpi or LeRobot, by name, as {"action": {...}, "proprio": {...}}; {} without any.
+
+    openpi's are those of `assets/{name}/norm_stats.json`. LeRobot's have no name, and are called "lerobot"; they say
+    by `quantiles` and `epsilon` how they normalize.
+
+    Raises UsageError: a LeRobot pipeline without statistics, or of a mode that is not known.
+    """
+    if pipelines := sorted(folder.glob("policy_preprocessor*.json")):
+        return {LEROBOT: _read_lerobot(pipelines[0])}
+    assets, statistics = folder / "assets", {}
+    for file in sorted(assets.glob("**/norm_stats.json")):
+        stored = read_json(file).get("norm_stats", {})
+        if {"state", "actions"} <= stored.keys():
+            name = file.parent.relative_to(assets).as_posix()
+            statistics[name] = {"action": stored["actions"], "proprio": stored["state"]}
+    return statistics
+
 
 def read_normalizers(folder: Path, kind: str, asset: str | None = None) -> dict[str, Normalizer]:
     """{"state": ..., "actions": ...} of a checkpoint folder of openpi or LeRobot.
@@ -70,20 +108,19 @@ def read_normalizers(folder: Path, kind: str, asset: str | None = None) -> dict[
     Raises:
         UsageError: no statistics, several, or of a form that is not known.
     """
-    if pipelines := sorted(folder.glob("policy_preprocessor*.json")):
-        return _read_lerobot(pipelines[0])
-    assets = folder / "assets"
-    files = {file.parent.relative_to(assets).as_posix(): file for file in sorted(assets.glob("**/norm_stats.json"))}
-    if asset is None and len(files) == 1:
-        asset = next(iter(files))
-    if asset not in files:
-        accepted = f"one of {', '.join(files)}" if files else "assets/*/norm_stats.json or policy_preprocessor.json"
+    statistics = read_foreign_statistics(folder)
+    if asset is None and len(statistics) == 1:
+        asset = next(iter(statistics))
+    if asset not in statistics:
+        accepted = f"one of {', '.join(statistics)}" if statistics else f"{_OPENPI_FILE} or policy_preprocessor.json"
         raise UsageError(f"{folder}: statistics of {asset or 'no name'} not found; accepted: {accepted}")
-    stored = read_json(files[asset]).get("norm_stats", {})
     try:
-        return {name: Normalizer(**_arrays(stored[name]), quantiles=kind == "pi05") for name in ("state", "actions")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{files[asset]}: {error} (of state and actions); accepted: openpi's norm_stats") from None
+        return {
+            name: Normalizer.from_statistics(statistics[asset][key], quantiles=kind == "pi05")
+            for name, key in (("state", "proprio"), ("actions", "action"))
+        }
+    except ValueError as error:
+        raise UsageError(f"{folder}: statistics of {asset}: {error}") from None
 
 
 def write_normalizers(folder: Path, asset: str, normalizers: Mapping[str, Normalizer]) -> None:
@@ -95,11 +132,7 @@ def write_normalizers(folder: Path, asset: str, normalizers: Mapping[str, Normal
     atomic_write(folder / "assets" / asset / "norm_stats.json", json.dumps({"norm_stats": stored}, indent=2))
 
 
-def _arrays(stored: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: np.asarray(stored[name], np.float64) for name in _NAMES if stored.get(name) is not None}
-
-
-def _read_lerobot(pipeline: Path) -> dict[str, Normalizer]:
+def _read_lerobot(pipeline: Path) -> dict[str, Any]:
     """The statistics of a LeRobot pipeline's normalizing step, which lie in a file of their own."""
     from safetensors.numpy import load_file
 
@@ -108,21 +141,22 @@ def _read_lerobot(pipeline: Path) -> dict[str, Normalizer]:
     if step is None or not (pipeline.parent / str(step.get("state_file"))).is_file():
         raise UsageError(f"{pipeline}: no normalizing step with a state file found; accepted: a pipeline of LeRobot's")
     stored, config = load_file(pipeline.parent / step["state_file"]), step.get("config", {})
-    modes = config.get("norm_map", {})
-    normalizers = {}
-    for name, feature, kind in (("state", "observation.state", "STATE"), ("actions", "action", "ACTION")):
-        values = {
-            key.removeprefix(f"{feature}."): np.asarray(value, np.float64)
-            for key, value in stored.items()
-            if key.startswith(f"{feature}.")
-        }
-        normalizers[name] = _from_lerobot(values, modes.get(kind, "IDENTITY"), config.get("eps", 1e-8), pipeline)
-    return normalizers
+    statistics = {}
+    for name, feature, kind in (("proprio", "observation.state", "STATE"), ("action", "action", "ACTION")):
+        prefix = f"{feature}."
+        values = {key.removeprefix(prefix): value.tolist() for key, value in stored.items() if key.startswith(prefix)}
+        width = config.get("features", {}).get(feature, {}).get("shape") or [len(values.get("mean", ()))]
+        mode = config.get("norm_map", {}).get(kind, "IDENTITY")
+        statistics[name] = _from_lerobot(values, mode, config.get("eps", 1e-8), width[0], pipeline)
+    return statistics
 
 
-def _from_lerobot(values: Mapping[str, np.ndarray], mode: str, epsilon: float, pipeline: Path) -> Normalizer:
+def _from_lerobot(
+    values: Mapping[str, list[float]], mode: str, epsilon: float, width: int, pipeline: Path
+) -> dict[str, Any]:
+    nothing = {"mean": [0.0] * width, "std": [1.0] * width}
     if mode == "IDENTITY":
-        return Normalizer(np.zeros(0), np.zeros(0))
+        return {**nothing, "quantiles": False, "epsilon": 0.0}
     accepted = ("MEAN_STD", *_RANGES, "IDENTITY")
     low, high = _RANGES.get(mode, ("mean", "std"))
     if mode not in accepted or low not in values or high not in values:
@@ -130,8 +164,5 @@ def _from_lerobot(values: Mapping[str, np.ndarray], mode: str, epsilon: float, p
             f"{pipeline}: mode {mode} with {', '.join(values) or 'no statistics'} found; "
             f"accepted: {', '.join(accepted)} with their statistics"
         )
-    if mode == "MEAN_STD":
-        return Normalizer(values["mean"], values["std"], values.get("q01"), values.get("q99"), epsilon=epsilon)
-    nothing = np.zeros_like(values[low])
-    mean, std = values.get("mean", nothing), values.get("std", nothing)
-    return Normalizer(mean, std, values[low], values[high], quantiles=True, epsilon=epsilon)
+    ends = {"q01": values[low], "q99": values[high]} if mode in _RANGES else {}
+    return {**nothing, **values, **ends, "quantiles": mode in _RANGES, "epsilon": epsilon}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -75,13 +75,9 @@ def describe_deltas(
     return {name: [column[name][0] for column in columns] for name in columns[0]}
 
 
-def openpi_normalizer(statistics: Mapping[str, Sequence[float]], kind: OpenPINormalization) -> Normalizer:
-    """openpi's normalization by these statistics."""
-    mean, std = (np.asarray(statistics[name], np.float64) for name in ("mean", "std"))
-    if kind is OpenPINormalization.MEAN_STD:
-        return Normalizer(mean, std)
-    low, high = (np.asarray(statistics[name], np.float64) for name in ("q01", "q99"))
-    return Normalizer(mean, std, low, high, quantiles=True)
+def openpi_normalizer(statistics: Mapping[str, Any], kind: OpenPINormalization) -> Normalizer:
+    """openpi's normalization by these statistics, unless they say themselves how they normalize."""
+    return Normalizer.from_statistics(statistics, quantiles=kind is OpenPINormalization.QUANTILES)
 
 
 def normalize(values: np.ndarray, statistics: Mapping[str, Sequence[float]], kind: Normalization) -> np.ndarray:

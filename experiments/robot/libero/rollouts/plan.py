@@ -233,8 +233,8 @@ def run_environment(config: EvalFlags) -> dict[str, object]:
     return {"checkpoint": config.pretrained_checkpoint or config.policy, **package_versions()}
 
 
-def default_run_name(config: EvalFlags, identity: Mapping[str, object]) -> str:
-    """A name that is the same for the same run, so that repeating the command resumes it."""
+def default_run_name(config: EvalFlags, identity: Mapping[str, object], family: str = "openvla") -> str:
+    """A name that is the same for the same run, so that repeating the command resumes it; `family` is the policy's."""
     policy = identity["policy"]
     named = Path(config.pretrained_checkpoint).name
     if not named:
@@ -245,7 +245,7 @@ def default_run_name(config: EvalFlags, identity: Mapping[str, object]) -> str:
     named_by = {key: value for key, value in identity.items() if key != "task_files" or not own_files}
     digest = hashlib.sha256(json.dumps(named_by, sort_keys=True).encode()).hexdigest()[:8]
     note = f"--{config.run_id_note}" if config.run_id_note else ""
-    start, end = f"EVAL-{config.task_suite_name}-{config.model_family}-", f"-{digest}{note}"
+    start, end = f"EVAL-{config.task_suite_name}-{family}-", f"-{digest}{note}"
     room = longest_name(config.local_log_dir) - len((start + end).encode())
     return start + fitting_name(checkpoint, max(room, 40)) + end
 

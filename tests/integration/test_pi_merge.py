@@ -1,0 +1,58 @@
+"""Adapters of pi0 and pi0.5 merged on disk: also what trained in full, whatever names the base model's files have."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from prismatic.models.pi.model import PiPolicy
+from prismatic.util.errors import UsageError
+from tests.helpers.tiny_pi import ROOT, write_tiny_pi
+
+
+def merge(**flags: str) -> int:
+    """The command, by its flags."""
+    spec = importlib.util.spec_from_file_location("merge_lora", ROOT / "vla-scripts" / "merge_lora_weights_and_save.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    result: int = module.main(module.ConvertConfig(**flags))
+    return result
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_a_merge_on_disk_is_that_of_training(kind: str, finetune: Callable[..., Path], tmp_path: Path) -> None:
+    base = write_tiny_pi(tmp_path / kind, kind)
+    checkpoint = finetune(vla_path=str(base), recipe="baseline", learning_rate=1e-2) / "run--2_chkpt"
+    # The base model as LeRobot writes it: `model.` in front, and a head that nothing uses.
+    weights = {f"model.{name}": value for name, value in load_file(base / "model.safetensors").items()}
+    embeddings = weights["model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"]
+    weights["model.paligemma_with_expert.paligemma.lm_head.weight"] = embeddings.clone()
+    save_file(weights, base / "model.safetensors")
+
+    merged = tmp_path / "merged"
+    flags = {"base_checkpoint": str(base), "lora_finetuned_checkpoint_dir": str(checkpoint), "output_dir": str(merged)}
+    assert merge(**flags) == 0
+    expected, actual = (PiPolicy.from_pretrained(folder) for folder in (checkpoint, merged))
+    before = PiPolicy.from_pretrained(base).state_dict()
+    changed = [name for name, value in actual.state_dict().items() if not value.equal(before[name])]
+    assert {name.partition(".")[0] for name in changed} >= {
+        "vision_tower",
+        "action_in_proj",
+        "language_model",
+        "expert",
+    }
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(actual.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    assert actual.config.platform == expected.config.platform
+
+    weights.pop("model.action_in_proj.bias")
+    save_file(weights, base / "model.safetensors")
+    with pytest.raises(UsageError, match=r"--base_checkpoint: action_in_proj.bias is missing in .*; accepted: \(24,\)"):
+        merge(**{**flags, "output_dir": str(tmp_path / "again")})
