@@ -37,7 +37,7 @@ def lerobot_folder(folder: Path, kind: str, mode: str) -> tuple[Path, dict[str, 
     """A folder with LeRobot's pipeline, and its statistics."""
     write_tiny_pi(folder, kind)
     rng = np.random.default_rng(4)
-    stats = {}
+    stats: dict[str, np.ndarray] = {}
     for feature, width in (("observation.state", 8), ("action", 7)):
         low, high = -1 - rng.random(width), 1 + rng.random(width)
         values = {"mean": rng.normal(size=width), "std": rng.random(width) + 0.5, "q01": low, "q99": high}
