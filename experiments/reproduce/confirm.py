@@ -86,12 +86,11 @@ def _miss_cm(record: Record) -> float | None:
     return None if None in misses else 100 * statistics.mean(misses)
 
 
-MEASURES = (
-    Measure("depth in the tokens (R2 above the place)", _mean_of_states("depth"), +1, tested=True),
-    Measure("held-out action error (L1)", lambda record: record["validation"]["val/action_loss"], -1, tested=True),
-    Measure("first closing beside the object (cm)", _miss_cm, -1),
-    Measure("camera pose in the tokens (R2)", _mean_of_states("pose"), +1),
-)
+DEPTH = Measure("depth in the tokens (R2 above the place)", _mean_of_states("depth"), +1, tested=True)
+ERROR = Measure("held-out action error (L1)", lambda record: record["validation"]["val/action_loss"], -1, tested=True)
+REACH = Measure("first closing beside the object (cm)", _miss_cm, -1)
+POSE = Measure("camera pose in the tokens (R2)", _mean_of_states("pose"), +1)
+MEASURES = (DEPTH, ERROR, REACH, POSE)
 
 
 def make_paths(out: Path, seeds: Sequence[int] = ()) -> StudyPaths:
@@ -105,10 +104,10 @@ def make_paths(out: Path, seeds: Sequence[int] = ()) -> StudyPaths:
     return StudyPaths(profile, out.resolve(), out.resolve() / "data")
 
 
-def frames_job(paths: StudyPaths) -> Job:
-    """Frames with geometry, which every policy's tokens are read on."""
+def frames_job(paths: StudyPaths, further: Mapping[str, object] | None = None) -> Job:
+    """Frames with geometry, which every policy's tokens are read on; `further` flags are put over the regime's."""
     folder = paths.out / "frames"
-    flags = {"out": folder, **_FRAMES}
+    flags = {"out": folder, **_FRAMES, **(further or {})}
     return Job(
         "frames", ("-m", "experiments.mini.make.teacher_data", *as_arguments(flags)), folder / "libero_object-9.npz"
     )

@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.analysis.report import new_figure, save_figure
+from experiments.analysis.readout_pictures import draw_depth
+from experiments.analysis.report import new_figure, save_figure, subfigures
 from experiments.report import percent
+from experiments.reproduce.confirm import ERROR
 from experiments.reproduce.profiles import Profile
 from experiments.reproduce.records import Outcome, Record, curve, outcome
-from experiments.reproduce.studies import METHODS, NAIVE_NARROW, ROCKET, STUDIES, Arm, Study
+from experiments.reproduce.studies import BASELINE, METHODS, NAIVE_NARROW, ROCKET, STUDIES, Arm, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from experiments.reproduce.demo_tokens import TokenResults
 
 # Okabe and Ito's colors, told apart with every kind of color vision.
 COLORS = {
@@ -88,18 +92,27 @@ def _draw_rates(axes: Axes, outcomes: Sequence[Outcome]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: percent(value, 0))
 
 
-def draw_demo(records: Sequence[Record], outcomes: Sequence[Outcome], videos: Path, path: Path) -> None:
-    """The demo's picture: losses, success, and frames of one rollout in the folder `videos`."""
-    figure = new_figure(10, 5.6)
-    grid = figure.add_gridspec(2, 3, height_ratios=(1.15, 1))
-    _draw_metric(figure.add_subplot(grid[0, 0]), records, "action_loss", "action loss (L1, normalized)")
-    _draw_metric(figure.add_subplot(grid[0, 1]), records, "align_loss", "alignment loss (1 - cosine)")
-    success = figure.add_subplot(grid[0, 2])
+def draw_demo(tokens: TokenResults, outcomes: Sequence[Outcome], videos: Path, path: Path) -> None:
+    """The demo's picture: what alignment changes and what not, depth in the tokens, a rollout from `videos`."""
+    figure = new_figure(10, 10.4)
+    above, middle, below = subfigures(figure, 3, 1, height_ratios=(2.5, 4.7, 3.2))
+    depth, error, success = above.subplots(1, 3)
+    colors = [COLORS[name] for name in (BASELINE.name, ROCKET.name)]
+    for label, color, values in zip(tokens.pictures.labels, colors, tokens.depth_by_state):
+        depth.plot(range(len(values)), values, color=color, marker="o", label=label)
+    depth.axhline(0, color="gray", lw=0.6)
+    depth.set(title="depth in the policy's tokens", xlabel="layer", ylabel="R2 above the place")
+    depth.legend(frameon=False)
+    bars = error.bar(tokens.pictures.labels, tokens.values(ERROR), color=colors, width=0.5)
+    error.bar_label(bars, fmt="%.3f")
+    error.set(title="action error, unseen demonstrations", ylabel="L1, normalized")
     _draw_rates(success, outcomes)
-    success.set(title="success on unseen initial states", xlabel="95% interval; ticks: seeds")
+    success.set(title="episodes solved, two tasks", xlabel="95% interval; ticks: seeds")
     success.margins(y=0.2)
     success.set_yticks(range(len(outcomes)), [result.label.replace(" ", "\n", 1) for result in outcomes])
-    _draw_frames(figure.add_subplot(grid[1, :]), videos)
+    draw_depth(middle, tokens.pictures)
+    middle.suptitle("depth read out of the policy's own tokens, in a task that the probe has not seen", fontsize=9)
+    _draw_frames(below.subplots(), videos)
     save_figure(figure, path, DPI)
 
 

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from argparse import ArgumentTypeError
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -148,9 +148,11 @@ def build_page(
     title: str = "Fine-tuning",
     note: str = "",
     refresh: float = 0,
+    picture: Mapping[str, str] | None = None,
 ) -> bool:
     """Write the page of some runs to `out`, `note` above the numbers, and tell whether a run still has steps to do.
 
+    A `picture` has a "path" relative to the page and a "text", and comes first.
     While that is so, a browser loads the page again every `refresh` seconds, unless 0.
     Raises UsageError as :func:`load_runs`.
     """
@@ -166,6 +168,7 @@ def build_page(
         title=title,
         subtitle=f"{len(runs)} run{'s' * (len(runs) > 1)}: {', '.join(run.name for run in runs)}",
         note=note,
+        picture=picture,
         refresh=refresh if goes_on else 0,
         runs=runs,
         success=success_chart(runs),

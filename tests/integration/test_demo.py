@@ -1,4 +1,4 @@
-"""The demo from end to end at its smallest: simulator, training, rollouts, report, no noise; then nothing anew."""
+"""The demo end to end at its smallest: simulator, training, tokens, rollouts, report, no noise; then nothing anew."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.helpers.noise import noise
 
 def _demo(repo_root: Path, out: Path) -> str:
     flags = f"--out {out} --tasks 9 --episodes 2 --max_steps 2 --batch_size 4 --trials 1 --seeds 0 --parallel 2"
+    flags += " --moved_episodes 2 --moved_steps 2"
     command = [sys.executable, "-m", "experiments.reproduce.demo", *flags.split()]
     done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -25,6 +26,8 @@ def _demo(repo_root: Path, out: Path) -> str:
 def test_the_demo_runs_and_does_nothing_twice(repo_root: Path, tmp_path: Path) -> None:
     printed = _demo(repo_root, tmp_path)
     report = (tmp_path / "report.md").read_text()
+    assert report.splitlines()[2].startswith("Alignment ") and report.splitlines()[2] in " ".join(printed.split())
+    assert len(json.loads((tmp_path / "readout" / "readout.json").read_text())["subjects"]) == 2
     for label in ("before fine-tuning", "without alignment", "ROCKET"):
         assert label in printed and f"| {label} |" in report
     assert (tmp_path / "report.png").stat().st_size > 20_000
@@ -33,8 +36,8 @@ def test_the_demo_runs_and_does_nothing_twice(repo_root: Path, tmp_path: Path) -
         (episode,) = (tmp_path / "eval" / f"{method}-seed0" / "episodes.jsonl").read_text().splitlines()
         assert json.loads(episode)["status"] in ("success", "failure")
     logs = {log.stem: noise(log.read_text()) for log in (tmp_path / "logs").glob("*.log")}
-    assert len(logs) == 7 and not any(logs.values()), logs
+    assert len(logs) == 12 and not any(logs.values()), logs
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     again = _demo(repo_root, tmp_path)
-    assert again.count("already done") == 7
+    assert again.count("already done") == 12
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}

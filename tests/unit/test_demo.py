@@ -6,10 +6,15 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from experiments.analysis.config import ReadoutConfig
+from experiments.analysis.readout_pictures import DepthPictures
 from experiments.join import FinetuneConfig
-from experiments.reproduce import demo
+from experiments.reproduce import demo, demo_tokens
+from experiments.reproduce.demo_tokens import TokenResults, statement
+from experiments.reproduce.records import Outcome
 from experiments.reproduce.stages import arm_jobs, collect_job, train_job
 from experiments.reproduce.studies import ROCKET
 from experiments.robot.libero.run_libero_eval import GenerateConfig
@@ -28,6 +33,47 @@ def _write_results(out: Path, run: str, successes: tuple[int, int], errors: int 
     write_episodes(out / "eval" / run, itertools.chain(*both), {"suite": "libero_object"})
 
 
+def _tokens(depths: tuple[float, float] = (0.03, 0.21), errors: tuple[float, float] = (0.13, 0.129)) -> TokenResults:
+    states = [[[9.0], [depth - 0.01], [depth + 0.01]] for depth in depths]
+    records = tuple(
+        {"readout": {"depth": depth, "pose": [[0.0], [0.4], [0.6]]}, "validation": {"val/action_loss": error}}
+        for depth, error in zip(states, errors)
+    )
+    maps = np.random.default_rng(0).normal(size=(3, 2, 12, 12))
+    images = np.zeros((2, 24, 24, 3), dtype=np.uint8)
+    return TokenResults(records, DepthPictures(images, maps[0], tuple(maps[1:]), demo_tokens.LABELS))
+
+
+def _outcome(successes: int) -> Outcome:
+    return Outcome("arm", "arm", {(0, "suite", 7, state): state < successes for state in range(40)}, 0)
+
+
+def test_the_statement_follows_the_numbers() -> None:
+    said = statement(_tokens(), _outcome(39), _outcome(38))
+    assert said == (
+        "Alignment changed the depth in the policy's tokens (R2 above the place 0.03 without, 0.21 with). It did not "
+        "change the error of its actions (0.130 without, 0.129 with) or how many episodes it solves (39/40 without, "
+        "38/40 with)."
+    )
+    said = statement(_tokens((0.1, 0.11), (0.13, 0.12)), _outcome(20), _outcome(39))
+    changed, same = said.split("It did not change ")
+    assert "actions (0.130 without, 0.120 with) and how many episodes it solves (20/40" in changed
+    assert same == "the depth in the policy's tokens (R2 above the place 0.10 without, 0.11 with)."
+    assert statement(_tokens((0.1, 0.11)), _outcome(39), _outcome(39)).startswith("Alignment did not change the depth")
+    assert "episodes" not in statement(_tokens(), None, _outcome(39))
+
+
+def test_the_video_starts_where_most_tasks_were_solved(tmp_path: Path) -> None:
+    paths = _config(tmp_path).paths()
+    _write_results(tmp_path, "rocket-seed0", (2, 1))
+    assert demo.solved_state(paths, 0) == 0
+    lines = (tmp_path / "eval" / "rocket-seed0" / "episodes.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["init_state"] > 0]
+    (tmp_path / "eval" / "rocket-seed0" / "episodes.jsonl").write_text("\n".join(kept) + "\n")
+    assert demo.solved_state(paths, 0) == 1
+    assert "--first_init_state 1" in " ".join(demo.video_job(paths, 0, 1).arguments)
+
+
 def test_methods_differ_in_the_recipe_alone(tmp_path: Path) -> None:
     paths = _config(tmp_path).paths()
     words = [set(train_job(paths, arm, 0).arguments) for arm in demo.DEMO.arms(paths.profile)]
@@ -43,6 +89,17 @@ def test_every_command_parses(tmp_path: Path) -> None:
     train, evaluate = arm_jobs(paths, demo.DEMO, ROCKET, 1)
     config = cli.parse(FinetuneConfig, train.arguments[1:])
     assert (config.max_steps, config.seed, config.batch_size) == (20, 1, 32)
+    tokens = _config(tmp_path).tokens_paths()
+    moved = [cli.parse(FinetuneConfig, train_job(tokens, arm, 0).arguments[1:]) for arm in demo_tokens.ARMS]
+    assert [(config.max_steps, config.recipe, config.data_root_dir) for config in moved] == [
+        (600, recipe, tmp_path / "data-moved") for recipe in ("baseline", "rocket")
+    ]
+    collect = cli.parse(CollectConfig, demo_tokens.data_job(tokens).arguments[2:])
+    assert (collect.scene, collect.episodes, collect.tasks) == ("moved", 60, "7")
+    readout = cli.parse(ReadoutConfig, demo_tokens.readout_job(tokens).arguments[2:])
+    assert [Path(folder).name for folder in readout.checkpoints] == [
+        f"moved-{name}-seed0--600_chkpt" for name in ("baseline", "rocket")
+    ]
     for job in (evaluate, demo.untouched_job(paths)):
         assert cli.parse(GenerateConfig, job.arguments[1:]).num_trials_per_task == 4
     video = cli.parse(GenerateConfig, demo.video_job(paths, 0).arguments[1:])
@@ -68,12 +125,13 @@ def test_the_report_adds_up_result_files(tmp_path: Path, capsys: pytest.CaptureF
             log.parent.mkdir(parents=True)
             rows = [{"step": step, "loss": 1.0, "action_loss": 1 / step, "align_loss": 0.5} for step in (1, 10, 20)]
             log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table, places = demo.write_report(paths, (0, 1), minutes=3.0)
+    said, table, places = demo.write_report(paths, _tokens(), (0, 1), minutes=3.0)
     text = places["report"].read_text()
     assert "| ROCKET | 81% | 57 to 93% | 13/16 | 0, 1 |" in text
-    assert 0 < text.index(demo.CAUTION) < text.index("| policy |")
+    assert text.splitlines()[2] == said and "13/16 with" in said
+    assert 0 < text.index(demo.CAUTION) < text.index("| depth in the tokens (R2 above the place) | 0.030 | 0.210 |")
     page = places["page to look at"].read_text()
-    assert 0 < page.index(demo.CAUTION) < page.index("baseline-seed0</h3>")
+    assert 0 < page.index('src="report.png"') < page.index(demo.CAUTION) < page.index("baseline-seed0</h3>")
     assert "| task 9 | 1/4 | 2/6 | 8/8 |" in text
     assert ("before fine-tuning", "12%", "2 to 47%", "1/8", "-") in table.rows
     assert (tmp_path / "report.png").stat().st_size > 10_000
@@ -87,6 +145,11 @@ def test_a_missing_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_time_of_a_seed_comes_from_the_commands_that_ran() -> None:
     seconds = {"collect": 130.0, "train-baseline-seed0": 195.0, "train-rocket-seed0": 212.0}
-    seconds |= {"evaluate-baseline-seed0": 85.0, "evaluate-rocket-seed0": 83.0, "evaluate-untouched": 144.0}
+    seconds |= {
+        "train-moved-rocket-seed0": 500.0,
+        "evaluate-baseline-seed0": 85.0,
+        "evaluate-rocket-seed0": 83.0,
+        "evaluate-untouched": 144.0,
+    }
     assert demo.seconds_of_a_seed(seconds) == 212.0 + 85.0
     assert demo.seconds_of_a_seed({}) == 0.0
