@@ -224,10 +224,11 @@ def readout(config: ReadoutConfig) -> int:
         if config.pictures:
             pictures.append(study.picture(chosen_frames(config)))
     settings = {name: getattr(config, name) for name in ("train_tasks", "test_tasks", "ridge", "shift", "seed")}
-    write_json(config.out_dir / "readout.json", {"analysis": "readout", **settings, "subjects": parts})
     draw(config, parts)
     if pictures:
         save_pictures(side_by_side(pictures), config.out_dir)
+    # Last: where it is, all is.
+    write_json(config.out_dir / "readout.json", {"analysis": "readout", **settings, "subjects": parts})
     for part in parts:
         depth, pose = (np.mean(part[name][1:]) for name in ("depth", "pose"))
         print(f"{part['label']}: R2 above the place, mean of states 1 to the last: depth {depth:.3f}, pose {pose:.3f}")

@@ -21,8 +21,10 @@ OUTSIDE = ("/", "../", "runs", "runs/", "datasets/", "data/", "demo/", ".venv", 
 FOLDERS = tuple(f"{path.name}/" for path in ROOT.iterdir() if path.is_dir() and path.name[0] not in "._")
 # Scripts whose flags belong to a subcommand.
 SUBCOMMANDS = {
-    "experiments.reproduce": ("list", "run", "report"),
-    "vla-scripts/analyze.py": ("cka", "gradients", "projectors", "cone", "depth", "static", "theorem", "reach"),
+    "experiments.reproduce": ("list", "run", "report", "confirm"),
+    "vla-scripts/analyze.py": (
+        *("cka", "gradients", "projectors", "cone", "depth", "static", "theorem", "readout", "reach"),
+    ),
     "experiments.robot.libero.results": ("report", "compare", "merge", "page"),
     "patches": ("apply", "check", "revert"),
 }
