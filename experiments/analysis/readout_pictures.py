@@ -69,7 +69,7 @@ def draw_depth(figure: FigureBase, pictures: DepthPictures) -> None:
         axes.spines[:].set_visible(False)
     bar = figure.colorbar(shown, ax=grid[1:].ravel().tolist(), pad=0.01, shrink=0.8)
     bar.set_label("nearer | farther than usual here")
-    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.0f}%")
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+.0f}%" if value else "0%")
 
 
 def save_pictures(pictures: DepthPictures, folder: Path) -> None:

@@ -265,7 +265,8 @@ def main(config: DemoConfig) -> int:
         shown.add_column(column, justify="left" if column == "policy" else "right")
     for row in table.rows:
         shown.add_row(*row)
-    console.print(said, CAUTION)
+    for line in (said, CAUTION):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(shown)
     for name, path in places.items():
         console.print(f"{name}: {path}", highlight=False, soft_wrap=True)

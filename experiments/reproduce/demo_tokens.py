@@ -118,7 +118,8 @@ def statement(tokens: TokenResults, without: Outcome | None, aligned: Outcome | 
     measures = [
         (
             f"the depth in the policy's tokens (R2 above the place {depths[0]:.2f} without, {depths[1]:.2f} with)",
-            abs(depths[1] - depths[0]) >= _DEPTH_MARGIN,
+            # Below 0 the tokens tell no more than their place does, however far.
+            abs(max(0.0, depths[1]) - max(0.0, depths[0])) >= _DEPTH_MARGIN,
         ),
         (
             f"the error of its actions ({errors[0]:.3f} without, {errors[1]:.3f} with)",

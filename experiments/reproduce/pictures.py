@@ -106,12 +106,16 @@ def draw_demo(tokens: TokenResults, outcomes: Sequence[Outcome], videos: Path, p
     bars = error.bar(tokens.pictures.labels, tokens.values(ERROR), color=colors, width=0.5)
     error.bar_label(bars, fmt="%.3f")
     error.set(title="action error, unseen demonstrations", ylabel="L1, normalized")
+    error.margins(y=0.15)
     _draw_rates(success, outcomes)
     success.set(title="episodes solved, two tasks", xlabel="95% interval; ticks: seeds")
     success.margins(y=0.2)
     success.set_yticks(range(len(outcomes)), [result.label.replace(" ", "\n", 1) for result in outcomes])
     draw_depth(middle, tokens.pictures)
-    middle.suptitle("depth read out of the policy's own tokens, in a task that the probe has not seen", fontsize=9)
+    title = (
+        "depth read out of the policy's own tokens, in a task that the probe has not seen: nearer or farther than usual"
+    )
+    middle.suptitle(title, fontsize=9)
     _draw_frames(below.subplots(), videos)
     save_figure(figure, path, DPI)
 

@@ -61,6 +61,7 @@ def test_the_statement_follows_the_numbers() -> None:
     assert same == "the depth in the policy's tokens (R2 above the place 0.10 without, 0.11 with)."
     assert statement(_tokens((0.1, 0.11)), _outcome(39), _outcome(39)).startswith("Alignment did not change the depth")
     assert "episodes" not in statement(_tokens(), None, _outcome(39))
+    assert statement(_tokens((-0.4, -0.1)), _outcome(39), _outcome(39)).startswith("Alignment did not change the depth")
 
 
 def test_the_video_starts_where_most_tasks_were_solved(tmp_path: Path) -> None:
