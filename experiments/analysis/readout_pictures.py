@@ -74,7 +74,7 @@ def draw_depth(figure: FigureBase, pictures: DepthPictures) -> None:
 
 def save_pictures(pictures: DepthPictures, folder: Path) -> None:
     """Write readout_depth.npz and readout_depth.png."""
-    arrays = {f"read_{number}": values for number, values in enumerate(pictures.read)}
+    arrays: dict[str, Any] = {f"read_{number}": values for number, values in enumerate(pictures.read)}
     with atomic_path(folder / FILE) as temporary:
         labels = np.array(pictures.labels)
         np.savez_compressed(temporary, images=pictures.images, true=pictures.true, labels=labels, **arrays)

@@ -21,8 +21,9 @@ from prismatic.util.files import read_json
 ARMS = (replace(BASELINE, name="moved-baseline"), replace(ROCKET, name="moved-rocket"))
 LABELS = ("without alignment", ROCKET.label)
 _FRAMES_DRAWN = 7
-# Smaller differences of R2, and of the error in parts of it, are what seeds do.
-_DEPTH_MARGIN, _ERROR_MARGIN = 0.02, 0.03
+# Smaller differences, of R2 and in parts of the error, are what seeds do: twice the standard deviation that they have
+# over the eight seeds of results/confirmation (0.029, 0.8%).
+_DEPTH_MARGIN, _ERROR_MARGIN = 0.06, 0.016
 
 
 def tokens_paths(out: Path, seed: int, episodes: int, steps: int, workers: int) -> StudyPaths:
@@ -72,7 +73,7 @@ def run_tokens(paths: StudyPaths, runner: JobRunner, parallel: int) -> None:
 
 @dataclass(frozen=True)
 class TokenResults:
-    """What the part measured.
+    """Measurements of both policies.
 
     Attributes:
         records: without alignment and with it, as the measures of the confirmation read them.
@@ -113,7 +114,7 @@ def read_tokens(paths: StudyPaths) -> TokenResults:
 
 
 def statement(tokens: TokenResults, without: Outcome | None, aligned: Outcome | None) -> str:
-    """What alignment changed in this run, and what it did not."""
+    """Say what alignment changed in this run, and what it did not."""
     depths, errors = tokens.values(DEPTH), tokens.values(ERROR)
     measures = [
         (
