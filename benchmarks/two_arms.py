@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def simulators() -> Iterator[Simulator]:
 
         for render in ("fast", "protocol"):
             env = AlohaEnv(image_size=SIZE, render=render)
-            yield f"gym-aloha's scene, {render}", lambda env=env: env.step(np.array(IDLE)), env.observe
+            yield f"gym-aloha's scene, {render}", partial(env.step, np.array(IDLE)), env.observe
     if importlib.util.find_spec("gym_aloha") and importlib.util.find_spec("dm_control"):
         from gym_aloha.env import AlohaEnv as OwnEnv
 

@@ -1,7 +1,7 @@
 """Collect demonstrations of the scripted expert in LIBERO, or of gym-aloha's two arms, as an RLDS dataset.
 
     python -m experiments.mini.collect --suite libero_object --tasks 1,2 --episodes 30 --out data
-    python -m experiments.mini.collect --suite gym_aloha --episodes 100 --out data
+    python -m experiments.mini.collect --suite gym_aloha --tasks 0 --episodes 150 --out data
 
 Object placements come from each task's own sampler, seeded by (seed, suite, task, episode): no official initial state
 is used, so all of them stay unseen for evaluation. The bytes do not depend on the number of workers. An interrupted run
@@ -90,7 +90,7 @@ def _expert(config: CollectConfig, task: int) -> tuple[Any, Callable[..., Any], 
     if config.suite == GYM_ALOHA:
         from experiments.mini import transfer
 
-        return transfer.AlohaEnv(**looks), transfer.demonstrate, transfer.serialize_episode
+        return transfer.AlohaEnv(task, **looks), transfer.demonstrate, transfer.serialize_episode
     from experiments.mini.expert import demonstrate
     from experiments.mini.moved_scene import make_scene
     from prismatic.vla.datasets.rlds_writer import serialize_episode

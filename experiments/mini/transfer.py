@@ -20,6 +20,10 @@ from prismatic.vla.datasets.rlds_writer import aloha_schema, encode_jpeg
 NOISE_LEVELS = (0.005, 0.01, 0.02)  # Standard deviation of a joint target, radians
 _NOISE_MEMORY = 0.8  # Coefficient of the first-order autoregressive noise
 _START_SPREAD = 0.04  # Of the joints an episode starts from, radians
+# Largest detour of the right arm on the way to the cube, radians. Else where the arm is tells where the cube is, and a
+# student learns to look at its joints instead of the pictures.
+_DETOUR = np.array([0.0] * 7 + [0.25, 0.1, 0.1, 0.0, 0.15, 0.0, 0.0])
+_DETOUR_STEPS = (14, 30)  # Begins to return, has returned
 _SETTLE_STEPS = 10
 _JOINTS = np.tile([1.0] * 6 + [0.0], 2)  # Numbers of an action that noise is added to: not the grippers
 # ViperX: meters and radians, from the scene file.
@@ -111,22 +115,23 @@ class TransferDemonstration:
 
 
 def demonstrate(env: AlohaEnv, seed: int, source: str, noise: bool = True) -> TransferDemonstration:
-    """Place the cube as gym-aloha does with a seed beyond the initial states', let the expert solve the task, record.
+    """Place the cube with a seed beyond those of the initial states, let the expert solve the task, record.
 
     `episode` holds the steps' features of :func:`aloha_schema`, and `source`.
     """
     rng = np.random.default_rng(seed)
-    env.reset(cube_pose(NUM_STATES + seed % (2**32 - NUM_STATES)))
+    env.reset(cube_pose(NUM_STATES + seed % (2**32 - NUM_STATES), env.task))
     start = np.array(IDLE) + (_START_SPREAD * rng.standard_normal(14) * _JOINTS if noise else 0.0)
     for _ in range(_SETTLE_STEPS):
         env.step(start)
     actions = plan(env.cube()[:3])
     level = float(rng.choice(NOISE_LEVELS)) if noise else 0.0
+    detour = _DETOUR * rng.uniform(-1.0, 1.0, 14) if noise else np.zeros(14)
     drift, transferred, views = np.zeros(14), False, []
-    for action in actions:
+    for step, action in enumerate(actions):
         views.append(env.observe())
         drift = _NOISE_MEMORY * drift + np.sqrt(1 - _NOISE_MEMORY**2) * level * rng.standard_normal(14) * _JOINTS
-        transferred = env.step(action + drift)
+        transferred = env.step(action + drift + detour * np.interp(step, (0, 6, *_DETOUR_STEPS), (0, 1, 1, 0)))
     if not transferred:
         return TransferDemonstration(None, len(actions), "without the cube in the left hand")
     numbers = np.arange(len(actions))

@@ -28,6 +28,7 @@ pytestmark = [
 def small(folder: Path, **changes: Any) -> GenerateConfig:
     settings: dict[str, Any] = {
         "task_suite_name": "gym_aloha",
+        "task_ids": "0",
         "num_images_in_input": 3,
         "num_trials_per_task": 2,
         "num_open_loop_steps": 10,
@@ -86,8 +87,8 @@ def test_the_expert_solves_seeds_spread_over_the_table_and_noise_is_repeatable()
             outcomes = [env.step(action) for action in plan(env.cube())]
             # The touch may flicker at the very end, but the cube hangs in the left hand.
             assert any(outcomes) and not any(outcomes[:90]) and env.cube()[2] > 0.2
-        first, again = (demonstrate(env, 5, "here").episode for _ in range(2))
-        other = demonstrate(env, 6, "there", noise=False).episode
+        first, again = (demonstrate(env, 3, "here").episode for _ in range(2))
+        other = demonstrate(env, 4, "there", noise=False).episode
     assert first is not None and again is not None and other is not None
     for name, values in first.items():
         np.testing.assert_array_equal(values, again[name])
@@ -113,7 +114,7 @@ def test_the_harness_runs_resumes_and_tells_success_from_failure(tmp_path: Path)
     [
         ({"task_suite_name": "libero_object"}, "--num_images_in_input: found 3; accepted: 1 to 2, the cameras of"),
         ({"first_init_state": NUM_STATES}, f"transfer_cube has {NUM_STATES} initial states"),
-        ({"task_ids": "1"}, "--task_ids"),
+        ({"task_ids": "2"}, "--task_ids"),
         ({"initial_states_path": "states.npz"}, "gym-aloha has initial states of its own"),
         (
             {
@@ -135,7 +136,7 @@ def test_from_demonstrations_to_a_served_policy(finetune: Callable[..., Path], t
     from experiments.robot.serving.server import PolicyServer, ServedPolicy, ServerSettings
     from prismatic.checkpoint.folder import open_checkpoint
 
-    collect(CollectConfig(suite="gym_aloha", episodes=1, image_size=32, workers=1, out=tmp_path / "data"))
+    collect(CollectConfig(suite="gym_aloha", tasks="1", episodes=1, image_size=32, workers=1, out=tmp_path / "data"))
     inputs: dict[str, Any] = {"num_images_in_input": 3, "use_proprio": True}
     platform = "experiments/mini/gym_aloha.yaml"
     data = {"data_root_dir": tmp_path / "data", "dataset_name": "gym_aloha", "platform": platform}

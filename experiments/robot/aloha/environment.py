@@ -3,7 +3,7 @@
 Scene, joint targets, start poses and success are gym-aloha's; its Python is not imported. Not obvious:
 - Its wrapper draws three 480 x 640 pictures with shadows at every step, which is nearly all of its time. The scene
   file is all that is needed here: dm-control's part of a step is MuJoCo's two half steps, in that order.
-- Initial state number i is the cube that gym-aloha's `reset(seed=i)` draws.
+- Initial state number i of task 0 is the cube that gym-aloha's `reset(seed=i)` draws.
 - An action is held for two of gym-aloha's 50 Hz steps: 25 Hz is OpenVLA-OFT's rate on ALOHA, where a chunk of 25 lasts
   a second.
 """
@@ -35,9 +35,10 @@ _PHYSICS_STEPS = 20  # Of 2 ms an action
 
 
 class AlohaEnv:
-    """The task "transfer cube": the right arm picks a cube up, the left arm takes it over.
+    """Transfer of a cube: the right arm picks it up, the left arm takes it over.
 
     Args:
+        task: number of the task, which says how far the cube is spread.
         image_size: side of the square pictures in pixels.
         render: "protocol" draws as the scene file says; "fast" without antialiasing and shadows (12 times faster).
 
@@ -49,7 +50,7 @@ class AlohaEnv:
         UsageError: gym-aloha or OpenGL is missing.
     """
 
-    def __init__(self, *, image_size: int = 256, render: str = "protocol") -> None:
+    def __init__(self, task: int = 0, *, image_size: int = 256, render: str = "protocol") -> None:
         choose_renderer()
         import mujoco
 
@@ -58,9 +59,9 @@ class AlohaEnv:
         self.data: MjData = mujoco.MjData(self.model)
         if render == "fast":
             self.model.vis.quality.offsamples = self.model.vis.quality.shadowsize = 0
-        self.image_size = image_size
+        self.image_size, self.task = image_size, task
         self._renderer: Any = None
-        self.init_states = np.stack([cube_pose(seed) for seed in range(NUM_STATES)])
+        self.init_states = np.stack([cube_pose(seed, task) for seed in range(NUM_STATES)])
         self.reset(self.init_states[0])
 
     def reset(self, init_state: np.ndarray, seed: int = 0) -> None:

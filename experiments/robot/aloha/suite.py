@@ -23,7 +23,11 @@ START_ARM = (0.0, -0.96, 1.16, 0.0, -0.3, 0.0)  # Joint angles, radians
 START_FINGER = 0.02239  # Meters from the middle
 FINGER_CLOSED, FINGER_OPEN = 0.01844, 0.058  # Where a gripper's 0 and 1 are
 IDLE = (*START_ARM, (START_FINGER - FINGER_CLOSED) / (FINGER_OPEN - FINGER_CLOSED)) * 2  # Action that stays there
-CUBE_LOW, CUBE_HIGH = (0.0, 0.4, 0.05), (0.2, 0.6, 0.05)  # Meters
+# Task -> lowest and highest position of the cube, meters. gym-aloha's own, and one for students of few steps.
+TASKS = {
+    "transfer_cube": ((0.0, 0.4, 0.05), (0.2, 0.6, 0.05)),
+    "transfer_cube_middle": ((0.07, 0.48, 0.05), (0.13, 0.52, 0.05)),
+}
 
 
 def scene_path() -> Path:
@@ -34,24 +38,24 @@ def scene_path() -> Path:
     return Path(package.origin).parent / "assets" / "bimanual_viperx_transfer_cube.xml"
 
 
-def cube_pose(seed: int) -> np.ndarray:
-    """Position (m) and quaternion (w, x, y, z) of the cube, (7,), that gym-aloha draws with this seed."""
-    position = np.random.RandomState(seed).uniform(CUBE_LOW, CUBE_HIGH)
+def cube_pose(seed: int, task: int = 0) -> np.ndarray:
+    """Position (m) and quaternion (w, x, y, z) of the cube, (7,), drawn as gym-aloha draws it with this seed."""
+    position = np.random.RandomState(seed).uniform(*tuple(TASKS.values())[task])
     return np.concatenate([position, [1.0, 0.0, 0.0, 0.0]])
 
 
 def _task(number: int, source: str) -> TaskSpec:
-    scene = scene_path()
-    return TaskSpec(GYM_ALOHA, number, "transfer_cube", INSTRUCTION, scene, scene.parent, num_states=NUM_STATES)
+    scene, name = scene_path(), tuple(TASKS)[number]
+    return TaskSpec(GYM_ALOHA, number, name, INSTRUCTION, scene, scene.parent, num_states=NUM_STATES)
 
 
 def suite() -> Suite[Any]:
-    """Its record: one task, whose initial states are the cubes of gym-aloha's seeds."""
+    """Its record: the tasks' initial states are the cubes of gym-aloha's seeds."""
     return Suite(
         name=GYM_ALOHA,
         base="",
         max_steps=MAX_STEPS,
-        num_tasks=lambda: 1,
+        num_tasks=lambda: len(TASKS),
         task=_task,
         own_states="gym-aloha",
         identity=lambda flags: {"gym_aloha": package_version("gym-aloha")},

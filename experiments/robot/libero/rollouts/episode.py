@@ -88,7 +88,7 @@ def make_simulator(episode: Episode, protocol: EvalProtocol) -> Environment:
         return make_libero_env(episode, protocol)
     from experiments.robot.aloha.environment import AlohaEnv
 
-    env = AlohaEnv(image_size=protocol.image_size, render=protocol.render)
+    env = AlohaEnv(episode.task_id, image_size=protocol.image_size, render=protocol.render)
     env.observe()  # As above.
     return env
 
