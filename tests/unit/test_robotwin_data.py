@@ -8,6 +8,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from experiments.robot.robotwin import convert as module
@@ -127,11 +128,13 @@ def test_a_picture_that_is_cut_short_and_another_robot_are_refused(tmp_path: Pat
         convert(config(tmp_path))
 
 
-def test_statistics_for_lerobot_are_those_of_all_frames(tmp_path: Path) -> None:
+def test_lerobot_finds_tasks_by_name_and_statistics_of_all_frames(tmp_path: Path) -> None:
     for number, episode in enumerate(EPISODES):
         write_v1(tmp_path / "data", number, episode)
     (folder,) = convert(config(tmp_path))
     stats = json.loads((folder / "meta" / "stats.json").read_text())
+    tasks = json.loads(pq.read_schema(folder / "meta" / "tasks.parquet").metadata[b"pandas"])
+    assert tasks["index_columns"] == ["task"] and tasks["columns"][0]["field_name"] == "task"
     actions = np.concatenate([episode["joints"][1:] for episode in EPISODES])
     np.testing.assert_allclose(stats["action"]["mean"], actions.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(stats["action"]["std"], actions.std(axis=0), atol=1e-6)

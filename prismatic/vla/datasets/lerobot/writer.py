@@ -138,7 +138,8 @@ class LeRobotWriter:
         """Write rows; LeRobot reads them with pandas, which takes the column `index` for the table's index."""
         table = require("pyarrow").Table.from_pylist(rows)
         if index:
-            pandas = {"index_columns": [index], "column_indexes": [], "columns": []}
+            column = {"name": index, "field_name": index, "pandas_type": "unicode", "numpy_type": "object"}
+            pandas = {"index_columns": [index], "column_indexes": [], "columns": [{**column, "metadata": None}]}
             table = table.replace_schema_metadata({"pandas": json.dumps(pandas)})
         with atomic_path(path) as temporary:
             require("pyarrow.parquet").write_table(table, temporary)
