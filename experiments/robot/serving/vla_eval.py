@@ -13,6 +13,8 @@ Not obvious:
 - It does not name statistics: the task's suite decides, by the rule of the evaluation command; suites that are none of
   LIBERO's take the server's default.
 - Its images come from the camera, whatever their size: never taken as prepared.
+- In RoboTwin (ALOHA's platforms) states are called `joint_state`, and actions are joints, answered as they are; the
+  task's name decides the statistics.
 """
 
 from __future__ import annotations
@@ -27,12 +29,14 @@ import numpy as np
 from experiments.robot.libero.suites.tasks import unnorm_key_for
 from experiments.robot.policy import Array
 from experiments.robot.robot_utils import invert_gripper_action, normalize_gripper_action
+from experiments.robot.robotwin.policy import clip_grippers, robotwin_keys
 from experiments.robot.serving.observation import PolicySpec, RequestError
 from experiments.robot.serving.wire import WireError, from_msgpack, to_vla_eval
 from prismatic.util.errors import UsageError
-from prismatic.vla.platforms import LIBERO
+from prismatic.vla.platforms import ALOHA, ALOHA_AGILEX, LIBERO
 
 PROTOCOL_VERSION = 1
+_STATES = ("states", "state", "joint_state")
 Infer = Callable[[dict[str, object]], Awaitable[Array]]
 
 
@@ -89,8 +93,11 @@ class VlaEvalSession:
     async def _next_action(self, observation: Mapping[str, object]) -> Array:
         if not self._actions:
             chunk_TA = await self._infer(self._payload(observation))
-            in_simulator_TA = invert_gripper_action(normalize_gripper_action(chunk_TA))
-            self._actions.extend(np.asarray(in_simulator_TA, dtype=np.float32))
+            if self._spec.platform.name == ALOHA_AGILEX.name:
+                chunk_TA = clip_grippers(chunk_TA)
+            elif self._spec.platform.name != ALOHA.name:
+                chunk_TA = invert_gripper_action(normalize_gripper_action(chunk_TA))
+            self._actions.extend(np.asarray(chunk_TA, dtype=np.float32))
         self._step += 1
         return self._actions.popleft()
 
@@ -103,7 +110,7 @@ class VlaEvalSession:
         place = ":".join(str(self._task.get(name)) for name in ("suite", "task_id", "episode_idx"))
         return {
             **dict(zip(views, images.values())),
-            "state": observation.get("states", observation.get("state")),
+            "state": next((observation[name] for name in _STATES if name in observation), None),
             "instruction": observation.get("task_description"),
             "unnorm_key": self._unnorm_key(suite) if isinstance(suite, str) else "",
             "seed": zlib.crc32(f"{place}:{self._step}".encode()),
@@ -111,6 +118,9 @@ class VlaEvalSession:
         }
 
     def _unnorm_key(self, suite: str) -> str:
+        own = [key for key in robotwin_keys(self._task.get("name")) if key in self._spec.unnorm_keys]
+        if own and _has_two_arms(self._spec):
+            return own[0]
         try:
             return unnorm_key_for(dict.fromkeys(self._spec.unnorm_keys), "", suite, self._spec.unnorm_key)
         except UsageError as error:
@@ -123,11 +133,19 @@ class VlaEvalSession:
 def hello(spec: PolicySpec) -> dict[str, object]:
     """Settings for vla-eval: which observations to send, and the conventions that it checks against its benchmark's."""
     reply = {"protocol_version": PROTOCOL_VERSION, "model_server": spec.name, "capabilities": {}, **spec.metadata()}
+    if _has_two_arms(spec):
+        views = ("head_camera", "left_camera", "right_camera")[: spec.num_images]
+        observations = {view: _dimensions("image", 0, "rgb_hwc_uint8") for view in views}
+        if spec.use_proprio:
+            observations["state"] = _dimensions("state", 0, "joint_positions")
+        observations["language"] = _dimensions("language", 0, "language")
+        joints = _dimensions("joints", spec.platform.action_dim, "joint_positions")
+        return {**reply, "action_spec": {"joints": joints}, "observation_spec": observations}
     reply["gripper"], reply["gripper_open"] = "-1 = open, +1 = closed", -1
     if spec.platform.name != LIBERO.name:
         return reply
     wanted: dict[str, object] = {"env_seed": 0, "quat_no_antipodal": True}  # as the training data were recorded
-    observations: dict[str, object] = {"agentview": _dimensions("image", 0, "rgb_hwc_uint8")}
+    observations = {"agentview": _dimensions("image", 0, "rgb_hwc_uint8")}
     if spec.num_images > 1:
         wanted["send_wrist_image"] = True
         observations["wrist"] = _dimensions("image", 0, "rgb_hwc_uint8")
@@ -141,6 +159,10 @@ def hello(spec: PolicySpec) -> dict[str, object]:
         "gripper": _dimensions("gripper", 1, "binary_close_positive", [-1, 1]),
     }
     return {**reply, "observation_params": wanted, "action_spec": actions, "observation_spec": observations}
+
+
+def _has_two_arms(spec: PolicySpec) -> bool:
+    return spec.platform.name in (ALOHA.name, ALOHA_AGILEX.name)
 
 
 def _dimensions(name: str, dims: int, convention: str, limits: list[float] | None = None) -> dict[str, object]:

@@ -1,0 +1,47 @@
+"""The class that XPolicyLab's policy server drives. deploy.yml lists the settings."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[4]))
+
+from experiments.robot.policy import Array, Query
+from experiments.robot.robotwin.policy import RoboTwinPolicy, from_xpolicylab, to_xpolicylab
+from prismatic.util.errors import UsageError
+
+
+class Model:
+    """A policy for two arms, with joint actions."""
+
+    def __init__(self, model_cfg: Mapping[str, Any]) -> None:
+        if model_cfg.get("action_type") not in (None, "joint"):
+            raise UsageError(f"action_type: {model_cfg['action_type']} found; accepted: joint")
+        self._policy = RoboTwinPolicy(model_cfg)
+        self._queries: list[Query] = []
+
+    def update_obs(self, obs: Mapping[str, Any]) -> None:
+        """Take the observation that is acted on next."""
+        self.update_obs_batch([obs])
+
+    def update_obs_batch(self, obs_list: Sequence[Mapping[str, Any]]) -> None:
+        """The same for several environments."""
+        self._queries = [from_xpolicylab(obs) for obs in obs_list]
+
+    def get_action(self) -> list[dict[str, Array]]:
+        """A chunk of actions."""
+        return self.get_action_batch()[0]
+
+    def get_action_batch(self, env_idx_list: Sequence[int] | None = None) -> list[list[dict[str, Array]]]:
+        """A chunk for each environment, in the order of its observations."""
+        if not self._queries:
+            raise UsageError("get_action: no observation found; accepted: a call of update_obs before")
+        return [[to_xpolicylab(action) for action in chunk] for chunk in self._policy.act(self._queries)]
+
+    def reset(self) -> None:
+        """Begin an episode."""
+        self._queries = []
+        self._policy.reset()
