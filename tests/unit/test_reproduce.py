@@ -47,7 +47,8 @@ def _flags(words: tuple[str, ...]) -> set[str]:
 
 def test_every_table_and_figure_has_its_script() -> None:
     scripts = {path.stem for path in SCRIPTS.glob("*.sh")} - {"run"}
-    assert scripts == set(STUDIES)
+    # Figure 6 is in RoboTwin, whose rollouts are its own.
+    assert {name for name in scripts if not name.startswith("figure6")} == set(STUDIES)
     for path in SCRIPTS.glob("*.sh"):
         assert path.stat().st_mode & stat.S_IXUSR, path
         assert path.stem in path.read_text()
