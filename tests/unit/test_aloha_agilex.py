@@ -16,9 +16,10 @@ from prismatic.checkpoint.folder import open_checkpoint
 from prismatic.util.errors import UsageError
 from prismatic.vla.batch import Frame
 from prismatic.vla.datasets import RLDSDataset
+from prismatic.vla.datasets.dataset_file import read_datasets
 from prismatic.vla.datasets.rlds_schema import Images, Numbers, Schema, Texts
 from prismatic.vla.datasets.rlds_writer import RLDSWriter, encode_jpeg
-from prismatic.vla.datasets.specs import MIXTURES
+from prismatic.vla.datasets.specs import DATASETS, MIXTURES
 from prismatic.vla.datasets.statistics import openpi_normalizer
 from prismatic.vla.platforms import ALOHA, ALOHA_AGILEX, OpenPINormalization, get_platform, platform_of_statistics
 from tests.helpers.tiny_pi import write_tiny_pi
@@ -29,20 +30,20 @@ JOINTS = np.array(([True] * 6 + [False]) * 2)
 PI0 = get_platform({**ALOHA_AGILEX.to_json(), "chunk": 6}).to_json() | {"normalization": "mean_std"}
 
 
-def write_two_arms(root: Path, name: str, lengths: tuple[int, ...] = (9, 12)) -> list[np.ndarray]:
+def write_two_arms(root: Path, name: str, lengths: tuple[int, ...] = (9, 12), width: int = 14) -> list[np.ndarray]:
     """Episodes of random joints with next-frame actions; returns each one's joints, one row more than steps."""
     sizes: Any = {camera: Images(24, 32) for camera in CAMERAS}
     schema = Schema(
         {
-            "observation": {**sizes, "state": Numbers((14,))},
-            "action": Numbers((14,)),
+            "observation": {**sizes, "state": Numbers((width,))},
+            "action": Numbers((width,)),
             "language_instruction": Texts(),
         }
     )
     rng, joints, payloads = np.random.default_rng(len(name)), [], []
     picture = encode_jpeg(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8))
     for steps in lengths:
-        joints.append(rng.uniform(0, 1, (steps + 1, 14)).cumsum(axis=0).astype(np.float32))
+        joints.append(rng.uniform(0, 1, (steps + 1, width)).cumsum(axis=0).astype(np.float32))
         values: Any = {f"observation/{camera}": [picture] * steps for camera in CAMERAS}
         values |= {"observation/state": joints[-1][:-1], "action": joints[-1][1:]}
         payloads.append(schema.serialize(values | {"language_instruction": ["lift the pot"] * steps}))
@@ -100,6 +101,24 @@ def test_robots_of_a_mixture_keep_their_own_conventions(tmp_path: Path) -> None:
     statistics: Any = data.dataset_statistics
     assert "delta" in statistics[NAME]["action"] and "delta" not in statistics[OTHER]["action"]
     assert {data.frame(number)["dataset_name"] for number in range(len(data))} == {NAME, OTHER}
+
+
+def test_an_arm_alone_is_filled_up_by_its_description(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_two_arms(tmp_path, NAME)
+    (joints,) = write_two_arms(tmp_path, "one_arm", (9,), width=7)
+    zeros = ", 0" * 7
+    file = tmp_path / "one_arm.yaml"
+    file.write_text(
+        f"one_arm:\n  images: {{front: observation/image, left: null, right: null}}\n"
+        f"  action: [action{zeros}]\n  state: [observation/state{zeros}]\n"
+    )
+    monkeypatch.setitem(DATASETS, "one_arm", read_datasets(file)["one_arm"])
+    data = dataset(tmp_path, f"{NAME},one_arm", PI0)
+    frame = data.frame(len(data) - 1)
+    normalizer = openpi_normalizer(data.dataset_statistics["one_arm"]["action"], OpenPINormalization.MEAN_STD)
+    answer = normalizer.unnormalize(frame["action"].astype(np.float64))
+    assert frame["dataset_name"] == "one_arm" and not answer[:, 7:].any() and not frame["action"][:, 7:].any()
+    np.testing.assert_allclose(answer[:, :7], joints[-6:], atol=1e-4)
 
 
 def test_differences_to_a_state_that_is_not_seen_are_refused(tmp_path: Path) -> None:
