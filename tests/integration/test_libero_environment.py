@@ -169,6 +169,39 @@ def test_what_is_out_of_view_changes_no_pixel(env: LiberoEnv, monkeypatch: pytes
     assert max(max(counts) for counts in left_out) > 20, left_out
 
 
+def test_triangles_that_touch_no_sample_change_no_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the triangles is drawn, before a mirror and while the arm moves, and no pixel differs."""
+    from OpenGL import GL
+
+    from experiments.robot.libero.simulator import rendering, triangles
+
+    drawn: list[tuple[int, int]] = []
+    upload = triangles.TriangleFilter._upload
+
+    def counted(self: triangles.TriangleFilter, body: triangles._Body, faces: np.ndarray, number: int) -> None:
+        drawn.append((len(faces), len(body.faces_F3)))
+        upload(self, body, faces, number)
+
+    monkeypatch.setattr(triangles.TriangleFilter, "_upload", counted)
+    with LiberoEnv("libero_goal", 0, image_size=256) as env:
+        fewer: list[np.ndarray] = []
+        everything: list[np.ndarray] = []
+        for pictures in (fewer, everything):
+            env.reset(env.init_states[0])
+            for number in range(24):
+                env.step(np.array([0.5, 0.2, -0.9, 0.2, 0.0, 0.3, (-1) ** (number // 8)]))
+                if number % 4 == 0:
+                    seen = env.observe()
+                    pictures += [seen.image, seen.wrist_image]
+            if b"llvmpipe" not in GL.glGetString(GL.GL_RENDERER):
+                pytest.skip("a GPU draws, every triangle")
+            env.close()
+            monkeypatch.setattr(rendering.Cameras, "_triangle_filter", lambda cameras: None)
+    assert all(np.array_equal(*pair) for pair in zip(fewer, everything, strict=True))
+    kept, faces = np.sum(drawn, axis=0)
+    assert 0 < kept < 0.2 * faces
+
+
 def test_the_wrist_camera_can_be_left_out(env: LiberoEnv) -> None:
     env.reset(env.init_states[0])
     both, one = env.observe(), env.observe(wrist=False)

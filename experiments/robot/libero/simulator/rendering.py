@@ -29,6 +29,8 @@ from prismatic.util.versions import package_version
 if TYPE_CHECKING:
     from mujoco import MjData, MjModel
 
+    from experiments.robot.libero.simulator.triangles import TriangleFilter
+
 RENDER_MODES = get_args(Render)
 # An upgrade to 4 in place leaves parts of it behind, which then fail to import.
 ACCEPTED_MUJOCO = "3.3.7 (pip uninstall -y mujoco mujoco-core mujoco-studio, then pip install mujoco==3.3.7)"
@@ -218,10 +220,17 @@ class Cameras:
         self._without_sites.sitegroup[:] = 0
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._triangles = self._triangle_filter() if render == "protocol" else None
 
     def close(self) -> None:
         """Free the OpenGL context. Closing twice is fine."""
         self._finalizer()
+
+    def _triangle_filter(self) -> TriangleFilter | None:
+        from experiments.robot.libero.simulator.triangles import TriangleFilter, filter_pays
+
+        context = self._holder["mujoco"]
+        return TriangleFilter(self._model, context, self.size) if filter_pays(self._model, context) else None
 
     def _draw(self, data: MjData, camera: str, segment: bool = False) -> None:
         mujoco = self._mujoco
@@ -234,6 +243,8 @@ class Cameras:
         groups[geoms_out_of_view(self._model, data, camera_id)] = _OUT_OF_VIEW_GROUP
         mujoco.mjv_updateScene(self._model, data, option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene)
         groups[:] = kept
+        if self._triangles is not None and not segment:
+            self._triangles.apply(self._scene, camera_id)
         self._scene.flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = segment
         self._scene.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = segment
         mujoco.mjr_render(self._viewport, self._scene, self._holder["mujoco"])
