@@ -160,9 +160,11 @@ def compare(config: LoaderConfig, root: Path) -> dict[str, Any]:
     """Loader and yardstick in turns, in this process with one thread."""
     import torch
 
+    from prismatic.util.memory import keep_freed_memory
     from prismatic.vla.datasets import MixtureSampler
 
     torch.set_num_threads(1)
+    keep_freed_memory()  # As loader processes do.
     dataset, collate = open_dataset(root, config.dataset_name)
     deferring, _ = open_dataset(root, config.dataset_name, on_device=True)
     batches = iter(MixtureSampler(dataset, config.batch_size))

@@ -1,6 +1,7 @@
 """Measure LIBERO episodes an hour: the evaluation here against the plain loop, with one policy, in one run.
 
     python benchmarks/rollout.py [--checkpoint CKPT] [--tasks 2,4] [--out benchmarks/results/rollout.json]
+    python benchmarks/rollout.py --earlier CHECKOUT --out earlier.json     against an earlier commit, instead
 
 The plain loop (tests/helpers/plain_rollout.py) is what upstream's script does: LIBERO's own environment, every step
 rendered, hard resets, one robot a forward. Every way runs in a process of its own, one after the other, from the same
@@ -51,23 +52,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, default=10, help="per task")
     parser.add_argument("--plain_episodes", type=int, default=2, help="per task, of the plain loop")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/rollout.json")
+    parser.add_argument(
+        "--earlier", type=Path, help="checkout of an earlier commit: compare one and two workers with it"
+    )
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, default=0.0, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.way:
         print(json.dumps(measure(arguments)))
         return 0
-    rows: dict[str, Any] = {}
-    for way in WAYS:
-        command = [sys.executable, __file__, "--way", way, "--started", str(time.time())]
-        for flag in ("checkpoint", "suite", "tasks", "episodes", "plain_episodes"):
-            command += [f"--{flag}", str(getattr(arguments, flag))]
-        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows[way] = json.loads(run.stdout.strip().splitlines()[-1])
-        print(f"{way}: {rows[way]['seconds_per_episode']:.2f} s an episode", file=sys.stderr, flush=True)
+    if arguments.earlier is not None:
+        return compare_with_earlier(arguments)
+    rows = {way: run_way(arguments, way, ROOT) for way in WAYS}
     report = {**describe_machine(arguments), "ways": rows, **compare(rows)}
     atomic_write(arguments.out, json.dumps(report, indent=2) + "\n")
     print(table(report))
+    return 0
+
+
+def run_way(arguments: argparse.Namespace, way: str, build: Path) -> dict[str, Any]:
+    """What one way took, in a process of its own, with the code of a checkout."""
+    command = [sys.executable, str(build / "benchmarks/rollout.py"), "--way", way, "--started", str(time.time())]
+    for flag in ("checkpoint", "suite", "tasks", "episodes", "plain_episodes"):
+        command += [f"--{flag}", str(getattr(arguments, flag))]
+    environment = {**os.environ, "PYTHONPATH": str(build)}
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=build)
+    row: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+    print(f"{way}: {row['seconds_per_episode']:.2f} s an episode ({build.name})", file=sys.stderr, flush=True)
+    return row
+
+
+def compare_with_earlier(arguments: argparse.Namespace) -> int:
+    """One and two workers of an earlier build and of this one, in turns; what the earlier takes over this."""
+    described = ["git", "-C", str(arguments.earlier), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
+    report: dict[str, Any] = {**describe_machine(arguments), "earlier": commit, "ways": {}}
+    for way in ("1 worker", "2 workers"):
+        earlier, now = (run_way(arguments, way, build) for build in (arguments.earlier.resolve(), ROOT))
+        same = sum(earlier["outcomes"][name] == outcome for name, outcome in now["outcomes"].items())
+        numbers = "seconds_per_episode", "cpu_seconds_per_episode"
+        ratios = {f"{name}_ratio": round(earlier[name] / now[name], 3) for name in numbers}
+        report["ways"][way] = {
+            **ratios,
+            "same_outcome": f"{same}/{len(now['outcomes'])}",
+            "this build": now,
+            "earlier build": earlier,
+        }
+        print(way, ratios, report["ways"][way]["same_outcome"], "with the same outcome", flush=True)
+    atomic_write(arguments.out, json.dumps(report, indent=2) + "\n")
     return 0
 
 

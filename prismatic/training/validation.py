@@ -25,7 +25,7 @@ from prismatic.training.loop import Targets
 from prismatic.training.module import TrainablePolicy, move_batch
 from prismatic.vla.batch import Batch, Sample
 from prismatic.vla.datasets.dataset import FrameDraw, MixturePart, RLDSDataset
-from prismatic.vla.datasets.sampler import outlive_stop_signals, worker_error
+from prismatic.vla.datasets.sampler import start_loader_process, worker_error
 
 NumberedBatch = tuple[int, str, list[FrameDraw]]
 
@@ -107,7 +107,7 @@ class Validator:
             collate_fn=self.collate,
             num_workers=self.config.num_workers,
             generator=torch.Generator(),  # else the loader draws a number from training's
-            worker_init_fn=outlive_stop_signals,
+            worker_init_fn=start_loader_process,
         )
         with worker_error():
             yield from loader

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from prismatic.util.errors import UsageError
+from prismatic.util.memory import keep_freed_memory
 from prismatic.vla.batch import Batch, Sample
 from prismatic.vla.datasets.dataset import FrameDraw, RLDSDataset
 
@@ -120,6 +121,12 @@ def outlive_stop_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def start_loader_process(worker: int) -> None:
+    """Prepare a loader process."""
+    outlive_stop_signals(worker)
+    keep_freed_memory()
+
+
 @atexit.register
 def _end_loaders() -> None:
     """Kill what loader processes are left at the end: Python would send them a SIGTERM and wait forever."""
@@ -190,6 +197,6 @@ def make_dataloader(
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if num_workers else None,
         generator=torch.Generator(),  # else the loader draws a number from training's, and a resumed run one more
-        worker_init_fn=outlive_stop_signals,
+        worker_init_fn=start_loader_process,
     )
     return MixtureLoader(loader, sampler)
