@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_way(arguments: argparse.Namespace, way: str, build: Path) -> dict[str, Any]:
-    """What one way took, in a process of its own, with the code of a checkout."""
+    """Measure one way in a process of its own, with the code of a checkout."""
     command = [sys.executable, str(build / "benchmarks/rollout.py"), "--way", way, "--started", str(time.time())]
     for flag in ("checkpoint", "suite", "tasks", "episodes", "plain_episodes"):
         command += [f"--{flag}", str(getattr(arguments, flag))]
@@ -83,7 +83,7 @@ def run_way(arguments: argparse.Namespace, way: str, build: Path) -> dict[str, A
 
 
 def compare_with_earlier(arguments: argparse.Namespace) -> int:
-    """One and two workers of an earlier build and of this one, in turns; what the earlier takes over this."""
+    """Measure one and two workers of an earlier build and of this one, in turns; ratios are the earlier over this."""
     described = ["git", "-C", str(arguments.earlier), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
     report: dict[str, Any] = {**describe_machine(arguments), "earlier": commit, "ways": {}}

@@ -118,7 +118,7 @@ _project, _select = _compile(_project_points), _compile(_select_faces)
 
 @dataclass(frozen=True)
 class _View:
-    """Where a camera, or its reflection, sees the points of a body.
+    """Picture coordinates, in a camera or its reflection, of the points of a body.
 
     Attributes:
         matrix_34: homogeneous points to (x * depth, y * depth, depth) in pixels from the picture's lower left corner.
