@@ -9,11 +9,14 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 usage() { echo "error: $1; accepted: see the head of ${BASH_SOURCE[0]}" >&2; exit 2; }
-profile=mini given=("$@")
-for ((i = 0; i < $#; i++)); do [ "${given[i]}" != --profile ] || profile=${given[i + 1]:-}; done
+profile=mini given=()
+while [ $# -gt 0 ]; do
+  if [ "$1" = --profile ]; then profile=${2:-}; shift; else given+=("$1"); fi
+  shift || true
+done
+set -- "${given[@]}"
 case $profile in
-  mini) for ((i = 0; i < $#; i++)); do [ "${given[i]}" != --profile ] || given=("${given[@]:0:i}" "${given[@]:i+2}"); done
-    exec "$here/figure6_mini.sh" "${given[@]}" ;;
+  mini) exec "$here/figure6_mini.sh" "$@" ;;
   paper) ;;
   *) usage "--profile: '$profile' found" ;;
 esac
@@ -25,7 +28,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --dry_run) run=echo ;;
     --seen | --unseen) split=${1#--} ;;
-    --profile | --vla_path | --data_root_dir | --teacher_path | --tasks | --arms | --robotwin | --seeds | --out)
+    --vla_path | --data_root_dir | --teacher_path | --tasks | --arms | --robotwin | --seeds | --out)
       [ $# -gt 1 ] || usage "$1: no value found"
       name=${1#--}; [ "$name" != data_root_dir ] || name=data; [ "$name" != teacher_path ] || name=teacher
       printf -v "$name" %s "$2"; shift ;;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -40,6 +41,15 @@ def test_every_arm_trains_as_published_and_is_evaluated_easy_and_hard() -> None:
         ("lift_pot", "demo_clean", "unseen"),
         ("lift_pot", "demo_randomized", "unseen"),
     ]
+
+
+@pytest.mark.parametrize("flags", [[], ["--profile", "mini"]])
+def test_the_mini_profile_is_its_own_script(flags: list[str], tmp_path: Path) -> None:
+    script = shutil.copy(SCRIPT, tmp_path)
+    (tmp_path / "figure6_mini.sh").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "figure6_mini.sh").chmod(0o755)
+    done = subprocess.run(["bash", script, *flags, "out", "more"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "out more\n"), done.stderr
 
 
 @pytest.mark.parametrize(
