@@ -68,13 +68,13 @@ def make_paths(arguments: argparse.Namespace, policy: str = "openvla") -> StudyP
         seeds=seeds,
     )
     out = (arguments.out or Path("runs/reproduce") / arguments.profile).resolve()
+    # Arms of two policies have the same names, and so have their demonstrations.
+    own = out if policy == "openvla" else out / policy
     data = arguments.data_root_dir
     if data is None:
         if not profile.collect:
             raise UsageError("--data_root_dir: missing; accepted: the folder that holds the RLDS datasets")
-        data = out / "data"
-    # Arms of two policies have the same names.
-    own = out if policy == "openvla" else out / policy
+        data = own / "data"
     return StudyPaths(profile, own, data.resolve(), processes=arguments.processes or (1 if profile.collect else 4))
 
 

@@ -137,11 +137,20 @@ _MINI_PI05 = replace(
     name="mini-pi05",
     policy="pi05",
     vla_path="experiments/mini/weights/pi05",
-    # The state is no input, as in the published recipe.
-    train={**MINI.train, "use_proprio": False, "max_steps": 200, "save_freq": 200},
-    final_step=200,
+    # The state is no input, as in the published recipe. Data and tasks are those of the student's pretraining.
+    train={
+        **MINI.train,
+        "use_proprio": False,
+        "learning_rate": 5e-4,
+        "max_steps": 150,
+        "save_freq": 150,
+        "image_aug": False,
+        "repeated_diffusion_steps": 8,
+    },
+    final_step=150,
     curve_steps=(),
-    evaluate={**MINI.evaluate, "use_proprio": False},
+    evaluate={**MINI.evaluate, "task_ids": "1,2", "num_trials_per_task": 10, "use_proprio": False},
+    collect={**MINI.collect, "tasks": "1,2", "episodes": 12, "seed": 0},
 )
 
 _PAPER_PI05 = replace(

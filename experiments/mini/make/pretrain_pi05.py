@@ -29,7 +29,7 @@ class PretrainPi05Config(PretrainConfig):
 
     work: Path = Path("runs/mini_pi05")  # Initial weights, checkpoints and logs
     out: Path = ROOT / "experiments" / "mini" / "weights" / "pi05"  # The exported model
-    max_steps: int = limited(800, least=1)  # Optimizer steps
+    max_steps: int = limited(4000, least=1)  # Optimizer steps
     batch_size: int = limited(16, least=1)  # Samples per step
     learning_rate: float = limited(1.5e-3, above=0)  # Peak learning rate
     save_freq: int = limited(200, least=1)  # Steps between checkpoints
@@ -43,7 +43,20 @@ def main(config: PretrainPi05Config) -> int:
     start = config.work / "init"
     if not (start / "tokenizer.json").is_file():
         write_student(start, config.seed)
-    return pretrain(config, training_flags(config, start, {"use_proprio": False, "lr_warmup_steps": 50}))
+    return pretrain(
+        config,
+        training_flags(
+            config,
+            start,
+            {
+                "use_proprio": False,
+                "lr_warmup_steps": 50,
+                "repeated_diffusion_steps": 8,
+                "ema_decay": 0.99,
+                "image_aug": False,
+            },
+        ),
+    )
 
 
 if __name__ == "__main__":
