@@ -24,7 +24,7 @@ import torch
 
 from prismatic.checkpoint import layout
 from prismatic.checkpoint.folder import check_weights
-from prismatic.models.lora import MAGNITUDE, merge_lora_state_dict, name_without_film
+from prismatic.models.lora import MAGNITUDE, merge_lora_state_dict, name_without_film, own_alpha
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 from prismatic.util.tensor_files import WEIGHTS_INDEX, TensorFiles, TensorSpec, write_model
@@ -48,7 +48,6 @@ _PLAIN_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
-    "alpha_pattern": ({}, None),
     "layer_replication": (None,),
 }
 
@@ -58,13 +57,13 @@ class LoraAdapter:
     """A PEFT adapter on disk.
 
     `pairs` maps the name of a base weight to those of its A, B and, with DoRA, row norms; `replaced` maps it to the
-    weight that trained in full and takes its place (PEFT's modules_to_save).
+    weight that trained in full and takes its place (PEFT's modules_to_save). `alphas` are by name of a base weight.
     """
 
     files: TensorFiles
     pairs: Mapping[str, tuple[str, ...]]
     replaced: Mapping[str, str]
-    alpha: float
+    alphas: Mapping[str, float]
     rank_stabilized: bool
 
     @classmethod
@@ -97,12 +96,17 @@ class LoraAdapter:
         if odd or not pairs:
             odd = odd or "no lora_A / lora_B pair"
             raise UsageError(f"{folder}: {odd} found; accepted: pairs of lora_A and lora_B weights")
-        return cls(files, pairs, replaced, float(settings["lora_alpha"]), bool(settings.get("use_rslora")))
+        patterns, alpha = settings.get("alpha_pattern") or {}, float(settings["lora_alpha"])
+        alphas = {target: own_alpha(target.removesuffix(".weight"), patterns, alpha) for target in pairs}
+        return cls(files, pairs, replaced, alphas, bool(settings.get("use_rslora")))
 
     def renamed(self, rename: Callable[[str], str]) -> LoraAdapter:
         """The adapter for a base model whose files have other names of weights than its modules."""
-        pairs = {rename(target): names for target, names in self.pairs.items()}
-        return replace(self, pairs=pairs, replaced={rename(target): name for target, name in self.replaced.items()})
+
+        def keyed(held: Mapping[str, Any]) -> dict[str, Any]:
+            return {rename(target): value for target, value in held.items()}
+
+        return replace(self, pairs=keyed(self.pairs), replaced=keyed(self.replaced), alphas=keyed(self.alphas))
 
     def check_fits(self, base: TensorFiles, folder: Path) -> None:
         """Raise UsageError unless every pair and replacement has its weight, of the right shape, among `base`."""
@@ -154,7 +158,9 @@ class LoraAdapter:
             }
             if norms:
                 state[name + MAGNITUDE] = norms[0].flatten()[rows]
-            merged[rows] = merge_lora_state_dict(state, self.alpha, rank_stabilized=self.rank_stabilized)[target]
+            merged[rows] = merge_lora_state_dict(state, self.alphas[target], rank_stabilized=self.rank_stabilized)[
+                target
+            ]
         return merged
 
 

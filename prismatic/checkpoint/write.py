@@ -61,7 +61,8 @@ def _save_model(folder: Path, vla: Any, weights: Weights, *, merge: bool) -> Non
             return
         base: Any = vla.get_base_model()
         lora: Any = vla.peft_config[vla.active_adapter]
-        plain = merge_lora_state_dict(_part(weights, vla, base), lora.lora_alpha, rank_stabilized=lora.use_rslora)
+        scaling = {"alpha_pattern": lora.alpha_pattern, "rank_stabilized": lora.use_rslora}
+        plain = merge_lora_state_dict(_part(weights, vla, base), lora.lora_alpha, **scaling)
     else:
         base, plain = vla, dict(weights)
     base.save_pretrained(folder, state_dict=state_dict_without_film(plain))

@@ -152,18 +152,27 @@ def strip_module_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tor
     return {key.removeprefix("module."): value for key, value in state_dict.items()}
 
 
+def own_alpha(layer: str, patterns: Mapping[str, float], default: float) -> float:
+    """Alpha of a layer by PEFT's `alpha_pattern`: the first expression that its name ends with counts."""
+    return next((alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", layer)), default)
+
+
 def merge_lora_state_dict(
-    state_dict: Mapping[str, torch.Tensor], alpha: float | None = None, *, rank_stabilized: bool = False
+    state_dict: Mapping[str, torch.Tensor],
+    alpha: float | None = None,
+    *,
+    alpha_pattern: Mapping[str, float] | None = None,
+    rank_stabilized: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Plain weights of a state dict that holds `X.base_layer.*`, `X.lora_A.*.weight` and `X.lora_B.*.weight`.
 
     Modules that were trained in full beside the adapters take their place.
 
-    The update is (alpha / rank) * B @ A, alpha defaulting to min(rank, 16); alpha / sqrt(rank) for rank-stabilized
-    adapters (rsLoRA, arXiv 2312.03732). Where there is a `X.lora_magnitude_vector` (DoRA, arXiv 2402.09353), the rows
-    of the sum are scaled to those norms. Works for linear and convolution layers. A state dict without adapters comes
-    back as it is. Sums are formed on the weights' device and returned on the CPU: a GPU that trains a model may have no
-    room for another one.
+    The update is (alpha / rank) * B @ A, alpha defaulting to min(rank, 16), and `alpha_pattern` giving some layers
+    their own (see :func:`own_alpha`); alpha / sqrt(rank) for rank-stabilized adapters (rsLoRA, arXiv 2312.03732). Where
+    there is a `X.lora_magnitude_vector` (DoRA, arXiv 2402.09353), the rows of the sum are scaled to those norms. Works
+    for linear and convolution layers. A state dict without adapters comes back as it is. Sums are formed on the
+    weights' device and returned on the CPU: a GPU that trains a model may have no room for another one.
     """
     adapters = {key.split(_LORA_A)[0]: key for key in state_dict if _LORA_A in key}
     magnitudes = {key.split(MAGNITUDE)[0]: value for key, value in state_dict.items() if MAGNITUDE in key}
@@ -175,7 +184,8 @@ def merge_lora_state_dict(
     for name, key_a in adapters.items():
         lora_a, lora_b = state_dict[key_a].float(), state_dict[key_a.replace(_LORA_A, _LORA_B)].float()
         rank = lora_a.shape[0]
-        scale = (min(rank, 16) if alpha is None else alpha) / (rank**0.5 if rank_stabilized else rank)
+        own = own_alpha(name, alpha_pattern or {}, min(rank, 16) if alpha is None else alpha)
+        scale = own / (rank**0.5 if rank_stabilized else rank)
         weight = merged[f"{name}.weight"]
         total = weight.float().flatten(1) + scale * (lora_b.flatten(1) @ lora_a.flatten(1))
         if name in magnitudes:

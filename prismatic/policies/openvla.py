@@ -39,6 +39,8 @@ class OpenVLA:
         """Refuse adapters of layers that the model does not have; :meth:`TrainConfig.validate` checks the rest."""
         if not config.image_crop:
             raise UsageError("--image_crop: False found; accepted for openvla, which rollouts crop: True")
+        if config.lora_expert_rank:
+            raise UsageError(f"--lora_expert_rank: {config.lora_expert_rank} found; accepted for openvla: 0")
         if config.repeated_diffusion_steps > 1:
             raise UsageError(
                 f"--repeated_diffusion_steps: {config.repeated_diffusion_steps} found; accepted for openvla: 1"

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from prismatic.training.config import TrainConfig
 
 
+_EXPERT = r"expert\..*"  # The action expert's layers, in PEFT's patterns.
+
+
 def _read(base: str, flag: str = "--vla_path") -> Any:
     """The model's configuration; of weights, headers alone are read."""
     folder = find_folder(flag, base)
@@ -202,7 +205,11 @@ class _Pi:
                 return PolicyParts(load_lora(policy, adapter, is_trainable=True))
             except (*DAMAGED, SafetensorError) as error:
                 raise UsageError(f"--resume: {adapter}: {one_line(error, 300)}") from error
+        rank = config.lora_expert_rank or config.lora_rank
+        own = rank != config.lora_rank
         lora = LoraConfig(
+            rank_pattern={_EXPERT: rank} if own else {},
+            alpha_pattern={_EXPERT: config.lora_alpha or rank} if own else {},
             r=config.lora_rank,
             lora_alpha=config.lora_alpha or config.lora_rank,
             lora_dropout=config.lora_dropout,

@@ -113,6 +113,7 @@ class TrainConfig:
     # LoRA
     use_lora: bool = True  # False trains every weight of the model
     lora_rank: int = limited(32, least=1)  # Rank
+    lora_expert_rank: int = limited(0, least=0)  # pi0, pi0.5: rank in the action expert; 0: that of --lora_rank
     lora_alpha: int = limited(0, least=0)  # Alpha; 0: min(rank, 16), for pi0 and pi0.5 the rank
     lora_targets: str = "all-linear"  # Layers that get an adapter, by the end of their names: q_proj,v_proj
     use_rslora: bool = False  # Scale the adapters by alpha / sqrt(rank) instead of alpha / rank

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from prismatic.checkpoint.folder import open_checkpoint
 from prismatic.models.pi.model import PiPolicy
+from prismatic.policies.pi import load_acting
 from prismatic.util.errors import UsageError
 from tests.helpers.tiny_pi import ROOT, write_tiny_pi
 
@@ -29,7 +31,17 @@ def merge(**flags: str) -> int:
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 def test_a_merge_on_disk_is_that_of_training(kind: str, finetune: Callable[..., Path], tmp_path: Path) -> None:
     base = write_tiny_pi(tmp_path / kind, kind)
-    checkpoint = finetune(vla_path=str(base), recipe="baseline", learning_rate=1e-2) / "run--2_chkpt"
+    ranks = {"lora_rank": 2, "lora_expert_rank": 4}
+    checkpoint = finetune(vla_path=str(base), recipe="baseline", learning_rate=1e-2, **ranks) / "run--2_chkpt"
+    adapter = load_file(checkpoint / "lora_adapter" / "adapter_model.safetensors")
+    rank_of = {name.split(".")[2]: len(value) for name, value in adapter.items() if "lora_A" in name}
+    assert rank_of == {"language_model": 2, "expert": 4}
+    acting = load_acting(open_checkpoint(str(checkpoint)), torch.device("cpu"), torch.float32)
+    (checkpoint / "model.safetensors").rename(tmp_path / "model.safetensors")
+    adapted = load_acting(open_checkpoint(str(checkpoint)), torch.device("cpu"), torch.float32)
+    (tmp_path / "model.safetensors").rename(checkpoint / "model.safetensors")
+    for name, value in adapted.state_dict().items():  # By PEFT, every adapter at a scale of 1.
+        torch.testing.assert_close(acting.state_dict()[name], value, rtol=1e-5, atol=1e-6)
     # The base model as LeRobot writes it: `model.` in front, and a head that nothing uses.
     weights = {f"model.{name}": value for name, value in load_file(base / "model.safetensors").items()}
     embeddings = weights["model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"]

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from prismatic.checkpoint.layout import OPTIMIZER_SHARDS, load_training_state
 from prismatic.training.engine import moments_by_name, read_shards
 from prismatic.training.metrics import PACE, read_log
+from tests.helpers.tiny_pi import write_tiny_pi
 
 TORCHRUN = "torch.distributed.run --standalone --nproc_per_node"
 ACCELERATE = "accelerate.commands.launch --use_fsdp --fsdp_version 2 --main_process_port 0 --num_processes"
@@ -111,6 +112,27 @@ def test_two_processes_train_as_one(
     )
     _assert_equal(tmp_path / "ddp", tmp_path / "one", 3)
     _assert_equal(tmp_path / "fsdp", tmp_path / "one", 3)
+    _assert_equal(tmp_path / "fsdp_full", tmp_path / "one_full", 2)
+
+
+def test_pi05_trains_in_two_processes_as_in_one(
+    launch: Callable[..., None], finetune: Callable[..., Path], teacher_folder: Path, tmp_path: Path
+) -> None:
+    """Adapters and what trains beside them, replicated or sharded; all of the policy, sharded."""
+    base = {"vla_path": str(write_tiny_pi(tmp_path / "pi05", "pi05")), "recipe": "rocket", "save_freq": 1}
+    lora, full = base | {"max_steps": 2}, base | {"max_steps": 2, "use_lora": False, "repeated_diffusion_steps": 2}
+    teacher = {"vggt_path": str(teacher_folder)}
+    for name, flags in (("one", lora), ("one_full", full)):
+        finetune(**FLAGS, **flags, **teacher, run_root_dir=tmp_path / name, batch_size=2)
+    halves = {"batch_size": 1}
+    launch(
+        2,
+        lora | halves | {"run_root_dir": tmp_path / "ddp", "shard": "none"},
+        lora | halves | {"run_root_dir": tmp_path / "fsdp", "shard": "fsdp", "gradient_checkpointing": True},
+        full | halves | {"run_root_dir": tmp_path / "fsdp_full", "shard": "fsdp"},
+    )
+    for name in ("ddp", "fsdp"):
+        _assert_equal(tmp_path / name, tmp_path / "one", 2)
     _assert_equal(tmp_path / "fsdp_full", tmp_path / "one_full", 2)
 
 

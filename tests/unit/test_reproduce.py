@@ -75,7 +75,8 @@ def test_pi05_has_models_and_folders_of_its_own(tmp_path: Path, capsys: pytest.C
     models, folders = ([line.split(name)[1].split()[0] for line in trained] for name in names)
     assert models == ["experiments/mini/weights/student", "experiments/mini/weights/pi05"]
     assert folders == [str(tmp_path / "runs"), str(tmp_path / "pi05" / "runs")]
-    assert len({line for line in shown if "experiments.mini.collect" in line}) == 1
+    collected = [line.split("--out ")[1].split()[0] for line in shown if "experiments.mini.collect" in line]
+    assert collected == [str(tmp_path / "data"), str(tmp_path / "pi05" / "data")]
 
 
 def test_the_paper_profile_of_pi05_is_the_published_recipe() -> None:
