@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from experiments.analysis.config import CkaConfig
-from experiments.analysis.loaded_checkpoint import ForwardPass, LoadedCheckpoint
+from experiments.analysis.loaded_checkpoint import ForwardPass, LoadedCheckpoint, counted_tokens
 from experiments.analysis.report import Report, heatmap, new_figure, save_figure, write_json
 from rocket_align.analysis.cka import Estimator, StreamingCKA
 from rocket_align.analysis.matching import match_layers
@@ -17,11 +17,13 @@ MATCHED = "#D55E00"
 def layer_features(checkpoint: LoadedCheckpoint, forward: ForwardPass, rows: str) -> tuple[list[Tensor], list[Tensor]]:
     """Features (samples, channels) of all states of the student and all blocks of the teacher, row by row the same
     vision token (or sample): teacher patches are pooled to the student's tokens as the alignment pools them."""
-    students = checkpoint.student_states(forward).float()
-    teachers = checkpoint.teacher_blocks(forward).float()
-    if rows == "samples":
-        return list(students.mean(dim=2)), list(teachers.mean(dim=2))
-    return list(students.flatten(1, 2)), list(teachers.flatten(1, 2))
+    by_sample = rows == "samples"
+
+    def features(tokens_LBND: Tensor) -> list[Tensor]:
+        parts = counted_tokens(forward, tokens_LBND.float(), by_sample=by_sample)
+        return list(torch.cat([part.mean(dim=2) if by_sample else part.flatten(1, 2) for part in parts], dim=1))
+
+    return features(checkpoint.student_states(forward)), features(checkpoint.teacher_blocks(forward))
 
 
 def measure_cka(checkpoint: LoadedCheckpoint, rows: str, *, debiased: bool, estimator: Estimator) -> Tensor:

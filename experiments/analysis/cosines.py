@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from experiments.analysis.config import ConeConfig, ProjectorsConfig
-from experiments.analysis.loaded_checkpoint import LoadedCheckpoint
+from experiments.analysis.loaded_checkpoint import LoadedCheckpoint, counted_tokens
 from experiments.analysis.report import Report, heatmap, line_style, new_figure, save_figure, write_json
 from prismatic.util.errors import UsageError
 from rocket_align.analysis.cosines import OutputSimilarity, TokenCone, parameter_similarity
@@ -32,7 +32,8 @@ def measure_cone(config: ConeConfig, folder: str) -> Report:
             for name, tokens_LBND in layers.items():
                 cones[name] = cones[name] or [TokenCone() for _ in tokens_LBND]
                 for token_cone, tokens_BND in zip(cones[name], tokens_LBND, strict=True):
-                    token_cone.update(tokens_BND)
+                    for (counted_BND,) in counted_tokens(forward, tokens_BND[None], by_sample=True):
+                        token_cone.update(counted_BND)
     means = {
         name: {
             "within_samples": [cone.within_samples() for cone in by_layer],
@@ -90,7 +91,8 @@ def measure_projectors(config: ProjectorsConfig, folder: str) -> Report:
     outputs = OutputSimilarity(checkpoint.alignment)
     for forward in checkpoint.passes():
         with torch.no_grad(), checkpoint.autocast():
-            outputs.update(checkpoint.aligned_tokens(forward))
+            for tokens in counted_tokens(forward, checkpoint.aligned_tokens(forward)):
+                outputs.update(tokens)
     similarity = {**parameter_similarity(checkpoint.alignment), **outputs.result()}
     others = ~torch.eye(checkpoint.align.num_pairs, dtype=torch.bool)
     means = {name: float(values.cpu()[others].mean()) if others.any() else 1.0 for name, values in similarity.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.analysis.config import GradientsConfig, TheoremConfig
-from experiments.analysis.loaded_checkpoint import LoadedCheckpoint
+from experiments.analysis.loaded_checkpoint import LoadedCheckpoint, counted_tokens
 from experiments.analysis.report import Report, heatmap, line_style, new_figure, save_figure, subfigures, write_json
 from prismatic.util.errors import UsageError
 from rocket_align.analysis.gradients import (
@@ -138,7 +138,8 @@ def measure_theorem(config: TheoremConfig, folder: str) -> Report:
     checkpoint = LoadedCheckpoint(config, folder)
     check = TheoremCheck(checkpoint.alignment, reference=config.reference)  # type: ignore[arg-type]
     for forward in checkpoint.passes():
-        check.update(checkpoint.aligned_tokens(forward), checkpoint.aligned_targets(forward))
+        both = checkpoint.aligned_tokens(forward), checkpoint.aligned_targets(forward)
+        check.update(*(counted_tokens(forward, tokens)[0] for tokens in both))
     return {**checkpoint.describe(), **describe_bound(check.result())}
 
 

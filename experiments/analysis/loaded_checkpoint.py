@@ -46,6 +46,21 @@ class ForwardPass:
     attention_mask: Tensor
 
 
+def counted_tokens(forward: ForwardPass, tokens_KBND: Tensor, *, by_sample: bool = False) -> list[Tensor]:
+    """The image tokens that count, without those of missing cameras and of a letterbox's bars.
+
+    Returns:
+        The tokens as they are where all count; else one tensor (K, 1, M, D) of all samples' tokens or, `by_sample`, one
+        of each sample that has any.
+    """
+    mask = forward.mask_BN
+    if mask is None or bool(mask.all()):
+        return [tokens_KBND]
+    if by_sample:
+        return [tokens_KBND[:, [sample]][:, :, row] for sample, row in enumerate(mask) if row.any()]
+    return [tokens_KBND[:, mask][:, None]]
+
+
 class _Recorder(nn.Module):
     """An auxiliary loss without terms that keeps what it is shown."""
 

@@ -1,0 +1,48 @@
+"""Analyses leave out the tokens of missing cameras and of a letterbox's bars."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.analysis.cka import layer_features
+from experiments.analysis.loaded_checkpoint import counted_tokens
+
+MASK = torch.tensor([[True, True, False, True], [False, False, False, False], [True, False, True, False]])
+TOKENS = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+
+
+def forward(mask: torch.Tensor | None) -> Any:
+    return SimpleNamespace(mask_BN=mask)
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(3, 4, dtype=torch.bool)])
+def test_where_all_count_tokens_are_as_they_were(mask: torch.Tensor | None) -> None:
+    for by_sample in (False, True):
+        (tokens,) = counted_tokens(forward(mask), TOKENS, by_sample=by_sample)
+        assert tokens is TOKENS
+
+
+def test_others_are_left_out_and_samples_without_any_too() -> None:
+    (together,) = counted_tokens(forward(MASK), TOKENS)
+    expected = torch.cat([TOKENS[:, 0, [0, 1, 3]], TOKENS[:, 2, [0, 2]]], dim=1)
+    assert torch.equal(together, expected[:, None])
+    first, second = counted_tokens(forward(MASK), TOKENS, by_sample=True)
+    assert torch.equal(first[:, 0], expected[:, :3]) and torch.equal(second[:, 0], expected[:, 3:])
+
+
+@pytest.mark.parametrize("rows", ["tokens", "samples"])
+def test_rows_of_cka_do_not_depend_on_what_does_not_count(rows: str) -> None:
+    def features(tokens: torch.Tensor) -> list[torch.Tensor]:
+        checkpoint: Any = SimpleNamespace(student_states=lambda _: tokens, teacher_blocks=lambda _: tokens * 2)
+        students, teachers = layer_features(checkpoint, forward(MASK), rows)
+        assert all(torch.equal(teacher, 2 * student) for student, teacher in zip(students, teachers))
+        return students
+
+    seen = features(TOKENS)
+    assert len(seen) == 2 and seen[0].shape == ((5, 5) if rows == "tokens" else (2, 5))
+    for actual, expected in zip(features(TOKENS.masked_fill(~MASK[..., None], 1e3)), seen):
+        assert torch.equal(actual, expected)
