@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 pytest.importorskip("libero", reason="LIBERO is not installed")
 
 from experiments.robot.libero.simulator.environment import CAMERAS, LiberoEnv, Observation
+from experiments.robot.libero.suites.plus import plus_tasks
 from prismatic.util.errors import UsageError
 
 SIZE = 64
@@ -169,12 +171,23 @@ def test_what_is_out_of_view_changes_no_pixel(env: LiberoEnv, monkeypatch: pytes
     assert max(max(counts) for counts in left_out) > 20, left_out
 
 
-def test_triangles_that_touch_no_sample_change_no_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of the triangles is drawn, before a mirror and while the arm moves, and no pixel differs."""
-    from OpenGL import GL
+def skip_unless_software_draws(env: LiberoEnv) -> None:
+    context = env._draw_ready()._holder["mujoco"]
+    from OpenGL import GL  # MuJoCo has chosen its platform by now.
 
+    if b"llvmpipe" not in GL.glGetString(GL.GL_RENDERER) or context.offSamples != 4:
+        pytest.skip("every triangle is drawn: by a GPU, or with another number of samples")
+
+
+@pytest.mark.parametrize("suite, size", [("libero_goal", 256), ("libero_plus_spatial", 224), ("libero_10", 128)])
+def test_triangles_that_touch_no_sample_change_no_pixel(suite: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few triangles are drawn, before mirrors and moved cameras and while the arm moves, and no pixel differs."""
     from experiments.robot.libero.simulator import rendering, triangles
 
+    task = 0
+    if suite == "libero_plus_spatial":
+        pytest.importorskip("liberoplus")
+        task = next(task.task_id for task in plus_tasks(suite) if task.camera and task.camera.horizontal)
     drawn: list[tuple[int, int]] = []
     upload = triangles.TriangleFilter._upload
 
@@ -183,7 +196,7 @@ def test_triangles_that_touch_no_sample_change_no_pixel(monkeypatch: pytest.Monk
         upload(self, body, faces, number)
 
     monkeypatch.setattr(triangles.TriangleFilter, "_upload", counted)
-    with LiberoEnv("libero_goal", 0, image_size=256) as env:
+    with LiberoEnv(suite, task, image_size=size) as env:
         fewer: list[np.ndarray] = []
         everything: list[np.ndarray] = []
         for pictures in (fewer, everything):
@@ -193,13 +206,41 @@ def test_triangles_that_touch_no_sample_change_no_pixel(monkeypatch: pytest.Monk
                 if number % 4 == 0:
                     seen = env.observe()
                     pictures += [seen.image, seen.wrist_image]
-            if b"llvmpipe" not in GL.glGetString(GL.GL_RENDERER):
-                pytest.skip("a GPU draws, every triangle")
+            skip_unless_software_draws(env)
             env.close()
             monkeypatch.setattr(rendering.Cameras, "_triangle_filter", lambda cameras: None)
     assert all(np.array_equal(*pair) for pair in zip(fewer, everything, strict=True))
     kept, faces = np.sum(drawn, axis=0)
     assert 0 < kept < 0.2 * faces
+
+
+@pytest.mark.parametrize("trouble", ["no numba", "an error", "no list left", "back faces"])
+def test_without_the_triangle_filter_everything_is_drawn(
+    trouble: str, env: LiberoEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trouble with what only saves time ends nothing, and pictures that back faces could change are drawn whole."""
+    import mujoco
+
+    skip_unless_software_draws(env)
+    from OpenGL import GL, error
+
+    cameras, module = env._draw_ready(), "experiments.robot.libero.simulator.triangles"
+    assert cameras._triangle_filter() is not None
+
+    def fail(*_: object) -> None:
+        raise error.GLError(1282)
+
+    if trouble == "no numba":
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.setitem(sys.modules, "numba", None)
+    elif trouble == "an error":
+        monkeypatch.setattr(GL, "glGetMultisamplefv", fail)
+    elif trouble == "no list left":
+        monkeypatch.setattr(GL, "glGenLists", lambda count: 0)
+    else:
+        monkeypatch.setattr(cameras, "_scene", mujoco.MjvScene(env._model, maxgeom=1))
+        cameras._scene.flags[mujoco.mjtRndFlag.mjRND_CULL_FACE] = 0
+    assert cameras._triangle_filter() is None
 
 
 def test_the_wrist_camera_can_be_left_out(env: LiberoEnv) -> None:

@@ -227,10 +227,13 @@ class Cameras:
         self._finalizer()
 
     def _triangle_filter(self) -> TriangleFilter | None:
-        from experiments.robot.libero.simulator.triangles import TriangleFilter, filter_pays
+        """Make what spares a software renderer triangles, or None: pictures are the same without it."""
+        try:
+            from experiments.robot.libero.simulator.triangles import triangle_filter
 
-        context = self._holder["mujoco"]
-        return TriangleFilter(self._model, context, self.size) if filter_pays(self._model, context) else None
+            return triangle_filter(self._model, self._holder["mujoco"], self._scene, self.size)
+        except (ImportError, AttributeError):  # No numba, or a PyOpenGL that looks for another window system.
+            return None
 
     def _draw(self, data: MjData, camera: str, segment: bool = False) -> None:
         mujoco = self._mujoco

@@ -234,12 +234,22 @@ class _Body:
         return np.flatnonzero(keep_F)
 
 
-def filter_pays(model: MjModel, context: MjrContext) -> bool:
-    """Tell whether leaving out triangles helps (in software) and is understood here: samples, and no shadows."""
-    from OpenGL import GL
+def triangle_filter(model: MjModel, context: MjrContext, scene: MjvScene, size: int) -> TriangleFilter | None:
+    """Make a filter where leaving out triangles helps (in software) and changes no pixel; None elsewhere.
 
-    software = b"llvmpipe" in (GL.glGetString(GL.GL_RENDERER) or b"")
-    return software and context.offSamples == SAMPLES and not model.light_castshadow.any()
+    It needs samples, back faces that are not drawn, no shadows, and numbers of display lists above MuJoCo's own.
+    """
+    from mujoco import mjtRndFlag
+    from OpenGL import GL, error
+
+    try:
+        pays = b"llvmpipe" in (GL.glGetString(GL.GL_RENDERER) or b"") and context.offSamples == SAMPLES
+        if not pays or not scene.flags[mjtRndFlag.mjRND_CULL_FACE] or model.light_castshadow.any():
+            return None
+        lists = GL.glGenLists(2 * model.ngeom * model.ncam)  # 0: OpenGL has none left.
+        return TriangleFilter(model, context, size, lists) if lists > context.baseMesh else None
+    except error.Error:
+        return None
 
 
 class TriangleFilter:
@@ -249,15 +259,15 @@ class TriangleFilter:
         model: compiled model; its mesh arrays are changed within :meth:`apply` and restored.
         context: MuJoCo's OpenGL context, current.
         size: side of the pictures in pixels.
+        lists: first of the display lists to use, two for every geom and camera.
     """
 
-    def __init__(self, model: MjModel, context: MjrContext, size: int) -> None:
+    def __init__(self, model: MjModel, context: MjrContext, size: int, lists: int) -> None:
         from OpenGL import GL
 
-        self._model, self._context, self._size = model, context, size
+        self._model, self._context, self._size, self._lists = model, context, size, lists
         places = [GL.glGetMultisamplefv(GL.GL_SAMPLE_POSITION, sample) for sample in range(SAMPLES)]
         self._samples_42 = np.array(places, dtype=np.float32)
-        self._lists = GL.glGenLists(2 * model.ngeom * model.ncam)
         self._bodies: dict[int, _Body] = {}
 
     def apply(self, scene: MjvScene, camera_id: int) -> None:
