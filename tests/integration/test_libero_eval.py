@@ -110,3 +110,10 @@ def test_two_processes_of_a_launcher_share_the_episodes(tmp_path: Path, monkeypa
     assert summary["total"]["failures"] == 3 and summary["episodes_missing"] == 0
     files = sorted(file.name for file in (tmp_path / "run").glob("episodes*"))
     assert files == ["episodes.rank0-of-2.jsonl", "episodes.rank1-of-2.jsonl"]
+
+
+def test_a_mistake_ends_the_process_with_one_line() -> None:
+    command = [sys.executable, str(SCRIPT), "--pretrained_checkpoint", "/nowhere"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and not run.stdout and "Traceback" not in run.stderr
+    assert run.stderr.strip().splitlines()[-1].startswith("error: --pretrained_checkpoint: no such folder: '/nowhere'")
