@@ -110,7 +110,7 @@ def _collect_block(config: CollectConfig, task: int, episodes: range) -> None:
     with scene as env:
         for number in todo:
             if parent is not None and not parent.is_alive():
-                return  # Without the process that shows progress nobody would stop this one.
+                os._exit(1)  # Nobody else would end this process: a pool's worker waits for work for ever.
             start, failures = time.perf_counter(), []
             report: dict[str, Any] = {"task": task, "episode": number, "steps": 0}
             for attempt in range(config.max_attempts):

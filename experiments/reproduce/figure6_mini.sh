@@ -5,6 +5,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 OUT=${1:-runs/figure6}
+if [[ $# -gt 1 || "$OUT" == -* ]]; then
+  echo "error: found $*; accepted: [OUT], a folder" >&2
+  exit 2
+fi
 SEEDS=${SEEDS:-0} STEPS=${STEPS:-1000} TRIALS=${TRIALS:-20}
 PYTHON=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python)}
 weights=experiments/mini/weights
@@ -32,5 +36,5 @@ for seed in $SEEDS; do
     train "$recipe-seed$seed" "$STEPS" --recipe "$recipe" --seed "$seed" --learning_rate 1e-3
     evaluate "$recipe-seed$seed--${STEPS}_chkpt"
   done
+  "$PYTHON" -m experiments.robot.libero.results compare "$OUT/eval/baseline-seed$seed" "$OUT/eval/rocket-seed$seed"
 done
-"$PYTHON" -m experiments.robot.libero.results report "$OUT"/eval/*

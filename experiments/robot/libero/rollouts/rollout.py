@@ -137,7 +137,7 @@ class Rollouts:
         slot.busy = False
         slot.spend(reply.seconds)
         if reply.usage:
-            raise UsageError(reply.error)
+            raise UsageError(str(reply.error))
         if slot.episode is None:
             self._filmed(reply)
         elif reply.value is None:
