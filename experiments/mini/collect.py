@@ -230,6 +230,8 @@ def collect(config: CollectConfig) -> Path:
     paths = [config.staged(task, number) for task in tasks for number in range(config.episodes)]
     folder = writer.write_payloads([path for path in paths if path.exists()])
     atomic_write(folder / "collection.json", json.dumps(summary, indent=2))
+    for report in config.staging.glob("*.json"):  # First, lest a stop leaves reports of episodes that are gone.
+        report.unlink()
     shutil.rmtree(config.staging)
     for task, row in summary["tasks"].items():
         counts = f"{row['episodes']} episodes in {row['attempts']} attempts"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,58 @@ def test_an_interrupted_conversion_goes_on_and_gives_the_same_files(
         convert(config(tmp_path, **flags, seed=1))
 
 
+@pytest.mark.parametrize("flags", FORMATS, ids=["v3.0", "v2.1", "rlds"])
+def test_a_stop_while_tidying_up_leaves_no_record_of_files_that_are_gone(
+    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, episode in enumerate(EPISODES):
+        write_legacy(tmp_path / "data", number, episode)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            convert(config(tmp_path, **flags))
+    shutil.copytree(tmp_path / "out", tmp_path / "again")
+    (folder,) = convert(config(tmp_path, **flags))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [NAME]
+    whole = files_of(folder)
+    shutil.rmtree(tmp_path / "again" / NAME)
+    (anew,) = convert(ConvertConfig(data_dir=tmp_path / "data", out=tmp_path / "again", **flags))
+    assert files_of(anew) == whole and read_back(anew).num_episodes == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("joint_action/left_gripper", 0.5), ("observation/head_camera/rgb", 3), ("joint_action", 1), ("observation", 1)],
+)
+def test_parts_of_another_kind_are_damage_that_names_the_file(key: str, value: float, tmp_path: Path) -> None:
+    path = write_legacy(tmp_path / "data", 0, EPISODES[0])
+    with h5py.File(path, "a") as file:
+        del file[key]
+        file[key] = value
+    with pytest.raises(UsageError, match=r"episode0.hdf5: no whole RoboTwin episode"):
+        convert(config(tmp_path))
+
+
+def test_instructions_that_are_no_texts_and_rates_that_are_none_are_damage(tmp_path: Path) -> None:
+    path = write_legacy(tmp_path / "data", 0, EPISODES[0])
+    (path.parents[1] / "instructions" / "episode0.json").write_text('{"seen": null}')
+    with pytest.raises(UsageError, match=r"episode0.hdf5: .*instructions: None found"):
+        convert(config(tmp_path))
+    path = write_v1(tmp_path / "new" / "data", 0, EPISODES[0])
+    with h5py.File(path, "a") as file:
+        file["additional_info/frequency"][()] = 0
+    with pytest.raises(UsageError, match=r"episode_0000000.hdf5: .*0.0 frames a second"):
+        convert(config(tmp_path / "new"))
+
+
+def test_a_missing_h5py_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_legacy(tmp_path / "data", 0, EPISODES[0])
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(UsageError, match=r"^HDF5 files need h5py"):
+        convert(config(tmp_path, skip_damaged=True))
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_files_are_named_and_left_out_by_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [write_legacy(tmp_path / "data", number, episode) for number, episode in enumerate(EPISODES)]
     paths[0].write_bytes(paths[0].read_bytes()[:3000])
@@ -111,6 +165,61 @@ def test_tasks_configurations_and_unknown_names(tmp_path: Path, capsys: pytest.C
     assert read_back(folders[1]).instructions == tuple(UNSEEN)
     assert "--dataset_file" in capsys.readouterr().out
     assert (tmp_path / "out" / "datasets.yaml").read_text().startswith("robotwin_fold_towel_clean:")
+
+
+def test_downloads_tell_configuration_and_robot_by_their_folders(tmp_path: Path) -> None:
+    for name, episode in zip(("aloha-agilex_clean_50", "aloha-agilex_randomized_500"), EPISODES):
+        write_legacy(tmp_path / "data", 0, episode, config=name)
+    folders = convert(config(tmp_path))
+    assert [folder.name for folder in folders] == [NAME, "robotwin_lift_pot_randomized"]
+    assert [read_back(folder).num_frames for folder in folders] == [4, 7]
+    write_legacy(tmp_path / "data", 0, EPISODES[0], config="piper_clean_50")
+    for flags in ({}, {"dataset_name": "all"}):
+        with pytest.raises(UsageError, match=r"piper_clean_50 of another robot found; accepted: .*aloha-agilex"):
+            convert(config(tmp_path, **flags))
+
+
+def test_two_folders_are_not_one_dataset_unless_it_is_named(tmp_path: Path) -> None:
+    write_legacy(tmp_path / "data", 0, EPISODES[0])
+    write_legacy(tmp_path / "data", 0, EPISODES[1], config="my_light")
+    with pytest.raises(UsageError, match=rf"demo_clean and .*my_light found for {NAME}; accepted: one folder"):
+        convert(config(tmp_path))
+    (folder,) = convert(config(tmp_path, dataset_name="both"))
+    assert read_back(folder).num_episodes == 2
+
+
+def test_a_task_is_told_by_its_folder_wherever_the_command_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_legacy(tmp_path, 0, EPISODES[0])
+    (path.parents[1] / "instructions" / "episode0.json").unlink()
+    for place, given in ((tmp_path / "lift_pot", "."), (path.parent, "."), (path.parents[1], "data")):
+        monkeypatch.chdir(place)
+        (folder,) = convert(ConvertConfig(data_dir=Path(given), out=tmp_path / "out" / place.name))
+        assert folder.name == NAME and read_back(folder).instructions == ("lift pot",)
+
+
+def test_a_named_dataset_takes_so_many_episodes_of_each_task(tmp_path: Path) -> None:
+    for number, episode in enumerate(EPISODES[:2]):
+        write_legacy(tmp_path / "data", number, episode)
+        write_v1(tmp_path / "data", number, episode, task="fold_towel")
+    (folder,) = convert(config(tmp_path, dataset_name="both", episodes=1))
+    sources = [name for name, _ in read_json(folder / "conversion.json")["sources"]]
+    assert [name.split("/")[0] for name in sources] == ["fold_towel", "lift_pot"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"dataset_name": name} for name in ("a/b", "..", " a", "a,b", "robotwin_clean", "libero_spatial", "gym_aloha")]
+    + [{"task_config": "clean/x"}],
+)
+def test_names_that_training_could_not_read_are_refused_before_anything_is(
+    flags: dict[str, Any], tmp_path: Path
+) -> None:
+    write_v1(tmp_path / "data", 0, EPISODES[0])
+    with pytest.raises(UsageError, match=rf"--{next(iter(flags))}: dataset .* found; accepted: the name of a folder"):
+        convert(config(tmp_path, **flags))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_picture_that_is_cut_short_and_another_robot_are_refused(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def h5py_module() -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise UsageError(f"LIBERO's HDF5 files need h5py ({error}); install it with: {INSTALL_HINT}") from error
+        raise UsageError(f"HDF5 files need h5py ({error}); install it with: {INSTALL_HINT}") from error
     return h5py
 
 

@@ -23,22 +23,24 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from experiments.robot.libero.demonstrations import h5py_module
 from experiments.robot.robotwin.demonstrations import (
-    CAMERAS,
     Demonstration,
     decode_picture,
     episode_files,
     grouped,
     read_demonstration,
+    task_of,
 )
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json, read_mapping, refuse_long_name, refuse_no_folder
 from prismatic.util.flags import limited
 from prismatic.util.progress import progress_bar
+from prismatic.vla.datasets.dataset_file import fits_as_name
 from prismatic.vla.datasets.lerobot.writer import LeRobotWriter, Version
-from prismatic.vla.datasets.rlds_schema import Features, Images, Numbers, Schema, Texts
-from prismatic.vla.datasets.rlds_writer import RLDSWriter, encode_jpeg
+from prismatic.vla.datasets.rlds_schema import Numbers, Schema
+from prismatic.vla.datasets.rlds_writer import RLDSWriter, aloha_schema, encode_jpeg
 from prismatic.vla.datasets.specs import DATASETS, ROBOTWIN_SPEC
 from prismatic.vla.platforms import ALOHA_AGILEX
 
@@ -114,15 +116,8 @@ class _LeRobotOutput:
 class _RLDSOutput:
     def __init__(self, staging: Path, name: str, config: ConvertConfig, form: list[float], count: int) -> None:
         self._staging, self._count = staging, count
-        image, flag = Images(int(form[0]), int(form[1]), encoding=config.image_format), Numbers(dtype="bool")
-        steps: Features = {
-            "observation": {**dict.fromkeys(CAMERAS, image), "state": Numbers((ALOHA_AGILEX.proprio_dim,))},
-            "action": Numbers((ALOHA_AGILEX.action_dim,)),
-            "language_instruction": Texts(),
-            **dict.fromkeys(("is_first", "is_last", "is_terminal"), flag),
-            **dict.fromkeys(("reward", "discount"), Numbers()),
-        }
-        schema = Schema(steps, {"episode_metadata": {"file_path": Texts()}})
+        base = aloha_schema(int(form[0]), int(form[1]), config.image_format)
+        schema = Schema({**base.steps, "reward": Numbers(), "discount": Numbers()}, base.episode)
         self._writer = RLDSWriter(staging, name, schema=schema, notes="Written by experiments.robot.robotwin.convert")
 
     def add(self, episode: _Encoded) -> dict[str, Any]:
@@ -192,9 +187,15 @@ class _Conversion:
         folder = output.finish()
         record = {"settings": self.config.settings(), "sources": self.sources, "damaged": damaged}
         atomic_write(folder / RECORD, json.dumps(record, indent=2))
+        self._journal.unlink()  # First, lest a run stopped below leaves a journal of files that are gone.
         folder.replace(self.target)
-        shutil.rmtree(self.staging)
+        self.remove_staging()
         return damaged
+
+    def remove_staging(self) -> None:
+        """Remove what an earlier or this run put beside the dataset's place."""
+        if self.staging.exists():
+            shutil.rmtree(self.staging)
 
     def _open(self, form: list[float], records: list[dict[str, Any]]) -> _Output:
         if self.config.format == "lerobot":
@@ -215,7 +216,7 @@ class _Conversion:
         own = [*sizes.pop(), demonstration.fps]
         if sizes or (form is not None and own != form):
             raise UsageError(f"{file}: pictures of {own[:2]} at {own[2]:g} a second; accepted: {form or 'one size'}")
-        texts = demonstration.instructions or (file.parents[2].name.replace("_", " "),)
+        texts = demonstration.instructions or (task_of(file).replace("_", " "),)
         draw = np.random.default_rng([self.config.seed, zlib.crc32(source.encode())])
         return _Encoded(source, demonstration, pictures, str(draw.choice(texts)), own)
 
@@ -235,6 +236,7 @@ class _Conversion:
     def _read_journal(self) -> None:
         """Take over what an earlier run did. Raises UsageError: it was another conversion."""
         if not self._journal.is_file():
+            self.remove_staging()
             atomic_write(self._journal, json.dumps(self.config.settings()) + "\n")
         text = self._journal.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]  # A torn last line is of an episode that is converted again.
@@ -259,23 +261,53 @@ class _Conversion:
 
 def convert(config: ConvertConfig) -> list[Path]:
     """Convert all tasks; returns the datasets' folders. Raises UsageError: no or damaged files, or data in the way."""
-    config.data_dir, config.out = Path(config.data_dir).expanduser(), Path(config.out).expanduser()
+    h5py_module()  # Missing, it is no fault of a file.
+    # Absolute, because folders above tell task and configuration; links keep the names that they have here.
+    config.data_dir = Path(os.path.abspath(Path(config.data_dir).expanduser()))
+    config.out = Path(config.out).expanduser()
     if not config.data_dir.is_dir():
         raise UsageError(f"--data_dir: no such folder: {config.data_dir}")
     files = episode_files(config.data_dir)
     if not files:
         raise UsageError(f"--data_dir: {config.data_dir} holds no episode*.hdf5; accepted: a folder above RoboTwin's")
     refuse_no_folder("--out", config.out)
-    groups = {config.dataset_name: files} if config.dataset_name else dict(grouped(files, config.task_config))
-    conversions = [_Conversion(config, name, group[: config.episodes or None]) for name, group in groups.items()]
+    groups = _choose(config, files)
+    conversions = [_Conversion(config, name, group) for name, group in groups.items()]
     done = [conversion.is_done() for conversion in conversions]
     for conversion, finished in zip(conversions, done, strict=True):
+        if finished:
+            conversion.remove_staging()
         damaged = [] if finished else conversion.run()
         print(f"{conversion.target}: {'already there' if finished else f'{len(conversion.files)} files converted'}")
         for reason in damaged:
             print(f"left out: {reason}")
     _describe_others(config, [name for name in groups if name not in DATASETS])
     return [conversion.target for conversion in conversions]
+
+
+def _choose(config: ConvertConfig, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files of every dataset to be made.
+
+    Raises UsageError: two configurations in a task's dataset, or a name that finetune.py could not read it by.
+    """
+    groups = dict(grouped(files, config.task_config))
+    for name, group in groups.items() if not config.dataset_name else ():
+        first, *others = dict.fromkeys(file.parents[1] for file in group)
+        if others:
+            raise UsageError(
+                f"--data_dir: {first} and {others[0]} found for {name}; accepted: one folder, or --dataset_name"
+            )
+    groups = {name: group[: config.episodes or None] for name, group in groups.items()}
+    if config.dataset_name:
+        groups = {config.dataset_name: [file for group in groups.values() for file in group]}
+    for name in groups:
+        if not fits_as_name(name) or DATASETS.get(name, ROBOTWIN_SPEC) != ROBOTWIN_SPEC:
+            flag = "--dataset_name" if config.dataset_name else "--task_config"
+            raise UsageError(
+                f"{flag}: dataset {name!r} found; accepted: the name of a folder, without , : /, that is neither a "
+                "mixture's nor another robot's"
+            )
+    return groups
 
 
 def _describe_others(config: ConvertConfig, names: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """RoboTwin's demonstrations: one HDF5 file an episode, in the layout until July 2026 or in XPolicyLab's "v1.0".
 
-    legacy   TASK/CONFIG/data/episode0.hdf5 with /observation/CAMERA/rgb and /joint_action, TASK/CONFIG/instructions/
+    legacy   TASK/CONFIG/data/episode0.hdf5 with /observation/CAMERA/rgb and /joint_action, TASK/CONFIG/instructions/;
+             CONFIG is demo_clean where it was collected, and aloha-agilex_clean_50 in downloads
     v1.0     TASK/aloha_agilex/data/episode_0000000.hdf5 with /vision/CAMERA/colors, /state, /action, /instructions
 
 Not obvious:
@@ -13,6 +14,8 @@ Not obvious:
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +37,9 @@ CAMERAS = {
     "left_wrist_image": ("left_camera", "cam_left_wrist"),
     "right_wrist_image": ("right_camera", "cam_right_wrist"),
 }
+# Names of configurations: of the two that datasets are known by, and of others.
+_CONFIGURATION = re.compile(r"(?:demo_|aloha[-_]agilex_)(clean|randomized)(?:_\d+)?|demo_(.+)")
+_OTHER_ROBOTS = ("arx", "franka", "piper", "ur5")  # Begin the folders of other robots' downloads.
 _LEGACY_JOINTS = ("left_arm", "left_gripper", "right_arm", "right_gripper")
 _JOINTS = ("left_arm_joint_states", "left_ee_joint_states", "right_arm_joint_states", "right_ee_joint_states")
 
@@ -85,14 +91,15 @@ def read_demonstration(path: Path, split: str = "seen") -> Demonstration:
 
     Raises UsageError: the file is damaged, of another layout or another robot; names it.
     """
+    h5py, path = h5py_module(), Path(os.path.abspath(path))
     try:
-        with h5py_module().File(path, "r") as file:
+        with h5py.File(path, "r") as file:
             if "joint_action" in file:
                 return _read_legacy(path, file, split)
             if "state" in file and "vision" in file:
                 return _read_v1(file)
             raise ValueError(f"groups {', '.join(file) or 'none'}; accepted: joint_action, or vision and state")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: no whole RoboTwin episode ({one_line(error, 200)})") from error
 
 
@@ -122,7 +129,7 @@ def _vector(group: Any, names: Sequence[str]) -> np.ndarray:
     """(T, 14) float32."""
     parts = [np.asarray(group[name], np.float32) for name in names]
     parts = [part[:, None] if part.ndim == 1 else part for part in parts]
-    widths = [part.shape[-1] for part in parts]
+    widths = [part.shape[1] if part.ndim == 2 else 0 for part in parts]
     if widths != [ARM_JOINTS, 1, ARM_JOINTS, 1]:
         raise ValueError(f"arms and grippers of {widths} numbers; accepted: those of aloha-agilex, 6, 1, 6 and 1")
     vector = np.concatenate(parts, axis=1)
@@ -142,6 +149,8 @@ def _checked(
     """The demonstration, without a last picture that has no action."""
     steps = len(action)
     lengths = {name: len(values) for name, values in pictures.items()}
+    if not 0 < fps < math.inf:
+        raise ValueError(f"{fps} frames a second; accepted: a positive number")
     if not steps or len(state) != steps or not set(lengths.values()) <= {steps, steps + 1}:
         raise ValueError(f"{len(state)} states, {steps} actions and pictures {lengths}; accepted: as many of each")
     return Demonstration({name: values[:steps] for name, values in pictures.items()}, state, action, instructions, fps)
@@ -152,18 +161,27 @@ def _texts(stored: Any) -> tuple[str, ...]:
     if isinstance(stored, bytes | str):
         text = stored.decode() if isinstance(stored, bytes) else stored
         return _texts(json.loads(text)) if text.startswith("[") else tuple(filter(None, [text.strip()]))
-    return tuple(dict.fromkeys(text for part in list(stored) for text in _texts(part)))
+    if not isinstance(stored, list | tuple | np.ndarray):
+        raise ValueError(f"instructions: {stored!r} found; accepted: texts")
+    return tuple(dict.fromkeys(text for part in stored for text in _texts(part)))
+
+
+def task_of(file: Path) -> str:
+    """Name of the task of an episode's file."""
+    return file.parents[min(2, len(file.parents) - 1)].name or "task"
 
 
 def grouped(files: Sequence[Path], config: str) -> Iterator[tuple[str, list[Path]]]:
     """(dataset's name, its files) for every task: robotwin_TASK_clean or robotwin_TASK_randomized.
 
-    `config` is of files whose folders do not tell it (downloads of v1.0 files).
+    `config` is of files whose folders do not tell it (downloads of v1.0 files). Raises UsageError: another robot's.
     """
     groups: dict[str, list[Path]] = {}
     for file in files:
         folders = [folder.name for folder in file.parents[1:4]]
-        told = next((name for name in folders if name.startswith("demo_")), config)
-        task = folders[1] if len(folders) > 1 else "task"
-        groups.setdefault(f"robotwin_{task}_{told.removeprefix('demo_')}", []).append(file)
+        if folders and folders[0].lower().startswith(_OTHER_ROBOTS):
+            raise UsageError(f"--data_dir: {file.parents[1]} of another robot found; accepted: those of aloha-agilex")
+        told = next(filter(None, map(_CONFIGURATION.fullmatch, [*folders, config])), None)
+        kind = (told[1] or told[2]) if told else config
+        groups.setdefault(f"robotwin_{task_of(file)}_{kind}", []).append(file)
     yield from groups.items()

@@ -21,8 +21,9 @@ import numpy as np
 
 from experiments.robot.policy import Array, Policy, PolicyFlags, Query
 from prismatic.util.errors import UsageError
+from prismatic.vla.platforms import ALOHA_AGILEX
 
-ACTION_DIM = 14
+ACTION_DIM = ALOHA_AGILEX.action_dim
 GRIPPERS = (6, 13)
 _ARMS = ("left", "right")
 

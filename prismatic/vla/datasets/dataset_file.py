@@ -108,6 +108,13 @@ class _Entry:
         return columns[int(match["start"]) if match["start"] else None : int(match["stop"]) if match["stop"] else None]
 
 
+def fits_as_name(name: object) -> bool:
+    """Tell whether a dataset can be called so: a folder's name that --dataset_name takes for no list or mixture."""
+    if not isinstance(name, str) or name != name.strip() or name in ("", ".", "..", *MIXTURES):
+        return False
+    return not set(name) & set(",:/\0")
+
+
 def read_datasets(path: Path) -> dict[str, DatasetSpec]:
     """The datasets that a file describes.
 
@@ -115,7 +122,7 @@ def read_datasets(path: Path) -> dict[str, DatasetSpec]:
     """
     content = read_mapping(path)
     for name in content:
-        if not isinstance(name, str) or name in MIXTURES or set(name) & set(",:/"):
+        if not fits_as_name(name):
             raise UsageError(
                 f"{path}: dataset {name!r}; accepted: the name of a folder, without , : /, that is no mixture's"
             )

@@ -19,10 +19,10 @@ from PIL import Image
 from prismatic.util.files import atomic_path, atomic_write
 from prismatic.vla.datasets.rlds_schema import Features, Images, Numbers, Schema, Texts
 from prismatic.vla.datasets.tfrecord import masked_crc
+from prismatic.vla.platforms import ALOHA
 
 JPEG_QUALITY = 95
 STATE_DIM, JOINT_DIM, ACTION_DIM = 8, 7, 7
-ALOHA_DIM = 14  # Of actions and states
 _SHARD_BYTES = 256 << 20
 
 
@@ -113,17 +113,17 @@ def libero_schema(image_size: int) -> Schema:
     return Schema(steps, {"episode_metadata": {"file_path": Texts()}})
 
 
-def aloha_schema(height: int, width: int) -> Schema:
+def aloha_schema(height: int, width: int, encoding: str = "jpeg") -> Schema:
     """Schema of a two-armed dataset: head and wrist cameras, joints and grippers of both arms (14 numbers)."""
-    image, flag = Images(height, width), Numbers(dtype="bool")
+    image, flag = Images(height, width, encoding), Numbers(dtype="bool")
     observation: Features = {
         "image": image,
         "left_wrist_image": image,
         "right_wrist_image": image,
-        "state": Numbers((ALOHA_DIM,)),
+        "state": Numbers((ALOHA.proprio_dim,)),
     }
     steps: Features = {
-        "action": Numbers((ALOHA_DIM,)),
+        "action": Numbers((ALOHA.action_dim,)),
         "is_first": flag,
         "is_last": flag,
         "is_terminal": flag,
