@@ -28,6 +28,7 @@ from prismatic.policies.pi import load_acting, make_processor
 from prismatic.policies.pi_data import LetterboxTransform, PiProcessor, pad_prompts, padded
 from prismatic.vla.datasets.image_transforms import jpeg_round_trip
 from prismatic.vla.datasets.statistics import openpi_normalizer
+from prismatic.vla.datasets.transitions import check_deltas
 from prismatic.vla.platforms import OpenPINormalization, Platform
 
 PolicyT = TypeVar("PolicyT", bound="PiActingPolicy")
@@ -69,6 +70,9 @@ class PiActingPolicy:
         suite = getattr(cfg, "task_suite_name", "")
         find_key = unnorm_key_for if suite else resolve_unnorm_key
         key = find_key(checkpoint.statistics, unnorm_key, suite)
+        for name, numbers in checkpoint.statistics.items():
+            if delta := numbers.get("action", {}).get("delta"):
+                check_deltas(f"{checkpoint.path}: statistics of {name!r}", delta, checkpoint.platform)
         policy = load_acting(checkpoint, *placement(cfg))
         processor = make_processor(policy.config, checkpoint.processor_path)
         return cls(policy, processor, checkpoint.statistics, checkpoint.platform, cfg, key)

@@ -21,6 +21,7 @@ from prismatic.vla.datasets.rlds_schema import Images, Numbers, Schema, Texts
 from prismatic.vla.datasets.rlds_writer import RLDSWriter, encode_jpeg
 from prismatic.vla.datasets.specs import DATASETS, MIXTURES
 from prismatic.vla.datasets.statistics import openpi_normalizer
+from prismatic.vla.datasets.transitions import deltas
 from prismatic.vla.platforms import ALOHA, ALOHA_AGILEX, OpenPINormalization, get_platform, platform_of_statistics
 from tests.helpers.tiny_pi import write_tiny_pi
 
@@ -127,6 +128,20 @@ def test_differences_to_a_state_that_is_not_seen_are_refused(tmp_path: Path) -> 
         UsageError, match="--use_proprio: False found, but actions of dataset 'robotwin_lift_pot_clean'"
     ):
         dataset(tmp_path, NAME, PI0, use_proprio=False)
+
+
+def test_differences_need_a_state_number_for_each_action_number(tmp_path: Path) -> None:
+    message = r"delta of 14 numbers found for platform '.*' of 14 action and 15 state numbers; accepted: as many"
+    with pytest.raises(UsageError, match=f"dataset '{NAME}': {message}"):
+        deltas(NAME, DATASETS[NAME], get_platform({**PI0, "proprio_dim": 15}), with_proprio=True)
+    folder = write_tiny_pi(tmp_path, "pi0", width=16)
+    numbers = {"mean": [0.0] * 14, "std": [0.5] * 14}
+    state = {name: [*values, values[0]] for name, values in numbers.items()}
+    statistics = {NAME: {"action": {**numbers, "delta": JOINTS.tolist()}, "proprio": state}}
+    (folder / "dataset_statistics.json").write_text(json.dumps(statistics))
+    flags: Any = SimpleNamespace(num_images_in_input=3, use_proprio=True, device="cpu")
+    with pytest.raises(UsageError, match=f"statistics of '{NAME}': {message}"):
+        PiActingPolicy.from_checkpoint(open_checkpoint(str(folder)), flags, NAME)
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])

@@ -73,7 +73,7 @@ def all_starts(tables: Iterable[EpisodeData], future: int) -> np.ndarray:
 def deltas(name: str, spec: DatasetSpec, platform: Platform, with_proprio: bool) -> tuple[bool, ...] | None:
     """Say which action numbers count from the state: for pi0 and pi0.5 those that the dataset names, else none.
 
-    Raises UsageError: there are such numbers, but the policy does not see the state.
+    Raises UsageError: there are such numbers, but the policy does not see the state, or it has not one for each.
     """
     if spec.delta is None or not isinstance(platform.normalization, OpenPINormalization):
         return None
@@ -82,12 +82,17 @@ def deltas(name: str, spec: DatasetSpec, platform: Platform, with_proprio: bool)
             f"--use_proprio: False found, but actions of dataset {name!r} count from the state; accepted: True, "
             "or a --dataset_file that describes it without delta"
         )
-    if len(spec.delta) != platform.action_dim:
-        raise UsageError(
-            f"dataset {name!r}: delta of {len(spec.delta)} numbers found; accepted: {platform.action_dim}, as many as "
-            f"actions of platform {platform.name!r} have"
-        )
+    check_deltas(f"dataset {name!r}", spec.delta, platform)
     return spec.delta
+
+
+def check_deltas(place: str, delta: Sequence[bool], platform: Platform) -> None:
+    """Raise UsageError, which begins with `place`, unless the robot has as many actions and states as `delta` says."""
+    if not len(delta) == platform.action_dim == platform.proprio_dim:
+        raise UsageError(
+            f"{place}: delta of {len(delta)} numbers found for platform {platform.name!r} of {platform.action_dim} "
+            f"action and {platform.proprio_dim} state numbers; accepted: as many of each, number by number"
+        )
 
 
 class ActionChunks:
