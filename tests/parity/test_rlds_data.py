@@ -16,9 +16,9 @@ from prismatic.training.train_utils import get_current_action_mask, get_next_act
 from prismatic.util.data_utils import PaddedCollatorForActionPrediction
 from prismatic.vla.action_tokenizer import ActionTokenizer
 from prismatic.vla.datasets import RLDSBatchTransform, RLDSDataset
-from prismatic.vla.datasets.dataset import chunk_starts
 from prismatic.vla.datasets.specs import libero_transform, split_libero_state
 from prismatic.vla.datasets.statistics import normalize
+from prismatic.vla.datasets.transitions import chunk_starts
 from prismatic.vla.platforms import NormalizationType
 
 

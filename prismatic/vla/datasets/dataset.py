@@ -34,7 +34,7 @@ from prismatic.vla.datasets.transitions import (
     ActionChunks,
     all_starts,
     check_transitions,
-    chunk_starts,  # noqa: F401 - known from here
+    chunk_starts,  # noqa: F401 - Earlier name.
     deltas,
     sample_starts,
     transitions,
