@@ -41,17 +41,17 @@ from prismatic.checkpoint.layout import (
     split_checkpoint_name,
     weight_files,
 )
-from prismatic.models.pi.normalization import LEROBOT, foreign_statistics_files, read_foreign_statistics
+from prismatic.models.pi import normalization
 from prismatic.util.errors import UsageError
 from prismatic.util.files import HUB_ID, find_folder, read_json
-from prismatic.vla.platforms import OPENPI_NORMALIZATION, Platform, get_platform, platform_of_statistics
+from prismatic.vla.platforms import OPENPI_NORMALIZATION, Platform, check_bounds, get_platform, platform_of_statistics
 
 if TYPE_CHECKING:
     from prismatic.training.config import TrainConfig
 
 # Platforms of checkpoints that openpi and LeRobot wrote, whose units are their own.
 OPENPI = "openpi"
-FOREIGN = (OPENPI, LEROBOT)
+FOREIGN = (OPENPI, normalization.LEROBOT)
 _SAMPLED_ABOVE = 64 * 2**20  # bytes; larger files are hashed by samples
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
 
@@ -102,7 +102,7 @@ class Checkpoint:
             files += [*weight_files(self.adapter_path), self.path / ADAPTER_CONFIG]
         for name in (STATISTICS, PREPROCESSOR, TOKENIZER, "tokenizer.model"):
             files += [folder / name for folder in {self.path, self.processor_path} if (folder / name).is_file()]
-        files += foreign_statistics_files(self.path)
+        files += normalization.foreign_statistics_files(self.path)
         digest = hashlib.sha256()
         for file in sorted(set(files)):
             digest.update(f"{file.name}:{file.stat().st_size}:{_file_hash(file)}\n".encode())
@@ -128,7 +128,9 @@ def open_checkpoint(name: str, base_checkpoint: str | None = None) -> Checkpoint
     check_weights(model_path)
     config = _model_config(model_path)
     family = _told_family(model_path, config) or "openvla"
-    statistics = read_statistics(path, config) or (read_foreign_statistics(path) if family != "openvla" else {})
+    statistics = read_statistics(path, config)
+    if not statistics and family != "openvla":
+        statistics = normalization.read_foreign_statistics(path)
     if not statistics:
         raise UsageError(
             f"--pretrained_checkpoint: {path} has no {STATISTICS} and no norm_stats in {MODEL_CONFIG}; "
@@ -139,7 +141,9 @@ def open_checkpoint(name: str, base_checkpoint: str | None = None) -> Checkpoint
     platform = recorded_platform(path) if adapter_path is not None else None
     if platform is None and "platform" not in config:
         platform = (
-            platform_of_statistics(statistics) if family == "openvla" else _openpi_platform(family, config, statistics)
+            _openpi_platform(path, family, config, statistics)
+            if family != "openvla"
+            else platform_of_statistics(statistics)
         )
     if platform is not None:
         config["platform"] = platform.to_json()
@@ -147,14 +151,15 @@ def open_checkpoint(name: str, base_checkpoint: str | None = None) -> Checkpoint
     return Checkpoint(name, path, model_path, adapter_path, config, statistics, components, family)
 
 
-def _openpi_platform(family: str, config: Mapping[str, Any], statistics: Mapping[str, Any]) -> Platform:
+def _openpi_platform(path: Path, family: str, config: Mapping[str, Any], statistics: Mapping[str, Any]) -> Platform:
     """The robot of a checkpoint of openpi's or LeRobot's: the widths of its statistics, its model's chunk."""
-    sizes = next(iter(statistics.values()))
+    name = next(iter(statistics))
+    normalizers = normalization.make_normalizers(statistics[name], name, path, quantiles=False)
     return Platform(
-        LEROBOT if LEROBOT in statistics else OPENPI,
+        normalization.LEROBOT if normalization.LEROBOT in statistics else OPENPI,
         chunk=int(config.get("chunk_size") or config.get("action_horizon") or 50),
-        action_dim=len(sizes["action"]["mean"]),
-        proprio_dim=len(sizes["proprio"]["mean"]),
+        action_dim=len(normalizers["action"].mean),
+        proprio_dim=len(normalizers["proprio"].mean) if "proprio" in normalizers else 0,
         normalization=OPENPI_NORMALIZATION[family],
     )
 
@@ -199,6 +204,8 @@ def check_policy_flags(flags: PolicyShape, checkpoint: Checkpoint, unnorm_key: s
         checkpoint.component(VISION, "--use_film")
     elif VISION in checkpoint.components:
         raise UsageError(f"--use_film: {checkpoint.path} was trained with FiLM; accepted: --use_film true")
+    kinds = ("action", "proprio") if flags.use_proprio else ("action",)
+    check_bounds(checkpoint.platform, checkpoint.statistics[unnorm_key], kinds, checkpoint.path)
     _check_recorded(flags, checkpoint, POLICY_FLAGS)
 
 
@@ -206,7 +213,9 @@ def _check_openpi_flags(flags: PolicyShape, checkpoint: Checkpoint, unnorm_key: 
     for flag in ("use_diffusion", "use_film", "load_in_8bit", "load_in_4bit"):
         if getattr(flags, flag, False):
             raise UsageError(f"--{flag}: True found; accepted for {checkpoint.family}: False")
-    if flags.use_proprio and "proprio" not in checkpoint.statistics[unnorm_key]:
+    statistics, quantiles = checkpoint.statistics[unnorm_key], checkpoint.platform.normalization == "quantiles"
+    normalization.make_normalizers(statistics, unnorm_key, checkpoint.path, quantiles=quantiles)
+    if flags.use_proprio and "proprio" not in statistics:
         raise UsageError(f"--use_proprio: the statistics {unnorm_key!r} of the checkpoint have no proprio")
     _check_recorded(flags, checkpoint, ("use_proprio", "num_images_in_input"))
     told = checkpoint.config.get("discrete_state_input", flags.use_proprio)

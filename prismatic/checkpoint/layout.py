@@ -173,13 +173,24 @@ def recorded_step(folder: Path) -> int | None:
 
 
 def read_statistics(folder: Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Data set name -> {"action": {...}, "proprio": {...}}, else the `norm_stats` of the model's `config`, else {}."""
+    """Data set name -> {"action": {...}, "proprio": {...}}, else the `norm_stats` of the model's `config`, else {}.
+
+    Raises UsageError: they have another form.
+    """
     file = folder / STATISTICS
     if file.is_file():
-        return read_json(file)
-    if config is None:
-        config = read_json(folder / MODEL_CONFIG) if (folder / MODEL_CONFIG).is_file() else {}
-    return dict(config.get("norm_stats") or {})
+        statistics: Any = read_json(file)
+    else:
+        file = folder / MODEL_CONFIG
+        if config is None:
+            config = read_json(file) if file.is_file() else {}
+        statistics = config.get("norm_stats") or {}
+    for data in statistics.values() if isinstance(statistics, Mapping) else [statistics]:
+        kinds = [data.get(kind, {}) for kind in ("action", "proprio")] if isinstance(data, Mapping) else [data]
+        if not all(isinstance(kind, Mapping) for kind in kinds):
+            form = '{"action": {"mean": [...], ...}, "proprio": {...}}'
+            raise UsageError(f"{file}: statistics of a data set are {data!r:.60}; accepted: {form}")
+    return dict(statistics)
 
 
 def load_training_state(folder: Path, *, lazily: bool = False) -> dict[str, Any] | None:

@@ -12,7 +12,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from prismatic.util.errors import UsageError, unknown_name
+import numpy as np
+
+from prismatic.util.errors import UsageError, one_line, unknown_name
 from prismatic.util.files import read_mapping
 
 
@@ -134,6 +136,17 @@ def get_platform(platform: str | Mapping[str, Any] | Platform) -> Platform:
     if platform.lower() not in PLATFORMS:
         raise unknown_name("platform", platform, PLATFORMS)
     return PLATFORMS[platform.lower()]
+
+
+def check_bounds(platform: Platform, statistics: Mapping[str, Any], kinds: Sequence[str], folder: Path) -> None:
+    """Raise UsageError unless a data set's statistics of these kinds hold the bounds that the platform scales by."""
+    for kind in kinds:
+        try:
+            low, high = (np.asarray(bound, np.float64) for bound in platform.normalization.bounds(statistics[kind]))
+            if low.ndim != 1 or low.shape != high.shape:
+                raise ValueError(f"bounds of shapes {low.shape} and {high.shape} found; accepted: lists of one length")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{folder}: statistics of {kind}: {one_line(error)}") from None
 
 
 def platform_of_statistics(statistics: Mapping[str, Any]) -> Platform | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +137,28 @@ def test_flags_of_other_policies_are_refused(flag: str, checkpoint: Path) -> Non
     flags: Any = SimpleNamespace(**{**FLAGS, flag: True})
     with pytest.raises(UsageError, match=f"--{flag}: True found; accepted for pi"):
         check_policy_flags(flags, open_checkpoint(str(checkpoint)), ASSET)
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [([0.0], "list found"), ({"q01": [0.0], "q99": [1.0]}, "mean, std: missing"), ({"mean": 1, "std": 1}, "shapes")],
+)
+def test_statistics_of_another_form_are_refused(action: object, message: str, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    file = tmp_path / "copy" / "assets" / ASSET / "norm_stats.json"
+    stored = json.loads(file.read_text())["norm_stats"]
+    file.write_text(json.dumps({"norm_stats": {**stored, "actions": action}}))
+    with pytest.raises(UsageError, match=f"copy: statistics of {ASSET}: .*{message}"):
+        open_checkpoint(str(tmp_path / "copy"))
+    for statistics in stored.values():
+        statistics.pop("q99")
+    file.write_text(json.dumps({"norm_stats": stored}))
+    opened = open_checkpoint(str(tmp_path / "copy"))
+    if opened.family == "pi05":
+        with pytest.raises(UsageError, match="q01, q99: None found"):
+            check_policy_flags(SimpleNamespace(**FLAGS), opened, ASSET)  # type: ignore[arg-type]
+    else:
+        check_policy_flags(SimpleNamespace(**FLAGS), opened, ASSET)  # type: ignore[arg-type]
 
 
 @pytest.mark.sim

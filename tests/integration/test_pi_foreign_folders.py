@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +96,23 @@ def test_without_normalization_the_width_is_that_of_the_features(tmp_path: Path)
     file.write_text(json.dumps(pipeline))
     platform = open_checkpoint(str(folder)).platform
     assert (platform.action_dim, platform.proprio_dim) == (6, 5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda folder: next(folder.glob("policy*.safetensors")).write_text("version https://git-lfs"),
+            "damaged or cut short",
+        ),
+        (lambda folder: (folder / "policy_preprocessor.json").write_text('{"steps": [3]}'), "a pipeline of LeRobot's"),
+    ],
+)
+def test_damaged_statistics_are_refused(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+    folder, _ = lerobot_folder(tmp_path / "lerobot", "pi05", "QUANTILES")
+    damage(folder)
+    with pytest.raises(UsageError, match=f"policy_preprocessor.*{message}"):
+        open_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize("spoken", [True, False])

@@ -3,10 +3,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from prismatic.checkpoint.folder import open_checkpoint, resolve_unnorm_key
+from prismatic.checkpoint.folder import check_policy_flags, open_checkpoint, resolve_unnorm_key
 from prismatic.checkpoint.layout import recorded_platform
 from prismatic.util.errors import UsageError
 from prismatic.vla.platforms import ALOHA, NormalizationType, Platform
@@ -85,6 +86,11 @@ SHARDS = {"weight_map": {"w": "model.safetensors", "v": "model-00002-of-00002.sa
         ("model.safetensors", _weights()[:-1], r"model.safetensors: damaged or cut short"),
         ("model.safetensors.index.json", json.dumps(SHARDS).encode(), "missing: model-00002-of-00002.safetensors"),
         ("dataset_statistics.json", b"{", "dataset_statistics.json: not valid JSON"),
+        (
+            "dataset_statistics.json",
+            b'{"goal": {"action": [0]}}',
+            "dataset_statistics.json: statistics of a data set are",
+        ),
     ],
 )
 def test_a_missing_or_damaged_file_is_refused(model: Path, file: str, content: bytes | None, message: str) -> None:
@@ -93,6 +99,16 @@ def test_a_missing_or_damaged_file_is_refused(model: Path, file: str, content: b
         (model / file).write_bytes(content)
     with pytest.raises(UsageError, match=message):
         open_checkpoint(str(model))
+
+
+@pytest.mark.parametrize("action", [{"mean": [0.0]}, {"q01": [0.0], "q99": [1.0, 2.0]}, {"q01": 0, "q99": "1"}])
+def test_statistics_without_the_bounds_in_use_are_refused(action: dict[str, object], model: Path) -> None:
+    (model / "dataset_statistics.json").write_text(json.dumps({"goal": {"action": action}}))
+    platform = ALOHA.to_json() | {"normalization": "bounds_q99"}
+    (model / "config.json").write_text(json.dumps({"model_type": "openvla", "platform": platform}))
+    flags = SimpleNamespace(use_l1_regression=False, use_diffusion=False, use_proprio=False, use_film=False)
+    with pytest.raises(UsageError, match=f"{model}: statistics of action: .*(q01|shapes)"):
+        check_policy_flags(flags, open_checkpoint(str(model)), "goal")  # type: ignore[arg-type]
 
 
 def test_the_fingerprint_follows_contents_not_places(model: Path, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_write, read_json
+from prismatic.util.errors import UsageError, one_line
+from prismatic.util.files import DAMAGED, atomic_write, read_json
 
 _NAMES = ("mean", "std", "q01", "q99")
 _OPENPI_FILE = "assets/*/norm_stats.json"
@@ -65,11 +65,17 @@ class Normalizer:
     def from_statistics(cls, statistics: Mapping[str, Any], *, quantiles: bool) -> Normalizer:
         """By a checkpoint's statistics of a vector, which may say themselves how they normalize; else by `quantiles`.
 
-        Raises ValueError: some are missing.
+        Raises ValueError: some are missing, or they are not lists of one length.
         """
+        if not isinstance(statistics, Mapping):
+            raise ValueError(f"{type(statistics).__name__} found; accepted: an object of {', '.join(_NAMES)}")
         arrays = {name: np.asarray(statistics[name], np.float64) for name in _NAMES if statistics.get(name) is not None}
         if missing := {"mean", "std"} - arrays.keys():
             raise ValueError(f"{', '.join(sorted(missing))}: missing; accepted: mean and std")
+        for pair in (_NAMES[:2], _NAMES[2:]):
+            shapes = [arrays[name].shape for name in pair if name in arrays]
+            if any(len(shape) != 1 or shape != shapes[0] for shape in shapes):
+                raise ValueError(f"{', '.join(pair)}: shapes {shapes} found; accepted: lists of one length")
         told = {name: statistics[name] for name in ("quantiles", "epsilon") if name in statistics}
         return cls(**{"quantiles": quantiles, **arrays, **told})
 
@@ -85,17 +91,33 @@ def read_foreign_statistics(folder: Path) -> dict[str, Any]:
     openpi's are those of `assets/{name}/norm_stats.json`. LeRobot's have no name, and are called "lerobot"; they say
     by `quantiles` and `epsilon` how they normalize.
 
-    Raises UsageError: a LeRobot pipeline without statistics, or of a mode that is not known.
+    Raises UsageError: a LeRobot pipeline without statistics, or of a mode that is not known; a damaged file.
     """
     if pipelines := sorted(folder.glob("policy_preprocessor*.json")):
         return {LEROBOT: _read_lerobot(pipelines[0])}
     assets, statistics = folder / "assets", {}
     for file in sorted(assets.glob("**/norm_stats.json")):
         stored = read_json(file).get("norm_stats", {})
+        if not isinstance(stored, Mapping):
+            raise UsageError(
+                f"{file}: norm_stats is a {type(stored).__name__}; accepted: an object of state and actions"
+            )
         if {"state", "actions"} <= stored.keys():
             name = file.parent.relative_to(assets).as_posix()
             statistics[name] = {"action": stored["actions"], "proprio": stored["state"]}
     return statistics
+
+
+def make_normalizers(statistics: Any, name: str, folder: Path, *, quantiles: bool) -> dict[str, Normalizer]:
+    """{"action": ..., "proprio": ...} of a data set's statistics; a robot without states has no "proprio".
+
+    Raises UsageError: they are missing or of another form; `name` and `folder` say which ones.
+    """
+    try:
+        kinds = ("action", "proprio") if "proprio" in statistics else ("action",)
+        return {kind: Normalizer.from_statistics(statistics[kind], quantiles=quantiles) for kind in kinds}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{folder}: statistics of {name}: {one_line(error)}") from None
 
 
 def read_normalizers(folder: Path, kind: str, asset: str | None = None) -> dict[str, Normalizer]:
@@ -114,13 +136,8 @@ def read_normalizers(folder: Path, kind: str, asset: str | None = None) -> dict[
     if asset not in statistics:
         accepted = f"one of {', '.join(statistics)}" if statistics else f"{_OPENPI_FILE} or policy_preprocessor.json"
         raise UsageError(f"{folder}: statistics of {asset or 'no name'} not found; accepted: {accepted}")
-    try:
-        return {
-            name: Normalizer.from_statistics(statistics[asset][key], quantiles=kind == "pi05")
-            for name, key in (("state", "proprio"), ("actions", "action"))
-        }
-    except ValueError as error:
-        raise UsageError(f"{folder}: statistics of {asset}: {error}") from None
+    normalizers = make_normalizers(statistics[asset], asset, folder, quantiles=kind == "pi05")
+    return {"state": normalizers["proprio"], "actions": normalizers["action"]}
 
 
 def write_normalizers(folder: Path, asset: str, normalizers: Mapping[str, Normalizer]) -> None:
@@ -134,18 +151,35 @@ def write_normalizers(folder: Path, asset: str, normalizers: Mapping[str, Normal
 
 def _read_lerobot(pipeline: Path) -> dict[str, Any]:
     """The statistics of a LeRobot pipeline's normalizing step, which lie in a file of their own."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    steps = read_json(pipeline).get("steps", [])
-    step = next((step for step in steps if "normaliz" in str(step.get("registry_name", step.get("class", "")))), None)
-    if step is None or not (pipeline.parent / str(step.get("state_file"))).is_file():
-        raise UsageError(f"{pipeline}: no normalizing step with a state file found; accepted: a pipeline of LeRobot's")
-    stored, config = load_file(pipeline.parent / step["state_file"]), step.get("config", {})
+    try:
+        steps = read_json(pipeline).get("steps", [])
+        names = [str(step.get("registry_name", step.get("class", ""))) for step in steps]
+        step = next((step for step, name in zip(steps, names, strict=True) if "normaliz" in name), {})
+        file = pipeline.parent / str(step.get("state_file"))
+        if not file.is_file():
+            raise UsageError(
+                f"{pipeline}: no normalizing step with a state file found; accepted: a pipeline of LeRobot's"
+            )
+        return _lerobot_statistics(load_file(file), step.get("config", {}), pipeline)
+    except UsageError:
+        raise
+    except SafetensorError as error:
+        raise UsageError(f"{file}: damaged or cut short ({one_line(error, 120)}); copy or download it again") from error
+    except DAMAGED as error:
+        raise UsageError(f"{pipeline}: {one_line(error, 120)}; accepted: a pipeline of LeRobot's") from error
+
+
+def _lerobot_statistics(
+    stored: Mapping[str, np.ndarray], config: Mapping[str, Any], pipeline: Path
+) -> dict[str, dict[str, Any]]:
     statistics = {}
     for name, feature, kind in (("proprio", "observation.state", "STATE"), ("action", "action", "ACTION")):
         prefix = f"{feature}."
         values = {key.removeprefix(prefix): value.tolist() for key, value in stored.items() if key.startswith(prefix)}
-        width = config.get("features", {}).get(feature, {}).get("shape") or [len(values.get("mean", ()))]
+        width = config.get("features", {}).get(feature, {}).get("shape") or [max(map(len, values.values()), default=0)]
         mode = config.get("norm_map", {}).get(kind, "IDENTITY")
         statistics[name] = _from_lerobot(values, mode, config.get("eps", 1e-8), width[0], pipeline)
     return statistics
