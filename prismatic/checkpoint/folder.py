@@ -218,8 +218,10 @@ def _check_openpi_flags(flags: PolicyShape, checkpoint: Checkpoint, unnorm_key: 
     if flags.use_proprio and "proprio" not in statistics:
         raise UsageError(f"--use_proprio: the statistics {unnorm_key!r} of the checkpoint have no proprio")
     _check_recorded(flags, checkpoint, ("use_proprio", "num_images_in_input"))
-    told = checkpoint.config.get("discrete_state_input", flags.use_proprio)
-    if told != flags.use_proprio:
+    if checkpoint.family != "pi05" or "use_proprio" in read_record(checkpoint.path):
+        return  # pi0's state is never discrete. Of an adapter the configuration is its base model's.
+    told = checkpoint.config.get("discrete_state_input")
+    if isinstance(told, bool) and told != flags.use_proprio:
         raise UsageError(
             f"--use_proprio: found {flags.use_proprio}; accepted: {told}, as discrete_state_input in "
             f"{checkpoint.model_path / MODEL_CONFIG} says"

@@ -241,11 +241,14 @@ def _target_type(spec: TensorSpec, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _merged_config(base: Path, checkpoint: Path) -> dict[str, Any]:
-    """The base model's configuration with the platform that the run was trained for, where the run tells it."""
+    """The base model's configuration with the run's platform and state in the prompt, where the run tells them."""
     file = base / layout.MODEL_CONFIG
     config = read_json(file) if file.is_file() else {}  # openpi's folders need none.
     if platform := layout.recorded_platform(checkpoint):
         config["platform"] = platform.to_json()
+    record = layout.read_record(checkpoint)
+    if record.get("family") == "pi05" and "use_proprio" in record:
+        config["discrete_state_input"] = record["use_proprio"]
     return config
 
 

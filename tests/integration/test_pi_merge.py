@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prismatic.checkpoint.folder import open_checkpoint
+from prismatic.checkpoint.folder import check_policy_flags, open_checkpoint
 from prismatic.models.pi.model import PiPolicy
 from prismatic.policies.pi import load_acting
 from prismatic.util.errors import UsageError
@@ -31,6 +33,9 @@ def merge(**flags: str) -> int:
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
 def test_a_merge_on_disk_is_that_of_training(kind: str, finetune: Callable[..., Path], tmp_path: Path) -> None:
     base = write_tiny_pi(tmp_path / kind, kind)
+    if kind == "pi05":
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"discrete_state_input": False}))
     ranks = {"lora_rank": 2, "lora_expert_rank": 4}
     checkpoint = finetune(vla_path=str(base), recipe="baseline", learning_rate=1e-2, **ranks) / "run--2_chkpt"
     adapter = load_file(checkpoint / "lora_adapter" / "adapter_model.safetensors")
@@ -63,6 +68,13 @@ def test_a_merge_on_disk_is_that_of_training(kind: str, finetune: Callable[..., 
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(actual.state_dict()[name], value, rtol=1e-5, atol=1e-6)
     assert actual.config.platform == expected.config.platform
+    # Whether the state is seen is what the run did, whatever the base model says.
+    assert getattr(actual.config, "discrete_state_input", None) == (True if kind == "pi05" else None)
+    acts = SimpleNamespace(use_proprio=True, num_images_in_input=2, use_diffusion=False, use_film=False)
+    (checkpoint / "model.safetensors").unlink()
+    for folder in (checkpoint, merged):
+        opened = open_checkpoint(str(folder), str(base))
+        check_policy_flags(acts, opened, next(iter(opened.statistics)))  # type: ignore[arg-type]
 
     weights.pop("model.action_in_proj.bias")
     save_file(weights, base / "model.safetensors")
