@@ -26,6 +26,7 @@ import pytest
 from experiments.robot.acting import load_policy
 from experiments.robot.policy import Array, PolicyFlags, Query
 from experiments.robot.robotwin.convert import ConvertConfig, convert
+from experiments.robot.robotwin.policy import RoboTwinPolicy
 from experiments.robot.serving.server import PolicyServer, ServerSettings, load_served
 from prismatic.checkpoint.folder import open_checkpoint
 from prismatic.util.errors import UsageError
@@ -167,10 +168,25 @@ def test_xpolicylab(checkpoint: Path, xpolicylab: ModuleType, tmp_path: Path) ->
     flat = np.array([np.concatenate([action[part] for part in parts]) for action in actions])
     np.testing.assert_allclose(flat, direct(checkpoint, task, zlib.crc32(b"0:1:1")), atol=1e-5)
     assert all(set(action) == set(parts) for action in actions)
-    model.update_obs_batch([task.as_xpolicylab()] * 2)
-    assert [len(chunk) for chunk in model.get_action_batch([0, 1])] == [len(actions)] * 2
+    pair = [task.as_xpolicylab(), {**task.as_xpolicylab(), "env_idx": 1, "instruction": "lift it"}]
+    for batch in (pair, pair[1:], pair[:1]):  # XPolicyLab's WebSocket client asks for one after the other.
+        model.update_obs_batch(batch)
+        assert [len(chunk) for chunk in model.get_action_batch()] == [len(actions)] * len(batch)
+    episodes = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()[1:]]
+    told = [(row["episode"], row["environment"], row["instruction"]) for row in episodes]
+    assert told == [(1, 0, "lift the pot"), (1, 1, "lift it")]
     with pytest.raises(UsageError, match="action_type: ee found; accepted: joint"):
         xpolicylab.Model({**config, "action_type": "ee"})
+
+
+@pytest.mark.parametrize("checkpoint", ["openvla"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_open_loop_steps", "x"), ("use_film", "maybe"), ("num_images_in_input", "x"), ("server", "http://host:x")],
+)
+def test_a_setting_of_the_wrong_type_is_named(name: str, value: str, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"{name}: '?{value}'? found; accepted: "):
+        RoboTwinPolicy(settings(checkpoint, tmp_path, **{name: value}))
 
 
 @pytest.mark.skipif(not LAB, reason="XPOLICYLAB names no checkout of XPolicyLab")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -85,28 +85,37 @@ class RoboTwinPolicy:
         self.policy, described = self._connect() if "server" in self.settings else self._load()
         if described["action_dim"] != ACTION_DIM:
             raise UsageError(f"policy: actions of {described['action_dim']} numbers found; accepted: {ACTION_DIM}")
-        steps = int(self.settings.get("num_open_loop_steps", described["action_horizon"]))
-        if not 1 <= steps <= described["action_horizon"]:
-            accepted = f"1 to {described['action_horizon']}, the policy's chunk"
-            raise UsageError(f"num_open_loop_steps: {steps} found; accepted: {accepted}")
-        self.steps, self.episode, self.asked, self.instruction = steps, 0, 0, ""
+        chunk = described["action_horizon"]
+        steps = self.settings.get("num_open_loop_steps", chunk)
+        if str(steps) not in map(str, range(1, chunk + 1)):
+            raise UsageError(f"num_open_loop_steps: {steps} found; accepted: 1 to {chunk}, the policy's chunk")
+        self.steps, self.episode, self.asked = int(steps), 0, 0
+        self.instructions: dict[int, str] = {}
         names = ("task_name", "task_config", "env_cfg_type", "seed", "instruction_type", "server")
         told = {name: self.settings.get(name) for name in names}
-        self._note({**told, "num_open_loop_steps": steps, **described})
+        self._note({**told, "num_open_loop_steps": self.steps, **described})
 
     def reset(self) -> None:
         """Begin an episode."""
-        self.episode, self.asked, self.instruction = self.episode + 1, 0, ""
+        self.episode, self.asked, self.instructions = self.episode + 1, 0, {}
 
-    def act(self, queries: Sequence[Query]) -> list[Array]:
-        """Chunks (T, 14) to be executed, of absolute joints and grippers in [0, 1]."""
-        if queries[0].instruction != self.instruction:
-            self.instruction = queries[0].instruction
-            self._note({"episode": self.episode, "instruction": self.instruction})
+    def act(self, queries: Sequence[Query], environments: Sequence[int] = ()) -> list[Array]:
+        """Chunks (T, 14) to be executed, of absolute joints and grippers in [0, 1].
+
+        Args:
+            queries: of one or more environments.
+            environments: their numbers, for the record and the noise; by default those of a single one, 0 and on.
+        """
+        numbers = environments or range(len(queries))
+        for number, query in zip(numbers, queries, strict=True):
+            if self.instructions.get(number) != query.instruction:
+                self.instructions[number] = query.instruction
+                numbered = {"environment": number} if environments else {}
+                self._note({"episode": self.episode, **numbered, "instruction": query.instruction})
         self.asked += 1
         place = f"{self.settings.get('seed', 0)}:{self.episode}:{self.asked}"
         seed = zlib.crc32(place.encode())
-        asked = [Query(**{**_fields(query), "seed": seed + number}) for number, query in enumerate(queries)]
+        asked = [replace(query, seed=seed + number) for number, query in zip(numbers, queries, strict=True)]
         chunks = []
         for answer in self.policy.act(asked):
             if isinstance(answer, Exception):
@@ -118,12 +127,15 @@ class RoboTwinPolicy:
         from experiments.robot.serving.access import read_token
         from experiments.robot.serving.client import PolicyClient
 
-        address = urlsplit(str(self.settings["server"]))
-        if address.scheme not in ("http", "https") or not address.hostname:
+        try:
+            address = urlsplit(str(self.settings["server"]))
+            host, port, tls = address.hostname, address.port, address.scheme == "https"
+        except ValueError:
+            host = None
+        if not host or address.scheme not in ("http", "https"):
             raise UsageError(f"server: {self.settings['server']!r} found; accepted: http://HOST:PORT")
-        tls = address.scheme == "https"
-        port = address.port or (443 if tls else 80)
-        client = PolicyClient(address.hostname, port, token=read_token(""), tls=tls, prefix=address.path)
+        port = port or (443 if tls else 80)
+        client = PolicyClient(host, port, token=read_token(""), tls=tls, prefix=address.path)
         try:
             described = client.metadata()
         except OSError as error:
@@ -135,6 +147,7 @@ class RoboTwinPolicy:
         from experiments.robot.acting import load_policy
         from prismatic.checkpoint.folder import check_policy_flags, open_checkpoint
         from prismatic.checkpoint.layout import POLICY_FLAGS, read_record
+        from prismatic.util.cli import parse
 
         name = self.settings.get("checkpoint_path") or self.settings.get("ckpt_name")
         if not name:
@@ -145,7 +158,8 @@ class RoboTwinPolicy:
         trained |= {"center_crop": record["image_aug"]} if "image_aug" in record else {}
         given = {field.name: self.settings[field.name] for field in fields(PolicyFlags) if field.name in self.settings}
         key = self._unnorm_key(checkpoint.statistics, "")
-        flags = PolicyFlags(**{"num_images_in_input": 3, **trained, **given, "pretrained_checkpoint": str(name)})
+        values = {"num_images_in_input": 3, **trained, **given, "pretrained_checkpoint": name}
+        flags = parse(PolicyFlags, [f"--{flag}={value}" for flag, value in values.items()])
         check_policy_flags(flags, checkpoint, key)
         platform = checkpoint.platform
         sizes = {"action_dim": platform.action_dim, "action_horizon": platform.chunk, "platform": platform.name}
@@ -175,7 +189,3 @@ def robotwin_keys(task: object, config: object = None) -> list[str]:
     """Names of a task's statistics, the likeliest first: those of how it is evaluated, then of the other way."""
     kinds = dict.fromkeys([str(config or "demo_clean").removeprefix("demo_"), "clean", "randomized"])
     return [f"robotwin_{task}_{kind}" for kind in kinds] + [f"robotwin_{kind}" for kind in kinds]
-
-
-def _fields(query: Query) -> dict[str, Any]:
-    return {field.name: getattr(query, field.name) for field in fields(Query)}

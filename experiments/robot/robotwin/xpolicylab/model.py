@@ -22,6 +22,7 @@ class Model:
             raise UsageError(f"action_type: {model_cfg['action_type']} found; accepted: joint")
         self._policy = RoboTwinPolicy(model_cfg)
         self._queries: list[Query] = []
+        self._environments: list[int] = []
 
     def update_obs(self, obs: Mapping[str, Any]) -> None:
         """Take the observation that is acted on next."""
@@ -30,6 +31,7 @@ class Model:
     def update_obs_batch(self, obs_list: Sequence[Mapping[str, Any]]) -> None:
         """The same for several environments."""
         self._queries = [from_xpolicylab(obs) for obs in obs_list]
+        self._environments = [int(obs.get("env_idx", number)) for number, obs in enumerate(obs_list)]
 
     def get_action(self) -> list[dict[str, Array]]:
         """A chunk of actions."""
@@ -39,7 +41,8 @@ class Model:
         """A chunk for each environment, in the order of its observations."""
         if not self._queries:
             raise UsageError("get_action: no observation found; accepted: a call of update_obs before")
-        return [[to_xpolicylab(action) for action in chunk] for chunk in self._policy.act(self._queries)]
+        chunks = self._policy.act(self._queries, self._environments)
+        return [[to_xpolicylab(action) for action in chunk] for chunk in chunks]
 
     def reset(self) -> None:
         """Begin an episode."""
