@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash eval.sh BENCH TASK CHECKPOINT ENV_CFG joint SEED POLICY_GPU ENV_GPU POLICY_ENVIRONMENT CONDA_ENVIRONMENT
+# bash eval.sh BENCH TASK CHECKPOINT|http://HOST:PORT ENV_CFG joint SEED POLICY_GPU ENV_GPU POLICY_ENVIRONMENT CONDA_ENVIRONMENT
 # EVAL_ENV_TYPE=debug in front tries the adapter without a simulator.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
