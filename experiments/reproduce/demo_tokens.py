@@ -114,7 +114,7 @@ def read_tokens(paths: StudyPaths) -> TokenResults:
 
 
 def statement(tokens: TokenResults, without: Outcome | None, aligned: Outcome | None) -> str:
-    """Say what alignment changed in this run, and what it did not."""
+    """Say what alignment changed in this run, and in what no difference is shown."""
     depths, errors = tokens.values(DEPTH), tokens.values(ERROR)
     measures = [
         (
@@ -130,11 +130,11 @@ def statement(tokens: TokenResults, without: Outcome | None, aligned: Outcome | 
     if without and aligned:
         solved = (f"{outcome.successes}/{len(outcome.episodes)}" for outcome in (without, aligned))
         lows, highs = zip(without.interval, aligned.interval)
-        measures.append(("how many episodes it solves ({} without, {} with)".format(*solved), max(lows) > min(highs)))
+        measures.append(("the episodes that it solves ({} without, {} with)".format(*solved), max(lows) > min(highs)))
     changed, same = ([text for text, differs in measures if differs is wanted] for wanted in (True, False))
     sentences = [f"Alignment changed {_joined(changed)}."] if changed else []
     if same:
-        sentences.append(f"{'It' if changed else 'Alignment'} did not change {_joined(same, 'or')}.")
+        sentences.append(f"No difference is shown in {_joined(same, 'or')}.")
     return " ".join(sentences)
 
 

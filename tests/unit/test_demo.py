@@ -51,17 +51,17 @@ def _outcome(successes: int) -> Outcome:
 def test_the_statement_follows_the_numbers() -> None:
     said = statement(_tokens(), _outcome(39), _outcome(38))
     assert said == (
-        "Alignment changed the depth in the policy's tokens (R2 above the place 0.03 without, 0.21 with). It did not "
-        "change the error of its actions (0.130 without, 0.129 with) or how many episodes it solves (39/40 without, "
-        "38/40 with)."
+        "Alignment changed the depth in the policy's tokens (R2 above the place 0.03 without, 0.21 with). "
+        "No difference is shown in the error of its actions (0.130 without, 0.129 with) or the episodes that it solves "
+        "(39/40 without, 38/40 with)."
     )
     said = statement(_tokens((0.1, 0.11), (0.13, 0.12)), _outcome(20), _outcome(39))
-    changed, same = said.split("It did not change ")
-    assert "actions (0.130 without, 0.120 with) and how many episodes it solves (20/40" in changed
+    changed, same = said.split("No difference is shown in ")
+    assert "actions (0.130 without, 0.120 with) and the episodes that it solves (20/40" in changed
     assert same == "the depth in the policy's tokens (R2 above the place 0.10 without, 0.11 with)."
-    assert statement(_tokens((0.1, 0.11)), _outcome(39), _outcome(39)).startswith("Alignment did not change the depth")
+    for same in ((0.1, 0.11), (-0.4, -0.1)):
+        assert statement(_tokens(same), _outcome(39), _outcome(39)).startswith("No difference is shown in the depth")
     assert "episodes" not in statement(_tokens(), None, _outcome(39))
-    assert statement(_tokens((-0.4, -0.1)), _outcome(39), _outcome(39)).startswith("Alignment did not change the depth")
 
 
 def test_the_video_starts_where_most_tasks_were_solved(tmp_path: Path) -> None:
