@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.memory_probe import resident_memory
 from experiments.robot.policy import Render
 from prismatic.util.cli import CommandParser, exit_code
+from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, default=0.0, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    if Path(arguments.checkpoint).exists():
+        arguments.checkpoint = str(Path(arguments.checkpoint).resolve())  # The processes run in a checkout's folder.
     if arguments.way:
         print(json.dumps(measure(arguments)))
         return 0
@@ -84,6 +87,8 @@ def run_way(arguments: argparse.Namespace, way: str, build: Path) -> dict[str, A
 
 def compare_with_earlier(arguments: argparse.Namespace) -> int:
     """Measure one and two workers of an earlier build and of this one, in turns; ratios are the earlier over this."""
+    if not (arguments.earlier / "benchmarks/rollout.py").is_file():
+        raise UsageError(f"--earlier: {arguments.earlier} found; accepted: a checkout of this project")
     described = ["git", "-C", str(arguments.earlier), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
     report: dict[str, Any] = {**describe_machine(arguments), "earlier": commit, "ways": {}}
