@@ -157,7 +157,8 @@ def _read_lerobot(pipeline: Path) -> dict[str, Any]:
     try:
         steps = read_json(pipeline).get("steps", [])
         names = [str(step.get("registry_name", step.get("class", ""))) for step in steps]
-        step = next((step for step, name in zip(steps, names, strict=True) if "normaliz" in name), {})
+        normalizing = [step for step, name in zip(steps, names, strict=True) if "normaliz" in name]
+        step = normalizing[0] if normalizing else {}
         file = pipeline.parent / str(step.get("state_file"))
         if not file.is_file():
             raise UsageError(
