@@ -136,6 +136,10 @@ class _Pi:
         if config.use_lora:
             with torch.device("meta"):
                 choose_targets(lora_targets(PiPolicy(model)), config.lora_targets)
+        elif config.lora_expert_rank:
+            raise UsageError(
+                f"--lora_expert_rank: {config.lora_expert_rank} found; accepted with --use_lora False: 0, no adapters"
+            )
 
     def platform(self, config: TrainConfig, base: str) -> Platform:
         """The robot of the flags, with the model's chunk and openpi's normalization."""

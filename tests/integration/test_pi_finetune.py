@@ -115,6 +115,7 @@ def test_the_action_loss_is_that_of_the_policy_alone(
         ({"platform": "aloha"}, "--platform: aloha has actions of 14 numbers; accepted: up to 8"),
         ({"gain_feat_1move": True}, "--gain_feat_1move: True found"),
         ({"vla_layers_align": "2,5", "vggt_layers_align": "1,2"}, "--vla_layers_align"),
+        ({"use_lora": False, "lora_expert_rank": 4}, "--lora_expert_rank: 4 found; accepted with --use_lora False: 0"),
     ],
 )
 def test_wrong_flags_are_refused_before_weights_are_loaded(
