@@ -21,7 +21,8 @@ def layer_features(checkpoint: LoadedCheckpoint, forward: ForwardPass, rows: str
 
     def features(tokens_LBND: Tensor) -> list[Tensor]:
         parts = counted_tokens(forward, tokens_LBND.float(), by_sample=by_sample)
-        return list(torch.cat([part.mean(dim=2) if by_sample else part.flatten(1, 2) for part in parts], dim=1))
+        rows_LSD = [part.mean(dim=2) if by_sample else part.flatten(1, 2) for part in parts]
+        return list(torch.cat([tokens_LBND[:, :0, 0].float(), *rows_LSD], dim=1))
 
     return features(checkpoint.student_states(forward)), features(checkpoint.teacher_blocks(forward))
 
@@ -31,7 +32,9 @@ def measure_cka(checkpoint: LoadedCheckpoint, rows: str, *, debiased: bool, esti
     streaming = StreamingCKA(debiased=debiased, estimator=estimator)
     for forward in checkpoint.passes():
         with torch.no_grad():
-            streaming.update(*layer_features(checkpoint, forward, rows))
+            students, teachers = layer_features(checkpoint, forward, rows)
+            if len(students[0]):
+                streaming.update(students, teachers)
     return streaming.result().cpu()
 
 

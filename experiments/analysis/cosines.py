@@ -33,7 +33,8 @@ def measure_cone(config: ConeConfig, folder: str) -> Report:
                 cones[name] = cones[name] or [TokenCone() for _ in tokens_LBND]
                 for token_cone, tokens_BND in zip(cones[name], tokens_LBND, strict=True):
                     for (counted_BND,) in counted_tokens(forward, tokens_BND[None], by_sample=True):
-                        token_cone.update(counted_BND)
+                        if counted_BND.shape[1] > 1:  # Between two tokens there is an angle.
+                            token_cone.update(counted_BND)
     means = {
         name: {
             "within_samples": [cone.within_samples() for cone in by_layer],

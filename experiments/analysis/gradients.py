@@ -139,7 +139,8 @@ def measure_theorem(config: TheoremConfig, folder: str) -> Report:
     check = TheoremCheck(checkpoint.alignment, reference=config.reference)  # type: ignore[arg-type]
     for forward in checkpoint.passes():
         both = checkpoint.aligned_tokens(forward), checkpoint.aligned_targets(forward)
-        check.update(*(counted_tokens(forward, tokens)[0] for tokens in both))
+        for tokens, targets in zip(*(counted_tokens(forward, part) for part in both), strict=True):
+            check.update(tokens, targets)
     return {**checkpoint.describe(), **describe_bound(check.result())}
 
 

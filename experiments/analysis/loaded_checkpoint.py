@@ -51,14 +51,14 @@ def counted_tokens(forward: ForwardPass, tokens_KBND: Tensor, *, by_sample: bool
 
     Returns:
         The tokens as they are where all count; else one tensor (K, 1, M, D) of all samples' tokens or, `by_sample`, one
-        of each sample that has any.
+        of each sample that has any; nothing where none counts.
     """
     mask = forward.mask_BN
     if mask is None or bool(mask.all()):
         return [tokens_KBND]
     if by_sample:
         return [tokens_KBND[:, [sample]][:, :, row] for sample, row in enumerate(mask) if row.any()]
-    return [tokens_KBND[:, mask][:, None]]
+    return [tokens_KBND[:, mask][:, None]] if mask.any() else []
 
 
 class _Recorder(nn.Module):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from experiments.analysis.cka import layer_features
+from experiments.analysis import cosines
+from experiments.analysis.cka import layer_features, measure_cka
+from experiments.analysis.config import ConeConfig
+from experiments.analysis.cosines import measure_cone
 from experiments.analysis.loaded_checkpoint import counted_tokens
 
 MASK = torch.tensor([[True, True, False, True], [False, False, False, False], [True, False, True, False]])
@@ -32,6 +36,43 @@ def test_others_are_left_out_and_samples_without_any_too() -> None:
     assert torch.equal(together, expected[:, None])
     first, second = counted_tokens(forward(MASK), TOKENS, by_sample=True)
     assert torch.equal(first[:, 0], expected[:, :3]) and torch.equal(second[:, 0], expected[:, 3:])
+
+
+def test_a_batch_without_any_gives_nothing() -> None:
+    none = forward(torch.zeros(3, 4, dtype=torch.bool))
+    assert not counted_tokens(none, TOKENS) and not counted_tokens(none, TOKENS, by_sample=True)
+
+
+@pytest.mark.parametrize("rows", ["tokens", "samples"])
+def test_cka_skips_a_batch_without_any(rows: str) -> None:
+    def measured(*masks: torch.Tensor) -> torch.Tensor:
+        checkpoint: Any = SimpleNamespace(
+            passes=lambda: (forward(mask) for mask in masks),
+            student_states=lambda _: TOKENS,
+            teacher_blocks=lambda _: TOKENS.square(),
+        )
+        return measure_cka(checkpoint, rows, debiased=False, estimator="exact")
+
+    counted = torch.tensor([[True, False, True, True]] * 3)
+    none = torch.zeros_like(counted)
+    assert torch.equal(measured(none, counted, none), measured(counted))
+
+
+def test_the_cone_skips_a_sample_of_a_single_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(mask: torch.Tensor, tokens: torch.Tensor) -> Any:
+        checkpoint = SimpleNamespace(
+            passes=lambda: [forward(mask)],
+            autocast=nullcontext,
+            student_states=lambda _: tokens,
+            teacher_blocks=lambda _: tokens,
+            align=SimpleNamespace(num_pairs=0),
+            describe=dict,
+        )
+        monkeypatch.setattr(cosines, "LoadedCheckpoint", lambda *_, **__: checkpoint)
+        return measure_cone(ConeConfig(), "folder")
+
+    mask = torch.tensor([[True, True, False, True], [False, False, True, False]])
+    assert measured(mask, TOKENS[:, :2]) == measured(mask[:1], TOKENS[:, :1])
 
 
 @pytest.mark.parametrize("rows", ["tokens", "samples"])
