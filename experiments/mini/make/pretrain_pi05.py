@@ -25,7 +25,8 @@ from prismatic.util.flags import limited
 
 @dataclass
 class PretrainPi05Config(PretrainConfig):
-    """The settings that made the shipped weights are the defaults."""
+    """The defaults are those of the shipped weights' second part: 4,000 steps, resumed from a run of 1,200 with a
+    cosine of its own."""
 
     work: Path = Path("runs/mini_pi05")  # Initial weights, checkpoints and logs
     out: Path = ROOT / "experiments" / "mini" / "weights" / "pi05"  # The exported model
