@@ -145,7 +145,10 @@ def check_bounds(platform: Platform, statistics: Mapping[str, Any], kinds: Seque
             low, high = (np.asarray(bound, np.float64) for bound in platform.normalization.bounds(statistics[kind]))
             if low.ndim != 1 or low.shape != high.shape:
                 raise ValueError(f"bounds of shapes {low.shape} and {high.shape} found; accepted: lists of one length")
-        except (KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
+            by = platform.normalization.value
+            raise UsageError(f"{folder}: statistics of {kind}: no {error} found; accepted: bounds for {by}") from None
+        except (TypeError, ValueError) as error:
             raise UsageError(f"{folder}: statistics of {kind}: {one_line(error)}") from None
 
 

@@ -172,10 +172,11 @@ def test_what_is_out_of_view_changes_no_pixel(env: LiberoEnv, monkeypatch: pytes
 
 
 def skip_unless_software_draws(env: LiberoEnv) -> None:
-    context = env._draw_ready()._holder["mujoco"]
+    holder = env._draw_ready()._holder
+    holder["gl"].make_current()
     from OpenGL import GL  # MuJoCo has chosen its platform by now.
 
-    if b"llvmpipe" not in GL.glGetString(GL.GL_RENDERER) or context.offSamples != 4:
+    if b"llvmpipe" not in GL.glGetString(GL.GL_RENDERER) or holder["mujoco"].offSamples != 4:
         pytest.skip("every triangle is drawn: by a GPU, or with another number of samples")
 
 

@@ -25,7 +25,8 @@ def config(tmp_path: Path) -> Callable[..., GenerateConfig]:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "openvla"}))
     (folder / "pytorch_model.bin").write_bytes(b"weights")
-    statistics = {"libero_spatial_no_noops": {"action": {}, "proprio": {}}, "libero_goal": {"action": {}}}
+    bounds = dict.fromkeys(("q01", "min"), [-1.0] * 8) | dict.fromkeys(("q99", "max"), [1.0] * 8)
+    statistics = {"libero_spatial_no_noops": {"action": bounds, "proprio": bounds}, "libero_goal": {"action": bounds}}
     (folder / "dataset_statistics.json").write_text(json.dumps(statistics))
     for name in ("action_head", "proprio_projector"):
         (folder / f"{name}--7_checkpoint.pt").write_bytes(b"weights")
