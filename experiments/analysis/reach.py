@@ -27,7 +27,7 @@ from experiments.robot.libero.run_libero_eval import GenerateConfig
 from experiments.robot.libero.simulator.environment import LiberoEnv
 from experiments.robot.libero.suites.tasks import get_task
 from experiments.robot.robot_utils import set_seed_everywhere
-from prismatic.checkpoint.layout import POLICY_FLAGS, read_record, split_checkpoint_name
+from prismatic.checkpoint.layout import recorded_policy_flags, split_checkpoint_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,10 +92,7 @@ class Watch:
 
 def policy_flags(config: ReachConfig | ReadoutConfig, folder: str) -> GenerateConfig:
     """The evaluation's flags for a checkpoint: inputs and heads as its run recorded them."""
-    trained = read_record(Path(folder))
-    values = {name: trained[name] for name in POLICY_FLAGS if name in trained}
-    if "image_aug" in trained:
-        values["center_crop"] = trained["image_aug"]
+    values = recorded_policy_flags(Path(folder))
     shared = {field.name for field in fields(GenerateConfig)} & {field.name for field in fields(config)}
     values |= {name: getattr(config, name) for name in shared}
     return GenerateConfig(pretrained_checkpoint=folder, **values)

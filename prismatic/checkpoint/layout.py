@@ -148,6 +148,13 @@ def read_record(folder: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
+def recorded_policy_flags(folder: Path) -> dict[str, Any]:
+    """Flags that act as a checkpoint's run trained, as far as it recorded them: inputs, heads, and the crop."""
+    record = read_record(folder)
+    flags = {name: record[name] for name in POLICY_FLAGS if name in record}
+    return flags | ({"center_crop": record["image_aug"]} if "image_aug" in record else {})
+
+
 def recorded_platform(folder: Path) -> Platform | None:
     """The platform a checkpoint folder was trained for, as its run recorded it; None where there is no record.
 

@@ -41,19 +41,10 @@ def test_words_and_state_bins_are_single_tokens_and_prompts_can_be_read_back() -
 
 @pytest.mark.sim
 def test_acts_in_an_episode_of_the_simulator(tmp_path: Path) -> None:
-    from experiments.robot.libero.run_libero_eval import GenerateConfig, eval_libero
+    from experiments.robot.libero.run_libero_eval import eval_libero
+    from tests.helpers.episode_results import small_run
 
-    config = GenerateConfig(
-        pretrained_checkpoint=str(FOLDER),
-        use_proprio=False,
-        task_suite_name="libero_object",
-        task_ids="1",
-        num_trials_per_task=1,
-        max_steps=20,
-        env_img_res=128,
-        render="fast",
-        num_workers=1,
-        local_log_dir=str(tmp_path),
-    )
+    given = {"use_proprio": False, "num_trials_per_task": 1, "env_img_res": 128, "render": "fast"}
+    config = small_run(tmp_path, pretrained_checkpoint=str(FOLDER), task_ids="1", max_steps=20, **given)
     total = eval_libero(config)["total"]
     assert total["errors"] == 0 and total["successes"] + total["failures"] == 1

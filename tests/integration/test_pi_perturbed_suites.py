@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.robot.libero.run_libero_eval import GenerateConfig, eval_libero
+from experiments.robot.libero.run_libero_eval import eval_libero
 from experiments.robot.libero.suites import plus
+from tests.helpers.episode_results import small_run
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "mini" / "weights" / "pi05"
 pytest.importorskip("libero", reason="LIBERO is not installed")
@@ -27,19 +28,9 @@ def test_a_short_run_has_its_own_tasks_and_liberos_statistics(
 ) -> None:
     if "plus" in suite:
         pytest.importorskip("liberoplus", reason=f"LIBERO-Plus is not installed: {plus.INSTALL_HINT}")
-    config = GenerateConfig(
-        pretrained_checkpoint=str(FOLDER),
-        use_proprio=False,
-        task_suite_name=suite,
-        unnorm_key="libero_object_no_noops",
-        num_trials_per_task=1,
-        max_steps=8,
-        env_img_res=128,
-        render="fast",
-        num_workers=1,
-        local_log_dir=str(tmp_path),
-        **flags,  # type: ignore[arg-type]
-    )
+    given = {"use_proprio": False, "num_trials_per_task": 1, "env_img_res": 128, "render": "fast", "max_steps": 8}
+    given |= {"task_suite_name": suite, "task_ids": "", "run_name": "", "unnorm_key": "libero_object_no_noops"}
+    config = small_run(tmp_path, pretrained_checkpoint=str(FOLDER), **given | flags)
     total = eval_libero(config)["total"]
     assert total["errors"] == 0 and total["failures"] == (2 if "plus" in suite else 1)
     (folder,) = tmp_path.iterdir()

@@ -146,16 +146,14 @@ class RoboTwinPolicy:
     def _load(self) -> tuple[Policy, dict[str, Any]]:
         from experiments.robot.acting import load_policy
         from prismatic.checkpoint.folder import check_policy_flags, open_checkpoint
-        from prismatic.checkpoint.layout import POLICY_FLAGS, read_record
+        from prismatic.checkpoint.layout import recorded_policy_flags
         from prismatic.util.cli import parse
 
         name = self.settings.get("checkpoint_path") or self.settings.get("ckpt_name")
         if not name:
             raise UsageError("checkpoint_path: not given; accepted: a checkpoint's folder, or server: http://HOST:PORT")
         checkpoint = open_checkpoint(str(name), self.settings.get("base_checkpoint"))
-        record = read_record(checkpoint.path)
-        trained = {flag: record[flag] for flag in POLICY_FLAGS if flag in record}
-        trained |= {"center_crop": record["image_aug"]} if "image_aug" in record else {}
+        trained = recorded_policy_flags(checkpoint.path)
         given = {field.name: self.settings[field.name] for field in fields(PolicyFlags) if field.name in self.settings}
         key = self._unnorm_key(checkpoint.statistics, "")
         values = {"num_images_in_input": 3, **trained, **given, "pretrained_checkpoint": name}
