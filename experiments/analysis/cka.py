@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from experiments.analysis.config import CkaConfig
+from experiments.analysis.config import LEAST_ROWS, CkaConfig
 from experiments.analysis.loaded_checkpoint import ForwardPass, LoadedCheckpoint, counted_tokens
 from experiments.analysis.report import Report, heatmap, new_figure, save_figure, write_json
+from prismatic.util.errors import UsageError
 from rocket_align.analysis.cka import Estimator, StreamingCKA
 from rocket_align.analysis.matching import match_layers
 
@@ -28,13 +29,24 @@ def layer_features(checkpoint: LoadedCheckpoint, forward: ForwardPass, rows: str
 
 
 def measure_cka(checkpoint: LoadedCheckpoint, rows: str, *, debiased: bool, estimator: Estimator) -> Tensor:
-    """The map, (student states, teacher blocks), on the CPU."""
+    """The map, (student states, teacher blocks), on the CPU.
+
+    Batches are skipped that have too few rows for an estimate of their own, where the estimator makes one of each.
+
+    Raises UsageError: too few rows in all.
+    """
     streaming = StreamingCKA(debiased=debiased, estimator=estimator)
+    least = LEAST_ROWS if debiased else 2
     for forward in checkpoint.passes():
         with torch.no_grad():
             students, teachers = layer_features(checkpoint, forward, rows)
-            if len(students[0]):
+            if len(students[0]) >= (least if estimator == "minibatch" else 1):
                 streaming.update(students, teachers)
+    if streaming.samples < least:
+        raise UsageError(
+            f"--num_samples: {checkpoint.flags.num_samples} found in batches of {checkpoint.flags.batch_size}, which "
+            f"gives {streaming.samples} rows that count; accepted: {least} or more"
+        )
     return streaming.result().cpu()
 
 

@@ -102,6 +102,22 @@ class AnalysisConfig(SubjectFlags):
     out_dir: Path = Path("analysis")  # Folder for the JSON file and the PNG picture
 
 
+LEAST_ROWS = 4  # Of the unbiased estimator.
+
+
+def check_rows(flags: SubjectFlags, rows: Rows, estimator: Estimator, *, least: int = LEAST_ROWS) -> None:
+    """Refuse, before anything is loaded, fewer samples than CKA is defined for where each is one row.
+
+    Raises UsageError.
+    """
+    if rows != "samples":
+        return
+    if estimator == "minibatch" and flags.batch_size < least:
+        raise UsageError(f"--batch_size: {flags.batch_size} found; accepted for minibatch: {least} or more")
+    if -(-flags.num_samples // flags.batch_size) * flags.batch_size < least:
+        raise UsageError(f"--num_samples: {flags.num_samples} found; accepted with --rows samples: {least} or more")
+
+
 @dataclass
 class CkaConfig(AnalysisConfig):
     """CKA of every hidden state of the student with every block of the teacher, and the best one-to-one matching."""
@@ -114,6 +130,7 @@ class CkaConfig(AnalysisConfig):
         check(self)
         if self.estimator == "minibatch" and not self.debiased:
             raise UsageError("--estimator: minibatch with --debiased False; accepted: exact, or --debiased True")
+        check_rows(self, self.rows, self.estimator, least=LEAST_ROWS if self.debiased else 2)
 
 
 @dataclass
@@ -253,6 +270,8 @@ class SelectConfig(SubjectFlags):
             )
         if len(self.checkpoints) > 1:
             raise UsageError(f"--checkpoint: {len(self.checkpoints)} folders found; accepted: one")
+        if self.strategy == "cka":
+            check_rows(self, self.rows, self.estimator)
 
     def strategy_of(self, side: str) -> str:
         """The strategy of "student" or "teacher"."""

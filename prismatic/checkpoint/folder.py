@@ -34,11 +34,10 @@ from prismatic.checkpoint.layout import (
     PolicyShape,
     component_files,
     component_name,
-    load_training_state,
     read_record,
     read_statistics,
     recorded_platform,
-    split_checkpoint_name,
+    saved_step,
     weight_files,
 )
 from prismatic.models.pi import normalization
@@ -340,8 +339,7 @@ def _base_to_resume(config: TrainConfig, folder: Path) -> str:
 def _step_to_resume(config: TrainConfig, folder: Path) -> int:
     if config.resume_step is not None:
         return config.resume_step
-    state = load_training_state(folder, lazily=True)
-    step = split_checkpoint_name(folder.name)[1] if state is None else int(state["step"])
+    step = saved_step(folder)
     if step is None:
         raise UsageError(f"--resume_step: {folder} does not tell its step; accepted: the step as a number")
     return step

@@ -215,3 +215,9 @@ def load_training_state(folder: Path, *, lazily: bool = False) -> dict[str, Any]
         return torch.load(file, map_location="cpu", weights_only=True, mmap=lazily)
     except DAMAGED as error:
         raise UsageError(f"{file}: not readable, cut off? ({one_line(error, 120)})") from error
+
+
+def saved_step(folder: Path) -> int | None:
+    """The step of a checkpoint folder by its training state, else by its name; None where neither tells it."""
+    state = load_training_state(folder, lazily=True)
+    return split_checkpoint_name(folder.name)[1] if state is None else int(state["step"])

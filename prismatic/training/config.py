@@ -17,6 +17,7 @@ from prismatic.checkpoint.layout import (
     MODEL_WEIGHTS,
     is_checkpoint,
     last_checkpoint,
+    saved_step,
     split_checkpoint_name,
     weight_files,
 )
@@ -159,6 +160,7 @@ class TrainConfig:
         check(self)
         if self.resume:
             self._find_resumed()
+        self._refuse_idle_adapter_flags()
         if self.use_l1_regression and self.use_diffusion:
             raise UsageError("--use_l1_regression and --use_diffusion: both are True; accepted: at most one of them")
         get_platform(self.platform)
@@ -177,6 +179,13 @@ class TrainConfig:
                 raise UsageError(f"--trackers: {name} is not installed; accepted: none, or after pip install {name}")
         self._validate_paths()
 
+    def _refuse_idle_adapter_flags(self) -> None:
+        """A resumed run's flags may name what it never used; a new run's may not."""
+        for name in ("lora_targets", "use_rslora", "use_dora"):
+            given, unset = getattr(self, name), getattr(TrainConfig, name)
+            if given != unset and not (self.use_lora or self.resume):
+                raise UsageError(f"--{name}: {given} found; accepted with --use_lora False: {unset}, no adapters")
+
     def _find_resumed(self) -> None:
         """Let --vla_path be the checkpoint to go on from; a run that has none yet begins with --vla_path."""
         given = Path(self.vla_path)
@@ -191,8 +200,19 @@ class TrainConfig:
         if checkpoint is None:
             if by_folder:
                 raise UsageError(f"--resume: {given} has no checkpoint yet; accepted: the run's own command")
+            if self.resume_step is not None:
+                raise UsageError(
+                    f"--resume_step: {self.resume_step} found, but {run_dir} has no checkpoint yet; accepted: none, to "
+                    "begin, or the checkpoint as --vla_path"
+                )
             self.starts_anew = True
             return
+        step = saved_step(checkpoint) if self.resume_step is not None else None
+        if step not in (None, self.resume_step):
+            raise UsageError(
+                f"--resume_step: {self.resume_step} found, but the newest intact checkpoint, {checkpoint}, is of step "
+                f"{step}; accepted: {step} or none, or another checkpoint as --vla_path"
+            )
         if not by_folder and not self.base_checkpoint:
             self.base_checkpoint = str(self.vla_path)
         self.vla_path, self.resume = str(checkpoint), True
