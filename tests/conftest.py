@@ -19,12 +19,29 @@ for _name, _value in {
     "TRANSFORMERS_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "MPLBACKEND": "Agg",
+    "PYTHONFAULTHANDLER": "1",  # what has to be killed, or crashes, prints its stacks
 }.items():
     os.environ.setdefault(_name, _value)
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL_GOLDEN = ROOT.parent / "shared" / "golden"
 GOLDEN_SUBSET = ROOT / "tests" / "golden"
+
+
+_reporter: pytest.TerminalReporter | None = None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    global _reporter
+    _reporter = config.pluginmanager.get_plugin("terminalreporter")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Print a failure when it happens: a run that is stopped never comes to its summary."""
+    if report.failed and _reporter is not None:
+        name = f"{report.nodeid} ({report.when}, {report.duration:.0f} s)"
+        _reporter.write_line(f"\n{name}\n{report.longreprtext[-3000:]}")
 
 
 class GoldenSubset(type(Path())):  # type: ignore[misc]  # the concrete class differs by platform

@@ -168,7 +168,7 @@ class PatientEnvs(LineEnvs):
 
     def _wait(self) -> None:
         assert self.folder
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 300
         while sum(len(file.read_text()) for file in Path(self.folder).glob("observed.*")) < 2:
             if time.monotonic() > deadline:
                 raise TimeoutError("nobody moved meanwhile")

@@ -14,6 +14,7 @@ from prismatic.training.metrics import read_log
 from prismatic.training.precision import make_accelerator
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets import RLDSDataset
+from tests.helpers.programs import run_program
 
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --standalone --nproc_per_node 2",
@@ -30,7 +31,7 @@ def _launch(repo_root: Path, arguments: list[str], launcher: str = "torchrun") -
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(repo_root),
     }
-    return subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=300)
+    return run_program(command, cwd=repo_root, env=environment)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.noise import noise
+from tests.helpers.programs import run_program
 
 
 def _demo(repo_root: Path, out: Path) -> str:
     flags = f"--out {out} --tasks 9 --episodes 2 --max_steps 2 --batch_size 4 --trials 1 --seeds 0 --parallel 2"
     flags += " --moved_episodes 2 --moved_steps 2"
     command = [sys.executable, "-m", "experiments.reproduce.demo", *flags.split()]
-    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=900)
+    done = run_program(command, cwd=repo_root)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stderr == "" and noise(done.stdout) == []
     return done.stdout

@@ -65,7 +65,7 @@ def observation(query: Query) -> dict[str, Any]:
 
 
 def post(server: PolicyServer, body: str | bytes, **headers: str) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=600)
     connection.request("POST", "/act", body, {"Content-Type": "application/json", **headers})
     response = connection.getresponse()
     content = json.loads(response.read())
@@ -252,7 +252,7 @@ def test_the_script_serves_until_interrupted(repo_root: Path, l1_checkpoint: Pat
         assert actions.shape == (8, 7)
     finally:
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=600)
     assert process.returncode in (0, 130) and "Traceback" not in err
     assert "not-to-be-guessed" not in line + out + err
 

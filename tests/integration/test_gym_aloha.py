@@ -172,7 +172,7 @@ def ask_as_upstream(url: str) -> np.ndarray:
     }
     body = json_numpy.dumps(observation).encode()
     request = urllib.request.Request(f"{url}/act", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=600) as response:
         return np.array(json_numpy.loads(json.dumps(json.load(response))))
 
 

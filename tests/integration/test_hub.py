@@ -16,6 +16,7 @@ import torch
 import push_to_hub as script
 from prismatic.util.errors import UsageError
 from tests.helpers.fake_hub import serve_hub
+from tests.helpers.programs import run_program
 
 JOINT = "moojink/openvla-7b-oft-finetuned-libero-spatial-object-goal-10"
 SUITES = [f"libero_{name}_no_noops" for name in ("10", "goal", "object", "spatial")]
@@ -45,7 +46,7 @@ def run(root: Path, hub: str, cache: Path, *arguments: str) -> subprocess.Comple
     environment = {"HF_ENDPOINT": hub, "HF_HOME": str(cache), "HF_TOKEN": "a token", "PYTHONPATH": str(root)}
     environment |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
     command, environment = [sys.executable, "-W", "ignore", *arguments], {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=root)
+    return run_program(command, env=environment, cwd=root)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.helpers.programs import run_program
+
 PYTHON = os.environ.get("LEROBOT_PYTHON", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="LEROBOT_PYTHON names no Python with LeRobot")
 COMMON = """--dataset.repo_id=local/tiny --dataset.root={folder}/data --output_dir={out} --policy.device=cpu
@@ -48,7 +50,7 @@ def run(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         words = arguments.format(out=out, **places).split()
         command = [PYTHON, str(repo_root / "tests" / "helpers" / "tiny_lerobot.py"), str(folder), *words]
         environment = os.environ | {"PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+        done = run_program(command, cwd=folder, env=environment)
         assert done.returncode == code, done.stderr[-3000:]
         return done
 

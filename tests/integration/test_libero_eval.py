@@ -17,6 +17,7 @@ from experiments.robot.libero.run_libero_eval import EXIT_ERRORS, GenerateConfig
 from prismatic.util.errors import UsageError
 from tests.helpers.episode_results import small_run
 from tests.helpers.eval_helpers import NoisePolicy
+from tests.helpers.programs import run_program
 
 pytest.importorskip("libero", reason="LIBERO is not installed")
 pytestmark = pytest.mark.sim
@@ -55,7 +56,7 @@ def test_a_killed_run_goes_on_where_it_was(l1_checkpoint: Path, tmp_path: Path) 
     flags = [word for name, value in vars(config).items() if value is not None for word in (f"--{name}", str(value))]
     run = subprocess.Popen([sys.executable, str(SCRIPT), *flags], stderr=subprocess.PIPE, text=True)
     lines = tmp_path / "run" / "episodes.jsonl"
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not (lines.is_file() and lines.read_bytes().count(b"\n") >= 1):
         assert run.poll() is None, run.communicate()[1]
         assert time.monotonic() < deadline
@@ -114,6 +115,6 @@ def test_two_processes_of_a_launcher_share_the_episodes(tmp_path: Path, monkeypa
 
 def test_a_mistake_ends_the_process_with_one_line() -> None:
     command = [sys.executable, str(SCRIPT), "--pretrained_checkpoint", "/nowhere"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = run_program(command)
     assert run.returncode == 2 and not run.stdout and "Traceback" not in run.stderr
     assert run.stderr.strip().splitlines()[-1].startswith("error: --pretrained_checkpoint: no such folder: '/nowhere'")

@@ -16,6 +16,7 @@ pytest.importorskip("libcst")
 
 from patches.__main__ import main
 from patches.checkout import SCRIPT
+from tests.helpers.programs import run_program
 
 STEP = re.compile(r"rank (\d) step (\d+) gradient ([\d.]+) (.*)")
 
@@ -36,9 +37,7 @@ def launch(patched: Path, *flags: str, processes: int = 2) -> subprocess.Complet
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, *start, SCRIPT, *flags]
-    return subprocess.run(
-        command, cwd=patched, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    return run_program(command, cwd=patched, env=environment)
 
 
 def steps(output: str) -> dict[tuple[int, int], tuple[float, dict[str, float]]]:

@@ -43,7 +43,7 @@ def server(repo_root: Path, l1_checkpoint: Path) -> Iterator[str]:
     assert "http://" in line, "the server did not start"
     yield line.split("http://")[1].split()[0]
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
+    process.communicate(timeout=600)
 
 
 @pytest.fixture

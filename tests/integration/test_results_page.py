@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from experiments.report.html import Line, Rate, line_chart
 from experiments.robot.libero.results.page import build_page, main
 from experiments.robot.libero.rollouts.episode import write_video
 from tests.helpers.episode_results import episode_results, write_episodes
+from tests.helpers.programs import run_program
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome-headless-shell")
 PROBE = Path(__file__).parents[1] / "helpers" / "results_page_probe.html"
@@ -142,7 +142,7 @@ def browse(page: Path, folder: Path) -> tuple[dict[str, Any], str]:
         pytest.skip("no Chromium found (apt-get install chromium, or CHROMIUM=path)")
     command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"]
     command += [f"--user-data-dir={folder}", "--enable-logging=stderr", "--virtual-time-budget=8000", "--dump-dom"]
-    run = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=False)
+    run = run_program([*command, page.as_uri()])
     match = re.search(r'<pre id="probe">(.*?)</pre>', run.stdout, re.DOTALL)
     assert match is not None, run.stderr[-2000:]
     console = "\n".join(line for line in run.stderr.splitlines() if "CONSOLE" in line)

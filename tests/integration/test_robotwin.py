@@ -30,6 +30,7 @@ from experiments.robot.robotwin.policy import RoboTwinPolicy
 from experiments.robot.serving.server import PolicyServer, ServerSettings, load_served
 from prismatic.checkpoint.folder import open_checkpoint
 from prismatic.util.errors import UsageError
+from tests.helpers.programs import run_program
 from tests.helpers.robotwin_files import make_episode, write_legacy
 from tests.helpers.robotwin_task import StandInTask
 from tests.helpers.tiny_pi import write_tiny_pi
@@ -215,9 +216,7 @@ def test_xpolicylabs_server_and_debug_client(batch: str, checkpoint: Path, tmp_p
             time.sleep(1)
         named = "--bench_name RoboTwin --task_name lift_pot --env_cfg_type aloha_agilex --policy_name ROCKET"
         client = f"{lab}/debug_env_client.py {named} --port {port} --eval_episode_num 2 --eval_batch {batch}".split()
-        run = subprocess.run(
-            [sys.executable, *client], env=environment, capture_output=True, text=True, timeout=600, check=False
-        )
+        run = run_program([sys.executable, *client], env=environment)
         assert run.returncode == 0, run.stdout[-1500:] + run.stderr[-1500:]
         assert run.stdout.count("[TestEnv] Episode finished") == 2
         assert len((tmp_path / "eval_result" / "rocket.jsonl").read_text().splitlines()) >= 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import venv
 import zipfile
@@ -14,12 +13,14 @@ import pytest
 import tomllib
 from packaging.requirements import Requirement
 
+from tests.helpers.programs import run_program
+
 
 @pytest.fixture(scope="module")
 def wheel(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder)]
-    done = subprocess.run([*command, str(repo_root / "rocket_align")], capture_output=True, text=True, timeout=300)
+    done = run_program([*command, str(repo_root / "rocket_align")])
     assert done.returncode == 0, done.stderr[-3000:]
     return next(folder.glob("rocket_align-*.whl"))
 
@@ -73,7 +74,7 @@ def test_it_trains_with_torch_safetensors_and_numpy_alone(wheel: Path, repo_root
     worker = repo_root / "tests" / "integration" / "align_alone_worker.py"
     command = [str(tmp_path / "env" / "bin" / "python"), "-I", str(worker)]
     teacher = repo_root / "experiments" / "mini" / "weights" / "teacher"
-    done = subprocess.run([*command, str(teacher)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = run_program([*command, str(teacher)], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
     assert report["present"] == [] and report["strategy"] == "layer"

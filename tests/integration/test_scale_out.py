@@ -22,6 +22,7 @@ from experiments.robot.libero.run_libero_eval import eval_libero
 from experiments.robot.policy import Query
 from tests.helpers.episode_results import small_run
 from tests.helpers.eval_helpers import NoisePolicy
+from tests.helpers.programs import run_program
 
 pytest.importorskip("libero", reason="LIBERO is not installed")
 pytestmark = pytest.mark.sim
@@ -91,7 +92,7 @@ def test_a_launched_run_that_is_killed_goes_on_and_is_checked(
     assert merge_results.main([str(folder)]) == merge_results.EXIT_INCOMPLETE
     assert "episodes missing: libero_object task" in capfd.readouterr().out
 
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    again = run_program(command)
     assert again.returncode == 0, again.stderr
     for rank in range(2):
         file = folder / f"episodes.rank{rank}-of-2.jsonl"

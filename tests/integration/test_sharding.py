@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from prismatic.checkpoint.layout import OPTIMIZER_SHARDS, load_training_state
 from prismatic.training.engine import moments_by_name, read_shards
 from prismatic.training.metrics import PACE, read_log
+from tests.helpers.programs import run_program
 from tests.helpers.tiny_pi import write_tiny_pi
 
 TORCHRUN = "torch.distributed.run --standalone --nproc_per_node"
@@ -42,7 +42,7 @@ def launch(repo_root: Path, student_folder: Path, teacher_folder: Path, rlds_roo
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(repo_root), str(repo_root / "vla-scripts")])
         command = [sys.executable, "-m", *launcher.split(), str(processes), str(worker), str(file)]
-        done = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=300)
+        done = run_program(command, cwd=repo_root, env=environment)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
     return run

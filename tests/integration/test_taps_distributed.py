@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers.programs import run_program
 from tests.integration.taps_worker import build, gradients, step
 
 
@@ -19,7 +19,7 @@ def test_gradients_are_the_mean_over_processes(kind: str, repo_root: Path, tmp_p
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo_root)}
     arguments = [*command, "tests/integration/taps_worker.py", kind, str(tmp_path)]
-    done = subprocess.run(arguments, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_program(arguments, cwd=repo_root, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     module = build()
     for rank in range(2):

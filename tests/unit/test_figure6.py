@@ -12,6 +12,7 @@ import pytest
 from deploy import DeployConfig
 from experiments.join import FinetuneConfig
 from prismatic.util.cli import parse
+from tests.helpers.programs import run_program
 from tests.helpers.scripts import write_script
 
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "reproduce" / "figure6.sh"
@@ -20,7 +21,7 @@ PAPER = ["--profile", "paper", "--vla_path", "pi0", "--data_root_dir", str(SCRIP
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", str(SCRIPT), *flags], capture_output=True, text=True, check=False)
+    return run_program(["bash", str(SCRIPT), *flags])
 
 
 def test_every_arm_trains_as_published_and_is_evaluated_easy_and_hard() -> None:
@@ -76,9 +77,7 @@ def test_a_trained_checkpoint_is_served_to_what_robotwin_lacks(tmp_path: Path) -
         "--arms",
         "rocket",
     ]
-    done = subprocess.run(
-        ["bash", str(SCRIPT), *flags], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
-    )
+    done = run_program(["bash", str(SCRIPT), *flags], env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (process, *served), (folder, *evaluated) = (line.split() for line in told.read_text().splitlines())
     assert (
@@ -95,7 +94,7 @@ def test_the_mini_profile_is_its_own_script(flags: list[str], tmp_path: Path) ->
     script = shutil.copy(SCRIPT, tmp_path)
     (tmp_path / "figure6_mini.sh").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "figure6_mini.sh").chmod(0o755)
-    done = subprocess.run(["bash", script, *flags, "out"], capture_output=True, text=True, check=False)
+    done = run_program(["bash", script, *flags, "out"])
     assert (done.returncode, done.stdout) == (0, "out\n"), done.stderr
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 import sys
 
 import pytest
+
+from tests.helpers.programs import run_program
 
 _SCRIPT = """
 import resource
@@ -30,6 +31,5 @@ print(before, faults())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_memory_of_an_image_is_not_asked_for_again() -> None:
-    run = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True)
-    before, after = map(int, run.stdout.split())
+    before, after = map(int, run_program([sys.executable, "-c", _SCRIPT]).stdout.split())
     assert after < 100 and after <= before  # Eight arrays of 0.6 MB are 1,200 pages, twenty times over.

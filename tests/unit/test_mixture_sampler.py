@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets import FrameDraw, MixtureSampler, RLDSDataset, make_dataloader
 from prismatic.vla.datasets.dataset import MixturePart
+from tests.helpers.programs import run_program
 from tests.helpers.rlds_files import episode, write_dataset
 
 
@@ -171,5 +171,5 @@ def test_a_program_ends_though_a_loader_was_left_running() -> None:
         "kept = (left, next(left))\n"
         "import sys; sys.modules['kept'] = kept\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True)
+    done = run_program([sys.executable, "-c", program])
     assert done.returncode == 0, done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import experiments
 import prismatic
 from prismatic.util.moved import _MovedFinder
+from tests.helpers.programs import run_program
 
 FINDERS = [finder for finder in sys.meta_path if isinstance(finder, _MovedFinder)]
 MOVED = {earlier: later for finder in FINDERS for earlier, later in finder.names.items()}
@@ -36,5 +36,5 @@ def test_a_name_in_the_table_hides_no_file(repo_root: Path) -> None:
 
 def test_an_earlier_command_runs(repo_root: Path) -> None:
     command = [sys.executable, "-m", "experiments.mini.demo", "--help"]
-    run = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=120, check=False)
+    run = run_program(command, cwd=repo_root)
     assert run.returncode == 0 and "--seeds" in run.stdout, run.stderr

@@ -16,6 +16,7 @@ from patches import checkout as checkout_module
 from patches.__main__ import main
 from patches.checkout import JOIN, PACKAGE, SCRIPT, STATE, Checkout
 from patches.rewrite import inject
+from tests.helpers.programs import run_program
 
 STAND_IN = Path(__file__).resolve().parents[1] / "helpers" / "openvla_oft_stand_in.py"
 # A real checkout may be given; the tests below then run on a copy of its script too.
@@ -227,11 +228,10 @@ def test_a_run_cut_off_leaves_the_script_whole(plain: Path, monkeypatch: pytest.
 
 def test_it_runs_from_inside_a_checkout(plain: Path, repo_root: Path) -> None:
     """There Python would find that checkout's `prismatic` first."""
-    import subprocess
 
     (plain / "prismatic").mkdir()
     (plain / "prismatic" / "__init__.py").write_text("raise ImportError('the wrong prismatic')\n")
     environment = {**os.environ, "PYTHONPATH": str(repo_root)}
     command = [sys.executable, "-m", "patches", "check", "."]
-    done = subprocess.run(command, cwd=plain, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = run_program(command, cwd=plain, env=environment)
     assert done.returncode == 1, done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from prismatic.checkpoint.write import _save_model
 from prismatic.training.config import TrainConfig
 from prismatic.util.errors import UsageError
 from prismatic.vla.platforms import LIBERO
+from tests.helpers.programs import run_program
 from tests.helpers.student_helpers import tiny_batch, tiny_config, tiny_student
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def test_without_the_package_the_commands_say_it_in_one_line(
     flags = ["--use_l1_regression", "false", "--use_proprio", "false", "--unnorm_key", "libero_tiny", "--device", "cpu"]
     command = [sys.executable, str(repo_root / script), "--pretrained_checkpoint", str(weights.parent), *flags]
     command += ["--load_in_8bit", "true"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = run_program(command, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: --load_in_8bit: needs the package bitsandbytes")
     assert "Traceback" not in done.stderr

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -76,9 +77,7 @@ def programs() -> list[tuple[str, ...]]:
 @cache
 def accepted_flags(program: tuple[str, ...]) -> frozenset[str]:
     """The flags in what `program --help` prints."""
-    done = subprocess.run(
-        [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run_program([sys.executable, *program, "--help"], cwd=ROOT)
     assert done.returncode == 0, f"{' '.join(program)} --help failed: {done.stderr[-2000:]}"
     return frozenset(re.findall(r"--[A-Za-z_][\w.-]*", done.stdout))
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import stat
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from experiments.robot.libero.results.summary import paired_test
 from experiments.robot.libero.run_libero_eval import GenerateConfig
 from prismatic.util.errors import UsageError
 from tests.helpers.episode_results import episode_result, write_episodes
+from tests.helpers.programs import run_program
 
 SCRIPTS = ROOT / "experiments" / "reproduce"
 
@@ -57,7 +57,7 @@ def test_every_table_and_figure_has_its_script() -> None:
 def test_a_script_prints_its_commands(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable}
     arguments = ["bash", str(SCRIPTS / "table8.sh"), "--dry_run", "--seeds", "3", "--out", str(tmp_path)]
-    shown = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path).stdout
+    shown = run_program(arguments, env=environment, cwd=tmp_path).stdout
     lines = shown.splitlines()
     assert "experiments.mini.collect" in lines[0]
     assert sum("finetune.py" in line for line in lines) == 7
@@ -99,7 +99,7 @@ def test_a_script_without_an_environment_names_make_install(options: list[str], 
         bare.write_text(f'#!/bin/sh\nexec {sys.executable} {" ".join(options)} "$@"\n')
         bare.chmod(0o755)
     command, environment = ["bash", str(SCRIPTS / "table8.sh")], {**os.environ, "PYTHON": str(bare)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = run_program(command, env=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "make install" in done.stderr
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import pytest
 from deploy import DeployConfig
 from experiments.join import FinetuneConfig
 from prismatic.util.cli import parse
+from tests.helpers.programs import run_program
 from tests.helpers.scripts import write_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ def tell(path: Path, then: str = "") -> None:
 def run(tmp_path: Path, *words: str) -> None:
     (tmp_path / "runs" / "chkpt").mkdir(parents=True)
     environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "TOLD": str(tmp_path)}
-    done = subprocess.run(["bash", *words], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    done = run_program(["bash", *words], env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -141,8 +141,8 @@ def test_an_episode_that_always_kills_its_worker_becomes_an_error() -> None:
 
 def test_a_worker_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout, "MAX_ATTEMPTS", 2)  # Each takes the time that the other worker may need to start.
-    found = roll(LinePolicy(), episodes(LineEnv.HANGS, 0), workers=2, timeout=6.0)
-    assert found[0, LineEnv.HANGS].error == "environment process did not reply for 6 s, 2 times"
+    found = roll(LinePolicy(), episodes(LineEnv.HANGS, 0), workers=2, timeout=12.0)
+    assert found[0, LineEnv.HANGS].error == "environment process did not reply for 12 s, 2 times"
     assert found[0, 0].status == "success"
 
 

@@ -303,7 +303,7 @@ class CountingPolicy:
 
     def act(self, queries: Sequence[Query], unnorm_key: str | None = None) -> np.ndarray:
         self.entered.set()
-        assert self.gate.wait(10)
+        assert self.gate.wait(120)
         self.batches.append((len(queries), unnorm_key))
         self.threads.add(threading.get_ident())
         if any(query.state[0] < 0 for query in queries):
@@ -319,11 +319,11 @@ def test_what_waits_is_answered_together() -> None:
     policy = CountingPolicy()
     batcher = Batcher(policy, max_batch=4, max_wait_s=0)
     first = batcher.submit(request(0))
-    assert policy.entered.wait(10)
+    assert policy.entered.wait(120)
     waiting = [batcher.submit(request(number, "b" if number == 3 else "a")) for number in range(1, 7)]
     waiting[1].cancel()  # Its client has gone.
     policy.gate.set()
-    numbers = [future.result(10)[0, 0] for future in (first, *waiting[:1], *waiting[2:])]
+    numbers = [future.result(120)[0, 0] for future in (first, *waiting[:1], *waiting[2:])]
     assert numbers == [0, 1, 3, 4, 5, 6]
     assert policy.batches == [(1, "a"), (2, "a"), (1, "b"), (2, "a")]
     assert len(policy.threads) == 1
@@ -334,13 +334,13 @@ def test_a_request_that_breaks_the_policy_spoils_no_other() -> None:
     policy = CountingPolicy()
     batcher = Batcher(policy, max_batch=8, max_wait_s=0)
     batcher.submit(request(0))
-    assert policy.entered.wait(10)
+    assert policy.entered.wait(120)
     good, bad, better = (batcher.submit(request(number)) for number in (1, -1, 2))
     policy.gate.set()
-    assert good.result(10)[0, 0] == 1 and better.result(10)[0, 0] == 2
+    assert good.result(120)[0, 0] == 1 and better.result(120)[0, 0] == 2
     with pytest.raises(RuntimeError, match="the policy broke"):
-        bad.result(10)
-    assert batcher.submit(request(5)).result(10)[0, 0] == 5
+        bad.result(120)
+    assert batcher.submit(request(5)).result(120)[0, 0] == 5
     batcher.close()
 
 
@@ -350,7 +350,7 @@ def test_a_policy_that_answers_too_few_of_a_batch_leaves_nobody_waiting() -> Non
     batcher = Batcher(policy, max_batch=8, max_wait_s=0)
     futures = [batcher.submit(request(number)) for number in range(3)]
     policy.gate.set()
-    assert [future.result(10)[0, 0] for future in futures] == [0, 1, 2]
+    assert [future.result(120)[0, 0] for future in futures] == [0, 1, 2]
     batcher.close()
 
 
@@ -358,7 +358,7 @@ def test_too_many_requests_and_shutting_down() -> None:
     policy = CountingPolicy()
     batcher = Batcher(policy, max_batch=1, max_wait_s=0, max_queue=2)
     running = batcher.submit(request(0))
-    assert policy.entered.wait(10)
+    assert policy.entered.wait(120)
     waiting = [batcher.submit(request(number)) for number in (1, 2)]
     assert waiting.pop(0).cancel()  # Closing must not stumble over it.
     with pytest.raises(Overloaded, match="2 requests are waiting"):
@@ -372,11 +372,11 @@ def test_too_many_requests_and_shutting_down() -> None:
             if "shutting down" in str(error):
                 break
     policy.gate.set()
-    closing.result(10)
-    assert running.result(10)[0, 0] == 0
+    closing.result(120)
+    assert running.result(120)[0, 0] == 0
     for future in waiting:
         with pytest.raises(Overloaded, match="shutting down"):
-            future.result(10)
+            future.result(120)
 
 
 def test_a_request_that_comes_while_the_batcher_closes_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,6 +394,6 @@ def test_a_request_that_comes_while_the_batcher_closes_is_answered(monkeypatch: 
 
     monkeypatch.setattr(batcher._waiting, "put_nowait", put_late)
     with contextlib.suppress(Overloaded):
-        wait([future := batcher.submit(request(1))], timeout=10)
+        wait([future := batcher.submit(request(1))], timeout=120)
         assert future.done()
-    closing[0].result(10)
+    closing[0].result(120)

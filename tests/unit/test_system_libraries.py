@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from experiments.robot.libero import system_libraries
+from tests.helpers.programs import run_program
 
 
 def test_a_library_that_does_not_exist_does_not_load() -> None:
@@ -41,8 +41,6 @@ def test_an_ordinary_user_gets_the_line_to_run(
 def test_runs_as_a_file_with_the_standard_library_alone() -> None:
     # -I -S: no site-packages, as before the environment exists.
     path = Path(system_libraries.__file__)
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", str(path), "--help"], capture_output=True, text=True, check=False
-    )
+    done = run_program([sys.executable, "-I", "-S", str(path), "--help"])
     assert done.returncode == 0, done.stderr
     assert "--install" in done.stdout

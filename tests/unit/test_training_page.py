@@ -91,14 +91,14 @@ def test_a_watched_page_follows_the_run_and_is_served(runs: list[Path], tmp_path
     try:
         assert watcher.stdout is not None
         address = watcher.stdout.readline().removeprefix("page: ").strip()
-        page = urlopen(address, timeout=10).read().decode()
+        page = urlopen(address, timeout=120).read().decode()
         assert '<meta http-equiv="refresh" content="1.0">' in page
         assert all(text in page for text in ("2.0 h", "2.5", "12 GB"))
         video = re.search(r'src="([^"]+--failure[.]mp4)', page)
-        assert video is not None and urlopen(urljoin(address, video[1]), timeout=10).status == 200
+        assert video is not None and urlopen(urljoin(address, video[1]), timeout=120).status == 200
         with log.open("a") as file:
             file.write(json.dumps(row | {"step": 40, "seconds_left": 0.0}) + "\n")
-        assert watcher.wait(30) == 0
+        assert watcher.wait(300) == 0
     finally:
         watcher.kill()
     page = (runs[0] / "training.html").read_text()
