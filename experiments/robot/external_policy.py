@@ -18,7 +18,6 @@ from experiments.robot.libero.suites.tasks import find_suite, unnorm_key_for
 from experiments.robot.policy import Policy
 from prismatic.util.errors import UsageError
 
-SERVER_TIMEOUT_S = 60.0
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -37,12 +36,12 @@ def open_policy(config: EvalFlags) -> tuple[Policy, dict[str, object]]:
 
 def _open_server(config: EvalFlags) -> tuple[Policy, dict[str, object]]:
     from experiments.robot.serving.access import read_token
-    from experiments.robot.serving.remote import open_remote
+    from experiments.robot.serving.remote import TIMEOUT_S, open_remote
 
     policy = open_remote(
         config.policy,
         token=read_token(""),
-        timeout_s=config.policy_timeout or SERVER_TIMEOUT_S,
+        timeout_s=config.policy_timeout or TIMEOUT_S,
         gripper=config.policy_gripper if find_suite(config.task_suite_name).robot.flips_gripper else "policy",
     )
     metadata = policy.metadata

@@ -92,8 +92,8 @@ def test_a_remote_policy_acts_as_the_local_one(
     [
         ({"policy": "http://127.0.0.1:1"}, "--policy: no policy server answers at http://127.0.0.1:1"),
         ({"policy": "ws://127.0.0.1:1"}, "--policy: no policy server answers at ws://127.0.0.1:1"),
-        ({"policy": "ftp://somewhere"}, "--policy: found 'ftp://somewhere'; accepted: http://HOST:PORT"),
-        ({"policy": "http://x:y"}, "--policy: 'http://x:y' is no address"),
+        ({"policy": "ftp://somewhere"}, "--policy: 'ftp://somewhere' found; accepted: http://HOST:PORT"),
+        ({"policy": "http://x:y"}, "--policy: 'http://x:y' found; accepted: http://HOST:PORT"),
         ({"policy": "nonsense"}, "--policy: found 'nonsense'; accepted: http://HOST:PORT, ws://HOST:PORT, MODULE"),
         ({"policy": "no_such_module:make"}, "--policy: no_such_module:make: No module named 'no_such_module'"),
         (

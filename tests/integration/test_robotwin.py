@@ -180,6 +180,32 @@ def test_xpolicylab(checkpoint: Path, xpolicylab: ModuleType, tmp_path: Path) ->
         xpolicylab.Model({**config, "action_type": "ee"})
 
 
+@pytest.mark.parametrize("checkpoint", ["pi0"], indirect=True)
+def test_each_of_robotwins_workers_has_its_own_episodes(
+    checkpoint: Path, xpolicylab: ModuleType, tmp_path: Path
+) -> None:
+    """Calls in the order in which two workers' connections bring them to one server."""
+    model, task = xpolicylab.Model(settings(checkpoint, tmp_path)), StandInTask(9)
+
+    def begin(worker: int, seed: int) -> None:
+        model.prepare_case({"task_name": "lift_pot", "seed": seed, "action_case_id": f"lift_pot-case-worker{worker}"})
+
+    def act(worker: int) -> Array:
+        model.update_obs({**task.as_xpolicylab(), "env_idx": worker})
+        return np.concatenate(list(model.get_action()[0].values()))
+
+    begin(0, 100001), begin(1, 100002)
+    model.reset(), model.reset()
+    first, other, second = act(0), act(1), act(0)
+    begin(1, 100001)
+    model.reset()
+    np.testing.assert_array_equal(act(1), first)  # Noise is the seed's, whoever has it and whenever.
+    assert not np.array_equal(first, other) and not np.array_equal(first, second)
+    rows = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()[1:]]
+    told = [(row["environment"], row["episode"], row["seed"]) for row in rows]
+    assert told == [(0, 1, 100001), (1, 1, 100002), (1, 2, 100001)]
+
+
 @pytest.mark.parametrize("checkpoint", ["openvla"], indirect=True)
 @pytest.mark.parametrize(
     ("name", "value"),

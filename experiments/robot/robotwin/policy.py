@@ -12,10 +12,9 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -68,6 +67,16 @@ def _query(views: Sequence[Array], state: Array, instruction: object) -> Query:
     return Query(head, left, vector, str(instruction), extra_images=(right,))
 
 
+@dataclass
+class _Episode:
+    """An environment's episode: `case` is what the harness tells of it."""
+
+    number: int
+    case: Mapping[str, object] = field(default_factory=dict)
+    asked: int = 0
+    instruction: str | None = None
+
+
 class RoboTwinPolicy:
     """Answers action chunks; one line of `record` tells the settings, and one the instruction of each episode.
 
@@ -89,15 +98,23 @@ class RoboTwinPolicy:
         steps = self.settings.get("num_open_loop_steps", chunk)
         if str(steps) not in map(str, range(1, chunk + 1)):
             raise UsageError(f"num_open_loop_steps: {steps} found; accepted: 1 to {chunk}, the policy's chunk")
-        self.steps, self.episode, self.asked = int(steps), 0, 0
-        self.instructions: dict[int, str] = {}
+        self.steps, self._begun = int(steps), 0
+        self._episodes: dict[int, _Episode] = {}
         names = ("task_name", "task_config", "env_cfg_type", "seed", "instruction_type", "server")
         told = {name: self.settings.get(name) for name in names}
         self._note({**told, "num_open_loop_steps": self.steps, **described})
 
-    def reset(self) -> None:
-        """Begin an episode."""
-        self.episode, self.asked, self.instructions = self.episode + 1, 0, {}
+    def reset(self, environment: int | None = None, **case: object) -> None:
+        """Begin an episode: of all environments, or of `environment` alone, whose episodes then count by themselves.
+
+        Args:
+            case: what tells this episode from others (task_name, seed), for the record and the noise.
+        """
+        if environment is None:
+            self._begun, self._episodes = self._begun + 1, {}
+            return
+        before = self._episodes.get(environment)
+        self._episodes[environment] = _Episode(before.number + 1 if before else 1, case)
 
     def act(self, queries: Sequence[Query], environments: Sequence[int] = ()) -> list[Array]:
         """Chunks (T, 14) to be executed, of absolute joints and grippers in [0, 1].
@@ -106,16 +123,18 @@ class RoboTwinPolicy:
             queries: of one or more environments.
             environments: their numbers, for the record and the noise; by default those of a single one, 0 and on.
         """
-        numbers = environments or range(len(queries))
-        for number, query in zip(numbers, queries, strict=True):
-            if self.instructions.get(number) != query.instruction:
-                self.instructions[number] = query.instruction
+        asked = []
+        for number, query in zip(environments or range(len(queries)), queries, strict=True):
+            episode = self._episodes.setdefault(number, _Episode(self._begun))
+            if episode.instruction != query.instruction:
+                episode.instruction = query.instruction
                 numbered = {"environment": number} if environments else {}
-                self._note({"episode": self.episode, **numbered, "instruction": query.instruction})
-        self.asked += 1
-        place = f"{self.settings.get('seed', 0)}:{self.episode}:{self.asked}"
-        seed = zlib.crc32(place.encode())
-        asked = [replace(query, seed=seed + number) for number, query in zip(numbers, queries, strict=True)]
+                self._note({"episode": episode.number, **numbered, **episode.case, "instruction": query.instruction})
+            episode.asked += 1
+            names = [*episode.case.values()] or [episode.number]
+            place = ":".join(map(str, [self.settings.get("seed", 0), *names, episode.asked]))
+            noise = zlib.crc32(place.encode()) + (0 if episode.case else number)
+            asked.append(replace(query, seed=noise))
         chunks = []
         for answer in self.policy.act(asked):
             if isinstance(answer, Exception):
@@ -125,23 +144,15 @@ class RoboTwinPolicy:
 
     def _connect(self) -> tuple[Policy, dict[str, Any]]:
         from experiments.robot.serving.access import read_token
-        from experiments.robot.serving.client import PolicyClient
+        from experiments.robot.serving.remote import open_remote
 
-        try:
-            address = urlsplit(str(self.settings["server"]))
-            host, port, tls = address.hostname, address.port, address.scheme == "https"
-        except ValueError:
-            host = None
-        if not host or address.scheme not in ("http", "https"):
-            raise UsageError(f"server: {self.settings['server']!r} found; accepted: http://HOST:PORT")
-        port = port or (443 if tls else 80)
-        client = PolicyClient(host, port, token=read_token(""), tls=tls, prefix=address.path)
-        try:
-            described = client.metadata()
-        except OSError as error:
-            raise UsageError(f"server: no policy server answers at {self.settings['server']} ({error})") from None
-        client.unnorm_key = self._unnorm_key(described["unnorm_keys"], described["unnorm_key"])
-        return client, {**described, "unnorm_key": client.unnorm_key}
+        server = str(self.settings["server"])
+        remote = open_remote(server, name="server", token=read_token(""), gripper="policy")
+        described = remote.metadata
+        if not {"action_dim", "action_horizon", "unnorm_keys"} <= set(described):
+            raise UsageError(f"server: {server} does not say what it serves; accepted: one of vla-scripts/deploy.py")
+        remote.unnorm_key = self._unnorm_key(described["unnorm_keys"], described["unnorm_key"])
+        return remote, {**described, "unnorm_key": remote.unnorm_key}
 
     def _load(self) -> tuple[Policy, dict[str, Any]]:
         from experiments.robot.acting import load_policy

@@ -37,6 +37,7 @@ from experiments.robot.wrappers import DaemonCall
 from prismatic.util.errors import UsageError
 
 SCHEMES = ("http", "https", "ws", "wss")
+TIMEOUT_S = 60.0
 _WAIT_S = 0.5  # between tries to reach a server that is not there
 _NOT_THERE = (ConnectionError, http.client.RemoteDisconnected, http.client.IncompleteRead)
 
@@ -55,7 +56,7 @@ class RemotePolicy:
         infer: Callable[[Mapping[str, object]], Array],
         metadata: Mapping[str, object],
         *,
-        timeout_s: float = 60.0,
+        timeout_s: float = TIMEOUT_S,
         simulator_gripper: bool = False,
     ) -> None:
         self.metadata = dict(metadata)
@@ -116,9 +117,24 @@ class RemotePolicy:
         return turned_TA
 
 
-def open_remote(url: str, *, token: str | None = None, timeout_s: float = 60.0, gripper: str = "auto") -> RemotePolicy:
-    """Reach the server at `url` and read what it says about itself. Raises UsageError when none admits us there."""
-    parts = _split(url)
+def open_remote(
+    url: str,
+    *,
+    name: str = "--policy",
+    token: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+    gripper: str = "auto",
+) -> RemotePolicy:
+    """Reach the server at `url` and read what it says about itself.
+
+    Args:
+        name: the flag or setting that holds `url`, for messages.
+        gripper: see above; "auto" goes by the server's metadata.
+
+    Raises:
+        UsageError: `url` is no address, or no server admits us there.
+    """
+    parts = _split(url, name)
     client: PolicyClient | WebSocketPolicyClient
     if parts.scheme in ("ws", "wss"):
         client = WebSocketPolicyClient(url, token=token, timeout_s=timeout_s)
@@ -131,26 +147,24 @@ def open_remote(url: str, *, token: str | None = None, timeout_s: float = 60.0, 
             tls=parts.scheme == "https",
             prefix=parts.path.rstrip("/").removesuffix("/act"),
         )
-    metadata = _metadata(client, url)
+    metadata = _metadata(client, url, name)
     opens = metadata.get("gripper_open", -1 if parts.scheme in ("ws", "wss") else 1)
     in_simulator = gripper == "libero" or (gripper == "auto" and opens == -1)
     return RemotePolicy(client.infer, metadata, timeout_s=timeout_s, simulator_gripper=in_simulator)
 
 
-def _split(url: str) -> SplitResult:
+def _split(url: str, name: str) -> SplitResult:
     try:
         parts = urlsplit(url)
-        _ = parts.port  # Raises when it is no number.
-    except ValueError as error:
-        raise UsageError(
-            f"--policy: {url!r} is no address ({error}); accepted: http://HOST:PORT, ws://HOST:PORT"
-        ) from None
-    if parts.scheme not in SCHEMES or not parts.hostname:
-        raise UsageError(f"--policy: found {url!r}; accepted: http://HOST:PORT or ws://HOST:PORT (https, wss)")
+        valid = parts.scheme in SCHEMES and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # A port that is no number.
+        valid = False
+    if not valid:
+        raise UsageError(f"{name}: {url!r} found; accepted: http://HOST:PORT or ws://HOST:PORT (https, wss)")
     return parts
 
 
-def _metadata(client: PolicyClient | WebSocketPolicyClient, url: str) -> dict[str, Any]:
+def _metadata(client: PolicyClient | WebSocketPolicyClient, url: str, name: str) -> dict[str, Any]:
     """Read what the server says about itself; {} from upstream's server, which has no such route."""
     try:
         return client.metadata()
@@ -158,9 +172,9 @@ def _metadata(client: PolicyClient | WebSocketPolicyClient, url: str) -> dict[st
         if error.status in (401, 403):
             from experiments.robot.serving.access import TOKEN_VARIABLE
 
-            raise UsageError(f"--policy: {url}: {error}; the token is read from {TOKEN_VARIABLE}") from None
+            raise UsageError(f"{name}: {url}: {error}; the token is read from {TOKEN_VARIABLE}") from None
         return {}
     except (OSError, http.client.HTTPException) as error:
-        raise UsageError(f"--policy: no policy server answers at {url} ({error or type(error).__name__})") from None
+        raise UsageError(f"{name}: no policy server answers at {url} ({error or type(error).__name__})") from None
     except (WireError, ValueError):
         return {}

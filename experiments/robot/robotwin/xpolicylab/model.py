@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,17 @@ class Model:
         self._policy = RoboTwinPolicy(model_cfg)
         self._queries: list[Query] = []
         self._environments: list[int] = []
+        self._prepared = 0
+
+    def prepare_case(self, case_meta: Mapping[str, Any]) -> None:
+        """Begin an episode of one of RoboTwin's workers, each of which has a connection of its own to this server.
+
+        RoboTwin names the worker at the end of `action_case_id`, and in its observations as `env_idx`.
+        """
+        worker = re.search(r"-worker(\d+)$", str(case_meta.get("action_case_id", "")))
+        told = {name: case_meta[name] for name in ("task_name", "seed") if name in case_meta}
+        self._policy.reset(int(worker[1]) if worker else 0, **told)
+        self._prepared += 1
 
     def update_obs(self, obs: Mapping[str, Any]) -> None:
         """Take the observation that is acted on next."""
@@ -45,6 +57,9 @@ class Model:
         return [[to_xpolicylab(action) for action in chunk] for chunk in chunks]
 
     def reset(self) -> None:
-        """Begin an episode."""
+        """Begin an episode of all environments, unless `prepare_case` has just begun one worker's."""
         self._queries = []
-        self._policy.reset()
+        if self._prepared:
+            self._prepared -= 1
+        else:
+            self._policy.reset()
