@@ -65,6 +65,7 @@ def main(config: DeployConfig) -> int:
     from experiments.robot.robot_utils import set_seed_everywhere
     from experiments.robot.serving.access import read_token
     from prismatic.checkpoint.folder import check_policy_flags, open_checkpoint, resolve_unnorm_key
+    from prismatic.checkpoint.foreign import for_robot
 
     token = read_token(config.token_file)
     checkpoint = open_checkpoint(config.pretrained_checkpoint, config.base_checkpoint or None)
@@ -72,6 +73,7 @@ def main(config: DeployConfig) -> int:
     default_key = config.unnorm_key or (keys[0] if len(keys) == 1 else "")
     if default_key:
         default_key = resolve_unnorm_key(checkpoint.statistics, default_key, "")
+    checkpoint = for_robot(checkpoint, default_key, config.delta_actions)
     check_policy_flags(config, checkpoint, default_key or keys[0])
     from experiments.robot.serving.server import PolicyServer, ServerSettings, bind_address, load_served, warm_up
 

@@ -6,6 +6,7 @@ Not obvious:
 - An answer has the robot's width and the units of the data. Checkpoints of this project close LIBERO's gripper at 0 and
   open it at 1; openpi's own, and LeRobot's, have the simulator's -1 (open) and +1.
 - Action numbers that the statistics mark as `delta` were learned as differences to the state; answers are absolute.
+  Of folders of openpi's and LeRobot's, which do not say it, `delta_actions` does.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from experiments.robot.libero.suites.tasks import unnorm_key_for
 from experiments.robot.openvla_utils import placement
 from experiments.robot.policy import Array, PolicyFlags, Query
 from prismatic.checkpoint.folder import Checkpoint, open_checkpoint, resolve_unnorm_key
+from prismatic.checkpoint.foreign import for_robot
 from prismatic.models.pi.images import letterbox, pil_letterbox
 from prismatic.models.pi.model import PiPolicy
 from prismatic.models.pi.normalization import LEROBOT
@@ -29,7 +31,7 @@ from prismatic.policies.pi_data import LetterboxTransform, PiProcessor, pad_prom
 from prismatic.vla.datasets.image_transforms import jpeg_round_trip
 from prismatic.vla.datasets.statistics import openpi_normalizer
 from prismatic.vla.datasets.transitions import check_deltas
-from prismatic.vla.platforms import OpenPINormalization, Platform
+from prismatic.vla.platforms import LIBERO, OpenPINormalization, Platform
 
 PolicyT = TypeVar("PolicyT", bound="PiActingPolicy")
 
@@ -70,8 +72,10 @@ class PiActingPolicy:
         suite = getattr(cfg, "task_suite_name", "")
         find_key = unnorm_key_for if suite else resolve_unnorm_key
         key = find_key(checkpoint.statistics, unnorm_key, suite)
+        told = getattr(cfg, "delta_actions", "")
+        checkpoint = for_robot(checkpoint, key, told)
         for name, numbers in checkpoint.statistics.items():
-            if delta := numbers.get("action", {}).get("delta"):
+            if (delta := numbers.get("action", {}).get("delta")) and not told:
                 check_deltas(f"{checkpoint.path}: statistics of {name!r}", delta, checkpoint.platform)
         policy = load_acting(checkpoint, *placement(cfg))
         processor = make_processor(policy.config, checkpoint.processor_path)
@@ -100,7 +104,8 @@ class PiActingPolicy:
         normalized = actions[..., : self.platform.action_dim].double().cpu().numpy()
         answer = openpi_normalizer(statistics["action"], self._kind).unnormalize(normalized)
         if delta := statistics["action"].get("delta"):
-            answer += np.where(delta, np.stack([query.state for query in queries]), 0.0)[:, None]
+            counted = np.flatnonzero(delta)
+            answer[..., counted] += np.stack([query.state[counted] for query in queries])[:, None]
         return answer
 
     @property
@@ -146,5 +151,6 @@ class OpenPISimulated(PiActingPolicy):
     def act(self, queries: Sequence[Query], unnorm_key: str | None = None) -> Array:
         """See :meth:`PiActingPolicy.act`."""
         actions = super().act(queries, unnorm_key)
-        actions[..., -1] = (1 - actions[..., -1]) / 2
+        if self.platform.action_dim == LIBERO.action_dim:  # Other robots' grippers are their own.
+            actions[..., -1] = (1 - actions[..., -1]) / 2
         return actions

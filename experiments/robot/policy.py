@@ -21,7 +21,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 @dataclass
 class PolicyFlags:
-    """Flags that say what is loaded and how the policy was trained: those of OpenVLA-OFT, the last four ours."""
+    """Flags that say what is loaded and how the policy was trained: those of OpenVLA-OFT, the last five ours."""
 
     pretrained_checkpoint: str = ""  # Checkpoint folder or hub id (owner/name)
     model_family: ModelFamily = "openvla"
@@ -40,6 +40,8 @@ class PolicyFlags:
     base_checkpoint: str = ""  # Base model of a checkpoint that holds only a LoRA adapter; default: what it says
     device: Device = "auto"  # auto, cpu or cuda
     dtype: DType = "auto"  # auto (bfloat16 on a GPU, float32 on CPU), float32 or bfloat16
+    # Action numbers of openpi's and LeRobot's folders that count from the state, as openpi's make_bool_mask: 6,-1,6,-1
+    delta_actions: str = ""
     verify: bool = False  # First ask the policy what its checkpoint recorded, and refuse another answer
 
 

@@ -140,7 +140,7 @@ def open_checkpoint(name: str, base_checkpoint: str | None = None) -> Checkpoint
     platform = recorded_platform(path) if adapter_path is not None else None
     if platform is None and "platform" not in config:
         platform = (
-            _openpi_platform(path, family, config, statistics)
+            foreign_platform(path, family, config, statistics, next(iter(statistics)))
             if family != "openvla"
             else platform_of_statistics(statistics)
         )
@@ -150,10 +150,11 @@ def open_checkpoint(name: str, base_checkpoint: str | None = None) -> Checkpoint
     return Checkpoint(name, path, model_path, adapter_path, config, statistics, components, family)
 
 
-def _openpi_platform(path: Path, family: str, config: Mapping[str, Any], statistics: Mapping[str, Any]) -> Platform:
-    """The robot of a checkpoint of openpi's or LeRobot's: the widths of its statistics, its model's chunk."""
-    name = next(iter(statistics))
-    normalizers = normalization.make_normalizers(statistics[name], name, path, quantiles=False)
+def foreign_platform(
+    path: Path, family: str, config: Mapping[str, Any], statistics: Mapping[str, Any], key: str
+) -> Platform:
+    """The robot of a checkpoint of openpi's or LeRobot's: the widths of the statistics `key`, its model's chunk."""
+    normalizers = normalization.make_normalizers(statistics[key], key, path, quantiles=False)
     return Platform(
         normalization.LEROBOT if normalization.LEROBOT in statistics else OPENPI,
         chunk=int(config.get("chunk_size") or config.get("action_horizon") or 50),

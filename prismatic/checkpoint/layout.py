@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,6 +50,8 @@ ACTING_FLAGS = (
     *POLICY_FLAGS,
     *("num_diffusion_steps_train", "num_diffusion_steps_inference", "center_crop", "load_in_8bit", "load_in_4bit"),
 )
+# Recorded where it is given: records of policies without it are of before it was.
+DELTA_FLAG = "delta_actions"
 # First pattern that matches; safetensors are preferred, as loaders prefer them.
 MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -153,6 +155,13 @@ def recorded_policy_flags(folder: Path) -> dict[str, Any]:
     record = read_record(folder)
     flags = {name: record[name] for name in POLICY_FLAGS if name in record}
     return flags | ({"center_crop": record["image_aug"]} if "image_aug" in record else {})
+
+
+def acting_flags(flags: object, left_out: Collection[str] = ()) -> dict[str, Any]:
+    """The `flags` of a policy that a record of its answers names."""
+    told = {name: getattr(flags, name, None) for name in ACTING_FLAGS if name not in left_out}
+    given = getattr(flags, DELTA_FLAG, "")
+    return {**told, DELTA_FLAG: given} if given else told
 
 
 def recorded_platform(folder: Path) -> Platform | None:

@@ -100,7 +100,7 @@ class RoboTwinPolicy:
             raise UsageError(f"num_open_loop_steps: {steps} found; accepted: 1 to {chunk}, the policy's chunk")
         self.steps, self._begun = int(steps), 0
         self._episodes: dict[int, _Episode] = {}
-        names = ("task_name", "task_config", "env_cfg_type", "seed", "instruction_type", "server")
+        names = ("task_name", "task_config", "env_cfg_type", "seed", "instruction_type", "delta_actions", "server")
         told = {name: self.settings.get(name) for name in names}
         self._note({**told, "num_open_loop_steps": self.steps, **described})
 
@@ -149,14 +149,16 @@ class RoboTwinPolicy:
         server = str(self.settings["server"])
         remote = open_remote(server, name="server", token=read_token(""), gripper="policy")
         described = remote.metadata
-        if not {"action_dim", "action_horizon", "unnorm_keys"} <= set(described):
+        keys = described.get("unnorm_keys")
+        if not isinstance(keys, list) or not {"action_dim", "action_horizon"} <= set(described):
             raise UsageError(f"server: {server} does not say what it serves; accepted: one of vla-scripts/deploy.py")
-        remote.unnorm_key = self._unnorm_key(described["unnorm_keys"], described["unnorm_key"])
+        remote.unnorm_key = self._unnorm_key(keys, str(described.get("unnorm_key") or ""))
         return remote, {**described, "unnorm_key": remote.unnorm_key}
 
     def _load(self) -> tuple[Policy, dict[str, Any]]:
         from experiments.robot.acting import load_policy
         from prismatic.checkpoint.folder import check_policy_flags, open_checkpoint
+        from prismatic.checkpoint.foreign import for_robot
         from prismatic.checkpoint.layout import recorded_policy_flags
         from prismatic.util.cli import parse
 
@@ -169,6 +171,7 @@ class RoboTwinPolicy:
         key = self._unnorm_key(checkpoint.statistics, "")
         values = {"num_images_in_input": 3, **trained, **given, "pretrained_checkpoint": name}
         flags = parse(PolicyFlags, [f"--{flag}={value}" for flag, value in values.items()])
+        checkpoint = for_robot(checkpoint, key, flags.delta_actions)
         check_policy_flags(flags, checkpoint, key)
         platform = checkpoint.platform
         sizes = {"action_dim": platform.action_dim, "action_horizon": platform.chunk, "platform": platform.name}

@@ -18,7 +18,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +39,15 @@ from experiments.robot.serving.observation import PolicySpec, RequestError, from
 from experiments.robot.serving.vla_eval import VlaEvalSession
 from experiments.robot.serving.wire import WireError, from_json, from_msgpack, to_json, to_msgpack
 from prismatic.checkpoint.folder import Checkpoint
-from prismatic.checkpoint.layout import ACTING_FLAGS
+from prismatic.checkpoint.layout import acting_flags
 from prismatic.util.errors import UsageError
 
 # Flags that change answers, so that who evaluates the server from afar can record them; inputs are told by themselves.
-_RECORDED_FLAGS = [flag for flag in ACTING_FLAGS if flag not in ("num_images_in_input", "use_proprio")]
+_SAID_ELSEWHERE = ("num_images_in_input", "use_proprio")
+
+
+def _counts_from_state(statistics: Mapping[str, Any]) -> bool:
+    return any(statistics.get("action", {}).get("delta", ()))
 
 
 class _Described:
@@ -57,12 +61,12 @@ class _Described:
             platform=self.platform,
             num_images=self._cfg.num_images_in_input,
             image_size=self.image_hw,
-            use_proprio=self._cfg.use_proprio,
+            use_proprio=self._cfg.use_proprio or any(map(_counts_from_state, self.statistics.values())),
             unnorm_keys=tuple(sorted(self.statistics)),
             unnorm_key=unnorm_key,
             checkpoint_hash=checkpoint_hash,
             settings={
-                **{flag: getattr(self._cfg, flag, None) for flag in _RECORDED_FLAGS},
+                **acting_flags(self._cfg, left_out=_SAID_ELSEWHERE),
                 "numerics": [parameter.device.type, str(parameter.dtype).removeprefix("torch.")],
             },
         )

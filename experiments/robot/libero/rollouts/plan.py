@@ -40,7 +40,8 @@ from experiments.robot.libero.suites.tasks import (
     unnorm_key_for,
 )
 from prismatic.checkpoint.folder import Checkpoint, check_policy_flags, open_checkpoint
-from prismatic.checkpoint.layout import ACTING_FLAGS
+from prismatic.checkpoint.foreign import for_robot
+from prismatic.checkpoint.layout import acting_flags
 from prismatic.util.errors import UsageError
 from prismatic.util.files import fitting_name, longest_name
 from prismatic.util.flags import check, choose_numbers
@@ -73,6 +74,7 @@ def make_plan(config: EvalFlags, *, with_checkpoint: bool = True) -> Plan:
         return Plan(protocol, _episodes(config), None, config.unnorm_key)
     checkpoint = open_checkpoint(config.pretrained_checkpoint, config.base_checkpoint or None)
     unnorm_key = unnorm_key_for(checkpoint.statistics, config.unnorm_key, suite)
+    checkpoint = for_robot(checkpoint, unnorm_key, config.delta_actions)
     _check_policy(config, checkpoint, unnorm_key)
     return Plan(protocol, _episodes(config), checkpoint, unnorm_key)
 
@@ -205,7 +207,7 @@ def run_identity(config: EvalFlags, plan: Plan, numerics: Sequence[str]) -> dict
         "robosuite": package_version("robosuite"),
         "libero": _libero_distribution(),
         "unnorm_key": plan.unnorm_key,
-        "policy": {flag: getattr(config, flag) for flag in ACTING_FLAGS},
+        "policy": acting_flags(config),
         "numerics": list(numerics),
         **_suite_identity(suite, config),
     }
