@@ -6,11 +6,13 @@ mean, in float16 or as int8 with one scale for the token.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rocket_align.matmul import linear
 from rocket_align.pooling import POSITION_WEIGHT, resize_patches, sine_position_embedding
 from rocket_align.teacher.base import AlignmentTargets, TeacherFeatures
 from rocket_align.teacher.store.layout import StoreError
@@ -98,7 +100,7 @@ def encode(features_BKVPC: Tensor, basis: Basis, dtype: torch.dtype) -> Codes:
 def dequantize(codes: Codes) -> Tensor:
     """Coefficients (B, K, V, P, R) float32."""
     values = codes.values_BKVPR.float()
-    return values if codes.scales_BKVP is None else values * codes.scales_BKVP[..., None]
+    return values if codes.scales_BKVP is None else values.mul_(codes.scales_BKVP[..., None])
 
 
 def reconstruct(coefficients_BKVPR: Tensor, basis: Basis) -> Tensor:
@@ -179,24 +181,29 @@ class StoredTeacher(nn.Module):
             values_BKVPR, scales_BKVP: the batch's :class:`Codes`.
             crops_BV4: top, left, height and width of each augmented view, in fractions; (0, 0, 1, 1) for the whole.
         """
-        (rows, columns), geometry = self.geometry.stored_hw, self.geometry
+        crops, (layers, views) = crops_BV4.float(), values_BKVPR.shape[1:3]
+        shape = layers, len(crops), views, math.prod(self.geometry.student_hw), self.mean_KC.shape[1]
+        targets_KBVNC = crops.new_empty(shape)
         with torch.autocast(values_BKVPR.device.type, enabled=False):
-            grid = dequantize(Codes(values_BKVPR, scales_BKVP)).unflatten(3, (rows, columns))
-            crops = crops_BV4.float()
-            weights = [
-                crop_weights(
-                    crops[..., axis],
-                    crops[..., axis + 2],
-                    tokens=geometry.student_hw[axis],
-                    stored=geometry.stored_hw[axis],
-                    teacher=geometry.teacher_hw[axis],
-                    pixels=geometry.view_pixels,
-                )
-                for axis in (0, 1)
-            ]
-            cropped = torch.einsum("bvhy,bkvyxr->bkvhxr", weights[0], grid)
-            cropped = torch.einsum("bvwx,bkvhxr->bkvhwr", weights[1], cropped).flatten(3, 4)
-            targets = reconstruct(cropped, Basis(self.mean_KC, self.directions_KCR))
-            if self.position_NC is not None:
-                targets = targets + self.position_NC
-        return AlignmentTargets(targets.transpose(0, 1).flatten(2, 3))
+            rows, columns = (self._crop_weights(crops, axis) for axis in (0, 1))
+            # Layer by layer: what is read again then lies in the processor's cache.
+            for layer, targets in enumerate(targets_KBVNC):
+                scales = None if scales_BKVP is None else scales_BKVP[:, layer]
+                grid = dequantize(Codes(values_BKVPR[:, layer], scales)).unflatten(2, self.geometry.stored_hw)
+                cropped = (rows @ grid.flatten(3)).unflatten(3, grid.shape[3:])
+                tokens = (columns[:, :, None] @ cropped).flatten(2, 3)
+                if self.directions_KCR is not None:
+                    tokens = linear(tokens, self.directions_KCR[layer])
+                offset = self.mean_KC[layer] if self.position_NC is None else self.mean_KC[layer] + self.position_NC
+                torch.add(tokens, offset, out=targets)
+        return AlignmentTargets(targets_KBVNC.flatten(2, 3))
+
+    def _crop_weights(self, crops_BV4: Tensor, axis: int) -> Tensor:
+        return crop_weights(
+            crops_BV4[..., axis],
+            crops_BV4[..., axis + 2],
+            tokens=self.geometry.student_hw[axis],
+            stored=self.geometry.stored_hw[axis],
+            teacher=self.geometry.teacher_hw[axis],
+            pixels=self.geometry.view_pixels,
+        )
