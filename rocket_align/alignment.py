@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rocket_align.centering import Center
 from rocket_align.config import AlignConfig
+from rocket_align.fused import fused_loss
 from rocket_align.layers import resolve_layers
 from rocket_align.pooling import pool_teacher
 from rocket_align.projector import AlignmentProjector, matryoshka_widths
@@ -40,11 +41,17 @@ def vision_tokens(
     Raises:
         ValueError: a slice that leaves the sequence.
     """
+    return torch.stack(_vision_slices(hidden_states, layers, start, count, shift=shift))
+
+
+def _vision_slices(
+    hidden_states: Sequence[Tensor], layers: Sequence[int], start: int, count: int, *, shift: bool
+) -> list[Tensor]:
     first = start + int(shift)
     length = hidden_states[0].shape[1]
     if first < 0 or first + count > length:
         raise ValueError(f"vision tokens: found positions {first} to {first + count - 1}; accepted: 0 to {length - 1}")
-    return torch.stack([hidden_states[layer][:, first : first + count] for layer in layers])
+    return [hidden_states[layer][:, first : first + count] for layer in layers]
 
 
 class _Cosine(torch.autograd.Function):
@@ -191,13 +198,9 @@ class MultiLayerAlignment(nn.ModuleList):
 
     def project(self, tokens_KBND: Tensor) -> Tensor:
         """Each pair's tokens through its projectors: (K, B, N, D) -> (E, K, B, N, C) over the ensemble."""
+        pairs = list(enumerate(tokens_KBND))
         members = range(self.config.ensemble_size)
-        if self.config.projector == "independent":
-            pairs = list(enumerate(tokens_KBND))
-            rows = [torch.stack([self.project_pair(tokens, k, e) for k, tokens in pairs]) for e in members]
-        else:
-            rows = [self._member(0, e).project_pairs(tokens_KBND) for e in members]
-        return torch.stack(rows)
+        return torch.stack([torch.stack([self.project_pair(tokens, k, e) for k, tokens in pairs]) for e in members])
 
     def targets(self, teacher: TeacherFeatures | AlignmentTargets | None, num_tokens: int) -> Tensor:
         """Targets of the projected tokens: pooled features (K, B, N, C), centered where the config says so.
@@ -287,8 +290,11 @@ class MultiLayerAlignment(nn.ModuleList):
 
     def student_tokens(self, hidden_states: Sequence[Tensor], vision_start: int, num_vision_tokens: int) -> Tensor:
         """The aligned tokens (K, B, N, D), taken as `forward` takes them."""
+        return torch.stack(self._student_slices(hidden_states, vision_start, num_vision_tokens))
+
+    def _student_slices(self, hidden_states: Sequence[Tensor], start: int, count: int) -> list[Tensor]:
         layers = resolve_layers(self.config.student_layers, len(hidden_states) - 1, convention="released")
-        return vision_tokens(hidden_states, layers, vision_start, num_vision_tokens, shift=self.config.shift)
+        return _vision_slices(hidden_states, layers, start, count, shift=self.config.shift)
 
     def pair_losses(
         self,
@@ -299,14 +305,24 @@ class MultiLayerAlignment(nn.ModuleList):
         mask_BN: Tensor | None = None,
     ) -> Tensor:
         """(K,) losses with gradient, averaged over the ensemble; arguments and refusals of `forward`."""
-        tokens_KBND = self.student_tokens(hidden_states, vision_start, num_vision_tokens)
-        return self._losses(tokens_KBND, teacher, mask_BN)
+        tokens = self._student_slices(hidden_states, vision_start, num_vision_tokens)
+        return self._losses(tokens, teacher, mask_BN)
 
     def _losses(
-        self, tokens_KBND: Tensor, teacher: TeacherFeatures | AlignmentTargets | None, mask_BN: Tensor | None = None
+        self, tokens: Sequence[Tensor], teacher: TeacherFeatures | AlignmentTargets | None, mask_BN: Tensor | None
     ) -> Tensor:
-        targets = self.targets(teacher, tokens_KBND.shape[2])
-        return cosine_loss(self.project(tokens_KBND), targets, mask_BN).mean(dim=0)
+        targets = self.targets(teacher, tokens[0].shape[1])
+        return torch.stack([self._pair_loss(k, *pair, mask_BN) for k, pair in enumerate(zip(tokens, targets))])
+
+    def _pair_loss(self, pair: int, tokens_BND: Tensor, target_BNC: Tensor, mask_BN: Tensor | None) -> Tensor:
+        losses = []
+        for member in range(self.config.ensemble_size):
+            projector, width = self.projector_of(pair, member)
+            loss = fused_loss(projector, width, tokens_BND, target_BNC, mask_BN)
+            if loss is None:
+                loss = cosine_loss(projector.project(tokens_BND, width), target_BNC, mask_BN)
+            losses.append(loss)
+        return torch.stack(losses).mean()
 
     def align(
         self,
@@ -329,7 +345,7 @@ class MultiLayerAlignment(nn.ModuleList):
         if not self.config.num_pairs:
             zero = tokens_KBND.new_zeros((), dtype=torch.float32)
             return AlignOutput(zero, zero.new_zeros(0))
-        losses = self._losses(tokens_KBND, teacher, mask_BN)
+        losses = self._losses(tokens_KBND.unbind(), teacher, mask_BN)
         return AlignOutput(self._mean(losses), losses.detach())
 
 
