@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Figure 6: two arms without alignment, with spatial forcing and with ROCKET.
-#   figure6.sh [OUT]       the first and the last with a mini student in a bimanual simulator, on a CPU (figure6_mini.sh)
+#   figure6.sh [OUT]       a mini student in a bimanual simulator, on a CPU (figure6_mini.sh)
 #   figure6.sh --profile paper --vla_path PI0_FOLDER --data_root_dir datasets/robotwin [--tasks A,B] [--robotwin CHECKOUT]
 #     pi0 with LoRA in RoboTwin 2.0, the release's settings: a policy a task, 100 trials, easy (demo_clean) and hard
 #     (demo_randomized). The figure has five tasks; the release names one of them, the default. Name the others yourself.

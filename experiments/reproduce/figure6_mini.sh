@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Figure 6's question at mini scale: two arms in gym-aloha without alignment and with ROCKET, on a CPU.
+# Figure 6's question at mini scale: two arms in gym-aloha without alignment, with spatial
+# forcing and with ROCKET, on a CPU.
 #   figure6_mini.sh [OUT]        OUT: folder of data, runs and evaluations (runs/figure6)
 # SEEDS, STEPS and TRIALS change the study. The same command continues one that was stopped.
 set -euo pipefail
@@ -32,9 +33,11 @@ evaluate() { # checkpoint
 train untouched 1 --recipe baseline --learning_rate 1e-12
 evaluate untouched--1_chkpt
 for seed in $SEEDS; do
-  for recipe in baseline rocket; do
+  for recipe in baseline spatial_forcing rocket; do
     train "$recipe-seed$seed" "$STEPS" --recipe "$recipe" --seed "$seed" --learning_rate 1e-3
     evaluate "$recipe-seed$seed--${STEPS}_chkpt"
   done
-  "$PYTHON" -m experiments.robot.libero.results compare "$OUT/eval/baseline-seed$seed" "$OUT/eval/rocket-seed$seed"
+  for recipe in spatial_forcing rocket; do
+    "$PYTHON" -m experiments.robot.libero.results compare "$OUT/eval/baseline-seed$seed" "$OUT/eval/$recipe-seed$seed"
+  done
 done
