@@ -39,7 +39,7 @@ from prismatic.util.flags import limited
 from prismatic.util.progress import progress_bar
 from prismatic.vla.datasets.dataset_file import fits_as_name
 from prismatic.vla.datasets.lerobot.writer import LeRobotWriter, Version
-from prismatic.vla.datasets.rlds_schema import Numbers, Schema
+from prismatic.vla.datasets.rlds_schema import Numbers, Schema, load_protocol
 from prismatic.vla.datasets.rlds_writer import RLDSWriter, aloha_schema, encode_jpeg
 from prismatic.vla.datasets.specs import DATASETS, ROBOTWIN_SPEC
 from prismatic.vla.platforms import ALOHA_AGILEX
@@ -164,6 +164,8 @@ class _Conversion:
 
         Raises UsageError: a damaged file that is not to be left out, or nothing but such files.
         """
+        if self.config.format == "rlds":
+            load_protocol()
         self._read_journal()
         kept = [line for line in self.lines if "record" in line]
         output = self._open(kept[0]["form"], [line["record"] for line in kept]) if kept else None

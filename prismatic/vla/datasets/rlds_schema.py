@@ -9,6 +9,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TypeAlias
 
 import numpy as np
@@ -104,6 +105,17 @@ def _leaves(features: Features, prefix: str = "") -> Iterator[tuple[str, Feature
             yield f"{prefix}{name}", feature
 
 
+def load_protocol() -> ModuleType:
+    """Import the classes of tf.train.Example.
+
+    Not while another thread may import something, as a progress bar's does: tensorflow_datasets replaces `__import__`
+    for all threads while it is imported, by one that refuses relative imports.
+    """
+    from tensorflow_datasets.proto import tf_example_generated_pb2 as protocol
+
+    return protocol
+
+
 @dataclass(frozen=True)
 class Schema:
     """Features of every step, and of every episode, of a dataset; groups are nested mappings."""
@@ -129,8 +141,7 @@ class Schema:
         Raises:
             ValueError: a feature is missing, unknown, or has not one value of its shape a step.
         """
-        from tensorflow_datasets.proto import tf_example_generated_pb2 as protocol
-
+        protocol = load_protocol()
         given = dict(episode or {})
         expected, episode_features = dict(_leaves(self.steps)), dict(_leaves(self.episode))
         if set(steps) != set(expected) or set(given) != set(episode_features):
