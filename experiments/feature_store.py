@@ -42,7 +42,7 @@ class Frames:
         processor = family.load_processor(start.base)
         self.image_processor = processor.image_processor
         self.patch_pixels = family.patch_pixels(start.base)
-        plain = dataclasses.replace(config, image_aug=False, use_proprio=False)
+        plain = dataclasses.replace(config, image_aug=False)
         self.data = make_dataset(plain, family, processor, family.platform(config, start.base), train=True)
         self._collate = family.collator(processor)
         height, width = self.data.image_transform.size

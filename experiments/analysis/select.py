@@ -122,7 +122,10 @@ def _by_cka(config: SelectConfig, checkpoint: LoadedCheckpoint, depths: dict[str
 
 
 def student_importance(checkpoint: LoadedCheckpoint, window: int) -> list[float]:
-    """Mean cosine between the input of each window of LLM blocks and its output, over all tokens but padding."""
+    """Mean cosine between the input of each window of LLM blocks and its output, over all tokens that count.
+
+    Those of padding, of missing cameras and of a letterbox's bars do not.
+    """
     masks: list[Tensor] = []
     with residual_stream(checkpoint.training.family.blocks(checkpoint.training.parts)) as states:
 
@@ -132,6 +135,8 @@ def student_importance(checkpoint: LoadedCheckpoint, window: int) -> list[float]
                 text = forward.attention_mask.bool()
                 extra = states[0].shape[1] - text.shape[1]
                 inserted = torch.ones(len(text), extra, dtype=torch.bool, device=text.device)
+                if forward.mask_BN is not None:
+                    inserted[:, : forward.num_vision_tokens] = forward.mask_BN
                 start = forward.vision_start
                 masks[:] = [torch.cat((text[:, :start], inserted, text[:, start:]), dim=1)]
                 yield list(states)

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from experiments.analysis import cosines
 from experiments.analysis.cka import layer_features, measure_cka
 from experiments.analysis.config import ConeConfig
 from experiments.analysis.cosines import measure_cone
 from experiments.analysis.loaded_checkpoint import counted_tokens
+from experiments.analysis.select import student_importance
 
 MASK = torch.tensor([[True, True, False, True], [False, False, False, False], [True, False, True, False]])
 TOKENS = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
@@ -87,3 +89,23 @@ def test_rows_of_cka_do_not_depend_on_what_does_not_count(rows: str) -> None:
     assert len(seen) == 2 and seen[0].shape == ((5, 5) if rows == "tokens" else (2, 5))
     for actual, expected in zip(features(TOKENS.masked_fill(~MASK[..., None], 1e3)), seen):
         assert torch.equal(actual, expected)
+
+
+def test_layers_are_chosen_by_what_counts() -> None:
+    """Blocks that turn the tokens that do not count, and no other, change nothing."""
+    text = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
+    counted = torch.cat([text[:, :1], MASK, text[:, 1:]], dim=1)  # Image tokens stand behind the first of the text.
+
+    class Turn(nn.Module):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return torch.where(counted[..., None], hidden_states, -hidden_states)
+
+    blocks = nn.ModuleList([Turn(), Turn()])
+
+    def passes() -> Any:
+        blocks[1](blocks[0](torch.ones(3, 7, 5)))
+        yield SimpleNamespace(mask_BN=MASK, attention_mask=text, vision_start=1, num_vision_tokens=4)
+
+    training = SimpleNamespace(family=SimpleNamespace(blocks=lambda _: blocks), parts=None)
+    checkpoint: Any = SimpleNamespace(training=training, passes=passes)
+    assert student_importance(checkpoint, 1) == pytest.approx([1.0, 1.0])

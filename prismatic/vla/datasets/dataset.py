@@ -27,6 +27,7 @@ from prismatic.vla.datasets.image_transforms import (
     CropBox,
     PixelBox,
     PolicyImageTransform,
+    crop_of_view,
 )
 from prismatic.vla.datasets.specs import DATASETS, DatasetSpec, resolve_mixture
 from prismatic.vla.datasets.statistics import Statistics, compute_statistics, describe_deltas, normalize
@@ -264,17 +265,26 @@ class RLDSDataset(Dataset):
 
     def __getitem__(self, key: int | FrameDraw) -> Sample:
         """The sample of a frame (epoch 0) or of a draw. Raises IndexError, and UsageError for a damaged image."""
-        sample = self.batch_transform(self.frame(key))
-        return sample if self.extras is None else {**sample, "extras": self._read_extras(self._as_draw(key))}
+        frame = self.frame(key)
+        sample = self.batch_transform(frame)
+        if self.extras is None:
+            return sample
+        return {**sample, "extras": self._read_extras(self._as_draw(key), frame["views"])}
 
-    def _read_extras(self, draw: FrameDraw) -> Mapping[str, torch.Tensor]:
+    def _read_extras(self, draw: FrameDraw, contents: Mapping[str, PixelBox | None]) -> Mapping[str, torch.Tensor]:
         assert self.extras is not None
         source, start = self._locate(draw.frame)
         if any(len(images) > 1 for images in source.views.values()):
             raise UsageError(
                 f"--feature_store: {source.name!r} shows one of two cameras at random; accepted: datasets that do not"
             )
-        crops = [FULL_IMAGE if augment is None else augment.crop for augment in self.augmentation(draw).values()]
+        crops = []
+        for name, augment in self.augmentation(draw).items():
+            content = contents[name]
+            if augment is None or content is None:
+                crops.append(FULL_IMAGE)
+            else:
+                crops.append(crop_of_view(augment.crop, content, self.image_transform.size))
         try:
             return self.extras(source.name, start, crops)
         except ValueError as error:
@@ -343,7 +353,7 @@ class RLDSDataset(Dataset):
     def augmentation(self, key: int | FrameDraw) -> dict[str, AugmentDraw | None]:
         """The augmentation of every view that is read for this draw (None without image_aug), without reading it.
 
-        Its `crop` is the geometry to use for anything spatial that is stored per frame.
+        Its `crop` is of the camera's image: see :func:`crop_of_view` for anything spatial that is stored of views.
         """
         draw = self._as_draw(key)
         source, _ = self._locate(draw.frame)

@@ -28,7 +28,7 @@ CROP_AREA = 0.9
 
 
 class CropBox(NamedTuple):
-    """A crop in fractions of the resized image's height and width; (0, 0, 1, 1) is the whole image."""
+    """A crop in fractions of an image's height and width; (0, 0, 1, 1) is the whole image."""
 
     top: float
     left: float
@@ -39,6 +39,21 @@ class CropBox(NamedTuple):
 # Top, left, bottom, right in pixels; the last two are outside.
 PixelBox: TypeAlias = tuple[int, int, int, int]
 FULL_IMAGE = CropBox(0.0, 0.0, 1.0, 1.0)
+
+
+def crop_of_view(crop: CropBox, content: PixelBox, size: tuple[int, int]) -> CropBox:
+    """The part of a whole view that a view of the cropped camera image shows; what the camera fills stays in place.
+
+    Args:
+        crop: of the camera image.
+        content: the part of the view that the camera fills; the rest are bars.
+        size: height and width of the view.
+    """
+    starts = []
+    for axis in (0, 1):
+        first, last = content[axis] / size[axis], content[axis + 2] / size[axis]
+        starts.append(first * (1 - crop[axis + 2]) + (last - first) * crop[axis])
+    return CropBox(starts[0], starts[1], crop.height, crop.width)
 
 
 class AugmentDraw(NamedTuple):
