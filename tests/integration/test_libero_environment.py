@@ -190,13 +190,14 @@ def test_triangles_that_touch_no_sample_change_no_pixel(suite: str, size: int, m
         pytest.importorskip("liberoplus")
         task = next(task.task_id for task in plus_tasks(suite) if task.camera and task.camera.horizontal)
     drawn: list[tuple[int, int]] = []
-    upload = triangles.TriangleFilter._upload
+    select = triangles._Mesh.select
 
-    def counted(self: triangles.TriangleFilter, body: triangles._Body, faces: np.ndarray, number: int) -> None:
-        drawn.append((len(faces), len(body.faces_F3)))
-        upload(self, body, faces, number)
+    def counted(self: triangles._Mesh, *arguments: np.ndarray) -> np.ndarray:
+        faces = select(self, *arguments)
+        drawn.append((len(faces), len(self.faces_F3)))
+        return faces
 
-    monkeypatch.setattr(triangles.TriangleFilter, "_upload", counted)
+    monkeypatch.setattr(triangles._Mesh, "select", counted)
     with LiberoEnv(suite, task, image_size=size) as env:
         fewer: list[np.ndarray] = []
         everything: list[np.ndarray] = []
@@ -225,14 +226,15 @@ def test_without_the_triangle_filter_everything_is_drawn(
     skip_unless_software_draws(env)
     from OpenGL import GL, error
 
-    cameras, module = env._draw_ready(), "experiments.robot.libero.simulator.triangles"
+    cameras, package = env._draw_ready(), "experiments.robot.libero.simulator"
     assert cameras._triangle_filter() is not None
 
     def fail(*_: object) -> None:
         raise error.GLError(1282)
 
     if trouble == "no numba":
-        monkeypatch.delitem(sys.modules, module, raising=False)
+        for module in (f"{package}.triangles", f"{package}.coverage"):
+            monkeypatch.delitem(sys.modules, module, raising=False)
         monkeypatch.setitem(sys.modules, "numba", None)
     elif trouble == "an error":
         monkeypatch.setattr(GL, "glGetMultisamplefv", fail)

@@ -214,13 +214,14 @@ class Cameras:
         self._scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
         self._viewport = mujoco.MjrRect(0, 0, size, size)
         self._option = mujoco.MjvOption()
-        self._option.geomgroup[_COLLISION_GROUP], self._option.geomgroup[_VISUAL_GROUP] = 0, 1
-        self._option.geomgroup[_OUT_OF_VIEW_GROUP] = 0
+        self._option.geomgroup[[_COLLISION_GROUP, _VISUAL_GROUP, _OUT_OF_VIEW_GROUP]] = 0, 1, 0
         self._without_sites = copy.copy(self._option)
         self._without_sites.sitegroup[:] = 0
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._triangles = self._triangle_filter() if render == "protocol" else None
+        if self._triangles is not None:
+            self._scene = self._triangles.new_scene(_MAX_GEOMS)
 
     def close(self) -> None:
         """Free the OpenGL context. Closing twice is fine."""
@@ -241,8 +242,7 @@ class Cameras:
         camera_id = self._camera.fixedcamid = self._model.camera(camera).id
         # Sites (the hand's axis, placement regions) are transparent in color but solid in segmentation and depth.
         option = self._without_sites if segment else self._option
-        groups = self._model.geom_group
-        kept = groups.copy()
+        groups, kept = self._model.geom_group, self._model.geom_group.copy()
         groups[geoms_out_of_view(self._model, data, camera_id)] = _OUT_OF_VIEW_GROUP
         mujoco.mjv_updateScene(self._model, data, option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL, self._scene)
         groups[:] = kept

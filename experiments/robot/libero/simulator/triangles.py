@@ -2,236 +2,90 @@
 
 LIBERO's meshes have 300,000 triangles for a picture of 256 x 256 pixels: half of them face away, and most others lie
 between the points of the pixels at which the renderer looks (its samples). Software renderers spend time on each. Those
-that may touch a sample are selected here before a picture is drawn, in the order of the mesh, and MuJoCo draws them as
-it always does: pictures stay the same bit for bit (a test compares).
+that may touch a sample are selected here before a picture is drawn, in the order of the mesh, and MuJoCo draws them
+with the same OpenGL states: pictures stay the same bit for bit (a test compares).
 
-Not obvious: every decision is on the safe side by `_SLACK`, and what is selected stays in use while nothing has moved
-by more than a part of it on the picture, as furniture before a fixed camera.
+Not obvious:
+- Every decision is on the safe side by a slack, and what is selected stays in use while nothing has moved by more than
+  a part of it on the picture, as furniture before a fixed camera.
+- MuJoCo keeps meshes in OpenGL's display lists, which take long to make. What it draws from the scene's own arrays are
+  flexes (deformable bodies), so parts of meshes are drawn as such. A flex has no pose: a geom before it, whose list is
+  one command, leaves the mesh's pose on OpenGL's stack of matrices, and a geom after it takes it off.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 
+from experiments.robot.libero.simulator.coverage import SAMPLES, STILL, Views, project, scene_views, select
+
 if TYPE_CHECKING:
-    from mujoco import MjModel, MjrContext, MjvGeom, MjvGLCamera, MjvScene
+    from mujoco import MjModel, MjrContext, MjvGeom, MjvScene
 
-# Pixels by which OpenGL may place a vertex elsewhere; llvmpipe rounds to 1/256.
-_SLACK = np.float32(1 / 100)
-_STILL = 1 / 400  # Pixels; less counts as unmoved.
-_LARGE = np.float32(8)  # Pixels; triangles of such a side are drawn without a closer look.
 _MIN_FACES = 100  # Smaller meshes are drawn as they are.
-# Share of a mesh above which giving its triangles to OpenGL anew costs more than drawing all.
-_MOST_KEPT = 0.3
-SAMPLES = 4
+_MOST_TRIANGLES = 150_000  # Selected for one picture; meshes beyond are drawn as they are.
+_OPAQUE = 0.995  # MuJoCo blends what is less opaque.
+# What says how a geom is drawn.
+_GEOM_FIELDS = (
+    *("type", "dataid", "objtype", "objid", "category", "matid", "texcoord", "segid", "size", "pos", "mat", "rgba"),
+    *("emission", "specular", "shininess", "reflectance", "label", "camdist", "modelrbound", "transparent"),
+)
 
 
-def _compile(function: Any, **options: Any) -> Any:
-    """Compile a kernel, once a machine where the result can be kept."""
-    try:
-        return numba.njit(cache=True, error_model="numpy", **options)(function)
-    except RuntimeError:  # No folder to write to.
-        return numba.njit(error_model="numpy", **options)(function)
-
-
-def _project_points(vertices_V3, camera_34, x, y, depth):  # type: ignore[no-untyped-def]
-    """Pixel coordinates and depth of every vertex; coordinates mean nothing behind the camera."""
-    for i in range(len(vertices_V3)):
-        a, b, c = vertices_V3[i, 0], vertices_V3[i, 1], vertices_V3[i, 2]
-        along = camera_34[2, 0] * a + camera_34[2, 1] * b + camera_34[2, 2] * c + camera_34[2, 3]
-        depth[i] = along
-        x[i] = (camera_34[0, 0] * a + camera_34[0, 1] * b + camera_34[0, 2] * c + camera_34[0, 3]) / along
-        y[i] = (camera_34[1, 0] * a + camera_34[1, 1] * b + camera_34[1, 2] * c + camera_34[1, 3]) / along
-
-
-def _touches_samples(corners, margins, box, samples):  # type: ignore[no-untyped-def]
-    """Tell whether a counterclockwise triangle may cover the first of any kind of sample right of and above the box's
-    lower left corner; the only one of its kind if the box is smaller than a pixel."""
-    ax, ay, bx, by, cx, cy = corners
-    touched = False
-    for sample in range(SAMPLES):
-        px = np.ceil(box[0] - samples[sample, 0]) + samples[sample, 0]
-        py = np.ceil(box[1] - samples[sample, 1]) + samples[sample, 1]
-        touched |= (
-            (px <= box[2])
-            & (py <= box[3])
-            & ((bx - ax) * (py - ay) - (by - ay) * (px - ax) >= -margins[0])
-            & ((cx - bx) * (py - by) - (cy - by) * (px - bx) >= -margins[1])
-            & ((ax - cx) * (py - cy) - (ay - cy) * (px - cx) >= -margins[2])
-        )
-    return touched
-
-
-_touches = _compile(_touches_samples, inline="always")
-
-
-def _select_faces(faces_F3, points, limits, samples_42, keep_F):  # type: ignore[no-untyped-def]
-    """Mark the faces that may cover a sample.
-
-    points: x, y and depth of the vertices. limits: near plane, left, bottom, right, top of the part of the picture that
-    matters, and 1, or -1 where triangles turn the other way, as in mirrors.
-    """
-    x, y, depth = points
-    near, left, bottom, right, top, turn = limits
-    for face in range(len(faces_F3)):
-        a, b, c = faces_F3[face, 0], faces_F3[face, 1], faces_F3[face, 2]
-        if turn < 0:
-            b, c = c, b
-        ax, ay, bx, by, cx, cy = x[a], y[a], x[b], y[b], x[c], y[c]
-        x0, x1 = min(ax, min(bx, cx)) - _SLACK, max(ax, max(bx, cx)) + _SLACK
-        y0, y1 = min(ay, min(by, cy)) - _SLACK, max(ay, max(by, cy)) + _SLACK
-        area = (bx - ax) * (cy - ay) - (cx - ax) * (by - ay)
-        if max(depth[a], max(depth[b], depth[c])) <= near:
-            continue
-        if min(depth[a], min(depth[b], depth[c])) <= near:
-            keep_F[face] = True
-            continue
-        wide, high = x1 - x0, y1 - y0
-        if (area < -_SLACK * (wide + high)) | (x1 < left) | (x0 > right) | (y1 < bottom) | (y0 > top):
-            continue
-        corners = (ax, ay, bx, by, cx, cy)
-        # How much twice the area left of each side changes within the slack.
-        margins = (
-            _SLACK * (abs(bx - ax) + abs(by - ay)),
-            _SLACK * (abs(cx - bx) + abs(cy - by)),
-            _SLACK * (abs(ax - cx) + abs(ay - cy)),
-        )
-        touched = max(wide, high) > _LARGE
-        column = x0
-        while column <= x1 and not touched:
-            row = y0
-            while row <= y1 and not touched:
-                touched = _touches(corners, margins, (column, row, x1, y1), samples_42)
-                row += np.float32(1)
-            column += np.float32(1)
-        if touched:
-            keep_F[face] = True
-
-
-_project, _select = _compile(_project_points), _compile(_select_faces)
-
-
-@dataclass(frozen=True)
-class _View:
-    """Picture coordinates, in a camera or its reflection, of the points of a body.
+class _Mesh:
+    """A mesh of the model, and all that OpenGL gets of its triangles, as one row each.
 
     Attributes:
-        matrix_34: homogeneous points to (x * depth, y * depth, depth) in pixels from the picture's lower left corner.
-        limits: near plane, left, bottom, right, top of the part that matters, and 1, or -1 if mirrored.
-    """
-
-    matrix_34: np.ndarray
-    limits: tuple[np.float32, ...]
-
-    def of(self, pose_44: np.ndarray) -> _View:
-        """The view of a body with this pose."""
-        return _View(self.matrix_34 @ pose_44, self.limits)
-
-    def pixels(self, points_N3: np.ndarray) -> np.ndarray:
-        """Coordinates (2, N) of points; not numbers behind the near plane."""
-        *xy, depth = self.matrix_34[:, :3] @ points_N3.T + self.matrix_34[:, 3:]
-        return np.where(depth > self.limits[0], np.array(xy) / depth, np.nan)
-
-    def misses(self, radius: float) -> bool:
-        """Tell whether a ball around the body's origin cannot be seen in the part that matters."""
-        x, y, depth = self.matrix_34[:, 3]
-        near, left, bottom, right, top, _ = self.limits
-        if depth - radius <= near:
-            return bool(depth + radius < near)
-        reach = 1.5 * radius * float(np.linalg.norm(self.matrix_34[:, :3], 2)) / (depth - radius)
-        x, y = x / depth, y / depth
-        return bool(x + reach < left or x - reach > right or y + reach < bottom or y - reach > top)
-
-
-def _views(scene: MjvScene, size: int) -> list[_View]:
-    """The camera's view of the world, then its reflections in the mirrors before it."""
-    import mujoco
-
-    camera = mujoco.mjv_averageCamera(*scene.camera)
-    near, whole = np.float32(camera.frustum_near), _as_float32(0, 0, size, size)
-    direct = _View(_matrix(camera, size), (near, *whole, np.float32(1)))
-    views = [direct]
-    mirrors = mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_BOX
-    for geom in scene.geoms[: scene.ngeom]:
-        if geom.type not in mirrors or geom.reflectance == 0:
-            continue
-        axes, center = np.asarray(geom.mat, dtype=np.float64), np.asarray(geom.pos, dtype=np.float64)
-        if geom.type == mujoco.mjtGeom.mjGEOM_BOX:  # The face in its direction z mirrors.
-            center = center + geom.size[2] * axes[:, 2]
-        if (camera.pos - center) @ axes[:, 2] < 0:
-            continue
-        reflection = np.eye(4)
-        reflection[:3, :3] -= 2 * np.outer(axes[:, 2], axes[:, 2])
-        reflection[:3, 3] = 2 * axes[:, 2] * (center @ axes[:, 2])
-        sides_42 = np.array([(-1.0, -1), (-1, 1), (1, -1), (1, 1)]) * geom.size[:2]
-        seen, part = direct.pixels(center + sides_42 @ axes[:, :2].T), whole
-        if min(geom.size[:2]) > 0 and np.isfinite(seen).all():  # Planes of size 0 are without end.
-            edges = np.concatenate([seen.min(axis=1) - 1, seen.max(axis=1) + 1])
-            part = _as_float32(*np.clip(edges, 0, size))
-        views.append(_View(direct.matrix_34 @ reflection, (near, *part, np.float32(-1))))
-    return views
-
-
-def _as_float32(*numbers: float) -> tuple[np.float32, ...]:
-    return tuple(map(np.float32, numbers))
-
-
-def _matrix(camera: MjvGLCamera, size: int) -> np.ndarray:
-    """World points to pixels and depth (3, 4), as `mjr_render` projects them."""
-    forward, up = np.asarray(camera.forward, dtype=np.float64), np.asarray(camera.up, dtype=np.float64)
-    half_height = (camera.frustum_top - camera.frustum_bottom) / 2
-    halves = camera.frustum_width or half_height, half_height
-    middles = camera.frustum_center, (camera.frustum_top + camera.frustum_bottom) / 2
-    axes = np.cross(forward, up), up
-    rows = [
-        size / 2 * (camera.frustum_near / half * axis + (1 - middle / half) * forward)
-        for axis, half, middle in zip(axes, halves, middles, strict=True)
-    ]
-    rotation_33 = np.array([*rows, forward])
-    return np.column_stack([rotation_33, -rotation_33 @ camera.pos])
-
-
-class _Body:
-    """One geom's mesh, and what is drawn of it.
-
-    Attributes:
-        views: those that the selection was made for.
-        partly: whether a display list of a part is drawn, or all.
+        box_38: corners of the box around the vertices.
+        arrays: positions (F, 9), normals (F, 9) and texture coordinates (F, 6) of the triangles' corners.
     """
 
     def __init__(self, model: MjModel, mesh: int) -> None:
-        self.mesh = mesh
-        faces = slice(model.mesh_faceadr[mesh], model.mesh_faceadr[mesh] + model.mesh_facenum[mesh])
-        self.faces_F3 = model.mesh_face[faces]
-        self.corners = self.faces_F3, model.mesh_facenormal[faces], model.mesh_facetexcoord[faces]
+        rows = slice(model.mesh_faceadr[mesh], model.mesh_faceadr[mesh] + model.mesh_facenum[mesh])
         vertices = slice(model.mesh_vertadr[mesh], model.mesh_vertadr[mesh] + model.mesh_vertnum[mesh])
-        self.vertices_V3 = model.mesh_vert[vertices]
+        self.faces_F3, self.vertices_V3 = model.mesh_face[rows], model.mesh_vert[vertices]
         ends = self.vertices_V3.min(axis=0), self.vertices_V3.max(axis=0)
-        self.box_83 = np.array(np.meshgrid(*zip(*ends, strict=True))).reshape(3, 8).T
-        self.views: list[_View] = []
-        self.partly = False
-
-    def is_still(self, views: list[_View]) -> bool:
-        """Tell whether the selection made before holds in these views."""
-        return len(views) == len(self.views) and all(
-            np.abs(now.pixels(self.box_83) - then.pixels(self.box_83)).max() < _STILL
-            and np.abs(np.subtract(now.limits, then.limits)).max() < _STILL
-            for now, then in zip(views, self.views, strict=True)
+        self.box_38 = np.array(np.meshgrid(*zip(*ends, strict=True))).reshape(3, 8)
+        corners = (
+            self.vertices_V3[self.faces_F3],
+            model.mesh_normal[model.mesh_normaladr[mesh] + model.mesh_facenormal[rows]],
+            model.mesh_texcoord[model.mesh_texcoordadr[mesh] + model.mesh_facetexcoord[rows]],
         )
+        self.arrays = [values.reshape(len(self.faces_F3), -1) for values in corners]
 
-    def select(self, views: list[_View], samples_42: np.ndarray) -> np.ndarray:
+    def select(self, matrices_v34: np.ndarray, limits_v6: np.ndarray, samples_42: np.ndarray) -> np.ndarray:
         """The faces (K,) that may be seen in one of the views."""
         keep_F = np.zeros(len(self.faces_F3), dtype=np.bool_)
         points = tuple(np.empty((3, len(self.vertices_V3)), dtype=np.float32))
-        for view in views:
-            _project(self.vertices_V3, view.matrix_34.astype(np.float32), *points)
-            _select(self.faces_F3, points, view.limits, samples_42, keep_F)
+        for matrix_34, limits in zip(matrices_v34.astype(np.float32), limits_v6.astype(np.float32), strict=True):
+            project(self.vertices_V3, matrix_34, *points)
+            select(self.faces_F3, points, tuple(limits), samples_42, keep_F)
         return np.flatnonzero(keep_F)
+
+
+@dataclass
+class _Selected:
+    """Selection for a camera's last picture.
+
+    Attributes:
+        limits_v6: of the views.
+        pixels_vg2p: where every geom's box was on it, not numbers where it was not drawn.
+        faces: of the geoms.
+    """
+
+    limits_v6: np.ndarray
+    pixels_vg2p: np.ndarray
+    faces: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def same_views(self, views: Views) -> bool:
+        """Tell whether the parts that matter are where they were."""
+        now, then = views.limits_v6, self.limits_v6
+        return now.shape == then.shape and bool(np.abs(now - then).max() < STILL)
 
 
 def triangle_filter(model: MjModel, context: MjrContext, scene: MjvScene, size: int) -> TriangleFilter | None:
@@ -244,9 +98,9 @@ def triangle_filter(model: MjModel, context: MjrContext, scene: MjvScene, size: 
 
     try:
         pays = b"llvmpipe" in (GL.glGetString(GL.GL_RENDERER) or b"") and context.offSamples == SAMPLES
-        if not pays or not scene.flags[mjtRndFlag.mjRND_CULL_FACE] or model.light_castshadow.any():
+        if not pays or not scene.flags[mjtRndFlag.mjRND_CULL_FACE] or model.light_castshadow.any() or model.nflex:
             return None
-        lists = GL.glGenLists(2 * model.ngeom * model.ncam)  # 0: OpenGL has none left.
+        lists = GL.glGenLists(2)  # 0: OpenGL has none left.
         return TriangleFilter(model, context, size, lists) if lists > context.baseMesh else None
     except error.Error:
         return None
@@ -256,63 +110,124 @@ class TriangleFilter:
     """Lets MuJoCo draw the triangles that may be seen.
 
     Args:
-        model: compiled model; its mesh arrays are changed within :meth:`apply` and restored.
+        model: compiled model.
         context: MuJoCo's OpenGL context, current.
         size: side of the pictures in pixels.
-        lists: first of the display lists to use, two for every geom and camera.
+        lists: first of two display lists to use.
     """
 
     def __init__(self, model: MjModel, context: MjrContext, size: int, lists: int) -> None:
         from OpenGL import GL
 
-        self._model, self._context, self._size, self._lists = model, context, size, lists
+        self._model, self._size = model, size
         places = [GL.glGetMultisamplefv(GL.GL_SAMPLE_POSITION, sample) for sample in range(SAMPLES)]
         self._samples_42 = np.array(places, dtype=np.float32)
-        self._bodies: dict[int, _Body] = {}
+        # MuJoCo takes its matrix off the stack after each geom: one more stays on it, and one more is taken off.
+        for number, command in enumerate((GL.glPushMatrix, GL.glPopMatrix)):
+            GL.glNewList(lists + number, GL.GL_COMPILE)
+            command()
+            GL.glEndList()
+        self._keep_pose, self._drop_pose = lists - context.baseMesh, lists + 1 - context.baseMesh
+        large = (model.mesh_facenum >= _MIN_FACES) & (model.mesh_texcoordadr >= 0)  # MuJoCo bends others' normals.
+        self._large = {int(mesh) for mesh in np.flatnonzero(large)}
+        self._mesh = functools.cache(functools.partial(_Mesh, model))
+        self._selected: dict[int, _Selected] = {}
+
+    def new_scene(self, max_geoms: int) -> MjvScene:
+        """Make a scene for the model with room for the selected triangles."""
+        import mujoco
+
+        flex = '<flex name="{}" dim="2" body="world" vertex="0 0 0 1 0 0 0 1 0" element="{}"/>'
+        flexes = [flex.format(number, "0 1 2 ") for number in range(max(1, self._model.ngeom))]
+        flexes[0] = flex.format(0, "0 1 2 " * (_MOST_TRIANGLES // 2))
+        room = mujoco.MjModel.from_xml_string(f"<mujoco><deformable>{''.join(flexes)}</deformable></mujoco>")
+        return mujoco.MjvScene(room, maxgeom=max_geoms + 2 * self._model.ngeom)
 
     def apply(self, scene: MjvScene, camera_id: int) -> None:
-        """Point every large mesh of a scene, updated for a camera, to a list of its triangles that may be seen."""
-        world = _views(scene, self._size)
-        for geom in self._large_meshes(scene):
-            number = self._lists + 2 * (camera_id * self._model.ngeom + geom.objid)
-            body = self._bodies.get(number) or _Body(self._model, geom.dataid // 2)
-            self._bodies[number] = body
-            pose_44 = np.eye(4)
-            pose_44[:3, :3], pose_44[:3, 3] = geom.mat, geom.pos
-            radius = float(self._model.geom_rbound[geom.objid])
-            views = [view.of(pose_44) for view in world]
-            views = [view for view in views if view.limits[-1] > 0 or not view.misses(radius)]
-            if not body.is_still(views):
-                faces = body.select(views, self._samples_42)
-                body.views, body.partly = views, len(faces) <= _MOST_KEPT * len(body.faces_F3)
-                if body.partly:
-                    self._upload(body, faces, number)
-            if body.partly:
-                geom.dataid = number - self._context.baseMesh
-
-    def _large_meshes(self, scene: MjvScene) -> Iterator[MjvGeom]:
+        """Replace every large mesh of a scene, updated for a camera, by its triangles that may be seen."""
         import mujoco
 
-        for geom in scene.geoms[: scene.ngeom]:
+        targets = scene.flexface, scene.flexnormal, scene.flextexcoord
+        parts: dict[int, int] = {}
+        first, room = 0, len(scene.flexface) // 9
+        for place, mesh, faces in self._select(scene, camera_id):
+            end = first + len(faces)
+            if end == first:
+                scene.geoms[place].type = mujoco.mjtGeom.mjGEOM_NONE
+            elif end <= room:
+                for rows, target in zip(mesh.arrays, targets, strict=True):
+                    np.take(rows, faces, axis=0, out=target.reshape(-1, rows.shape[1])[first:end], mode="clip")
+                scene.flexfaceadr[len(parts)], scene.flexfaceused[len(parts)] = first, len(faces)
+                parts[place], first = len(parts), end
+        self._replace(scene, parts)
+
+    def _select(self, scene: MjvScene, camera_id: int) -> Iterator[tuple[int, _Mesh, np.ndarray]]:
+        """Place in the scene, mesh and faces to draw of every large mesh."""
+        places, geoms, meshes = self._large_meshes(scene)
+        if not places:
+            return
+        poses_n44 = np.tile(np.eye(4), (len(places), 1, 1))
+        poses_n44[:, :3, :3] = [scene.geoms[place].mat for place in places]
+        poses_n44[:, :3, 3] = [scene.geoms[place].pos for place in places]
+        views = scene_views(scene, self._size)
+        matrices_vn34 = views.matrices(poses_n44)
+        pixels_vn2p = views.pixels(matrices_vn34, np.array([mesh.box_38 for mesh in meshes]))
+        before = self._selected.get(camera_id)
+        if before is None or not before.same_views(views):
+            nowhere = np.full((len(views.limits_v6), self._model.ngeom, 2, 8), np.nan)
+            before = self._selected[camera_id] = _Selected(views.limits_v6, nowhere)
+        moves = np.abs(pixels_vn2p - before.pixels_vg2p[:, geoms]).max(axis=(0, 2, 3))
+        shown_vn = views.shows(pixels_vn2p)
+        for number in np.flatnonzero(~(moves < STILL)):
+            matrices, shown = matrices_vn34[:, number], shown_vn[:, number]
+            faces = meshes[number].select(matrices[shown], views.limits_v6[shown], self._samples_42)
+            before.faces[geoms[number]] = faces
+            before.pixels_vg2p[:, geoms[number]] = pixels_vn2p[:, number]
+        for place, geom, mesh in zip(places, geoms, meshes, strict=True):
+            yield place, mesh, before.faces[geom]
+
+    def _large_meshes(self, scene: MjvScene) -> tuple[list[int], list[int], list[_Mesh]]:
+        """Places in the scene, geoms and meshes of what is selected from."""
+        import mujoco
+
+        places, geoms, meshes = [], [], []
+        for place, geom in enumerate(scene.geoms[: scene.ngeom]):
             # Odd numbers are those of convex hulls.
-            is_mesh = geom.type == mujoco.mjtGeom.mjGEOM_MESH and geom.dataid >= 0 and geom.dataid % 2 == 0
-            if is_mesh and self._model.mesh_facenum[geom.dataid // 2] >= _MIN_FACES:
-                yield geom
+            if geom.type != mujoco.mjtGeom.mjGEOM_MESH or geom.dataid % 2 or geom.dataid // 2 not in self._large:
+                continue
+            if geom.rgba[3] >= _OPAQUE:
+                places.append(place)
+                geoms.append(geom.objid)
+                meshes.append(self._mesh(geom.dataid // 2))
+        return places, geoms, meshes
 
-    def _upload(self, body: _Body, faces: np.ndarray, number: int) -> None:
-        """Make an OpenGL display list of some faces of a mesh: for MuJoCo, they are for a moment all that it has."""
+    def _replace(self, scene: MjvScene, parts: dict[int, int]) -> None:
+        """Put flexes in the places of meshes, each between the geoms that set and remove its pose."""
         import mujoco
 
-        model, context, mesh, count = self._model, self._context, body.mesh, len(faces)
-        replaced = [array[:count].copy() for array in body.corners]
-        before = model.mesh_facenum[mesh], model.mesh_graphadr[mesh], context.baseMesh
-        try:
-            for array in body.corners:
-                array[:count] = array[faces]
-            model.mesh_facenum[mesh], model.mesh_graphadr[mesh] = count, -1  # Without its hull.
-            context.baseMesh = (number - 2 * mesh) % 2**32
-            mujoco.mjr_uploadMesh(model, context, mesh)
-        finally:
-            model.mesh_facenum[mesh], model.mesh_graphadr[mesh], context.baseMesh = before
-            for array, rows in zip(body.corners, replaced, strict=True):
-                array[:count] = rows
+        geoms, place, target = scene.geoms, scene.ngeom, scene.ngeom + 2 * len(parts)
+        scene.ngeom = target
+        while place < target:  # From the last one, since all after a mesh move on.
+            place -= 1
+            if place not in parts:
+                target -= 1
+                _copy(geoms[place], geoms[target])
+                continue
+            target -= 3
+            pose, flex, end = geoms[target : target + 3]
+            _copy(geoms[place], flex)
+            flex.type, flex.objid, flex.size[:] = mujoco.mjtGeom.mjGEOM_FLEX, parts[place], 0
+            position, axes = flex.pos.astype(np.float64), flex.mat.astype(np.float64).ravel()
+            for geom, number in ((pose, self._keep_pose), (end, self._drop_pose)):
+                mujoco.mjv_initGeom(geom, mujoco.mjtGeom.mjGEOM_MESH, np.zeros(3), position, axes, flex.rgba)
+                geom.dataid = number
+
+
+def _copy(source: MjvGeom, target: MjvGeom) -> None:
+    """Copy all of a scene's geom."""
+    for name in _GEOM_FIELDS:
+        value = getattr(source, name)
+        if isinstance(value, np.ndarray):
+            getattr(target, name)[:] = value
+        else:
+            setattr(target, name, value)
