@@ -11,9 +11,10 @@ operator, nothing is computed. So the prediction follows each change of the code
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,9 +25,11 @@ from rocket_align.config import RECIPES
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from benchmarks.full_size import Sizes
     from prismatic.training.module import TrainableVLA
+    from rocket_align import VGGTTeacher
 
 # Reported by users for one 80 GB GPU: OpenVLA-OFT's LoRA training, and the same with a VGGT teacher (GB by batch size).
 PUBLISHED = {"baseline": {1: 25, 8: 62}, "rocket": {1: 30, 8: 74}}
@@ -34,6 +37,31 @@ PUBLISHED = {"baseline": {1: 25, 8: 62}, "rocket": {1: 30, 8: 74}}
 FORWARD_PHASES = ("teacher forward", "student forward")
 OVERHEAD_BYTES = 1_500_000_000
 GPU_BYTES = {"40 GB": 40 * 10**9, "80 GB": 80 * 10**9}
+
+
+class CaseFlags(Protocol):
+    """Flags of a measured or predicted step."""
+
+    views: int
+    prompt_tokens: int
+    lora_rank: int
+
+
+class Row(TypedDict):
+    """Predicted memory and operations of a step."""
+
+    recipe: str
+    pairs: int
+    batch_size: int
+    gradient_checkpointing: bool
+    weights_bytes: dict[str, int]
+    gradient_bytes: int
+    optimizer_bytes: int
+    kept_for_backward_bytes: int
+    peak_bytes: int
+    phases: dict[str, dict[str, int]]
+    flops: int
+    fits: dict[str, bool]
 
 
 @dataclass
@@ -68,7 +96,7 @@ def main(config: BudgetConfig) -> int:
         for checkpointing in (True, False)
         for batch in batch_sizes
     ]
-    results: dict[str, Any] = {"rows": rows}
+    results: dict[str, object] = {"rows": rows}
     print_table(rows)
     if measured is not None:
         results["against_measured"] = compare_with_measured(measured, config)
@@ -78,8 +106,8 @@ def main(config: BudgetConfig) -> int:
 
 
 def predict(
-    sizes: Sizes, config: Any, *, batch_size: int, gradient_checkpointing: bool, recipe: str = "rocket"
-) -> dict[str, Any]:
+    sizes: Sizes, config: CaseFlags, *, batch_size: int, gradient_checkpointing: bool, recipe: str = "rocket"
+) -> Row:
     """Bytes and operations of one step; `config` gives views, prompt_tokens and lora_rank."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -119,7 +147,7 @@ def predict(
     peak = max(phase.peak_bytes for phase in tracker.phases.values()) + moments
     if (processes := getattr(config, "processes", 1)) > 1:
         activations = max(kept, *(tracker.phases[name].peak_bytes - resident for name in FORWARD_PHASES))
-        divided = [module, teacher] if teacher is not None and config.shard_teacher else [module]
+        divided = [module, teacher] if teacher is not None and getattr(config, "shard_teacher", False) else [module]
         whole = resident - sum(parameter_bytes(part) for part in divided)
         peak = whole + activations + sum(sharded_bytes(part, processes) for part in divided)
     return {
@@ -140,13 +168,13 @@ def predict(
 
 def build(
     sizes: Sizes,
-    config: Any,
+    config: CaseFlags,
     *,
     gradient_checkpointing: bool,
     recipe: str,
     device: str | torch.device = "meta",
     dtype: torch.dtype | None = None,
-) -> tuple[TrainableVLA, Any | None]:
+) -> tuple[TrainableVLA, VGGTTeacher | None]:
     """The module that a GPU trains (base weights of `dtype`, by default bf16; what trains float32), and the teacher.
 
     Weights are random on a real device, and without data on meta.
@@ -177,12 +205,12 @@ def build(
     return module, None if teacher is None else teacher.to(dtype)
 
 
-def parameter_bytes(module: Any) -> int:
+def parameter_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters, shared ones once."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def sharded_bytes(module: Any, processes: int) -> int:
+def sharded_bytes(module: nn.Module, processes: int) -> int:
     """Most bytes of weights, gradients and AdamW's moments in one of the processes that FSDP divides a module among.
 
     Beside its part of all of them, a process has the weights outside of the blocks, gathered, and two blocks: the one
@@ -195,7 +223,7 @@ def sharded_bytes(module: Any, processes: int) -> int:
 
     trains_all = not any(p.dtype == torch.bfloat16 for p in module.parameters())
 
-    def gathered(parameters: Any) -> int:
+    def gathered(parameters: list[nn.Parameter]) -> int:
         weights = sum(p.numel() * (2 if trains_all else p.element_size()) for p in parameters)
         return weights + sum(p.numel() * (2 if trains_all else 4) for p in parameters if p.requires_grad)
 
@@ -207,7 +235,7 @@ def sharded_bytes(module: Any, processes: int) -> int:
     return part + gathered(outside) + 2 * max(map(gathered, in_blocks), default=0)
 
 
-def _weights(module: TrainableVLA, teacher: Any | None) -> dict[str, int]:
+def _weights(module: TrainableVLA, teacher: nn.Module | None) -> dict[str, int]:
     """Bytes of the weights by component; what trains is float32."""
     parts = {"student": module.vla, "action_head": module.action_head, "proprio_projector": module.proprio_projector}
     parts |= {"align_projectors": module.align_projectors, "teacher": teacher}
@@ -218,7 +246,7 @@ def _weights(module: TrainableVLA, teacher: Any | None) -> dict[str, int]:
     }
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: Sequence[Row]) -> None:
     """One line a case."""
     print("recipe    batch  checkpointing  peak GB  kept for backward GB  TFLOP  fits 40 GB  fits 80 GB")
     for row in rows:
@@ -236,14 +264,12 @@ def compare_with_measured(measured: dict[str, Any], config: BudgetConfig) -> dic
     Compared is what a step adds to the weights, which on that CPU are partly mapped files: the growth of anonymous
     memory over the models as loaded.
     """
-    from types import SimpleNamespace
-
     from benchmarks.full_size import Sizes
 
     flags = measured["flags"]
     row = predict(
         Sizes(**measured["sizes"]),
-        SimpleNamespace(**flags),
+        BudgetConfig(**{field.name: flags[field.name] for field in fields(BudgetConfig) if field.name in flags}),
         batch_size=flags["batch_size"],
         gradient_checkpointing=flags["gradient_checkpointing"],
     )
@@ -267,7 +293,7 @@ def compare_with_measured(measured: dict[str, Any], config: BudgetConfig) -> dic
     return report
 
 
-def compare_with_published(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def compare_with_published(rows: Sequence[Row]) -> list[dict[str, object]]:
     """Predictions without checkpointing beside the figures that users of OpenVLA-OFT and of ROCKET report."""
     report = []
     for row in rows:

@@ -17,10 +17,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,6 +31,9 @@ from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, read_json
 from prismatic.util.flags import limited, names, split_names
 from prismatic.vla.batch import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,13 +61,13 @@ def run_config(config: BenchmarkConfig) -> dict[str, Any]:
     return {name: stored[name] for name in kept.split()} | {"data_fraction": config.data_fraction}
 
 
-def command_line(script: str, flags: dict[str, Any]) -> list[str]:
+def command_line(script: str, flags: Mapping[str, object]) -> list[str]:
     """A command of this project with these flags."""
     words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
     return [sys.executable, str(ROOT / "vla-scripts" / script), *words]
 
 
-def build(config: BenchmarkConfig, kind: str) -> tuple[Path, dict[str, Any]]:
+def build(config: BenchmarkConfig, kind: str) -> tuple[Path, dict[str, object]]:
     """Build a store with the command, if it is not there; returns its folder and what it took."""
     dtype, components = kind.split(":")
     folder = config.work_dir / f"store-{dtype}-{components}"
@@ -178,7 +181,7 @@ class Compared:
         return sums
 
     @staticmethod
-    def _cosines(pooled_KBNC: Any, stored_KBNC: Any) -> dict[str, float]:
+    def _cosines(pooled_KBNC: Tensor, stored_KBNC: Tensor) -> dict[str, float]:
         import torch
 
         cosines = torch.cosine_similarity(pooled_KBNC, stored_KBNC, dim=-1)
@@ -223,7 +226,7 @@ def augmentations() -> dict[str, Any]:
     return {"none": None, "crop": crop, "colors": replace(full, crop_area=1.0), "crop and colors": full}
 
 
-def train(config: BenchmarkConfig, name: str, flags: dict[str, Any]) -> dict[str, float]:
+def train(config: BenchmarkConfig, name: str, flags: Mapping[str, object]) -> dict[str, float]:
     """A short run of the real script; wall seconds a step (median) and the last steps' alignment loss."""
     from prismatic.training.metrics import read_log
 

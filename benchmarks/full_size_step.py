@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from prismatic.training.loop import Trainer
     from prismatic.training.module import TrainableVLA
     from prismatic.util.tensor_files import TensorSpec
+    from prismatic.vla.batch import Batch
 
 SHARD_BYTES = 2 * 10**9
 
@@ -113,7 +114,7 @@ def write_weights(sizes: Sizes, folder: Path) -> tuple[Path, Path]:
     return student, teacher
 
 
-def _write_model(path: Path, module: nn.Module, shard_bytes: int, save_config: Callable[[], Any]) -> None:
+def _write_model(path: Path, module: nn.Module, shard_bytes: int, save_config: Callable[[], object]) -> None:
     """config.json and weights of the shapes of `module`; the configuration comes last and says that all is there."""
     from prismatic.util.files import read_json
     from prismatic.util.tensor_files import TensorSpec, write_model
@@ -211,7 +212,7 @@ def _make_trainer(training: Any, accelerator: Any, module: TrainableVLA, targets
     engine = Engine(accelerator)
     engine.prepare(module, optimizer)
 
-    def timed_targets(batch: dict[str, Any]) -> Any:
+    def timed_targets(batch: Batch) -> object:
         probe.enter("teacher forward")
         return targets(batch)
 

@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -179,7 +178,7 @@ def invoke(words: Sequence[str]) -> Outcome:
 
 @contextlib.contextmanager
 def _time_limit() -> Iterator[None]:
-    def over(*_: Any) -> None:
+    def over(*_: object) -> None:
         raise TimeoutError(f"not refused within {SECONDS_A_CASE} s")
 
     before = signal.signal(signal.SIGALRM, over)

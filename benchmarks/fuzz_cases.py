@@ -336,7 +336,7 @@ def _readings(work: Path) -> Iterator[tuple[list[str], str]]:
 class _Payload:
     """The content of an archive that would run code."""
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
         return os.mkdir, (f"/tmp/fuzz_ran_{os.getpid()}",)
 
 

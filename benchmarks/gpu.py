@@ -108,7 +108,7 @@ def cases(batch_sizes: tuple[int, ...]) -> list[StepCase]:
     return plain + more
 
 
-def card(device: torch.device) -> dict[str, Any]:
+def card(device: torch.device) -> dict[str, object]:
     """Name and memory of the GPU; of a CPU only that it is one."""
     import torch
 

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -161,7 +161,7 @@ def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _flat(content: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def _flat(content: object, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     import torch
 
     if isinstance(content, torch.Tensor):

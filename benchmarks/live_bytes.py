@@ -7,12 +7,12 @@ checkpointing keep is in them. Not in them: a GPU's context, the allocator's fra
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -38,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self._phase = PhaseCount()
 
     @contextmanager
@@ -49,13 +49,13 @@ class LiveBytes(TorchDispatchMode):
         yield
         self._phase.bytes_after = self.live
 
-    def count(self, tensors: Any) -> None:
+    def count(self, tensors: object) -> None:
         """Take storages into account that existed before the mode was on."""
         for value in tree_iter(tensors):
             if isinstance(value, torch.Tensor):
                 self._follow(value.untyped_storage())
 
-    def _follow(self, storage: Any) -> None:
+    def _follow(self, storage: torch.UntypedStorage) -> None:
         if storage in self._seen:
             return
         self._seen.add(storage)
@@ -67,7 +67,13 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, size: int) -> None:
         self.live -= size
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self._phase.flops += _flops(func, args, kwargs, out)
@@ -75,13 +81,14 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+def _flops(func: OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object], out: object) -> int:
     packet = func._overloadpacket
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    shapes = [tensor.shape for tensor in args if isinstance(tensor, torch.Tensor)]
     # torch's registry knows the attention kernels of GPUs only.
     if packet is _aten._scaled_dot_product_flash_attention_for_cpu:
-        return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
+        return int(sdpa_flop_count(*shapes[:3]))
     if packet is _aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
+        return int(sdpa_backward_flop_count(*shapes[:4]))
     return 0

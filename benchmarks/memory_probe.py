@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -25,7 +24,7 @@ from prismatic.util.files import atomic_write
 _FLAGS_OF_PLACES = ("work_dir", "out", "keep_weights", "data_root_dir")
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """Collect what numbers depend on, without names or paths."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
@@ -38,7 +37,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_results(path: str | Path, benchmark: str, flags: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+def write_results(path: str | Path, benchmark: str, flags: Mapping[str, object], content: Mapping[str, object]) -> None:
     """Write a results file: the benchmark's name, the flags that shape its numbers, and `content`."""
     shaping = {name: value for name, value in flags.items() if name not in _FLAGS_OF_PLACES}
     atomic_write(path, json.dumps({"benchmark": benchmark, "flags": shaping, **content}, indent=2) + "\n")
@@ -106,7 +105,7 @@ class MemoryProbe:
                 self._current.anonymous_at_start = resident_memory()["anonymous"]
         self._sample()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The phases, for a results file."""
         return {name: asdict(phase) for name, phase in self.phases.items()}
 

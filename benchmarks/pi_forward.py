@@ -18,13 +18,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from prismatic.util.cli import run
 from prismatic.util.files import atomic_write
 from prismatic.util.flags import limited
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # Widths, blocks and batch. `mid` has the proportions of the published model, at an eighth of its width.
 SIZES: dict[str, dict[str, int]] = {
@@ -122,7 +125,7 @@ def variants(size: dict[str, int]) -> dict[str, Callable[[], float]]:
     }
 
 
-def step(model: Any, loss: Callable[[], Any]) -> float:
+def step(model: nn.Module, loss: Callable[[], Tensor]) -> float:
     """Forward and backward; gradients are dropped first."""
     model.zero_grad(set_to_none=True)
     value = loss()
@@ -160,7 +163,7 @@ def fields(size: dict[str, int]) -> dict[str, Any]:
     return {"vlm_config": vlm | {"image_token_index": 2000}, "dit_config": expert, "chunk_size": CHUNK}
 
 
-def their_names(weights: dict[str, Any]) -> dict[str, Any]:
+def their_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights by transformers' names."""
     places = {"expert": "model.dit", "action_out_proj": "action_out_proj"}
     places |= {part: f"model.vlm.{part}" for part in ("vision_tower", "multi_modal_projector", "language_model")}
@@ -171,7 +174,7 @@ def their_names(weights: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def make_batch(size: dict[str, int], tokens_per_image: int) -> dict[str, Any]:
+def make_batch(size: dict[str, int], tokens_per_image: int) -> dict[str, Tensor]:
     """Random inputs: three cameras, prompts of different lengths."""
     import torch
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from rocket_align import matmul
 
 
-def build_plain_step(case: Case) -> dict[str, Callable[[], Any]]:
+def build_plain_step(case: Case) -> dict[str, Callable[[], object]]:
     """The whole step, and the teacher with its pooling alone."""
     from peft import get_peft_model
 

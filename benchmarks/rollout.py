@@ -23,17 +23,60 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.memory_probe import resident_memory
-from experiments.robot.policy import Render
+from experiments.robot.policy import Array, Policy, Query, Render
 from prismatic.util.cli import CommandParser, exit_code
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
 
+if TYPE_CHECKING:
+    from experiments.robot.libero.rollouts.plan import Plan
+    from experiments.robot.libero.rollouts.result import EpisodeResult
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class EpisodeRow(TypedDict):
+    """An episode: its outcome, and seconds by part."""
+
+    name: str
+    success: bool | None
+    steps: int
+    seconds: dict[str, float]
+
+
+class Row(TypedDict):
+    """One way of running episodes; `outcomes` are success and steps by episode."""
+
+    workers: int
+    render: Render
+    episodes: int
+    seconds_per_episode: float
+    creation_seconds_per_environment: float
+    whole_run_seconds: float
+    cpu_seconds_per_episode: float
+    seconds_to_first_step: float
+    milliseconds_per_step_of_physics: float
+    seconds_per_episode_by_part: dict[str, float]
+    resident_megabytes: dict[str, float]
+    outcomes: dict[str, list[bool | int | None]]
+
+
+class Comparison(TypedDict):
+    """Ratios by way, and on how many episodes two ways end alike."""
+
+    speedup: dict[str, float]
+    speedup_of_whole_runs: dict[str, float]
+    speedup_in_cpu_time: dict[str, float]
+    same_outcome_as_plain_loop: dict[str, str]
+    same_outcome_2_workers_as_1: str
+    speedup_of_physics_and_resets_alone: float
+    speedup_of_physics_alone: float
+
 
 # name: (workers, how pictures are drawn); 0 workers: the plain loop
 WAYS: dict[str, tuple[int, Render]] = {
@@ -67,20 +110,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.earlier is not None:
         return compare_with_earlier(arguments)
     rows = {way: run_way(arguments, way, ROOT) for way in WAYS}
-    report = {**describe_machine(arguments), "ways": rows, **compare(rows)}
+    comparison = compare(rows)
+    report = {**describe_machine(arguments), "ways": rows, **comparison}
     atomic_write(arguments.out, json.dumps(report, indent=2) + "\n")
-    print(table(report))
+    print(table(rows, comparison))
     return 0
 
 
-def run_way(arguments: argparse.Namespace, way: str, build: Path) -> dict[str, Any]:
+def run_way(arguments: argparse.Namespace, way: str, build: Path) -> Row:
     """Measure one way in a process of its own, with the code of a checkout."""
     command = [sys.executable, str(build / "benchmarks/rollout.py"), "--way", way, "--started", str(time.time())]
     for flag in ("checkpoint", "suite", "tasks", "episodes", "plain_episodes"):
         command += [f"--{flag}", str(getattr(arguments, flag))]
     environment = {**os.environ, "PYTHONPATH": str(build)}
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=build)
-    row: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+    row: Row = json.loads(run.stdout.strip().splitlines()[-1])
     print(f"{way}: {row['seconds_per_episode']:.2f} s an episode ({build.name})", file=sys.stderr, flush=True)
     return row
 
@@ -91,24 +135,29 @@ def compare_with_earlier(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--earlier: {arguments.earlier} found; accepted: a checkout of this project")
     described = ["git", "-C", str(arguments.earlier), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
-    report: dict[str, Any] = {**describe_machine(arguments), "earlier": commit, "ways": {}}
+    ways: dict[str, dict[str, object]] = {}
     for way in ("1 worker", "2 workers"):
         earlier, now = (run_way(arguments, way, build) for build in (arguments.earlier.resolve(), ROOT))
         same = sum(earlier["outcomes"][name] == outcome for name, outcome in now["outcomes"].items())
-        numbers = "seconds_per_episode", "cpu_seconds_per_episode"
-        ratios = {f"{name}_ratio": round(earlier[name] / now[name], 3) for name in numbers}
-        report["ways"][way] = {
+        ratios = {
+            "seconds_per_episode_ratio": round(earlier["seconds_per_episode"] / now["seconds_per_episode"], 3),
+            "cpu_seconds_per_episode_ratio": round(
+                earlier["cpu_seconds_per_episode"] / now["cpu_seconds_per_episode"], 3
+            ),
+        }
+        ways[way] = {
             **ratios,
             "same_outcome": f"{same}/{len(now['outcomes'])}",
             "this build": now,
             "earlier build": earlier,
         }
-        print(way, ratios, report["ways"][way]["same_outcome"], "with the same outcome", flush=True)
+        print(way, ratios, ways[way]["same_outcome"], "with the same outcome", flush=True)
+    report = {**describe_machine(arguments), "earlier": commit, "ways": ways}
     atomic_write(arguments.out, json.dumps(report, indent=2) + "\n")
     return 0
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> Row:
     """Run one way in this process; what it took."""
     from experiments.robot.libero.rollouts.plan import make_plan
     from experiments.robot.libero.run_libero_eval import GenerateConfig
@@ -155,20 +204,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 class FirstAnswer:
     """`policy`, which notes when it first answered."""
 
-    def __init__(self, policy: Any) -> None:
+    def __init__(self, policy: Policy) -> None:
         self._policy, self.answered = policy, 0.0
 
-    def act(self, queries: Any) -> Any:
+    def act(self, queries: Sequence[Query]) -> Array | Sequence[Array | Exception]:
         answers = self._policy.act(queries)
         self.answered = self.answered or time.time()
         return answers
 
 
-def run_plain(plan: Any, policy: Any) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def run_plain(plan: Plan, policy: Policy) -> tuple[list[EpisodeRow], dict[str, float]]:
     from tests.helpers.plain_rollout import plain_rollouts
 
     rollouts = plain_rollouts(policy, plan.episodes, plan.protocol)
-    episodes: list[dict[str, Any]] = [
+    episodes: list[EpisodeRow] = [
         {
             "name": f"task {key[1]} state {key[2]}",
             "success": rollout.success,
@@ -184,15 +233,15 @@ def run_plain(plan: Any, policy: Any) -> tuple[list[dict[str, Any]], dict[str, f
     return episodes, {"process": _resident(os.getpid())}
 
 
-def run_ours(plan: Any, policy: Any, workers: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def run_ours(plan: Plan, policy: Policy, workers: int) -> tuple[list[EpisodeRow], dict[str, float]]:
     from experiments.robot.libero.rollouts.episode import EpisodeRunner
     from experiments.robot.libero.rollouts.rollout import Rollouts, RolloutSettings
     from experiments.robot.libero.rollouts.workers import make_workers, policy_threads
 
     memory: dict[str, float] = {}
-    episodes: list[dict[str, Any]] = []
+    episodes: list[EpisodeRow] = []
 
-    def on_result(result: Any) -> None:
+    def on_result(result: EpisodeResult) -> None:
         name = f"task {result.task_id} state {result.init_state}"
         seconds = dict(result.seconds)
         episodes.append({"name": name, "success": result.success, "steps": result.steps, "seconds": seconds})
@@ -218,7 +267,7 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def describe_machine(arguments: argparse.Namespace) -> dict[str, Any]:
+def describe_machine(arguments: argparse.Namespace) -> dict[str, object]:
     """Collect what was measured, and where."""
     import mujoco
     import torch
@@ -235,12 +284,12 @@ def describe_machine(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def compare(rows: dict[str, Any]) -> dict[str, Any]:
+def compare(rows: dict[str, Row]) -> Comparison:
     """Speeds against the plain loop, and on how many of its episodes the outcome (success and steps) is the same."""
     plain, one_worker = rows["plain loop"], rows["1 worker"]
     parts = one_worker["seconds_per_episode_by_part"]
 
-    def same(left: dict[str, Any], right: dict[str, Any]) -> str:
+    def same(left: Row, right: Row) -> str:
         shared = left["outcomes"].keys() & right["outcomes"].keys()
         return f"{sum(left['outcomes'][key] == right['outcomes'][key] for key in shared)}/{len(shared)}"
 
@@ -260,24 +309,24 @@ def compare(rows: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
+def table(rows: dict[str, Row], comparison: Comparison) -> str:
+    """The rows as Markdown."""
     lines = [
         "| | s/episode | episodes/h | speed | CPU s/episode | first step | memory | same outcome |",
         "|---|---:|---:|---:|---:|---:|---|---:|",
     ]
-    for way, row in report["ways"].items():
+    for way, row in rows.items():
         memory = ", ".join(f"{name} {megabytes / 1000:.1f} GB" for name, megabytes in row["resident_megabytes"].items())
         lines.append(
             f"| {way} | {row['seconds_per_episode']:.2f} | {3600 / row['seconds_per_episode']:.0f} "
-            f"| {report['speedup'][way]:.1f}x | {row['cpu_seconds_per_episode']:.1f} "
-            f"| {row['seconds_to_first_step']:.0f} s | {memory} | {report['same_outcome_as_plain_loop'][way]} |"
+            f"| {comparison['speedup'][way]:.1f}x | {row['cpu_seconds_per_episode']:.1f} "
+            f"| {row['seconds_to_first_step']:.0f} s | {memory} | {comparison['same_outcome_as_plain_loop'][way]} |"
         )
     lines += ["", "Seconds an episode of one worker, by part:", ""]
-    for way, row in report["ways"].items():
+    for way, row in rows.items():
         parts = ", ".join(f"{name} {spent:.2f}" for name, spent in row["seconds_per_episode_by_part"].items())
         lines.append(f"- {way}: {parts}; creating an environment {row['creation_seconds_per_environment']:.1f}")
-    physics = report["speedup_of_physics_alone"]
+    physics = comparison["speedup_of_physics_alone"]
     lines += ["", f"Physics alone, with everything else free, would be {physics:.1f}x the plain loop with one worker."]
     return "\n".join(lines)
 

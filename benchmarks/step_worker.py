@@ -31,7 +31,7 @@ from step_models import (
 )
 
 
-def build_step(case: Case) -> dict[str, Callable[[], Any]]:
+def build_step(case: Case) -> dict[str, Callable[[], object]]:
     """The parts of a step as the training loop of the build on PYTHONPATH runs them."""
     from prismatic.models.lora import add_lora
     from prismatic.training.config import TrainConfig
@@ -54,11 +54,11 @@ def build_step(case: Case) -> dict[str, Callable[[], Any]]:
     fill(alignment)
     module = TrainableVLA(PolicyParts(vla, head, proprio), L1Objective(LIBERO), alignment, auxiliary_coeff=align.coeff)
     optimizer, _ = make_optimizer(module.trainable_parameters(), TrainConfig())
-    targets: Callable[[], Any] = type(None)
+    targets: Callable[[], object] = type(None)
     if case.aligned:
         teacher = make_teacher(case.models, align.teacher_layers)
 
-        def online() -> Any:
+        def online() -> object:
             return teacher(unnormalize_views(batch["pixel_values"]))
 
         targets = stored_targets(online(), base) if case.stored else online
@@ -82,7 +82,7 @@ def build_step(case: Case) -> dict[str, Callable[[], Any]]:
     return {"step": step, "targets": only_targets}
 
 
-def stored_targets(features: Any, base: Any) -> Callable[[], Any]:
+def stored_targets(features: Any, base: Any) -> Callable[[], object]:
     """Read back, from codes in memory, the teacher's features of the batch under crops like the augmentation's."""
     from rocket_align.pooling import student_grid
     from rocket_align.teacher.store.codec import BasisFit, StoredTeacher, StoreGeometry, encode, pool_to_grid
@@ -104,7 +104,7 @@ def stored_targets(features: Any, base: Any) -> Callable[[], Any]:
     return lambda: teacher(codes.values_BKVPR, crops, codes.scales_BKVP)
 
 
-def growth_mb(step: Callable[[], Any]) -> float:
+def growth_mb(step: Callable[[], object]) -> float:
     """Resident memory that a step adds at its peak, MB; freed memory is given back to the system before."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.live_bytes import LiveBytes
 from rocket_align import attach
@@ -90,7 +90,7 @@ def steps(model: Any, batch: dict[str, Tensor], layers: list[int], tokens: int) 
     return {"none": none, "taps": taps, "hidden_states": hidden_states}
 
 
-def measure(model: Any, step: Callable[[], None]) -> tuple[float, int]:
+def measure(model: nn.Module, step: Callable[[], None]) -> tuple[float, int]:
     """CPU seconds of one step, and the most bytes of tensors beyond the weights in another."""
     model.zero_grad(set_to_none=True)
     begin = time.process_time()
@@ -105,7 +105,7 @@ def measure(model: Any, step: Callable[[], None]) -> tuple[float, int]:
     return seconds, mode.phases["step"].peak_bytes - weights
 
 
-def compare(flags: argparse.Namespace, checkpointing: bool) -> dict[str, Any]:
+def compare(flags: argparse.Namespace, checkpointing: bool) -> dict[str, object]:
     """Medians of all ways, and their ratios to the step without alignment."""
     torch.manual_seed(0)
     model = build(flags.width, flags.blocks, flags.side)

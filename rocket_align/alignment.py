@@ -71,7 +71,7 @@ class _Cosine(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, Tensor | None]:
         x, y, cosine, x_inverse, y_inverse = ctx.saved_tensors
         across = grad * x_inverse * y_inverse
         along = grad * -cosine

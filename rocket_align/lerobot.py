@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rocket_align.alignment import AlignOutput, MultiLayerAlignment
 from rocket_align.config import AlignConfig
@@ -112,7 +112,7 @@ class Join:
         self.alignment = MultiLayerAlignment(flags.config, len(norm.weight), info.channels // 2)
         self._teacher: Teacher | None = None
         self._taps: Taps | None = None
-        self._content: dict[tuple[Any, ...], Tensor] = {}
+        self._content: dict[tuple[tuple[str, torch.Size], ...], Tensor] = {}
         self.images: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def begin(self, policy: Any, prepare: Callable[[Any], Any], batch: Any) -> None:
@@ -220,7 +220,7 @@ def align_policy(policy: Any, flags: RocketFlags) -> Any:
     return policy
 
 
-def save_alignment(policy: Any, folder: Path) -> None:
+def save_alignment(policy: nn.Module, folder: Path) -> None:
     """Write the projectors and the settings beside a checkpoint, where the policy is aligned."""
     aligned = next((module for module in policy.modules() if isinstance(module, AlignedPolicy)), None)
     if aligned is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class RowPicker:
         if self._lookup is not None:
             self._mask = self._order = None
 
-    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Look the image tokens up in the arguments of a call, unless this pass has them already."""
         if self._lookup is None or self._mask is not None:
             return
@@ -51,7 +50,7 @@ class RowPicker:
             if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
                 self._mask = ids == self._lookup
 
-    def pick(self, sequence: Any) -> Tensor:
+    def pick(self, sequence: object) -> Tensor:
         """The rows (B, N, D) of a sequence.
 
         Raises ValueError: something else than (B, S, D), positions outside it, or no image token in it.

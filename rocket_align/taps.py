@@ -54,7 +54,7 @@ def attach(
     *,
     convention: TapConvention = "blocks",
     strategy: Strategy = "auto",
-    example: Mapping[str, Any] | Sequence[Any] | Callable[[], Any] | None = None,
+    example: Mapping[str, object] | Sequence[object] | Callable[[], object] | None = None,
     modules: Mapping[str, str] | None = None,
     views: int = 1,
 ) -> Taps:
@@ -141,7 +141,7 @@ class Taps:
     def __repr__(self) -> str:
         return f"Taps({', '.join(self.names)} of {self._stream.path}; strategy {self.strategy})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[type[Taps]]]:
         # A copy of the model (an average of its weights, a saved module) is not tapped.
         return object.__new__, (Taps,)
 
@@ -154,7 +154,7 @@ class Taps:
         self._rows.clear()
         self._attached = False
 
-    def dry_run(self, example: Mapping[str, Any] | Sequence[Any] | Callable[[], Any]) -> None:
+    def dry_run(self, example: Mapping[str, object] | Sequence[object] | Callable[[], object]) -> None:
         """Run one forward pass in training mode, decide and check; random numbers and modes stay as they were.
 
         Raises ValueError: what :meth:`take` refuses.
@@ -277,7 +277,7 @@ class Taps:
 
     # Hooks return None: torch puts anything else in the place of a module's input or output.
 
-    def _open(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _open(self, index: int, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if not self._attached:
             return
         # An outer module, or the same again after a pass that ended in an exception.
@@ -289,7 +289,7 @@ class Taps:
             self._picker.clear()
         self._picker.look(args, kwargs)
 
-    def _close(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _close(self, index: int, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         if self._attached and index == self._caller:
             self._caller = None
             self._pick()
@@ -305,13 +305,13 @@ class Taps:
             except ValueError as error:
                 self._fault = f"taps: {key[1]}: {error}"
 
-    def _from_output(self, key: _Key, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _from_output(self, key: _Key, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         self._collect(key, output)
 
-    def _from_input(self, key: _Key, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _from_input(self, key: _Key, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         self._collect(key, args if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None)))
 
-    def _from_states(self, states: dict[str, int], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _from_states(self, states: dict[str, int], module: nn.Module, args: tuple[object, ...], output: object) -> None:
         returned = (
             output.get("hidden_states") if isinstance(output, Mapping) else getattr(output, "hidden_states", None)
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from inspect import get_annotations
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Literal, TypeVar, get_type_hints
 
 from draccus.wrappers.docstring import get_attribute_docstring, get_preferred_help_text
 
@@ -88,7 +88,7 @@ class SubjectFlags:
     def checkpoints(self) -> tuple[str, ...]:
         return split_paths(self.checkpoint)
 
-    def overrides(self) -> dict[str, Any]:
+    def overrides(self) -> dict[str, object]:
         """The training flags given here, by name."""
         ours = {"checkpoint", "num_samples"}
         names = [field.name for field in fields(SubjectFlags) if field.name not in ours]

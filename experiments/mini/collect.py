@@ -62,7 +62,7 @@ class CollectConfig:
         if self.suite == GYM_ALOHA and self.scene != "task":
             raise UsageError(f"--scene: {self.scene} found; accepted for {GYM_ALOHA}: task")
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Settings that the bytes of an episode depend on, beside its task and number."""
         fields = ("suite", "seed", "image_size", "render", "noise", "max_attempts")
         scene = {"scene": self.scene} if self.scene != "task" else {}  # Data from before there were others have none.
@@ -112,7 +112,7 @@ def _collect_block(config: CollectConfig, task: int, episodes: range) -> None:
             if parent is not None and not parent.is_alive():
                 os._exit(1)  # Nobody else would end this process: a pool's worker waits for work for ever.
             start, failures = time.perf_counter(), []
-            report: dict[str, Any] = {"task": task, "episode": number, "steps": 0}
+            report: dict[str, object] = {"task": task, "episode": number, "steps": 0}
             for attempt in range(config.max_attempts):
                 seed = derive_seed(config.seed, config.suite, task, number, attempt)
                 source = f"{config.suite}/task{task}/episode{number}/seed{seed}"

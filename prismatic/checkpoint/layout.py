@@ -157,7 +157,7 @@ def recorded_policy_flags(folder: Path) -> dict[str, Any]:
     return flags | ({"center_crop": record["image_aug"]} if "image_aug" in record else {})
 
 
-def acting_flags(flags: object, left_out: Collection[str] = ()) -> dict[str, Any]:
+def acting_flags(flags: object, left_out: Collection[str] = ()) -> dict[str, object]:
     """The `flags` of a policy that a record of its answers names."""
     told = {name: getattr(flags, name, None) for name in ACTING_FLAGS if name not in left_out}
     given = getattr(flags, DELTA_FLAG, "")

@@ -32,7 +32,7 @@ from prismatic.training.module import Coefficient, StepOutput, TrainablePolicy
 from prismatic.training.objectives import chunk_l1_metrics
 from prismatic.util.errors import UsageError, one_line
 from prismatic.util.files import DAMAGED, find_folder
-from prismatic.vla.batch import Batch
+from prismatic.vla.batch import Batch, Sample
 from prismatic.vla.platforms import OPENPI_NORMALIZATION, Platform, get_platform
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class _Pi:
         ranges = PI_RANGES if image_crop else replace(PI_RANGES, crop_area=1.0)
         return LetterboxTransform((side, side), ranges if image_aug else None)
 
-    def collator(self, processor: Any) -> Callable[[Sequence[Any]], Batch]:
+    def collator(self, processor: Any) -> Callable[[Sequence[Sample]], Batch]:
         """Prompts padded to the longest."""
         return collate
 

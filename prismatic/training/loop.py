@@ -33,7 +33,7 @@ from prismatic.vla.batch import Batch
 from prismatic.vla.datasets import MixtureLoader
 
 SPIKE_WINDOW, SPIKE_LEAST = 100, 20  # Steps whose median loss is the usual one, and how many it takes.
-Targets = Callable[[Any], object]  # of a Batch
+Targets = Callable[[Batch], object]
 
 
 class StopRequest:

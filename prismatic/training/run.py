@@ -43,6 +43,7 @@ from prismatic.vla.datasets.device_augmentation import defer
 
 if TYPE_CHECKING:
     from prismatic.policies.base import PolicyFamily, Processor
+    from prismatic.vla.batch import Batch
     from prismatic.vla.platforms import Platform
 
 # What a checkpoint records that differs between a run and its resumption, or does not shape training.
@@ -162,7 +163,7 @@ class TrainingRun:
         )
         return make_dataloader(dataset, sampler, self.family.collator(self.processor), self.config.num_workers)
 
-    def batches(self) -> Iterator[Any]:
+    def batches(self) -> Iterator[Batch]:
         """The training data in training's order, endless, on the device; for who looks instead of training."""
         for batch in self._loader(self.dataset):
             yield move_batch(batch, self.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +27,12 @@ def residual_stream(
     """
     states: list[Tensor] = []
 
-    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(block: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         if block is blocks[0]:
             states.clear()
         states.append((args[0] if args else kwargs["hidden_states"]).detach())
 
-    def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after(block: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         state = (output[0] if isinstance(output, tuple) else output).detach()
         states.append(state.reshape(states[0].shape))
 

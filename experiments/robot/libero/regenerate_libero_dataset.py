@@ -15,7 +15,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -116,13 +116,13 @@ def quaternions(axis_angle_T3: np.ndarray) -> np.ndarray:
     return Rotation.from_rotvec(axis_angle_T3).as_quat()
 
 
-def regenerate_task(config: RegenerateConfig, task_id: int) -> dict[str, Any]:
+def regenerate_task(config: RegenerateConfig, task_id: int) -> dict[str, object]:
     """Replay a task's demonstrations into its new file; returns {demonstration: {"success", "initial_state"}}."""
     from experiments.robot.libero.simulator.environment import LiberoEnv
 
     task = get_task(config.libero_task_suite, task_id)
     target = demonstration_file(config.libero_target_dir, task.name)
-    report: dict[str, Any] = {}
+    report: dict[str, object] = {}
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(open_demonstrations(demonstration_file(config.libero_raw_data_dir, task.name)))
         env = stack.enter_context(
@@ -146,7 +146,7 @@ def regenerate_task(config: RegenerateConfig, task_id: int) -> dict[str, Any]:
     return report
 
 
-def _todo(config: RegenerateConfig, done: dict[str, Any]) -> dict[int, str]:
+def _todo(config: RegenerateConfig, done: Collection[str]) -> dict[int, str]:
     """{task number: its key in the metainfo} of what is to do. Raises UsageError: files missing, or in the way."""
     count = num_tasks(config.libero_task_suite)
     if not config.libero_raw_data_dir.is_dir():

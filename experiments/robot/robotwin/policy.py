@@ -189,7 +189,7 @@ class RoboTwinPolicy:
             raise UsageError(f"unnorm_key: {wanted or 'nothing'} found; accepted: {', '.join(sorted(keys))}")
         return key or next(iter(keys))
 
-    def _note(self, row: dict[str, Any]) -> None:
+    def _note(self, row: Mapping[str, object]) -> None:
         """Add a line to the record, if one is kept."""
         if path := self.settings.get("record"):
             Path(path).parent.mkdir(parents=True, exist_ok=True)

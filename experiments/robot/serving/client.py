@@ -14,7 +14,7 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -44,18 +44,22 @@ class ServerError(RuntimeError):
         self.status = status
 
 
+class _Connection(Protocol):
+    def close(self) -> None: ...
+
+
 class _Client:
     """Keeps one connection open a thread until `close`, or the end of a `with` block, closes all of them."""
 
     def __init__(self) -> None:
         self._local = threading.local()
-        self._opened: set[Any] = set()
+        self._opened: set[_Connection] = set()
 
-    def _keep(self, connection: Any) -> None:
+    def _keep(self, connection: _Connection) -> None:
         self._local.connection = connection
         self._opened.add(connection)
 
-    def _forget(self, connection: Any) -> None:
+    def _forget(self, connection: _Connection) -> None:
         self._local.connection = None
         self._opened.discard(connection)
         connection.close()
@@ -178,7 +182,7 @@ def chunk_of(answer: object) -> Array:
     return chunk_TA
 
 
-def observation_of(query: Query) -> dict[str, Any]:
+def observation_of(query: Query) -> dict[str, object]:
     """A query in the words of `POST /act`."""
     extra = {f"wrist_image_{number}": image for number, image in enumerate(query.extra_images, start=2)}
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -75,7 +75,7 @@ class StoreLayout:
         return "; ".join(parts)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."
 
@@ -92,7 +92,7 @@ def read_index(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_index(path: Path, values: dict[str, Any]) -> None:
+def write_index(path: Path, values: Mapping[str, object]) -> None:
     """Write a store's JSON file atomically, creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:

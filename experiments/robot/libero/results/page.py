@@ -14,10 +14,10 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from experiments.report import percent
 from experiments.report.html import Rate, link, render, setting_rows
@@ -117,14 +117,14 @@ def build_page(folders: Sequence[Path], out: Path, title: str = "Evaluation in L
 _URGENCY = {"error": 0, "failure": 1, "success": 2}
 
 
-def _entry(series: int, result: EpisodeResult) -> dict[str, Any]:
+def _entry(series: int, result: EpisodeResult) -> dict[str, object]:
     return {"series": series, **vars(result)}
 
 
-def _comparisons(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _comparisons(runs: Sequence[Run]) -> list[dict[str, object]]:
     """Every pair of runs, or each against the first where there are many."""
     pairs = itertools.combinations(range(len(runs)), 2)
-    comparisons: list[dict[str, Any]] = []
+    comparisons: list[dict[str, object]] = []
     for a, b in pairs if len(runs) <= ALL_PAIRS_UP_TO else ((0, other) for other in range(1, len(runs))):
         try:
             content: dict[str, Any] | None = summary.compare(runs[a].episodes, runs[b].episodes)
@@ -143,13 +143,18 @@ def _verdict(name_a: str, name_b: str, content: dict[str, Any] | None) -> str:
     return f"{name_b if content['difference_b_minus_a'] > 0 else name_a} is better"
 
 
-def _row(runs: Sequence[Run], labels: Sequence[Any], chosen: Any) -> dict[str, Any]:
+class _Row(TypedDict):
+    labels: list[int | str]
+    rates: list[Rate]
+
+
+def _row(runs: Sequence[Run], labels: Sequence[int | str], chosen: Callable[..., bool]) -> _Row:
     """A row of a table of rates: for each run, that of the episodes for which `chosen` holds."""
     rates = [Rate.of(summary.rate(result for result in run.episodes if chosen(result))) for run in runs]
     return {"labels": list(labels), "rates": rates}
 
 
-def _suite(runs: Sequence[Run], suite: str) -> dict[str, Any]:
+def _suite(runs: Sequence[Run], suite: str) -> dict[str, object]:
     results = [result for run in runs for result in run.episodes if result.suite == suite]
     tasks = {result.task_id: result.task_name or result.task for result in results}
     rows = [
@@ -160,18 +165,18 @@ def _suite(runs: Sequence[Run], suite: str) -> dict[str, Any]:
     return {"name": suite, "rows": rows, "total": total, "num_tasks": len(tasks)}
 
 
-def _kinds(runs: Sequence[Run]) -> dict[str, Any] | None:
+def _kinds(runs: Sequence[Run]) -> dict[str, object] | None:
     """Rates by kind of perturbation, or None where no result names one."""
     kinds = sorted({result.kind for run in runs for result in run.episodes if result.kind})
     if not kinds:
         return None
     rows = [_row(runs, [kind], lambda result, kind=kind: result.kind == kind) for kind in kinds]
     means = [summary.mean(row["rates"][run.series].value for row in rows) for run in runs]
-    total = _row(runs, ["all episodes"], lambda result: result.kind)
+    total = _row(runs, ["all episodes"], lambda result: bool(result.kind))
     return {"rows": rows, "totals": [total, {"labels": [f"mean of {len(kinds)} kinds"], "rates": means}]}
 
 
-def _videos(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
+def _videos(runs: Sequence[Run], out: Path) -> list[dict[str, object]]:
     """Videos of all runs with what is known of their episodes, paths relative to the page."""
     videos = []
     for run in runs:

@@ -107,7 +107,7 @@ class LeRobotWriter:
         }
         return row | stats
 
-    def _info(self, tasks: int) -> dict[str, Any]:
+    def _info(self, tasks: int) -> dict[str, object]:
         number = {"shape": [1], "names": None}
         integers = {name: {"dtype": "int64", **number} for name in ("frame_index", "episode_index", "index")}
         described = {
@@ -134,7 +134,7 @@ class LeRobotWriter:
         return {**info, "data_files_size_in_mb": 100, "video_files_size_in_mb": 200}
 
     @staticmethod
-    def _write_table(path: Path, rows: list[dict[str, Any]], index: str = "") -> None:
+    def _write_table(path: Path, rows: Sequence[Mapping[str, object]], index: str = "") -> None:
         """Write rows; LeRobot reads them with pandas, which takes the column `index` for the table's index."""
         table = require("pyarrow").Table.from_pylist(rows)
         if index:
@@ -154,7 +154,7 @@ def _column(arrow: Any, values: np.ndarray | Sequence[bytes]) -> Any:
     return arrow.FixedSizeListArray.from_arrays(arrow.array(values.reshape(-1)), values.shape[1])
 
 
-def _feature(values: np.ndarray | Sequence[bytes]) -> dict[str, Any]:
+def _feature(values: np.ndarray | Sequence[bytes]) -> dict[str, object]:
     if isinstance(values, np.ndarray):
         return {"dtype": str(values.dtype), "shape": list(values.shape[1:]), "names": None}
     shape = decode_with_pillow(values[0]).shape
