@@ -66,21 +66,23 @@ class Worker:
         self._process.communicate()
 
 
-def measure(case: str, ways: dict[str, tuple[str, Path]], rounds: int) -> dict[str, dict[str, float]]:
-    """All ways of one case in turns: medians of CPU milliseconds, growth of memory, first loss."""
-    workers = {name: Worker(case, way, build) for name, (way, build) in ways.items()}
-    parts = ("step", "targets") if "no alignment" not in case else ("step",)
-    times: dict[str, dict[str, list[float]]] = {name: {part: [] for part in parts} for name in workers}
+def measure(ways: dict[tuple[str, str], tuple[str, Path]], rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """All ways of all cases in turns: medians of CPU milliseconds, growth of memory, first loss, by case and way."""
+    workers = {key: Worker(key[0], way, build) for key, (way, build) in ways.items()}
+    times: dict[tuple[str, str], dict[str, list[float]]] = {key: {} for key in workers}
     for _ in range(rounds):
-        for part in parts:
-            for name, worker in workers.items():
-                times[name][part].append(worker.ask(part))
-    result = {}
-    for name, worker in workers.items():
-        medians = {f"{part}_ms": round(1e3 * statistics.median(values), 1) for part, values in times[name].items()}
-        result[name] = {**medians, "growth_mb": round(worker.first["growth_mb"], 1), "loss": worker.first["loss"]}
+        for part in ("step", "targets"):
+            for key, worker in workers.items():
+                if part == "step" or "no alignment" not in key[0]:
+                    times[key].setdefault(part, []).append(worker.ask(part))
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for (case, name), worker in workers.items():
+        parts = times[case, name].items()
+        medians = {f"{part}_ms": round(1e3 * statistics.median(values), 1) for part, values in parts}
+        numbers = {**medians, "growth_mb": round(worker.first["growth_mb"], 1), "loss": worker.first["loss"]}
+        results.setdefault(case, {})[name] = numbers
         worker.close()
-    return result
+    return results
 
 
 def table(results: dict[str, dict[str, dict[str, float]]], base: str) -> str:
@@ -102,16 +104,18 @@ def main(config: StepConfig) -> None:
     facts, results = machine(), dict[str, Any]()
     described = ["git", "-C", config.earlier or ".", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(described, capture_output=True, text=True).stdout.strip() if config.earlier else None
-    for case, sizes in CASES.items():
-        if config.cases and case not in config.cases.split(";"):
-            continue
-        ways = {"this build": ("build", ROOT)}
-        if config.earlier:
-            ways["earlier build"] = ("build", Path(config.earlier).resolve())
-        if sizes.aligned and not sizes.stored:
-            ways["plain step"] = ("plain", ROOT)
-        results[case] = measure(case, ways, config.rounds)
-        print(case, json.dumps(results[case]), flush=True)
+    for models in ("mini", "mid"):
+        ways = {}
+        for case, sizes in CASES.items():
+            if sizes.models != models or (config.cases and case not in config.cases.split(";")):
+                continue
+            ways[case, "this build"] = ("build", ROOT)
+            if config.earlier:
+                ways[case, "earlier build"] = ("build", Path(config.earlier).resolve())
+            if sizes.aligned and not sizes.stored:
+                ways[case, "plain step"] = ("plain", ROOT)
+        results |= measure(ways, config.rounds)
+    print(json.dumps(results, indent=1))
     shares = {
         models: 1 - results[f"{models}, no alignment"]["this build"]["step_ms"] / stored["this build"]["step_ms"]
         for models in ("mini", "mid")
