@@ -17,7 +17,7 @@ from torch import Tensor
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets.batch_transform import RLDSBatchTransform
 from prismatic.vla.datasets.image_transforms import FULL_IMAGE, AugmentDraw, PolicyImageTransform
-from prismatic.vla.datasets.resampling import crop_tables
+from prismatic.vla.datasets.resampling import crop_filters
 
 _UNCHANGED = AugmentDraw(FULL_IMAGE, brightness=0.0, contrast=1.0, saturation=1.0, hue=0.0)
 
@@ -118,8 +118,12 @@ class DeferredImages:
         rgb_N3HW = torch.empty(len(self.draws_N8), 3, *self.size, device=device)
         for (height, width), (places, images) in self.by_size.items():
             draws = self.draws_N8[places]
-            rows = _crop_weights(height, self.size[0], draws[:, 0], draws[:, 2]).to(device, non_blocking=True)
-            columns = _crop_weights(width, self.size[1], draws[:, 1], draws[:, 3]).to(device, non_blocking=True)
+            rows, columns = (
+                crop_filters(side, self.size[axis], draws[:, axis, None], draws[:, axis + 2, None])[0]
+                .contiguous()
+                .to(device, non_blocking=True)
+                for axis, side in enumerate((height, width))
+            )
             planes = images.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
             resized = rows[:, None] @ planes @ columns[:, None].transpose(-1, -2)
             colors = draws[:, 4:].float().to(device, non_blocking=True)
@@ -127,16 +131,6 @@ class DeferredImages:
         levels = (rgb_N3HW * 255.5).floor_().div_(255)
         mean, std = (torch.tensor(values, device=device)[:, :, None, None] for values in (self.means, self.stds))
         return ((levels[:, None] - mean) / std).view(self.samples, -1, *self.size)
-
-
-def _crop_weights(in_size: int, out_size: int, start: Tensor, length: Tensor) -> Tensor:
-    """Weights (n, out, in) of a Lanczos resize, a crop and a bilinear resize back, as `lanczos_crop_axis` has them."""
-    tables = crop_tables(in_size, out_size)
-    ramp = torch.from_numpy(tables.ramp)
-    positions = ramp * length[:, None] + start[:, None] * (out_size - 1)
-    low = positions.long().clamp_(0, out_size - 1)
-    fraction = (positions - low).float()[..., None]
-    return tables.weights[low].addcmul_(tables.difference[low], fraction)
 
 
 def _adjust_colors(rgb_N3HW: Tensor, colors_N4: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import simplejpeg
+import torch
 from PIL import Image
 
 from prismatic.vla.datasets.resampling import lanczos_axis, lanczos_crop_axis, resample
@@ -206,13 +207,15 @@ def adjust_saturation_hue(rgb_3HW: np.ndarray, saturation: float, hue: float) ->
     sector += 6.0 * hue
     sector -= 6.0 * np.floor(sector * (1.0 / 6.0))
     np.minimum(chroma * saturation, value, out=chroma)
-    # Distance of the hue from cyan, green and blue; red is left out near cyan, the others are left out far from theirs.
-    for channel, center, sign in zip(rgb_3HW, (3.0, 2.0, 4.0), (-1.0, 1.0, 1.0), strict=True):
-        weight = np.abs(np.subtract(sector, center, out=scale), out=scale)
-        weight *= sign
-        weight -= 1.5 * sign - 0.5
-        np.clip(weight, 0.0, 1.0, out=weight)
-        np.subtract(value, np.multiply(weight, chroma, out=weight), out=channel)
+    # Distance of the hue from cyan, green and blue, 1 to 2; red is left out near cyan, the others far from theirs.
+    for channel, center, term, join in (
+        (red, 3.0, value - 2 * chroma, np.add),
+        (green, 2.0, value + chroma, np.subtract),
+        (blue, 4.0, value + chroma, np.subtract),
+    ):
+        distance = np.abs(np.subtract(sector, center, out=scale), out=scale)
+        distance.clip(1.0, 2.0, out=distance)
+        join(term, np.multiply(distance, chroma, out=distance), out=channel)
     return rgb_3HW
 
 
@@ -221,14 +224,11 @@ def adjust_colors(rgb_3HW: np.ndarray, draw: AugmentDraw) -> np.ndarray:
 
     What is outside [0, 1] at first counts as clipped to it.
     """
-    brightness = np.float32(draw.brightness)
-    rgb_3HW += brightness
+    brightness, contrast, rgb = draw.brightness, draw.contrast, torch.from_numpy(rgb_3HW)
     # Clipping to [0, 1] before and after the shift, as one pass.
-    np.clip(rgb_3HW, max(brightness, np.float32(0)), min(1 + brightness, np.float32(1)), out=rgb_3HW)
-    mean = rgb_3HW.mean(axis=(1, 2), keepdims=True)
-    rgb_3HW *= np.float32(draw.contrast)
-    rgb_3HW += mean * np.float32(1.0 - draw.contrast)
-    np.clip(rgb_3HW, 0.0, 1.0, out=rgb_3HW)
+    rgb.add_(brightness).clamp_(max(brightness, 0.0), min(1.0 + brightness, 1.0))
+    offset = rgb.mean(dim=(1, 2), keepdim=True).mul_(1.0 - contrast)
+    torch.add(offset, rgb, alpha=contrast, out=rgb).clamp_(0.0, 1.0)
     return adjust_saturation_hue(rgb_3HW, draw.saturation, draw.hue)
 
 

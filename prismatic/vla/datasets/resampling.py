@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 LANCZOS_SUPPORT = 3.0
-_BLOCK = 32  # output rows a matrix product; small blocks skip more zeros, large ones cost fewer calls
+_BLOCK = 16  # output rows a matrix product; small blocks skip more zeros, large ones cost fewer calls
 
 
 class Block(NamedTuple):
@@ -66,22 +66,33 @@ def lanczos_axis(in_size: int, out_size: int) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-class CropTables(NamedTuple):
-    """Tables of all crops along an axis: the filters, each one's difference to the next, and the output blocks."""
+class _CropTables(NamedTuple):
+    """Tables of all crops along an axis."""
 
-    weights: torch.Tensor
-    difference: torch.Tensor
+    filters: torch.Tensor  # (out, 2, in): each output's filter and its difference to the next one's
     outputs: tuple[slice, ...]
-    ramp: np.ndarray
+    ramp: torch.Tensor  # Outputs' positions without a crop, float64
 
 
 @functools.lru_cache(maxsize=32)
-def crop_tables(in_size: int, out_size: int) -> CropTables:
+def _crop_tables(in_size: int, out_size: int) -> _CropTables:
     weights = torch.from_numpy(_lanczos_band(in_size, out_size).weights)
-    difference = torch.zeros_like(weights)
-    torch.sub(weights[1:], weights[:-1], out=difference[:-1])
+    filters = torch.stack([weights, weights.diff(dim=0, append=weights[-1:])], dim=1)
     outputs = tuple(slice(begin, min(begin + _BLOCK, out_size)) for begin in range(0, out_size, _BLOCK))
-    return CropTables(weights, difference, outputs, np.linspace(0.0, 1.0, out_size) * (out_size - 1))
+    return _CropTables(filters, outputs, torch.from_numpy(np.linspace(0.0, 1.0, out_size) * (out_size - 1)))
+
+
+def crop_filters(
+    in_size: int, out_size: int, start: float | torch.Tensor, length: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of :func:`lanczos_crop_axis` for one crop or, with tensors (n, 1), for many, and the lower of the two
+    rows of the resized image that each output lies between: (..., out, in) and (..., out)."""
+    tables = _crop_tables(in_size, out_size)
+    positions = tables.ramp * length + start * (out_size - 1)
+    low = positions.long().clamp_(0, out_size - 1)
+    # Half the time of `filters[low]`.
+    weights, difference = tables.filters.index_select(0, low.flatten()).unflatten(0, low.shape).unbind(-2)
+    return weights.addcmul_(difference, (positions - low).float()[..., None]), low
 
 
 def lanczos_crop_axis(in_size: int, out_size: int, start: float, length: float) -> tuple[Block, ...]:
@@ -90,21 +101,17 @@ def lanczos_crop_axis(in_size: int, out_size: int, start: float, length: float) 
     The crop's sample positions are corner-aligned (first and last sample lie on the crop's edges), as in
     tf.image.crop_and_resize.
     """
-    band, tables = _lanczos_band(in_size, out_size), crop_tables(in_size, out_size)
-    positions = tables.ramp * length + start * (out_size - 1)
-    low = np.clip(positions.astype(np.int64), 0, out_size - 1)
-    fraction = torch.from_numpy((positions - low).astype(np.float32))[:, None]
-    rows = torch.from_numpy(low)
-    # Positions grow, so the first and last row of a block bound its inputs; only these columns are computed.
-    firsts = band.first[low[[block.start for block in tables.outputs]]].tolist()
-    lasts = low[[block.stop - 1 for block in tables.outputs]]
+    band, all_outputs = _lanczos_band(in_size, out_size), _crop_tables(in_size, out_size).outputs
+    weights, rows = crop_filters(in_size, out_size, start, length)
+    low = rows.numpy()
+    # Positions grow, so the first and last row of a block bound its inputs.
+    firsts = band.first[low[[outputs.start for outputs in all_outputs]]].tolist()
+    lasts = low[[outputs.stop - 1 for outputs in all_outputs]]
     stops = band.stop[np.minimum(lasts + 1, out_size - 1)].tolist()
-    blocks = []
-    for outputs, first, stop in zip(tables.outputs, firsts, stops, strict=True):
-        weights = tables.weights[:, first:stop].index_select(0, rows[outputs])
-        difference = tables.difference[:, first:stop].index_select(0, rows[outputs])
-        blocks.append(Block(outputs, slice(first, stop), weights.addcmul_(difference, fraction[outputs])))
-    return tuple(blocks)
+    return tuple(
+        Block(outputs, slice(first, stop), weights[outputs, first:stop])
+        for outputs, first, stop in zip(all_outputs, firsts, stops, strict=True)
+    )
 
 
 def resample(image_HW3: np.ndarray, rows: tuple[Block, ...], columns: tuple[Block, ...]) -> np.ndarray:
