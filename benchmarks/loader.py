@@ -2,6 +2,7 @@
 
     python benchmarks/loader.py                                              made-up data, two minutes, 0.4 GB of disk
     python benchmarks/loader.py --data_root_dir DATA --dataset_name NAME     data of your own, RLDS or LeRobot
+    python benchmarks/loader.py --earlier ../earlier                         also a checkout of an earlier commit
 
 A frame here is a whole sample: two views read, decoded, resized to 224 pixels and augmented, normalized for both vision
 models of OpenVLA-7B, tokenized and collated. The yardstick, measured in turns with it, is the plainest loop there is:
@@ -13,6 +14,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.memory_probe import machine, resident_memory, write_results
+from benchmarks.workers import Worker, commit_of
 from prismatic.util.cli import run
 from prismatic.util.flags import limited
 
@@ -52,6 +55,7 @@ class LoaderConfig:
     num_workers: int = limited(2, least=1)  # Processes of the throughput measurement
     rounds: int = limited(40, least=1)  # Rounds of loader and yardstick in turns
     frames_per_round: int = limited(24, least=1)
+    earlier: str = ""  # Checkout of an earlier commit to measure in turns with this one
     out: str = str(ROOT / "benchmarks" / "results" / "loader.json")  # Results file
 
 
@@ -201,6 +205,26 @@ def compare(config: LoaderConfig, root: Path) -> dict[str, Any]:
     }
 
 
+def compare_with_earlier(config: LoaderConfig, root: Path) -> dict[str, Any]:
+    """Loaders of this build and an earlier one in turns, in processes of their own with one thread."""
+    commit = commit_of(config.earlier)
+    builds = {"this build": ROOT, "earlier build": Path(config.earlier).resolve()}
+    arguments = str(root), config.dataset_name, str(config.batch_size)
+    workers = {name: Worker("loader_worker.py", *arguments, build=build) for name, build in builds.items()}
+    times: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(config.rounds):
+        for name, worker in workers.items():
+            times[name].append(worker.ask(str(config.frames_per_round)))
+    for worker in workers.values():
+        worker.close()
+    rows = {
+        name: {"cpu_ms": round(statistics.median(values), 3), "cpu_ms_best": round(min(values), 3)}
+        for name, values in times.items()
+    }
+    this, earlier = rows.values()
+    return {"commit": commit, **rows, **{f"{name}_ratio": round(this[name] / earlier[name], 3) for name in this}}
+
+
 def throughput(config: LoaderConfig, root: Path) -> float:
     """Frames a second out of the data loader with worker processes, after its queue has filled."""
     from prismatic.vla.datasets import MixtureSampler, make_dataloader
@@ -262,15 +286,22 @@ def main(config: LoaderConfig) -> None:
                 path.mkdir()
                 write_data(path, frames, config.stored_size)
         results |= compare(config, root)
+        if config.earlier:
+            results["earlier"] = compare_with_earlier(config, root)
         results["frames_per_second"] = round(throughput(config, root), 1)
         results["memory"] = [memory(path, config.dataset_name, 1000) for path in sizes]
-    flags = {**vars(config), "data": "given" if config.data_root_dir else "made up"}
+    flags = {
+        **{name: value for name, value in vars(config).items() if name != "earlier"},
+        "data": "given" if config.data_root_dir else "made up",
+    }
     write_results(config.out, "loader", flags, {"machine": facts, **results})
     loader, decoding = results["loader"], results["decoding_alone"]
     for label, row in (("loader", loader), ("decoding alone", decoding)):
         print(f"{label:16s} {row['cpu_ms']:6.2f} ms CPU a frame, {row['cpu_ms_best']:.2f} in the best round")
     best = results["cpu_ratio_of_best_rounds"]
     print(f"ratio            {results['cpu_ratio_to_decoding']:6.2f}, {best} of the best rounds")
+    if config.earlier:
+        print(f"over {results['earlier']['commit']}     {results['earlier']['cpu_ms_ratio']:6.2f}")
     print(f"{config.num_workers} workers        {results['frames_per_second']:6.1f} frames a second")
     for row in results["memory"]:
         print(

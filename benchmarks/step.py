@@ -11,9 +11,7 @@ of medians. The teacher of the mini models sees 84 pixels, that of the mid-size 
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.memory_probe import machine, write_results
+from benchmarks.workers import Worker, commit_of
 from prismatic.util.cli import run
 from prismatic.util.flags import limited
 
@@ -36,39 +35,9 @@ class StepConfig:
     out: str = str(ROOT / "benchmarks" / "results" / "step.json")  # Results file
 
 
-class Worker:
-    """A process of step_worker.py."""
-
-    def __init__(self, case: str, way: str, build: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(build), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "benchmarks" / "step_worker.py"), case, way],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-        self.first = self._answer()
-
-    def ask(self, part: str) -> float:
-        """CPU seconds of one run of a part."""
-        assert self._process.stdin is not None
-        print(part, file=self._process.stdin, flush=True)
-        return float(self._answer())
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.communicate()
-
-
 def measure(ways: dict[tuple[str, str], tuple[str, Path]], rounds: int) -> dict[str, dict[str, dict[str, float]]]:
     """All ways of all cases in turns: medians of CPU milliseconds, growth of memory, first loss, by case and way."""
-    workers = {key: Worker(key[0], way, build) for key, (way, build) in ways.items()}
+    workers = {key: Worker("step_worker.py", key[0], way, build=build) for key, (way, build) in ways.items()}
     times: dict[tuple[str, str], dict[str, list[float]]] = {key: {} for key in workers}
     for _ in range(rounds):
         for part in ("step", "targets"):
@@ -102,8 +71,7 @@ def main(config: StepConfig) -> None:
     from benchmarks.step_models import CASES
 
     facts, results = machine(), dict[str, Any]()
-    described = ["git", "-C", config.earlier or ".", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(described, capture_output=True, text=True).stdout.strip() if config.earlier else None
+    commit = commit_of(config.earlier) if config.earlier else None
     for models in ("mini", "mid"):
         ways = {}
         for case, sizes in CASES.items():
