@@ -19,7 +19,7 @@ keep_earlier_names(
     | {
         f"{_LIBERO}.completeness": f"{_LIBERO}.results.merge",
         f"{_LIBERO}.results.planned": f"{_LIBERO}.results.merge",
-        f"{_LIBERO}.decimation": f"{_LIBERO}.simulator.rendering",
+        f"{_LIBERO}.decimation": f"{_LIBERO}.simulator.decimation",
         f"{_LIBERO}.plus_plan": f"{_LIBERO}.rollouts.plan",
         f"{_LIBERO}.plus_scene": f"{_LIBERO}.suites.perturbations",
         f"{_LIBERO}.plus_summary": f"{_LIBERO}.results.summary",

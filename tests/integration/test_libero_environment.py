@@ -216,6 +216,28 @@ def test_triangles_that_touch_no_sample_change_no_pixel(suite: str, size: int, m
     assert 0 < kept < 0.2 * faces
 
 
+def test_meshes_without_room_for_their_triangles_are_drawn_whole(
+    env: LiberoEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mujoco
+
+    from experiments.robot.libero.simulator import triangles
+
+    skip_unless_software_draws(env)
+    env.reset(env.init_states[0])
+    parts, pictures = [], []
+    for room in (triangles._MOST_TRIANGLES, 2000):
+        monkeypatch.setattr(triangles, "_MOST_TRIANGLES", room)
+        env.close()  # Opens again with this room.
+        seen = env.observe()
+        pictures.append((seen.image, seen.wrist_image))
+        scene = env._draw_ready()._scene
+        parts.append(sum(geom.type == mujoco.mjtGeom.mjGEOM_FLEX for geom in scene.geoms[: scene.ngeom]))
+    env.close()
+    assert equal(*pictures)
+    assert parts[0] > parts[1] > 0
+
+
 @pytest.mark.parametrize("trouble", ["no numba", "an error", "no list left", "back faces"])
 def test_without_the_triangle_filter_everything_is_drawn(
     trouble: str, env: LiberoEnv, monkeypatch: pytest.MonkeyPatch

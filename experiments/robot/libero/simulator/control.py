@@ -21,8 +21,13 @@ class ArmControl:
     """LIBERO's control of arm and gripper (OSC_POSE, fixed gains, uncoupled); raises ValueError for another one."""
 
     def __init__(self, domain: MujocoEnv) -> None:
+        from robosuite.utils.control_utils import nullspace_torques
+
+        from experiments.robot.libero.simulator.torques import decouple
+
         robot = domain.robots[0]
         controller = robot.controller
+        self._decouple, self._nullspace_torques = decouple, nullspace_torques
         usual = (
             len(domain.robots) == 1
             and controller.name == "OSC_POSE"
@@ -35,15 +40,19 @@ class ArmControl:
         self._robot = robot
         self._model, self._data = domain.sim.model._model, domain.sim.data._data
         self._site = domain.sim.model.site_name2id(controller.eef_name)
-        self._joints, self._dofs = controller.qpos_index, controller.qvel_index
-        self._arm = robot._ref_joint_actuator_indexes
+        self._joints, self._dofs = np.array(controller.qpos_index), np.array(controller.qvel_index)
+        self._arm = np.array(robot._ref_joint_actuator_indexes)
         self._torque_low, self._torque_high = robot.torque_limits
-        self._fingers = [domain.sim.model.actuator_name2id(name) for name in robot.gripper.actuators]
+        self._fingers = np.array([domain.sim.model.actuator_name2id(name) for name in robot.gripper.actuators])
         limits = domain.sim.model.actuator_ctrlrange[self._fingers]
         self._finger_bias = 0.5 * (limits[:, 1] + limits[:, 0])
         self._finger_weight = 0.5 * (limits[:, 1] - limits[:, 0])
         self._jacp, self._jacr = np.zeros((3, self._model.nv)), np.zeros((3, self._model.nv))
         self._inertia = np.zeros((self._model.nv, self._model.nv))
+        # Views of MuJoCo's memory, which stays where it is.
+        data = self._data
+        self._ctrl, self._qpos, self._qvel, self._bias = data.ctrl, data.qpos, data.qvel, data.qfrc_bias
+        self._position, self._axes = data.site_xpos[self._site], data.site_xmat[self._site].reshape(3, 3)
 
     def substep(self, gripper_action: np.ndarray) -> None:
         """Bring positions and velocities up to date (the first half of MuJoCo's step) and set all motors.
@@ -54,33 +63,31 @@ class ArmControl:
         import mujoco
 
         mujoco.mj_step1(self._model, self._data)
-        data = self._data
         torques = self._torques()
-        data.ctrl[self._fingers] = self._finger_bias + self._finger_weight * self._robot.gripper.format_action(
+        self._ctrl[self._fingers] = self._finger_bias + self._finger_weight * self._robot.gripper.format_action(
             gripper_action
         )
-        data.ctrl[self._arm] = np.clip(torques, self._torque_low, self._torque_high)
+        self._ctrl[self._arm] = np.clip(torques, self._torque_low, self._torque_high)
 
     def _torques(self) -> np.ndarray:
         """Torques (7,) that pull the hand to the controller's goal; Khatib 1987, with LIBERO's gains."""
         import mujoco
-        from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, orientation_error
 
-        controller, data, site = self._robot.controller, self._data, self._site
-        mujoco.mj_jacSite(self._model, data, self._jacp, self._jacr, site)
-        velocity, joint_pos, joint_vel = data.qvel, data.qpos[self._joints], data.qvel[self._dofs]
-        # Copies in the memory layout that robosuite's have: it decides how BLAS sums.
-        jacobian_pos, jacobian_ori = self._jacp[:, self._dofs].copy("K"), self._jacr[:, self._dofs].copy("K")
-        jacobian = np.vstack([jacobian_pos, jacobian_ori])
-        mujoco.mj_fullM(self._model, self._inertia, data.qM)
-        inertia = self._inertia[self._dofs, :][:, self._dofs]
-
-        turn = orientation_error(controller.goal_ori, data.site_xmat[site].reshape(3, 3))
-        force = (controller.goal_pos - data.site_xpos[site]) * controller.kp[:3]
-        force += -np.dot(self._jacp, velocity) * controller.kd[:3]
-        torque = turn * controller.kp[3:6] + -np.dot(self._jacr, velocity) * controller.kd[3:6]
-        _, lambda_pos, lambda_ori, nullspace = opspace_matrices(inertia, jacobian, jacobian_pos, jacobian_ori)
+        controller = self._robot.controller
+        mujoco.mj_jacSite(self._model, self._data, self._jacp, self._jacr, self._site)
+        mujoco.mj_fullM(self._model, self._inertia, self._data.qM)
+        velocities = np.dot(self._jacp, self._qvel), np.dot(self._jacr, self._qvel)
+        jacobian, inertia, lambda_pos, lambda_ori, nullspace, force, torque = self._decouple(
+            (self._jacp, self._jacr),
+            self._inertia,
+            self._dofs,
+            (controller.goal_pos, controller.goal_ori),
+            (self._position, self._axes, *velocities),
+            (controller.kp, controller.kd),
+        )
         wrench = np.concatenate([np.dot(lambda_pos, force), np.dot(lambda_ori, torque)])
-        torques = np.dot(jacobian.T, wrench) + data.qfrc_bias[self._dofs]
-        torques += nullspace_torques(inertia, nullspace, controller.initial_joint, joint_pos, joint_vel)
+        torques = np.dot(jacobian.T, wrench) + self._bias[self._dofs]
+        torques += self._nullspace_torques(
+            inertia, nullspace, controller.initial_joint, self._qpos[self._joints], self._qvel[self._dofs]
+        )
         return torques

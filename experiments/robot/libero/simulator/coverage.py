@@ -18,7 +18,7 @@ _LARGE = np.float32(8)  # Pixels; triangles of such a side are drawn without a c
 SAMPLES = 4
 
 
-def _compile(function: Any, **options: Any) -> Any:
+def compile_kernel(function: Any, **options: Any) -> Any:
     """Compile a kernel, once a machine where the result can be kept."""
     try:
         return numba.njit(cache=True, error_model="numpy", **options)(function)
@@ -26,10 +26,10 @@ def _compile(function: Any, **options: Any) -> Any:
         return numba.njit(error_model="numpy", **options)(function)
 
 
-def _project_points(vertices_V3, camera_34, x, y, depth):  # type: ignore[no-untyped-def]
+def _project_points(vertices_3V, camera_34, x, y, depth):  # type: ignore[no-untyped-def]
     """Pixel coordinates and depth of every vertex; coordinates mean nothing behind the camera."""
-    for i in range(len(vertices_V3)):
-        a, b, c = vertices_V3[i, 0], vertices_V3[i, 1], vertices_V3[i, 2]
+    for i in range(vertices_3V.shape[1]):
+        a, b, c = vertices_3V[0, i], vertices_3V[1, i], vertices_3V[2, i]
         along = camera_34[2, 0] * a + camera_34[2, 1] * b + camera_34[2, 2] * c + camera_34[2, 3]
         depth[i] = along
         x[i] = (camera_34[0, 0] * a + camera_34[0, 1] * b + camera_34[0, 2] * c + camera_34[0, 3]) / along
@@ -54,7 +54,7 @@ def _touches_samples(corners, margins, box, samples):  # type: ignore[no-untyped
     return touched
 
 
-_touches = _compile(_touches_samples, inline="always")
+_touches = compile_kernel(_touches_samples, inline="always")
 
 
 def _select_faces(faces_F3, points, limits, samples_42, keep_F):  # type: ignore[no-untyped-def]
@@ -100,7 +100,7 @@ def _select_faces(faces_F3, points, limits, samples_42, keep_F):  # type: ignore
             keep_F[face] = True
 
 
-project, select = _compile(_project_points), _compile(_select_faces)
+project, select = compile_kernel(_project_points), compile_kernel(_select_faces)
 
 
 @dataclass(frozen=True)

@@ -196,12 +196,12 @@ class LiberoEnv:
     def observe(self, wrist: bool = True) -> Observation:
         """Render the cameras and read the robot's state; without `wrist` that image is black, which saves time."""
         cameras = self._draw_ready()
-        image = cameras.color(self._scratch, CAMERAS[0])
+        image, *others = cameras.colors(self._scratch, CAMERAS if wrist else CAMERAS[:1])
         if self.task.perturbation is not None:  # The same picture however often a moment is drawn.
             image = self.task.perturbation.picture(image, f"{self.task.name}:{self._seed}:{self.domain.timestep}")
         return Observation(
             image=image,
-            wrist_image=cameras.color(self._scratch, CAMERAS[1]) if wrist else self._black,
+            wrist_image=others[0] if wrist else self._black,
             state=self.state,
             joint_state=self._sampled_qpos[self._robot._ref_joint_pos_indexes],
         )

@@ -2,10 +2,6 @@
 
 Images come in the orientation of LIBERO's training data: robosuite's raw picture rotated by 180 degrees, which is the
 upright picture mirrored left to right. Depth, segmentation and intrinsics use the same orientation.
-
-LIBERO's scenes have about 300,000 triangles, which is what a picture costs: fast drawing thins the visual meshes, on
-the copy of the compiled model that is uploaded to OpenGL. Mass, inertia and collision shapes are compiled before and
-belong to the physics model, so nothing that moves changes.
 """
 
 from __future__ import annotations
@@ -13,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes.util
-import hashlib
 import importlib
 import os
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from experiments.robot.libero.simulator.decimation import thin_visual_meshes
 from experiments.robot.policy import Render
 from prismatic.util.errors import UsageError
 from prismatic.util.versions import package_version
@@ -37,10 +34,6 @@ ACCEPTED_MUJOCO = "3.3.7 (pip uninstall -y mujoco mujoco-core mujoco-studio, the
 APT_HINT = "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri (or libosmesa6 for MUJOCO_GL=osmesa)"
 _MAX_GEOMS = 1000
 _COLLISION_GROUP, _VISUAL_GROUP, _OUT_OF_VIEW_GROUP = 0, 1, 5
-KEEP_SHARE = 0.125
-_TARGET_FACES = 1000  # At least so many, also of a mesh just large enough to be thinned.
-_MIN_FACES = 1500  # Smaller meshes are drawn as they are.
-_cache: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
 
 
 def choose_renderer() -> str:
@@ -236,7 +229,7 @@ class Cameras:
         except (ImportError, AttributeError):  # No numba, or a PyOpenGL that looks for another window system.
             return None
 
-    def _draw(self, data: MjData, camera: str, segment: bool = False) -> None:
+    def _prepare(self, data: MjData, camera: str, segment: bool = False) -> None:
         mujoco = self._mujoco
         self._holder["gl"].make_current()
         camera_id = self._camera.fixedcamid = self._model.camera(camera).id
@@ -250,20 +243,36 @@ class Cameras:
             self._triangles.apply(self._scene, camera_id)
         self._scene.flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = segment
         self._scene.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = segment
-        mujoco.mjr_render(self._viewport, self._scene, self._holder["mujoco"])
 
-    def color(self, data: MjData, camera: str) -> np.ndarray:
-        """Image of `camera`, uint8 (H, W, 3), rotated as the training data are."""
+    def _draw(self) -> None:
+        self._mujoco.mjr_render(self._viewport, self._scene, self._holder["mujoco"])
+        if self._triangles is not None:
+            self._triangles.start()
+
+    def _read(self) -> np.ndarray:
         image = np.empty((self.size, self.size, 3), dtype=np.uint8)
-        self._draw(data, camera)
         self._mujoco.mjr_readPixels(image, None, self._viewport, self._holder["mujoco"])
         return np.ascontiguousarray(image[::-1, ::-1])
 
+    def colors(self, data: MjData, cameras: Sequence[str]) -> list[np.ndarray]:
+        """Images of `cameras`, uint8 (H, W, 3), rotated as the training data are.
+
+        Each camera is prepared while the threads of a software renderer draw for the one before.
+        """
+        images: list[np.ndarray] = []
+        for number, camera in enumerate(cameras):
+            self._prepare(data, camera)
+            if number > 0:
+                images.append(self._read())
+            self._draw()
+        return [*images, self._read()]
+
     def geometry(self, data: MjData, camera: str) -> CameraView:
-        """Depth, segmentation and pose of `camera`, pixel by pixel in line with :meth:`color`."""
+        """Depth, segmentation and pose of `camera`, pixel by pixel in line with :meth:`colors`."""
         ids = np.empty((self.size, self.size, 3), dtype=np.uint8)
         depth = np.empty((self.size, self.size), dtype=np.float32)
-        self._draw(data, camera, segment=True)
+        self._prepare(data, camera, segment=True)
+        self._draw()
         self._mujoco.mjr_readPixels(ids, depth, self._viewport, self._holder["mujoco"])
         return CameraView(
             depth=np.ascontiguousarray(self._metric(depth)[::-1, ::-1]),
@@ -299,102 +308,3 @@ class Cameras:
         pose[:3, :3] = data.cam_xmat[index].reshape(3, 3) * np.array([1.0, -1.0, -1.0])
         pose[:3, 3] = data.cam_xpos[index]
         return pose
-
-
-def thin_visual_meshes(model: MjModel, keep_share: float = KEEP_SHARE) -> None:
-    """Reduce every large mesh of `model` to about `keep_share` of its triangles, in place; only for drawing.
-
-    A mesh's slots in the model's arrays keep their place; the thinned mesh is shorter and fills their beginning.
-
-    Raises:
-        UsageError: the package fast-simplification is missing.
-    """
-    for mesh in range(model.nmesh):
-        if model.mesh_facenum[mesh] >= _MIN_FACES:
-            _thin(model, mesh, max(_TARGET_FACES, int(model.mesh_facenum[mesh] * keep_share)))
-
-
-def _thin(model: MjModel, mesh: int, target_faces: int) -> None:
-    first, count = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
-    rows = slice(first, first + count)
-    uv_first = model.mesh_texcoordadr[mesh]
-    vertices = model.mesh_vert[model.mesh_vertadr[mesh] : model.mesh_vertadr[mesh] + model.mesh_vertnum[mesh]]
-    corners = [model.mesh_face[rows].ravel(), model.mesh_facenormal[rows].ravel()]
-    values = vertices[corners[0]]
-    if uv_first >= 0:
-        corners.append(model.mesh_facetexcoord[rows].ravel())
-        uvs = model.mesh_texcoord[uv_first : uv_first + model.mesh_texcoordnum[mesh]]
-        values = np.concatenate([values, uvs[corners[2]]], axis=1)
-    places, looks = _simplify(values, target_faces)
-    kept = len(places)
-    model.mesh_face[first : first + kept] = corners[0][places]
-    model.mesh_facenormal[first : first + kept] = corners[1][looks]
-    if uv_first >= 0:
-        model.mesh_facetexcoord[first : first + kept] = corners[2][looks]
-    model.mesh_facenum[mesh] = kept
-
-
-def _simplify(corners: np.ndarray, target_faces: int) -> tuple[np.ndarray, np.ndarray]:
-    """Fewer triangles over the mesh's own corners: for position and for looks, rows of `corners`, int (F, 3) each.
-
-    Corners (3 F, 3 or 5: position and texture coordinates, three rows a triangle) of equal position are welded and the
-    surface simplified, so that no cracks open. Each new corner takes an old position nearby, and normal and texture
-    coordinates of an old corner nearby that faces the same way: nothing has to be invented.
-    """
-    key = hashlib.sha256(corners.tobytes() + bytes(str(target_faces), "ascii")).digest()
-    if key not in _cache:
-        try:
-            import fast_simplification
-        except ImportError as error:
-            raise UsageError(
-                'render="fast" needs fast-simplification: pip install "rocket-vla[sim]", or use render="protocol"'
-            ) from error
-        from scipy.spatial import cKDTree
-
-        points, first_row, point_of = np.unique(corners[:, :3], axis=0, return_index=True, return_inverse=True)
-        new_points, new_triangles = fast_simplification.simplify(
-            points.astype(np.float32), point_of.reshape(-1, 3).astype(np.int32), target_count=target_faces
-        )
-        places = first_row[cKDTree(points).query(new_points)[1]][new_triangles]
-        a, b, c = places.T
-        places = places[(a != b) & (b != c) & (a != c)]
-        _cache[key] = places, _match_looks(corners[places, :3], corners)
-    return _cache[key]
-
-
-def _with_normals(points: np.ndarray, triangles: np.ndarray, weight: float) -> np.ndarray:
-    """Points (F, 3) extended by their triangles' (F, 3, 3) unit normals times `weight`: (F, 6).
-
-    Thin shells have two surfaces in nearly the same place; in this space they are far apart.
-    """
-    normals = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-    normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-20)
-    return np.concatenate([points, weight * normals], axis=1)
-
-
-def _match_looks(triangles: np.ndarray, corners: np.ndarray) -> np.ndarray:
-    """Old corners (F, 3) for the looks of new triangles (F, 3 corners, 3): all from one chart, the nearest triangle's.
-
-    A chart is a patch of the surface without a seam of the texture; across a seam the picture would smear.
-    """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-    from scipy.spatial import cKDTree
-
-    welded, weld_of = np.unique(corners, axis=0, return_inverse=True)
-    old = weld_of.reshape(-1, 3)
-    edges = (np.concatenate([old[:, 0], old[:, 1]]), np.concatenate([old[:, 1], old[:, 2]]))
-    graph = coo_array((np.ones(len(edges[0]), dtype=np.int8), edges), shape=(len(welded), len(welded)))
-    chart_of = connected_components(graph, directed=False)[1][weld_of.ravel()]
-    old_triangles = corners[:, :3].reshape(-1, 3, 3)
-    weight = 0.1 * float(np.ptp(corners[:, :3], axis=0).max())
-    old_centers = _with_normals(old_triangles.mean(axis=1), old_triangles, weight)
-    new_centers = _with_normals(triangles.mean(axis=1), triangles, weight)
-    new_charts = chart_of[3 * cKDTree(old_centers).query(new_centers)[1]]
-    old_corners = _with_normals(corners[:, :3], np.repeat(old_triangles, 3, axis=0), weight)
-    new_corners = _with_normals(triangles.reshape(-1, 3), np.repeat(triangles, 3, axis=0), weight).reshape(-1, 3, 6)
-    result = np.empty(triangles.shape[:2], dtype=np.int64)
-    for chart in np.unique(new_charts):
-        members, selected = np.flatnonzero(chart_of == chart), new_charts == chart
-        result[selected] = members[cKDTree(old_corners[members]).query(new_corners[selected])[1]]
-    return result

@@ -41,30 +41,34 @@ class _Mesh:
     """A mesh of the model, and all that OpenGL gets of its triangles, as one row each.
 
     Attributes:
-        box_38: corners of the box around the vertices.
+        faces_F3: indices of points, three a triangle.
+        points_3V: places of vertices, each once: files repeat a vertex for every face.
+        box_38: corners of the box around them.
         arrays: positions (F, 9), normals (F, 9) and texture coordinates (F, 6) of the triangles' corners.
     """
 
     def __init__(self, model: MjModel, mesh: int) -> None:
         rows = slice(model.mesh_faceadr[mesh], model.mesh_faceadr[mesh] + model.mesh_facenum[mesh])
-        vertices = slice(model.mesh_vertadr[mesh], model.mesh_vertadr[mesh] + model.mesh_vertnum[mesh])
-        self.faces_F3, self.vertices_V3 = model.mesh_face[rows], model.mesh_vert[vertices]
-        ends = self.vertices_V3.min(axis=0), self.vertices_V3.max(axis=0)
-        self.box_38 = np.array(np.meshgrid(*zip(*ends, strict=True))).reshape(3, 8)
+        vertices_V3 = model.mesh_vert[model.mesh_vertadr[mesh] :][: model.mesh_vertnum[mesh]]
         corners = (
-            self.vertices_V3[self.faces_F3],
+            vertices_V3[model.mesh_face[rows]],
             model.mesh_normal[model.mesh_normaladr[mesh] + model.mesh_facenormal[rows]],
             model.mesh_texcoord[model.mesh_texcoordadr[mesh] + model.mesh_facetexcoord[rows]],
         )
+        points_V3, point_V = np.unique(vertices_V3, axis=0, return_inverse=True)
+        self.faces_F3 = point_V.ravel()[model.mesh_face[rows]].astype(np.int32)
+        self.points_3V = np.ascontiguousarray(points_V3.T)
+        ends = points_V3.min(axis=0), points_V3.max(axis=0)
+        self.box_38 = np.array(np.meshgrid(*zip(*ends, strict=True))).reshape(3, 8)
         self.arrays = [values.reshape(len(self.faces_F3), -1) for values in corners]
 
     def select(self, matrices_v34: np.ndarray, limits_v6: np.ndarray, samples_42: np.ndarray) -> np.ndarray:
         """The faces (K,) that may be seen in one of the views."""
         keep_F = np.zeros(len(self.faces_F3), dtype=np.bool_)
-        points = tuple(np.empty((3, len(self.vertices_V3)), dtype=np.float32))
+        places = tuple(np.empty(self.points_3V.shape, dtype=np.float32))
         for matrix_34, limits in zip(matrices_v34.astype(np.float32), limits_v6.astype(np.float32), strict=True):
-            project(self.vertices_V3, matrix_34, *points)
-            select(self.faces_F3, points, tuple(limits), samples_42, keep_F)
+            project(self.points_3V, matrix_34, *places)
+            select(self.faces_F3, places, tuple(limits), samples_42, keep_F)
         return np.flatnonzero(keep_F)
 
 
@@ -160,6 +164,12 @@ class TriangleFilter:
                 scene.flexfaceadr[len(parts)], scene.flexfaceused[len(parts)] = first, len(faces)
                 parts[place], first = len(parts), end
         self._replace(scene, parts)
+
+    def start(self) -> None:
+        """Let the renderer's threads begin with what MuJoCo has drawn, which they else do when it is read."""
+        from OpenGL import GL
+
+        GL.glFlush()
 
     def _select(self, scene: MjvScene, camera_id: int) -> Iterator[tuple[int, _Mesh, np.ndarray]]:
         """Place in the scene, mesh and faces to draw of every large mesh."""
