@@ -16,18 +16,18 @@ import os
 import random
 import runpy
 import shutil
-import signal
 import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.fuzz_cases import Case, damaged_files, wrong_configurations
+from benchmarks.time_limit import time_limit
 from prismatic.util.cli import run
 from prismatic.util.flags import limited
 
@@ -158,7 +158,7 @@ def invoke(words: Sequence[str]) -> Outcome:
     argv, sys.argv = sys.argv, list(words)
     start = runpy.run_path if words[0].endswith(".py") else runpy.run_module
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors), _time_limit():
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors), time_limit(SECONDS_A_CASE):
             start(str(ROOT / words[0]) if start is runpy.run_path else words[0], run_name="__main__")
             outcome.code = 0
     except SystemExit as leaving:
@@ -174,20 +174,6 @@ def invoke(words: Sequence[str]) -> Outcome:
     errors.seek(0)
     outcome.errors = [line for line in errors.read().splitlines() if line.strip()]
     return outcome
-
-
-@contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
-    def over(*_: object) -> None:
-        raise TimeoutError(f"not refused within {SECONDS_A_CASE} s")
-
-    before = signal.signal(signal.SIGALRM, over)
-    signal.alarm(SECONDS_A_CASE)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 if __name__ == "__main__":

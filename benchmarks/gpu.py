@@ -6,26 +6,32 @@
 Steps of OpenVLA-7B (LoRA) with VGGT-1B: seconds and peak memory by batch, with and without alignment, with features as
 stored ones come, checkpointing and compiled blocks; beside budget.py's prediction of memory and operations, and beside
 the card's own rate of bf16 matrix products. Further: losses in bf16 against float32, the mini student on the GPU
-against the CPU, and samples a second of the loader. Cases that `--minutes` leaves no time for are listed as left out.
+against the CPU, and samples a second of the loader.
+
+The results file is written after every part. A part that fails leaves its error there, and the others run; a part that
+`--minutes` leaves no time for is cut off and listed as left out. Ends with 1 where a part failed.
 """
 
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.time_limit import time_limit
 from prismatic.util.cli import run
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
+from prismatic.util.files import refuse_no_folder
 from prismatic.util.flags import limited, numbers, split_numbers
 
 if TYPE_CHECKING:
@@ -44,7 +50,7 @@ class GpuConfig:
     prompt_tokens: int = limited(40, least=1)  # Tokens of the instruction, BOS among them
     lora_rank: int = limited(32, least=1)
     steps: int = limited(5, least=1)  # Measured steps of a case, after two others
-    minutes: float = limited(8.0, above=0)  # No case begins after this time
+    minutes: float = limited(7.5, above=0)  # All of it is over by then
     llm_blocks: int = limited(32, least=2)
     vision_blocks: int = limited(0, least=0)  # Blocks of each vision model; 0: all
     teacher_blocks: int = limited(24, least=2)
@@ -63,37 +69,87 @@ class StepCase:
     stored: bool = False
     compiled: bool = False
 
+    def __str__(self) -> str:
+        kinds = [kind for kind in ("checkpointing", "stored", "compiled") if getattr(self, kind)]
+        return " ".join([f"{self.recipe:9s} batch {self.batch_size}", *kinds])
+
+
+class Report:
+    """Runs the parts of a benchmark, keeps what each gives, and writes all of it after each.
+
+    Args:
+        config: `minutes` that all parts together may take from now on, `out` to write to.
+    """
+
+    def __init__(self, config: GpuConfig) -> None:
+        self._config, self._began = config, time.monotonic()
+        self.results: dict[str, Any] = {"steps": [], "left_out": [], "failed": {}}
+
+    def part(self, name: str, work: Callable[[], Any]) -> Any:
+        """What `work` gives, or None where it fails or there is no time."""
+        value = None
+        try:
+            if (left := 60 * self._config.minutes - self._seconds()) <= 0:
+                raise TimeoutError
+            with time_limit(left):
+                value = work()
+        except TimeoutError:
+            self.results["left_out"].append(name)
+            print(f"{name}: left out, no time", flush=True)
+        except Exception as error:  # Of one part; the others have their own.
+            self.results["failed"][name] = f"{type(error).__name__}: {one_line(error, 500)}"
+            print(f"{name}: failed, {self.results['failed'][name]}", flush=True)
+        self.write()
+        return value
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def write(self, *, last: bool = False) -> None:
+        """Write what there is so far."""
+        from benchmarks.memory_probe import write_results
+
+        content = self.results | {"seconds": round(self._seconds(), 1)}
+        write_results(self._config.out, "gpu", vars(self._config), content, say=last)
+
 
 def main(config: GpuConfig) -> int:
-    """Measure, print, write the results; returns 0."""
+    """Measure, print, write the results; returns 1 where a part failed."""
+    refuse_no_folder("--out", Path(config.out).parent)
+    if Path(config.out).is_dir():
+        raise UsageError(f"--out: {config.out} is a folder; accepted: a file")
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ[name] = "1"
+    report = Report(config)
     import torch
 
     from benchmarks.full_size import Sizes
-    from benchmarks.memory_probe import machine, write_results
+    from benchmarks.memory_probe import machine
 
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError("--device: cuda found, but no GPU is here; accepted: a machine with one, or cpu")
-    began = time.monotonic()
     device = torch.device(config.device)
     torch.manual_seed(0)
     sizes = Sizes(config.llm_blocks, config.vision_blocks or None, config.teacher_blocks, config.narrow)
-    results: dict[str, Any] = {"machine": machine() | {"card": card(device)}, "matmul_tflops": matmul_rate(device)}
-    results["loader_samples_per_second"] = loader_rate(config)
-    results["losses"] = compare_losses(config, device)
-    results["mini_student"] = compare_mini(device)
-    rows: list[dict[str, Any]] = []
-    left_out = []
-    for case in cases(split_numbers("--batch_sizes", config.batch_sizes)):
-        if time.monotonic() - began > 60 * config.minutes:
-            left_out.append(vars(case))
-        else:
-            rows.append(vars(case) | measure(case, config, sizes, device))
-    for row in rows:  # The GPU is not needed any more.
-        row |= predicted(row, config, sizes, results["matmul_tflops"])
-        print_row(row)
-    results |= {"steps": rows, "left_out": left_out, "sizes": vars(sizes)}
-    write_results(config.out, "gpu", vars(config), results)
-    return 0
+    results = report.results
+    results |= {"sizes": vars(sizes), "machine": machine() | {"card": report.part("card", lambda: card(device))}}
+    results["matmul_tflops"] = report.part("matmul rate", lambda: matmul_rate(device))
+    results["mini_student"] = report.part("mini student", lambda: compare_mini(device))
+    results["losses"] = report.part("losses", lambda: compare_losses(config, device))
+    wanted = cases(split_numbers("--batch_sizes", config.batch_sizes))
+    predictions: dict[StepCase, dict[str, Any]] = {}
+    report.part("predictions", lambda: predictions.update(predict_cases(wanted, config, sizes)))
+    for case in wanted:
+        measured = report.part(str(case), lambda case=case: measure(case, config, sizes, device))  # type: ignore[misc]
+        if measured is not None:
+            row = vars(case) | measured | beside_prediction(measured, predictions.get(case), results["matmul_tflops"])
+            results["steps"].append(row)
+            print(describe_row(case, row), flush=True)
+    results["loader_samples_per_second"] = report.part("loader", lambda: loader_rate(config))
+    for name in ("matmul_tflops", "losses", "mini_student", "loader_samples_per_second"):
+        print(f"{name}: {results[name]}")
+    report.write(last=True)
+    return int(bool(results["failed"]))
 
 
 def cases(batch_sizes: tuple[int, ...]) -> list[StepCase]:
@@ -150,6 +206,7 @@ def measure(case: StepCase, config: GpuConfig, sizes: Sizes, device: torch.devic
     except torch.OutOfMemoryError:
         return {"out_of_memory": True}
     finally:
+        torch.compiler.reset()  # What it compiled keeps weights alive.
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -161,22 +218,35 @@ def measure(case: StepCase, config: GpuConfig, sizes: Sizes, device: torch.devic
     }
 
 
-def predicted(row: dict[str, Any], config: GpuConfig, sizes: Sizes, matmul_tflops: float) -> dict[str, Any]:
-    """Bytes and operations that budget.py predicts of a measured step, and the part of the matmul rate it reached."""
-    from benchmarks.budget import OVERHEAD_BYTES, predict
+def predict_cases(wanted: list[StepCase], config: GpuConfig, sizes: Sizes) -> Iterator[tuple[StepCase, dict[str, Any]]]:
+    """Cases with what budget.py predicts of them, some at a time, each in its own process (2 GB, 10 s of a core)."""
+    plain = [case for case in wanted if not (case.stored or case.compiled)]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(4, os.cpu_count() or 1, len(plain))) as pool:
+        yield from pool.imap(_predict, [(case, config, sizes) for case in plain])
 
-    if row["stored"] or row["compiled"]:
-        return {}
+
+def _predict(job: tuple[StepCase, GpuConfig, Sizes]) -> tuple[StepCase, dict[str, Any]]:
+    from benchmarks.budget import predict
+
+    case, config, sizes = job
     budget = predict(
-        sizes,
-        config,
-        batch_size=row["batch_size"],
-        gradient_checkpointing=row["checkpointing"],
-        recipe=row["recipe"],
+        sizes, config, batch_size=case.batch_size, gradient_checkpointing=case.checkpointing, recipe=case.recipe
     )
+    return case, budget
+
+
+def beside_prediction(
+    measured: dict[str, Any], budget: dict[str, Any] | None, matmul_tflops: float | None
+) -> dict[str, Any]:
+    """Predicted bytes and operations of a measured step, and the part of the matmul rate that it reached."""
+    from benchmarks.budget import OVERHEAD_BYTES
+
+    if budget is None:
+        return {}
     facts = {"predicted_peak_bytes": budget["peak_bytes"], "overhead_bytes": OVERHEAD_BYTES, "flops": budget["flops"]}
-    if "seconds" in row:
-        facts["flop_utilization"] = budget["flops"] / row["seconds"] / 1e12 / matmul_tflops
+    if "seconds" in measured and matmul_tflops:
+        facts["flop_utilization"] = budget["flops"] / measured["seconds"] / 1e12 / matmul_tflops
     return facts
 
 
@@ -241,7 +311,9 @@ def compare_losses(config: GpuConfig, device: torch.device) -> dict[str, float]:
         module, teacher = build(
             sizes, config, gradient_checkpointing=False, recipe="rocket", device=device, dtype=dtype
         )
-        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is not torch.float32):
+        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is not torch.float32)
+        # Without this, convolutions of float32 on a GPU round to ten bits.
+        with torch.no_grad(), autocast, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             losses[name] = float(module.eval()(batch, teacher_targets(teacher)(batch)).loss)  # type: ignore[arg-type]
     return losses | {"relative_difference": abs(losses["bf16"] / losses["float32"] - 1)}
 
@@ -264,7 +336,7 @@ def compare_mini(device: torch.device) -> dict[str, float]:
     logits = []
     for place in (torch.device("cpu"), device):
         moved = model.to(place)
-        with torch.no_grad():
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             mask = torch.ones_like(ids, dtype=torch.bool).to(place)
             logits.append(moved(ids.to(place), mask, pixels.to(place)).logits.float().cpu())
     return {"largest": float(logits[0].abs().max()), "largest_difference": float((logits[0] - logits[1]).abs().max())}
@@ -281,17 +353,14 @@ def loader_rate(config: GpuConfig) -> float:
         return throughput(settings, data)
 
 
-def print_row(row: dict[str, Any]) -> None:
-    """One line a case."""
-    name = f"{row['recipe']:9s} batch {row['batch_size']}"
-    name += "".join(f" {kind}" for kind in ("checkpointing", "stored", "compiled") if row[kind])
-    if row.get("out_of_memory"):
-        print(f"{name:40s} out of memory", flush=True)
-        return
-    memory = "" if row["peak_bytes"] is None else f"  {row['peak_bytes'] / 1e9:6.1f} GB"
+def describe_row(case: StepCase, row: dict[str, Any]) -> str:
+    """One line of a case."""
     predicted = f" ({row['predicted_peak_bytes'] / 1e9:.1f} predicted)" if "predicted_peak_bytes" in row else ""
+    if row.get("out_of_memory"):
+        return f"{case!s:40s} out of memory{predicted}"
+    memory = "" if row["peak_bytes"] is None else f"  {row['peak_bytes'] / 1e9:6.1f} GB"
     used = f"  {row['flop_utilization']:.0%} of the matmul rate" if "flop_utilization" in row else ""
-    print(f"{name:40s} {row['seconds']:7.3f} s{memory}{predicted}{used}", flush=True)
+    return f"{case!s:40s} {row['seconds']:7.3f} s{memory}{predicted}{used}"
 
 
 if __name__ == "__main__":

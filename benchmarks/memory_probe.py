@@ -37,11 +37,14 @@ def machine() -> dict[str, object]:
     }
 
 
-def write_results(path: str | Path, benchmark: str, flags: Mapping[str, object], content: Mapping[str, object]) -> None:
-    """Write a results file: the benchmark's name, the flags that shape its numbers, and `content`."""
+def write_results(
+    path: str | Path, benchmark: str, flags: Mapping[str, object], content: Mapping[str, object], *, say: bool = True
+) -> None:
+    """Write a results file: the benchmark's name, the flags that shape its numbers, and `content`; `say` where."""
     shaping = {name: value for name, value in flags.items() if name not in _FLAGS_OF_PLACES}
     atomic_write(path, json.dumps({"benchmark": benchmark, "flags": shaping, **content}, indent=2) + "\n")
-    print(f"results: {path}")
+    if say:
+        print(f"results: {path}")
 
 
 def resident_memory(pid: int | None = None) -> dict[str, int]:
