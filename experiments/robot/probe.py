@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -15,7 +14,7 @@ from experiments.robot.policy import PolicyFlags, Query
 from prismatic.checkpoint.folder import Checkpoint
 from prismatic.checkpoint.layout import POLICY_FLAGS
 from prismatic.checkpoint.probe import Probe, accepted_deviation
-from prismatic.util.errors import UsageError
+from prismatic.util.errors import UsageError, one_line
 
 if TYPE_CHECKING:
     from prismatic.training.module import TrainablePolicy
@@ -26,10 +25,10 @@ _IMAGE_HW = (240, 320)  # Not square: a wrong way of resizing shows.
 AnyPolicy = OpenVLAPolicy | PiActingPolicy
 
 
-def record_probe(training: TrainingRun, module: TrainablePolicy, folder: Path) -> None:
-    """Ask the policy in training, in evaluation mode, and write question and answer to a checkpoint folder.
+def record_probe(training: TrainingRun, module: TrainablePolicy) -> Probe | None:
+    """Ask the policy in training, in evaluation mode; returns question and answer, or None where it cannot answer.
 
-    Random states, modes and weights stay as they are.
+    Random states, modes and weights stay as they are. All processes of a sharded run ask.
     """
     statistics: dict[str, Any] = training.dataset.dataset_statistics
     dataset = sorted(statistics)[0]
@@ -45,16 +44,16 @@ def record_probe(training: TrainingRun, module: TrainablePolicy, folder: Path) -
         policy = _acting(training, module, model, dataset)
         devices = [training.device] if training.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad(), training.accelerator.autocast():
-            (actions,) = policy.act([_query(images, state, _INSTRUCTION)])
+            (actions,) = module.run_whole(lambda: policy.act([_query(images, state, _INSTRUCTION)]))
     except Exception as error:  # A checkpoint without a probe is better than none.
-        training.accelerator.print(f"no probe in {folder.name}: {type(error).__name__}: {' '.join(str(error).split())}")
-        return
+        training.accelerator.print(f"no probe in the checkpoint: {type(error).__name__}: {one_line(error)}")
+        return None
     finally:
         model.norm_stats = own
         for part, mode in modes.items():
             part.training = mode
     precision = str(training.compute_dtype).removeprefix("torch.")
-    Probe(images, state, np.asarray(actions), _INSTRUCTION, dataset, precision).write(folder)
+    return Probe(images, state, np.asarray(actions), _INSTRUCTION, dataset, precision)
 
 
 def verify_probe(checkpoint: Checkpoint, policy: AnyPolicy) -> None:

@@ -34,6 +34,7 @@ from prismatic.models.lora import FULLY_TRAINED, merge_lora_state_dict, state_di
 from prismatic.util.files import atomic_path, atomic_write, storage_errors, temporary_prefix
 
 if TYPE_CHECKING:
+    from prismatic.checkpoint.probe import Probe
     from prismatic.policies.base import Processor
     from prismatic.training.engine import Engine
     from prismatic.training.module import TrainablePolicy
@@ -96,8 +97,7 @@ class CheckpointWriter:
     run_config: Mapping[str, object]  # What the folder records of the run: its flags, and more
     latest_only: bool  # Keep one checkpoint, in the run's folder
     merge: bool  # Also write the merged model
-    # Adds to a folder that holds everything else; not called for a sharded run, where no process has the whole model.
-    add: Callable[[Path], None] | None = None
+    probe: Callable[[], Probe | None] | None = None  # Records what the policy answers
 
     def __post_init__(self) -> None:
         self._film = getattr(self.module, "use_film", False)
@@ -113,6 +113,8 @@ class CheckpointWriter:
         state = {"step": step, **_training_state(self.engine), **position}
         weights = self.engine.weights(self._written)
         main = self.engine.accelerator.is_main_process
+        # Where no process has the whole model, all of them answer.
+        probe = self.probe() if self.probe is not None and (main or self.engine.sharded) else None
         try:
             with storage_errors(f"checkpoint of step {step}", target.parent):
                 if main:
@@ -121,6 +123,8 @@ class CheckpointWriter:
                 self.engine.save_optimizer(temporary / OPTIMIZER_SHARDS)
                 if main:
                     self._write(temporary, weights, "latest" if self.latest_only else str(step))
+                    if probe is not None:
+                        probe.write(temporary)
                     with atomic_path(temporary / STATE_FILE) as file:
                         torch.save(state, file)
                     write_checksums(temporary)
@@ -146,8 +150,6 @@ class CheckpointWriter:
                 torch.save(state, folder / component_name(name, tag))
         atomic_write(folder / STATISTICS, json.dumps(self.statistics, indent=2))
         atomic_write(folder / RUN_CONFIG, json.dumps(self.run_config, indent=2, default=str))
-        if self.add is not None and not self.engine.sharded:
-            self.add(folder)
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:

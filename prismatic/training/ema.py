@@ -42,6 +42,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        self._engine.free_gathered()
         for weight, average in zip(self._engine.held(), self._average, strict=True):
             kept = weight.clone()
             weight.copy_(average)

@@ -99,6 +99,9 @@ class Engine:
         """Parts that this process holds of what trains."""
         return [p.detach() for p in self.parameters.values()]
 
+    def free_gathered(self) -> None:
+        """Let the next forward pass see what :meth:`held` was changed to, also where weights were gathered before."""
+
     def weights(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         """The tensors of the whole module's state dict whose names are `wanted`; call on every process.
 
@@ -153,9 +156,10 @@ class FsdpEngine(Engine):
             {type(part).__name__ for part in blocks(module)}
         )
         super().prepare(module, optimizer)
-        # Diffusion samples through this one; gathering starts where a forward method is called.
-        if hasattr(module, "sampled_errors"):
-            register_fsdp_forward_method(module, "sampled_errors")
+        # Gathering starts where a forward method is called: diffusion samples, and the policy is asked, through these.
+        for name in ("sampled_errors", "run_whole"):
+            if hasattr(module, name):
+                register_fsdp_forward_method(module, name)
 
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
@@ -165,6 +169,14 @@ class FsdpEngine(Engine):
     def held(self) -> list[Tensor]:
         """The shards."""
         return [cast(Any, p).to_local().detach() for p in self.parameters.values()]
+
+    def free_gathered(self) -> None:
+        """Shard again what a forward pass without a backward pass has left whole: the root's weights and the tail's."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for part in self.plain.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
     def weights(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
         """Gathered one by one; a tensor under several names (a shared projector's) once."""

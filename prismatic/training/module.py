@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from prismatic.training.objectives import (
     chunk_l1_metrics,
 )
 from prismatic.vla.batch import Batch
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass
@@ -93,6 +95,13 @@ class TrainablePolicy(nn.Module):
     def sampled_errors(self, batch: Batch, seed: int) -> dict[str, Tensor]:
         """L1 errors of whole action chunks sampled from noise of that seed; nothing for policies that do not sample."""
         return {}
+
+    def run_whole(self, work: Callable[[], ResultT]) -> ResultT:
+        """Return what `work` does, which uses the policy otherwise than by `forward`; call on every process.
+
+        Sharding takes this method for a forward pass, and gathers for it what is outside of the blocks.
+        """
+        return work()
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Everything the optimizer updates."""

@@ -42,6 +42,7 @@ from prismatic.vla.datasets.dataset_file import register_datasets
 from prismatic.vla.datasets.device_augmentation import defer
 
 if TYPE_CHECKING:
+    from prismatic.checkpoint.probe import Probe
     from prismatic.policies.base import PolicyFamily, Processor
     from prismatic.vla.batch import Batch
     from prismatic.vla.platforms import Platform
@@ -100,8 +101,8 @@ class TrainingRun:
         self, config: TrainConfig, run_config: dict[str, Any], states: Sequence[int] = (), *, pauses: bool = False
     ) -> None:
         self.config, self._states = config, states
-        # Writes to a checkpoint folder what the policy answers; evaluation, which knows how to ask, gives it.
-        self.probe: Callable[[TrainingRun, TrainablePolicy, Path], None] | None = None
+        # Records for a checkpoint what the policy answers; evaluation, which knows how to ask, gives it.
+        self.probe: Callable[[TrainingRun, TrainablePolicy], Probe | None] | None = None
         self.start = resolve_checkpoint(config)
         self.family = get_family(self.start.kind)
         self.family.check(config, self.start)
@@ -188,6 +189,8 @@ class TrainingRun:
         restored = self._restore(loader)
         if self.start.step:
             scheduler = make_schedule(optimizer, config, self.start.step)
+        # ZeRO's stage 3 gathers for the passes that it was shown.
+        answers = self.engine.gives_access or not self.engine.sharded
         writer = CheckpointWriter(
             self.run_dir,
             module,
@@ -197,7 +200,7 @@ class TrainingRun:
             run_config=self.run_config,
             latest_only=config.save_latest_checkpoint_only,
             merge=config.merge_lora_during_training,
-            add=None if self.probe is None else functools.partial(self.probe, self, module),
+            probe=functools.partial(self.probe, self, module) if self.probe is not None and answers else None,
         )
 
         def save(step: int) -> None:

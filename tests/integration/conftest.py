@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import finetune as script
+from tests.helpers.launch import FLAGS, launcher
 from tests.helpers.training import training_flags, writable_copy
 
 
@@ -57,3 +58,10 @@ def finetune(student_folder: Path, rlds_root: Path, tmp_path: Path) -> Callable[
         return Path(config.run_root_dir)
 
     return run
+
+
+@pytest.fixture
+def launch(student_folder: Path, teacher_folder: Path, rlds_root: Path, tmp_path: Path) -> Callable[..., None]:
+    """Run the script's main with flags after flags, in the processes of one launch."""
+    common = training_flags(student_folder, rlds_root, tmp_path / "runs") | {"vggt_path": str(teacher_folder)}
+    return launcher(common | FLAGS, tmp_path / "cases.json")

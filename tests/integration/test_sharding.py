@@ -4,9 +4,6 @@ checkpoints."""
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,45 +15,8 @@ from safetensors.torch import load_file
 from prismatic.checkpoint.layout import OPTIMIZER_SHARDS, load_training_state
 from prismatic.training.engine import moments_by_name, read_shards
 from prismatic.training.metrics import PACE, read_log
-from tests.helpers.programs import run_program
+from tests.helpers.launch import ACCELERATE, FLAGS, policy_tensors
 from tests.helpers.tiny_pi import write_tiny_pi
-
-TORCHRUN = "torch.distributed.run --standalone --nproc_per_node"
-ACCELERATE = "accelerate.commands.launch --use_fsdp --fsdp_version 2 --main_process_port 0 --num_processes"
-# AdamW turns a gradient's rounding into at most a learning rate, whatever its size.
-FLAGS = {"learning_rate": 2e-5, "max_grad_norm": 1.0, "merge_lora_during_training": False}
-
-
-@pytest.fixture
-def launch(repo_root: Path, student_folder: Path, teacher_folder: Path, rlds_root: Path, tmp_path: Path) -> Any:
-    """Run the script's main with flags after flags, in the processes of one launch."""
-    common = {"vla_path": str(student_folder), "vggt_path": str(teacher_folder), "data_root_dir": str(rlds_root)}
-    common |= {"run_id_override": "run", "num_images_in_input": 2, "use_proprio": True, "num_workers": 0}
-    common |= {"lora_rank": 4, "wandb_log_freq": 1, "mixed_precision": "no", "trackers": "none", **FLAGS}
-
-    def run(processes: int, *cases: dict[str, Any], launcher: str = TORCHRUN) -> None:
-        file = tmp_path / "cases.json"
-        file.write_text(json.dumps([{**common, **case} for case in cases], default=str))
-        worker = repo_root / "tests" / "integration" / "engine_worker.py"
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(repo_root), str(repo_root / "vla-scripts")])
-        command = [sys.executable, "-m", *launcher.split(), str(processes), str(worker), str(file)]
-        done = run_program(command, cwd=repo_root, env=environment)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-
-    return run
-
-
-def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All that a checkpoint holds of a policy, by file and name; its probe is no part, and no sharded run has one."""
-    tensors = {}
-    for file in sorted([*checkpoint.glob("model*.safetensors"), *checkpoint.glob("lora_adapter/*.safetensors")]):
-        tensors |= {f"{file.name}/{name}": value for name, value in load_file(file).items()}
-    for file in sorted(checkpoint.glob("*_checkpoint.pt")):
-        state = torch.load(file, weights_only=True)
-        tensors |= {f"{file.name}/{name}": value for name, value in state.items()}
-    return tensors
 
 
 def _moments(checkpoint: Path) -> list[torch.Tensor]:
@@ -84,7 +44,7 @@ def _assert_equal(actual: Path, expected: Path, steps: int) -> None:
         for name in other.keys() - set(PACE):
             assert row[name] == pytest.approx(other[name], rel=1e-6, abs=1e-6), name
     for step in (1, steps):
-        got, want = (_weights(folder / f"run--{step}_chkpt") for folder in (actual, expected))
+        got, want = (policy_tensors(folder / f"run--{step}_chkpt") for folder in (actual, expected))
         assert got.keys() == want.keys()
         for name, value in want.items():
             assert (got[name] - value).abs().max() <= 1e-6, (step, name)
@@ -152,9 +112,9 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(
     launch(4, flags | goes_on | four, launcher=ACCELERATE)
     one: dict[str, Any] = {"run_root_dir": tmp_path / "one", "vggt_path": str(teacher_folder)}
     finetune(**FLAGS, **flags | goes_on | one | {"batch_size": 4})
-    expected = _weights(straight / "run--2_chkpt")
+    expected = policy_tensors(straight / "run--2_chkpt")
     for folder, tolerance in (("two", 0.0), ("four", 1e-6), ("one", 1e-6)):
-        actual = _weights(tmp_path / folder / "run--2_chkpt")
+        actual = policy_tensors(tmp_path / folder / "run--2_chkpt")
         assert actual.keys() == expected.keys()
         for name, value in expected.items():
             assert (actual[name] - value).abs().max() <= tolerance, (folder, name)
@@ -175,13 +135,13 @@ def test_sharding_changes_no_random_number(launch: Callable[..., None], tmp_path
         | {"run_root_dir": tmp_path / "resumed", "shard": "fsdp", "resume": True}
         | {"vla_path": replicated / "run--1_chkpt"},
     )
-    other, want = read_log(replicated / "run" / "metrics.jsonl")[-1], _weights(replicated / "run--2_chkpt")
+    other, want = read_log(replicated / "run" / "metrics.jsonl")[-1], policy_tensors(replicated / "run--2_chkpt")
     assert other["val/num_samples"] > 0
     for folder in ("sharded", "resumed"):
         last = read_log(tmp_path / folder / "run" / "metrics.jsonl")[-1]
         assert last["val/num_samples"] == other["val/num_samples"]
         assert last["val/action_loss"] == pytest.approx(other["val/action_loss"], rel=1e-6)
-        got = _weights(tmp_path / folder / "run--2_chkpt")
+        got = policy_tensors(tmp_path / folder / "run--2_chkpt")
         assert all((got[name] - value).abs().max() <= 1e-6 for name, value in want.items())
 
 
@@ -201,12 +161,12 @@ def test_zero_trains_as_ddp_and_goes_on_from_other_engines(launch: Callable[...,
             for shard, begun in (("zero3", zero2 / "run--1_chkpt"), ("fsdp", zero3 / "run--1_chkpt"))
         ),
     )
-    rows, want = read_log(tmp_path / "ddp" / "run" / "metrics.jsonl"), _weights(tmp_path / "ddp" / "run--2_chkpt")
+    rows, want = read_log(tmp_path / "ddp" / "run" / "metrics.jsonl"), policy_tensors(tmp_path / "ddp" / "run--2_chkpt")
     for folder in (zero2, zero3, tmp_path / "zero3 goes on", tmp_path / "fsdp goes on"):
         actual = read_log(folder / "run" / "metrics.jsonl")
         for row, other in zip(actual, rows[-len(actual) :]):
             assert all(row[name] == pytest.approx(other[name], rel=1e-5) for name in other.keys() - {"seconds"})
-        got = _weights(folder / "run--2_chkpt")
+        got = policy_tensors(folder / "run--2_chkpt")
         assert got.keys() == want.keys()
         for name, value in want.items():
             assert (got[name] - value).abs().max() <= 1e-5, (folder.name, name)
