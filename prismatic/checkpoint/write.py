@@ -115,6 +115,7 @@ class CheckpointWriter:
         main = self.engine.accelerator.is_main_process
         # Where no process has the whole model, all of them answer.
         probe = self.probe() if self.probe is not None and (main or self.engine.sharded) else None
+        self.engine.free_gathered()  # Else the writing process alone would, and gather again alone.
         try:
             with storage_errors(f"checkpoint of step {step}", target.parent):
                 if main:

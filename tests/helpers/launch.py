@@ -32,7 +32,7 @@ def launcher(common: dict[str, Any], file: Path) -> Callable[..., None]:
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "vla-scripts")])
         command = [sys.executable, "-m", *launcher.split(), str(processes), str(worker), str(file)]
         done = run_program(command, cwd=ROOT, env=environment)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:4000] + "\n...\n" + done.stderr[-4000:]
 
     return run
 
