@@ -3,7 +3,8 @@
     python benchmarks/fuzz.py                       300 wrong configurations, 200 damaged files, seed 0, CPU, minutes
     python benchmarks/fuzz.py --seed 7 --only 41    case 41 of another seed again
 
-It makes its inputs first: a run of the mini models with two checkpoints, a feature store, results of an evaluation.
+It makes its inputs first: runs of the mini models with checkpoints, a feature store, results of an evaluation, and data
+in every layout that is read.
 Commands run as `python FILE` would run them, in this process. A case fails where the exit code is not 2, the last line
 on standard error is no `error: ...` or not the only one, or an input changed. Ends with 1 where a case failed.
 """
@@ -32,7 +33,6 @@ from prismatic.util.cli import run
 from prismatic.util.flags import limited
 
 ROOT = Path(__file__).resolve().parents[1]
-WEIGHTS = ROOT / "experiments" / "mini" / "weights"
 SECONDS_A_CASE = 120
 
 
@@ -54,13 +54,14 @@ class Outcome:
 
 def main(config: FuzzConfig) -> int:
     """Make inputs, run every case, print those that failed, write the results; returns 1 where some did."""
+    from benchmarks.fuzz_inputs import prepare
     from benchmarks.memory_probe import machine, write_results
 
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ[name] = "1"
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         work = Path(name)
-        prepare(work / "in")
+        prepare(work / "in", invoke)
         rng = random.Random(config.seed)
         cases = wrong_configurations(rng, work, config.configurations) + damaged_files(rng, work, config.inputs)
         failures = []
@@ -73,41 +74,6 @@ def main(config: FuzzConfig) -> int:
     write_results(config.out, "fuzz", vars(config), content)
     print(f"{len(cases)} cases, {len(failures)} failed")
     return int(bool(failures))
-
-
-def prepare(folder: Path) -> None:
-    """Valid inputs of every command, made by the commands themselves."""
-    shutil.copytree(ROOT / "tests" / "golden" / "rlds", folder / "data")
-    for name in ("student", "teacher"):
-        shutil.copytree(WEIGHTS / name, folder / name)
-    models = ["--vla_path", f"{folder}/student", "--num_images_in_input", "2", "--use_proprio", "True"]
-    data = ["--data_root_dir", f"{folder}/data", "--vggt_path", f"{folder}/teacher", "--num_workers", "0"]
-    training = ["--run_root_dir", f"{folder}/runs", "--run_id_override", "run", "--trackers", "none"]
-    training += ["--max_steps", "2", "--save_freq", "1", "--batch_size", "1", "--lora_rank", "2"]
-    store = ["--feature_store", f"{folder}/store", "--components", "8", "--fit_frames", "8"]
-    for words in (
-        ["vla-scripts/finetune.py", *models, *data, *training],
-        ["vla-scripts/build_feature_store.py", *models, *data, *store],
-        ["vla-scripts/select_layers.py", "--strategy", "uniform", "--count", "2", "--checkpoint", f"{folder}/student",
-         "--vggt_path", f"{folder}/teacher", "--out", f"{folder}/layers.json"],
-    ):  # fmt: skip
-        outcome = invoke(words)
-        if outcome.code:
-            raise RuntimeError(f"{words} ended with {outcome}")
-    _write_results(folder / "results")
-
-
-def _write_results(folder: Path) -> None:
-    """An evaluation of two tasks, as `run_libero_eval.py` writes it."""
-    from experiments.robot.libero.results import EpisodeResult, RunFolder
-    from experiments.robot.libero.rollouts.protocol import Episode
-
-    with RunFolder(folder, {"suite": "libero_goal", "seed": 7}, {}) as results:
-        results.plan(Episode("libero_goal", task, "do it", number, 7) for task in (0, 3) for number in range(2))
-        for task in (0, 3):
-            for number in range(2):
-                results.append(EpisodeResult("libero_goal", task, "do it", number, 7, "success", True, 90, None, 1.5))
-        results.write_summary()
 
 
 def try_case(case: Case, work: Path) -> list[str]:
@@ -129,7 +95,7 @@ def try_case(case: Case, work: Path) -> list[str]:
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     """Sizes and times of the files of a folder; what readers keep beside data does not count."""
-    kept = ("frame_index", "dataset_statistics_")
+    kept = ("frame_index", "dataset_statistics_", "lerobot_index", "lerobot_images")
     files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(kept)]
     return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
@@ -156,10 +122,12 @@ def invoke(words: Sequence[str]) -> Outcome:
     AcceleratorState._reset_state(reset_partial_state=True)  # Of the command before.
     outcome, errors = Outcome(), io.TextIOWrapper(io.BytesIO(), errors="backslashreplace")  # As standard error is.
     argv, sys.argv = sys.argv, list(words)
-    start = runpy.run_path if words[0].endswith(".py") else runpy.run_module
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors), time_limit(SECONDS_A_CASE):
-            start(str(ROOT / words[0]) if start is runpy.run_path else words[0], run_name="__main__")
+            if words[0].endswith(".py"):
+                runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+            else:
+                runpy.run_module(words[0], run_name="__main__", alter_sys=True)
             outcome.code = 0
     except SystemExit as leaving:
         outcome.code = int(leaving.code or 0)

@@ -7,25 +7,37 @@ need that value.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
 import pickle
 import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.fuzz_commands import (
+    ALOHA,
+    ANALYZE,
+    COLLECT,
+    DEPLOY,
+    EVALUATE,
+    FINETUNE,
+    HDF5,
+    MERGE,
+    PAGE,
+    PI_FINETUNE,
+    PUSH,
+    REGENERATE,
+    REPRODUCE,
+    ROBOTWIN,
+    SELECT,
+    TEACHER,
+    commands,
+)
+from benchmarks.fuzz_readings import needed_files
 from prismatic.util.flags import choices_of, declared
-
-FINETUNE, STORE, DEPLOY = "vla-scripts/finetune.py", "vla-scripts/build_feature_store.py", "vla-scripts/deploy.py"
-MERGE, PUSH = "vla-scripts/merge_lora_weights_and_save.py", "vla-scripts/push_to_hub.py"
-SELECT, EVALUATE = "vla-scripts/select_layers.py", "experiments/robot/libero/run_libero_eval.py"
-RESULTS = "experiments.robot.libero.results"
 
 
 @dataclass
@@ -58,82 +70,6 @@ class Case:
             aside.rename(self.file)
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command's configuration, flags with which it works, and the flags that are paths."""
-
-    config: type
-    flags: dict[str, str]
-    folders: tuple[str, ...] = ()  # Read
-    files: tuple[str, ...] = ()  # Read
-    written: tuple[str, ...] = ()  # Folders to write into
-
-    def words(self, script: str, **changed: str) -> list[str]:
-        return [script, *(word for name, value in (self.flags | changed).items() for word in (f"--{name}", value))]
-
-
-@cache
-def commands(work: Path) -> dict[str, Command]:
-    """Every command that is tried, set up for the inputs in `work`."""
-    root = Path(__file__).resolve().parents[1]
-
-    def config(script: str, name: str) -> type:
-        spec = importlib.util.spec_from_file_location(f"fuzzed_{Path(script).stem}", root / script)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return getattr(module, name)
-
-    inputs, out = work / "in", work / "out"
-    checkpoint = f"{inputs}/runs/run--2_chkpt"
-    acting = {"num_images_in_input": "2", "use_proprio": "True"}
-    models = {"vla_path": f"{inputs}/student", "vggt_path": f"{inputs}/teacher", "data_root_dir": f"{inputs}/data"}
-    training = {**models, **acting, "num_workers": "0", "max_steps": "2", "batch_size": "1", "trackers": "none"}
-    training |= {"run_root_dir": f"{out}/runs", "run_id_override": "run", "lora_rank": "2"}
-    select = {"strategy": "uniform", "count": "2", "checkpoint": f"{inputs}/student", "vggt_path": f"{inputs}/teacher"}
-    push = {"checkpoint": checkpoint, "repo_id": "me/policy", "license": "mit", "base_model": "me/base"}
-    merge = {"base_checkpoint": f"{inputs}/student", "lora_finetuned_checkpoint_dir": checkpoint}
-    evaluation = {"pretrained_checkpoint": checkpoint, "local_log_dir": f"{out}/eval", "num_trials_per_task": "1"}
-    reads = ("vla_path", "vggt_path", "data_root_dir")
-    return {
-        FINETUNE: Command(
-            config(FINETUNE, "FinetuneConfig"), training, reads, ("align_layers_file",), ("run_root_dir",)
-        ),
-        STORE: Command(
-            config(STORE, "StoreConfig"),
-            {**models, **acting, "num_workers": "0", "feature_store": f"{out}/store", "fit_frames": "4"},
-            reads,
-            ("align_layers_file",),
-            ("feature_store",),
-        ),
-        DEPLOY: Command(
-            config(DEPLOY, "DeployConfig"),
-            {"pretrained_checkpoint": checkpoint, "port": "0", **acting},
-            ("pretrained_checkpoint",),
-            ("token_file",),
-        ),
-        MERGE: Command(
-            config(MERGE, "ConvertConfig"),
-            {**merge, "output_dir": f"{out}/merged"},
-            ("base_checkpoint", "lora_finetuned_checkpoint_dir"),
-            (),
-            ("output_dir",),
-        ),
-        PUSH: Command(
-            config(PUSH, "PushConfig"), {**push, "dry_run": f"{out}/hub"}, ("checkpoint",), ("results",), ("dry_run",)
-        ),
-        SELECT: Command(
-            config(SELECT, "SelectConfig"), {**select, "out": f"{out}/layers.json"}, ("checkpoint", "vggt_path")
-        ),
-        EVALUATE: Command(
-            config(EVALUATE, "GenerateConfig"),
-            {**evaluation, **acting},
-            ("pretrained_checkpoint",),
-            ("initial_states_path",),
-        ),
-    }
-
-
 # Pairs that exclude each other, by command.
 CONTRADICTIONS: list[tuple[str, dict[str, str]]] = [
     (FINETUNE, {"use_l1_regression": "True", "use_diffusion": "True"}),
@@ -159,11 +95,48 @@ CONTRADICTIONS: list[tuple[str, dict[str, str]]] = [
     (PUSH, {"repo_id": "a b"}),
     (PUSH, {"base_model": "a b"}),
     (SELECT, {"count": "99"}),
-    (SELECT, {"strategy": "cka"}),
+    (SELECT, {"strategy": "cka", "data_root_dir": "/nowhere"}),
     (SELECT, {"window": "99", "strategy": "sim_top"}),
     (EVALUATE, {"task_ids": "77"}),
     (EVALUATE, {"unnorm_key": "nowhere"}),
     (EVALUATE, {"use_l1_regression": "True", "use_diffusion": "True"}),
+    (EVALUATE, {"policy": "no.module.of.this.name:x"}),
+    (EVALUATE, {"policy": "http://127.0.0.1:1"}),
+    (ALOHA, {}),  # A policy of one arm.
+    (ALOHA, {"task_ids": "9"}),
+    (FINETUNE, {"use_lora": "False", "use_dora": "True"}),
+    (FINETUNE, {"use_lora": "False", "lora_targets": "q_proj"}),
+    (FINETUNE, {"lora_targets": "nowhere"}),
+    (FINETUNE, {"resume": "True", "resume_step": "5"}),
+    (PI_FINETUNE, {"use_film": "True"}),
+    (PI_FINETUNE, {"use_lora": "False", "lora_expert_rank": "2"}),
+    (f"{ANALYZE} cka", {"estimator": "minibatch", "rows": "samples"}),
+    (f"{ANALYZE} cka", {"estimator": "minibatch", "debiased": "False"}),
+    (f"{ANALYZE} cka", {"rows": "samples"}),  # Of two samples.
+    (f"{ANALYZE} gradients", {"block": "99"}),
+    (f"{ANALYZE} gradients", {"use_lora": "False"}),
+    (f"{ANALYZE} projectors", {"recipe": "baseline"}),
+    (f"{ANALYZE} static", {"recipe": "baseline"}),
+    (f"{ANALYZE} theorem", {"vla_layers_align": "99", "vggt_layers_align": "1"}),
+    (f"{ANALYZE} depth", {"layers": "99"}),
+    (f"{ANALYZE} depth", {"test_tasks": "libero_object:99"}),
+    (f"{ANALYZE} readout", {"test_tasks": "libero_object:0"}),
+    (f"{ANALYZE} readout", {"unnorm_key": "nowhere"}),
+    (f"{ANALYZE} reach", {"task_ids": "99"}),
+    (f"{ANALYZE} reach", {"task_suite_name": "nonsense"}),
+    (f"{ANALYZE} reach", {"device": "cuda"}),
+    (SELECT, {"strategy": "cka", "teacher_strategy": "uniform"}),
+    (COLLECT, {"tasks": "99"}),
+    (COLLECT, {"suite": "nonsense"}),
+    (COLLECT, {"suite": "gym_aloha", "scene": "moved"}),
+    (REGENERATE, {"task_ids": "99"}),
+    (REGENERATE, {"task_ids": "0-3"}),
+    (HDF5, {"dataset_name": "n" * 300}),
+    (ROBOTWIN, {"dataset_name": "a/../../b"}),
+    (TEACHER, {"control": "True", "weights": "/tmp/nowhere"}),
+    (TEACHER, {"train_tasks": "libero_object:7"}),
+    (PAGE, {"port": "0"}),
+    (f"{REPRODUCE} run table8 --dry_run", {"vla_path": "/nowhere"}),
 ]
 
 
@@ -176,7 +149,10 @@ def wrong_configurations(rng: random.Random, work: Path, count: int) -> list[Cas
 def _wrong_flag(rng: random.Random, work: Path) -> Case:
     """One flag unknown, without a value, of another type, or beyond its limits."""
     script, command = rng.choice(list(commands(work).items()))
-    name, kind, declaration = rng.choice(list(declared(command.config)))
+    flags = list(declared(command.config))
+    if not flags:
+        return Case("unknown flag or no value", [*command.words(script), f"--{rng.choice(('out_dir', 'x'))}", "1"])
+    name, kind, declaration = rng.choice(flags)
     limits = declaration.metadata
     kinds = (kind, *getattr(kind, "__args__", ()))
     values = []
@@ -202,7 +178,7 @@ def _wrong_flag(rng: random.Random, work: Path) -> Case:
 
 def _wrong_file(rng: random.Random, work: Path) -> Case:
     """A configuration file that is none."""
-    script = rng.choice(list(commands(work)))
+    script = rng.choice([name for name, command in commands(work).items() if command.config.__name__ != "Flags"])
     path = work / "in" / rng.choice(("flags.yaml", "flags.json", "flags.toml"))
     contents = [
         b"a: [1",
@@ -261,11 +237,15 @@ def _wrong_reading(rng: random.Random, work: Path) -> Case:
 
 def _wrong_writing(rng: random.Random, work: Path) -> Case:
     """A folder to write into that cannot be one."""
-    script = rng.choice([name for name, command in commands(work).items() if command.written])
+    script = rng.choice([name for name, command in commands(work).items() if command.written + command.written_files])
     command = commands(work)[script]
-    paths = [*_odd_paths(work), f"{work}/in/layers.json", f"{work}/in/empty.json", "/proc/nowhere", "/dev/null"]
+    name, paths = rng.choice(command.written + command.written_files), [*_odd_paths(work), "/proc/nowhere"]
+    if name in command.written_files:
+        paths.remove(f"{work}/in/loop")  # A file of that name takes the link's place.
+    else:
+        paths += [f"{work}/in/layers.json", f"{work}/in/empty.json", "/dev/null"]
     (work / "in" / "empty.json").touch()
-    return Case("path to write", command.words(script, **{rng.choice(command.written): rng.choice(paths)}))
+    return Case("path to write", command.words(script, **{name: rng.choice(paths)}))
 
 
 def _contradiction(rng: random.Random, work: Path) -> Case:
@@ -275,7 +255,7 @@ def _contradiction(rng: random.Random, work: Path) -> Case:
 
 def damaged_files(rng: random.Random, work: Path, count: int) -> list[Case]:
     """`count` cases: a file that a command reads, damaged so that it must see it, or a value within exchanged."""
-    readings = list(_readings(work))
+    readings = list(needed_files(work))
     cases: list[Case] = []
     while len(cases) < count:
         words, pattern = readings[len(cases) % len(readings)]
@@ -290,47 +270,6 @@ def damaged_files(rng: random.Random, work: Path, count: int) -> list[Case]:
             kind = "tfrecord" if "tfrecord" in file.name else kind
             cases.append(Case(f"{'exchanged' if exchanged else 'damaged'} {kind}", words, file, content, exchanged))
     return cases
-
-
-def _readings(work: Path) -> Iterator[tuple[list[str], str]]:
-    """(command, pattern of files that it cannot do without)."""
-    setup, inputs = commands(work), work / "in"
-    checkpoint, data = "runs/run--2_chkpt", "data/libero_spatial_no_noops/1.0.0"
-    resume = setup[FINETUNE].words(
-        FINETUNE, vla_path=f"{inputs}/{checkpoint}", resume="True", max_steps="3", run_root_dir=f"{work}/out/runs"
-    )
-    stored = setup[FINETUNE].words(FINETUNE, feature_store=f"{inputs}/store", vggt_path="", recipe="rocket")
-    verify = setup[STORE].words(STORE, feature_store=f"{inputs}/store", verify="True")
-    build, merge = setup[STORE].words(STORE), setup[MERGE].words(MERGE)
-    serve, evaluate = setup[DEPLOY].words(DEPLOY), setup[EVALUATE].words(EVALUATE)
-    for words, patterns in (
-        (
-            setup[FINETUNE].words(FINETUNE),
-            ("student/config.json", "student/model.safetensors", "student/tokenizer.json"),
-        ),
-        (
-            setup[FINETUNE].words(FINETUNE),
-            ("teacher/config.json", "teacher/model.safetensors", f"{data}/features.json"),
-        ),
-        (setup[FINETUNE].words(FINETUNE), ("student/preprocessor_config.json", f"{data}/dataset_info.json")),
-        (build, (f"{data}/*tfrecord*", f"{data}/*tfrecord*", f"{data}/*tfrecord*")),
-        (resume, (f"{checkpoint}/*.pt", f"{checkpoint}/lora_adapter/adapter*", f"{checkpoint}/training_state/*")),
-        (resume, (f"{checkpoint}/run_config.json",)),
-        (merge, (f"{checkpoint}/lora_adapter/adapter*", "student/model.safetensors", "student/config.json")),
-        (serve, (f"{checkpoint}/dataset_statistics.json", f"{checkpoint}/action_head*", f"{checkpoint}/config.json")),
-        (serve, (f"{checkpoint}/model.safetensors",)),
-        (evaluate, (f"{checkpoint}/dataset_statistics.json",)),
-        (verify, ("store/*.json", "store/*/*", "store/*/*")),
-        (stored, ("store/*.json",)),
-        ([RESULTS, "report", f"{inputs}/results"], ("results/episodes.jsonl", "results/config.json")),
-        ([RESULTS, "compare", f"{inputs}/results", f"{inputs}/results"], ("results/episodes.jsonl",)),
-        ([RESULTS, "merge", f"{inputs}/results", "--out", f"{work}/out/merged"], ("results/config.json",)),
-        ([RESULTS, "page", f"{inputs}/results", "--out", f"{work}/out/page.html"], ("results/episodes.jsonl",)),
-        (setup[PUSH].words(PUSH, results=f"{inputs}/results/summary.json"), ("results/summary.json",)),
-        (setup[FINETUNE].words(FINETUNE, align_layers_file=f"{inputs}/layers.json"), ("layers.json",)),
-    ):
-        for pattern in patterns:
-            yield words, pattern
 
 
 class _Payload:

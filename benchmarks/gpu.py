@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.time_limit import time_limit
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError, one_line
-from prismatic.util.files import refuse_no_folder
+from prismatic.util.files import refuse_no_file
 from prismatic.util.flags import limited, numbers, split_numbers
 
 if TYPE_CHECKING:
@@ -115,9 +115,7 @@ class Report:
 
 def main(config: GpuConfig) -> int:
     """Measure, print, write the results; returns 1 where a part failed."""
-    refuse_no_folder("--out", Path(config.out).parent)
-    if Path(config.out).is_dir():
-        raise UsageError(f"--out: {config.out} is a folder; accepted: a file")
+    refuse_no_file("--out", config.out)
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ[name] = "1"
     report = Report(config)

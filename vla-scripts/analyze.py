@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from experiments.analysis import config as flags
 from prismatic.util.cli import run
 from prismatic.util.errors import unknown_name
+from prismatic.util.files import refuse_no_folder
 
 COMMANDS: dict[str, type] = {
     "cka": flags.CkaConfig,
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> NoReturn:
         sys.exit(2)
 
     def analyze(config: flags.AnalysisConfig) -> int:
+        refuse_no_folder("--out_dir", config.out_dir)
         # Imported when the flags are right: torch, transformers or the simulator.
         module = importlib.import_module(f"experiments.analysis.{MODULES.get(command, command)}")
         return getattr(module, command)(config)

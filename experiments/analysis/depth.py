@@ -10,7 +10,7 @@ from torch import Tensor
 
 from experiments.analysis.config import DepthConfig
 from experiments.analysis.report import SEQUENTIAL, Report, new_figure, save_figure, subfigures, write_json
-from experiments.mini.make.teacher_data import TeacherDataConfig, parse_tasks
+from experiments.mini.make.teacher_data import TeacherDataConfig, parse_tasks, read_shard
 from experiments.mini.make.teacher_data import main as render_frames
 from prismatic.training.precision import resolve_precision
 from prismatic.util.errors import UsageError
@@ -56,8 +56,7 @@ class Frames:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images (B, V, 3, H, W) in [0, 1] and depths (B, V, H, W) in meters."""
         for shard in self._shards:
-            with np.load(shard, allow_pickle=False) as archive:
-                images, depths = archive["images"], archive["depths"]
+            images, depths = read_shard(shard, ("images", "depths")).values()
             for first in range(0, len(images), self._batch_size):
                 part = slice(first, first + self._batch_size)
                 pixels = torch.from_numpy(images[part]).movedim(-1, 2).float() / 255

@@ -20,12 +20,12 @@ from experiments.analysis.depth import MAX_DEPTH
 from experiments.analysis.reach import policy_flags
 from experiments.analysis.readout_pictures import DepthPictures, save_pictures, side_by_side
 from experiments.analysis.report import Report, line_style, new_figure, save_figure, write_json
-from experiments.mini.make.teacher_data import TeacherDataConfig, parse_tasks
+from experiments.mini.make.teacher_data import TeacherDataConfig, parse_tasks, read_shard
 from experiments.mini.make.teacher_data import main as render_frames
 from experiments.robot.libero.suites.tasks import get_task
 from experiments.robot.openvla_utils import OpenVLAPolicy
 from experiments.robot.policy import Query
-from prismatic.checkpoint.folder import open_checkpoint
+from prismatic.checkpoint.folder import check_policy_flags, open_checkpoint, resolve_unnorm_key
 from prismatic.checkpoint.layout import split_checkpoint_name
 from prismatic.util.errors import UsageError
 from prismatic.vla.datasets.image_transforms import CROP_AREA
@@ -51,16 +51,11 @@ def read_frames(config: ReadoutConfig, tasks: str) -> Iterator[FrameBatch]:
     """Frames of `experiments.mini.make.teacher_data`, a few at a time.
 
     Raises:
-        UsageError: frames from before they held the robot's state.
+        UsageError: damaged frames, or frames from before they held the robot's state.
     """
     for suite, task in parse_tasks("tasks", tasks):
         file, instruction = frames_folder(config) / f"{suite}-{task}.npz", get_task(suite, task).instruction
-        with np.load(file, allow_pickle=False) as archive:
-            if "states" not in archive.files:
-                raise UsageError(f"--frames_dir: {file} holds no robot states; accepted: frames made anew")
-            images, depths, states, cameras = (
-                archive[name] for name in ("images", "depths", "states", "camera_to_world")
-            )
+        images, depths, states, cameras = read_shard(file, ("images", "depths", "states", "camera_to_world")).values()
         for first in range(0, len(images), config.batch_size):
             part = slice(first, first + config.batch_size)
             queries = [
@@ -131,6 +126,7 @@ class ReadoutStudy:
         self.flags.task_suite_name = ""  # Frames of any suite will do; actions are not looked at.
         if checkpoint.family != "openvla":
             raise UsageError(f"--checkpoint: {checkpoint.path} is a {checkpoint.family} policy; accepted: openvla")
+        check_policy_flags(self.flags, checkpoint, resolve_unnorm_key(checkpoint.statistics, key, ""))
         policy = OpenVLAPolicy.from_checkpoint(checkpoint, self.flags, key)
         self.views = min(2, self.flags.num_images_in_input)
         if self.flags.num_images_in_input > self.views:

@@ -21,7 +21,7 @@ from experiments.analysis.loaded_checkpoint import LoadedCheckpoint
 from experiments.analysis.report import Report, to_json_values
 from prismatic.policies import student_depth
 from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_write
+from prismatic.util.files import atomic_write, refuse_no_file
 from rocket_align.analysis.importance import layer_importance, residual_stream
 from rocket_align.analysis.matching import match_layers
 from rocket_align.analysis.selection import select_layers
@@ -35,6 +35,7 @@ Layers = dict[str, tuple[int, ...]]
 
 def select(config: SelectConfig) -> int:
     """Select, write the file and print the layers."""
+    refuse_no_file("--out", config.out)
     (folder,) = config.checkpoints
     flags = training_config(config, folder)
     depths = {"student": student_depth(flags), "teacher": describe_teacher_of(flags).depth}

@@ -30,7 +30,7 @@ from experiments.robot.aloha import GYM_ALOHA
 from experiments.robot.policy import Render
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_write, refuse_long_name
+from prismatic.util.files import atomic_write, refuse_long_name, refuse_no_folder
 from prismatic.util.flags import check, choose_numbers, limited, numbers
 
 # Part of what identifies a collection: raise it when the expert, the noise or the rendering changes.
@@ -209,6 +209,7 @@ def collect(config: CollectConfig) -> Path:
     """Collect what is missing, write the dataset, return its folder. Raises UsageError when that cannot be."""
     from prismatic.vla.datasets.rlds_writer import RLDSWriter, aloha_schema
 
+    refuse_no_folder("--out", config.out)
     refuse_long_name("--name", config.folder)
     existing = _existing(config)
     tasks = _check_tasks(config)

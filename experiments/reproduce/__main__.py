@@ -23,12 +23,13 @@ from experiments.reproduce.jobs import Chain, JobFailed, JobRunner
 from experiments.reproduce.profiles import POLICIES, PROFILES, Profile, profile_of
 from experiments.reproduce.stages import StudyPaths, analysis_job, arm_jobs, collect_job, preparation_jobs
 from experiments.reproduce.studies import STUDIES, Analysis, Arm, Study
-from prismatic.util.cli import CommandParser, exit_code
+from prismatic.util.cli import CommandParser, exit_code, whole_number
 from prismatic.util.errors import UsageError
 from prismatic.util.flags import split_names, split_numbers
 
 
 def make_parser() -> CommandParser:
+    count = whole_number(0)
     parser = CommandParser(prog="python -m experiments.reproduce", description="The paper's experiments.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="name the tables and figures")
@@ -43,13 +44,17 @@ def make_parser() -> CommandParser:
     run.add_argument("--data_root_dir", type=Path, help="RLDS data (the mini profile makes its own)")
     run.add_argument("--seeds", default="", help="fine-tuning seeds, comma list, instead of the profile's")
     run.add_argument("--arms", default="", help="only these arms, comma list")
-    run.add_argument("--processes", type=int, default=0, help="GPUs of one command (default: 1 mini, 4 paper)")
-    run.add_argument("--parallel", type=int, default=0, help="commands side by side (default: cores; paper 1)")
+    run.add_argument(
+        "--processes", type=whole_number(0), default=0, help="GPUs of one command (default: 1 mini, 4 paper)"
+    )
+    run.add_argument(
+        "--parallel", type=whole_number(0), default=0, help="commands side by side (default: cores; paper 1)"
+    )
     run.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
     confirm = commands.add_parser("confirm", help="run the registered confirmation, docs/confirmation.md")
     confirm.add_argument("--out", type=Path, help="datasets, runs and logs (default: runs/reproduce/confirmation)")
     confirm.add_argument("--seeds", default="", help="comma list, to try it out or to share the registered ones out")
-    confirm.add_argument("--parallel", type=int, default=0, help="commands side by side (default: cores)")
+    confirm.add_argument("--parallel", type=count, default=0, help="commands side by side (default: cores)")
     confirm.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
     report = commands.add_parser("report", help="write report.md and report.html from the result files")
     report.add_argument("--profile", default="mini", choices=PROFILES)

@@ -30,9 +30,9 @@ from urllib.parse import quote
 from experiments.report.html import Line, Rate, line_chart, link, render, setting_rows
 from prismatic.checkpoint.layout import LOG_FILE, last_checkpoint, read_record, split_checkpoint_name
 from prismatic.training.metrics import read_log
-from prismatic.util.cli import CommandParser, exit_code
+from prismatic.util.cli import CommandParser, exit_code, whole_number
 from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_write, read_json
+from prismatic.util.files import atomic_write, refuse_no_file
 from rocket_align.flags import recipe_of
 
 MOST_VIDEOS = 24  # of a run: a browser opens each
@@ -91,7 +91,7 @@ class Run:
         rows.append(("training time", _duration(sum(row.get("seconds", 0.0) for row in self.rows))))
         if last.get("seconds_left"):
             rows.append(("time left", _duration(last["seconds_left"])))
-        if "samples_per_second" in last:
+        if {"samples_per_second", "memory_gb"} <= last.keys():
             rows += [("samples/s", f"{last['samples_per_second']:.3g}"), ("memory", f"{last['memory_gb']:.3g} GB")]
         return rows
 
@@ -127,11 +127,11 @@ def load_runs(folders: Sequence[Path], eval_dir: Path | None = None) -> list[Run
 def find_evaluations(run: str, eval_dir: Path) -> tuple[Evaluation, ...]:
     """Evaluations below a folder whose checkpoint is one of the run's."""
     from experiments.robot.libero.results import summary
-    from experiments.robot.libero.results.run_folder import load_episodes
+    from experiments.robot.libero.results.run_folder import load_episodes, read_run_config
 
     evaluations = []
     for record in sorted(eval_dir.glob("*/config.json")):
-        content = read_json(record)
+        content = read_run_config(record.parent)
         checkpoint = Path(str(content.get("environment", {}).get("checkpoint", ""))).name
         evaluated, step = split_checkpoint_name(checkpoint)
         if evaluated == run and step is not None:
@@ -261,11 +261,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="page to write; default: training.html in the first run's folder")
     parser.add_argument("--title", default="Fine-tuning")
     parser.add_argument("--watch", type=_seconds, default=0, help="write the page again every so many seconds")
-    parser.add_argument("--port", type=int, help="serve it to this machine, with --watch; 0: any free port")
+    parser.add_argument(
+        "--port", type=whole_number(0, 2**16 - 1), help="serve it to this machine, with --watch; 0: any free port"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.eval_dir is not None and not arguments.eval_dir.is_dir():
+        raise UsageError(f"--eval: no such folder: {arguments.eval_dir}")
     if arguments.port is not None and not arguments.watch:
         raise UsageError(f"--port: {arguments.port} without --watch; accepted: both of them")
     out: Path = (arguments.out or arguments.runs[0] / "training.html").resolve()
+    refuse_no_file("--out", out)
     write = partial(build_page, arguments.runs, out, arguments.eval_dir, arguments.title, refresh=arguments.watch)
     goes_on = write()
     print(f"page: {out if arguments.port is None else serve(out, arguments.port, arguments.eval_dir)}", flush=True)

@@ -113,13 +113,15 @@ def _lock(folder: Path) -> int:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics file; a last line that was cut off by a crash is left out."""
+    """The numbers of a metrics file, line by line; what is no such line, as one cut off by a crash, is left out."""
     rows: list[dict[str, float]] = []
     if not path.is_file():
         return rows
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
-        except (json.JSONDecodeError, RecursionError):
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append({name: value for name, value in row.items() if type(value) in (int, float)})
     return rows

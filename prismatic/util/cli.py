@@ -28,7 +28,7 @@ from typing import Any, Literal, NoReturn, ParamSpec, TypeVar, Union, get_args, 
 import yaml
 
 from prismatic.util.errors import UsageError, one_line, unknown_name
-from prismatic.util.flags import check, declared, split_names
+from prismatic.util.flags import check, declared, describe_bounds, split_names, within
 
 ConfigT = TypeVar("ConfigT")
 ParametersT = ParamSpec("ParametersT")
@@ -57,6 +57,22 @@ class CommandParser(argparse.ArgumentParser):
         if choice:
             raise unknown_name(choice[1], choice[2], re.findall(r"[\w.-]+", choice[3]))
         raise UsageError(f"{message}; --help lists what is accepted")
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """argparse's `type` of a whole number in a range."""
+
+    def read(text: str) -> int:
+        limits = {"least": least} if most is None else {"least": least, "most": most}
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not within(value, limits):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} found; accepted: {describe_bounds(limits)}")
+        return value
+
+    return read
 
 
 class _Null(str):

@@ -7,6 +7,7 @@ repository are never fetched, since nothing of a checkpoint is ever run.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -80,6 +81,14 @@ def refuse_no_folder(flag: str, path: str | Path) -> None:
         raise UsageError(f"{flag}: {place} is not writable ({error.strerror}); accepted: a folder that is") from None
 
 
+def refuse_no_file(flag: str, path: str | Path) -> None:
+    """Raise UsageError, naming `flag`, if no file can be written to `path`, in a folder that is made where needed."""
+    refuse_long_name(flag, path)
+    if os.path.isdir(Path(path).expanduser()):
+        raise UsageError(f"{flag}: {path} is a folder; accepted: a file")
+    refuse_no_folder(flag, Path(path).parent)
+
+
 def fitting_name(name: str, most: int) -> str:
     """`name`, or when it has more than `most` bytes its beginning, a hash of all of it, and its end."""
     whole = name.encode()
@@ -123,7 +132,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     The temporary name keeps the suffix of `path`, since several writers choose their format by it.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # Of a file system that takes no folders.
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent)) from error
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=temporary_prefix(target), suffix=target.suffix[-60:])
     os.close(handle)
     temporary = Path(name)

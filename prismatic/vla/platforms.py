@@ -145,6 +145,11 @@ def check_bounds(platform: Platform, statistics: Mapping[str, Any], kinds: Seque
             low, high = (np.asarray(bound, np.float64) for bound in platform.normalization.bounds(statistics[kind]))
             if low.ndim != 1 or low.shape != high.shape:
                 raise ValueError(f"bounds of shapes {low.shape} and {high.shape} found; accepted: lists of one length")
+            if not (np.isfinite(low) & np.isfinite(high)).all():
+                raise ValueError("bounds that are not finite found; accepted: finite numbers")
+            mask = np.asarray(statistics[kind].get("mask", [True] * len(low)))
+            if mask.dtype.kind not in "bi" or mask.shape != low.shape:
+                raise ValueError(f"a mask of shape {mask.shape} found; accepted: {len(low)} of true and false")
         except KeyError as error:
             by = platform.normalization.value
             raise UsageError(f"{folder}: statistics of {kind}: no {error} found; accepted: bounds for {by}") from None

@@ -28,7 +28,7 @@ def _video(path: Path, frames: list[np.ndarray], codec: str) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=FPS, options={"g": "2", "crf": "8"})
+        stream: Any = container.add_stream(codec, rate=FPS, options={"g": "2", "crf": "8"})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
@@ -116,7 +116,8 @@ class LeRobotFiles:
 
     def _write_videos(self, group: list[dict[str, Any]], number: int, rows: list[dict[str, Any]]) -> None:
         for column, name in self.views.items() if self.video else ():
-            frames, begins = [], []
+            frames: list[np.ndarray] = []
+            begins = []
             for features in group:
                 begins.append(len(frames) / FPS)
                 frames += [decode(image) for image in features[f"steps/observation/{name}"]]

@@ -12,7 +12,9 @@ fast renderer and LIBERO's mirrored orientation, as the demonstrations for the m
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +23,8 @@ import numpy as np
 
 from experiments.mini import SCENES
 from prismatic.util.cli import run
-from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_path, atomic_write, read_json
+from prismatic.util.errors import UsageError, one_line
+from prismatic.util.files import DAMAGED, atomic_path, atomic_write, read_json, refuse_no_folder
 from prismatic.util.flags import check, limited, split_numbers
 
 if TYPE_CHECKING:
@@ -53,6 +55,25 @@ def parse_tasks(flag: str, spec: str) -> list[tuple[str, int]]:
             raise UsageError(f"{flag}: {part!r} found; accepted: SUITE:NUMBERS[;SUITE:NUMBERS], as libero_goal:0-3,8")
         tasks += [(suite, number) for number in split_numbers(flag, listed)]
     return tasks
+
+
+def read_shard(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of these names in a file of frames, one row a frame.
+
+    Raises UsageError: the file is damaged, has no frames, or lacks an array.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            if missing := [name for name in names if name not in archive.files]:
+                raise UsageError(f"{file} holds no {', '.join(missing)}; accepted: frames made anew")
+            arrays = {name: archive[name] for name in names}
+    except UsageError:
+        raise
+    except (*DAMAGED, zipfile.BadZipFile, zlib.error) as error:
+        raise UsageError(f"{file} is no readable file of frames ({one_line(error, 120)})") from error
+    if len({len(array) if array.ndim else 0 for array in arrays.values()} - {0}) != 1:
+        raise UsageError(f"{file} holds {[len(array) for array in arrays.values()]} frames; accepted: the same of each")
+    return arrays
 
 
 @dataclass
@@ -268,6 +289,7 @@ def main(cfg: TeacherDataConfig) -> None:
     """Make every shard that is not there yet. Raises UsageError beside frames of other, or of unknown flags."""
     from prismatic.util.progress import progress_bar
 
+    refuse_no_folder("--out", cfg.out)
     _check_origin(cfg)
     tasks = parse_tasks("--tasks", cfg.tasks)
     with progress_bar() as progress:

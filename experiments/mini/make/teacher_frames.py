@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.mini.make.teacher_data import read_shard
 from prismatic.util.errors import UsageError
 
 # As the student's augmentation: a random square of 90% of the area.
@@ -75,9 +75,8 @@ def load_frames(folder: Path, tasks: Sequence[tuple[str, int]], image_size: int)
             raise UsageError(
                 f"--data: no {shard.name} in {folder}; make it with python -m experiments.mini.make.teacher_data"
             )
-        with np.load(shard, allow_pickle=False) as archive:
-            names = (field.name for field in fields(FrameSet))
-            arrays = {name: torch.from_numpy(archive[name]) for name in names}
+        stored = read_shard(shard, [field.name for field in fields(FrameSet)])
+        arrays = {name: torch.from_numpy(array) for name, array in stored.items()}
         arrays["images"] = _resize(arrays["images"], image_size)
         parts.append(arrays)
     return FrameSet(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})

@@ -27,8 +27,8 @@ from experiments.mini.make.teacher_frames import (
     load_frames,
 )
 from experiments.mini.make.teacher_model import READOUT_NAME, TeacherModel, readout_loss, scores, summarize
-from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_path, atomic_write
+from prismatic.util.errors import UsageError, one_line
+from prismatic.util.files import DAMAGED, atomic_path, atomic_write, refuse_no_folder
 from prismatic.util.progress import progress_bar
 from rocket_align.teacher.vggt.config import AGGREGATOR_PREFIX, VGGTConfig, save_folder
 
@@ -168,7 +168,10 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Continue from `path`. Raises UsageError when that checkpoint was made with other flags."""
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        except DAMAGED as error:
+            raise UsageError(f"--out: {path} is not readable, cut off? ({one_line(error, 120)})") from error
         current = self.state()["config"]
         free = {"data", "out", "weights", "log_every", "save_every", "threads"}
         other = [name for name in current if name not in free and stored["config"].get(name) != current[name]]
@@ -229,6 +232,9 @@ def _write_examples(trainer: Trainer, folder: Path) -> None:
 
 def train(cfg: TrainTeacherConfig) -> None:
     """Train, evaluate, save."""
+    refuse_no_folder("--out", cfg.out)
+    if cfg.weights is not None:
+        refuse_no_folder("--weights", cfg.weights)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     train = load_frames(cfg.data, parse_tasks("--train_tasks", cfg.train_tasks), cfg.image_size)

@@ -28,7 +28,7 @@ from experiments.robot.libero.demonstrations import (
 )
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
-from prismatic.util.files import refuse_long_name
+from prismatic.util.files import refuse_long_name, refuse_no_folder
 from prismatic.vla.datasets.rlds_writer import Episode, RLDSWriter, encode_jpeg, serialize_episode
 
 
@@ -62,6 +62,7 @@ def as_episode(demonstration: Demonstration, instruction: str, source: str) -> E
 def convert(config: ConvertConfig) -> Path:
     """Convert every file; returns the dataset's folder. Raises UsageError: damaged files, or data in the way."""
     files = demonstration_files(config.hdf5_dir, "--hdf5_dir")
+    refuse_no_folder("--out", config.out)
     target = config.out / config.dataset_name
     refuse_long_name("--dataset_name", target)
     if target.exists():

@@ -45,7 +45,7 @@ from experiments.robot.libero.suites.tasks import get_task, num_tasks
 from experiments.robot.policy import Render
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_path, atomic_write, read_json
+from prismatic.util.files import atomic_path, atomic_write, read_json, refuse_no_folder
 from prismatic.util.flags import check, choose_numbers, limited, numbers
 
 if TYPE_CHECKING:
@@ -195,6 +195,7 @@ def _reports(config: RegenerateConfig, tasks: list[int]) -> Iterator[tuple[int, 
 def regenerate(config: RegenerateConfig) -> Path:
     """Regenerate what is missing; returns the metainfo file. Raises UsageError for a wrong flag or a damaged file."""
     choose_renderer()
+    refuse_no_folder("--libero_target_dir", config.libero_target_dir)
     before = metainfo = read_json(config.metainfo) if config.metainfo.is_file() else {}
     todo = _todo(config, metainfo)
     config.libero_target_dir.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ def prompt_text(instruction: str, state: Sequence[float] | np.ndarray | None = N
 def load_tokenizer(folder: Path) -> Any:
     """PaliGemma's tokenizer (transformers' class) from a folder that holds its files.
 
-    Raises UsageError: the folder has none.
+    Raises UsageError: the folder has none, or damaged files.
     """
     from transformers import AutoTokenizer, GemmaTokenizer
 
@@ -45,11 +45,10 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder}: no tokenizer found; accepted: a folder with {' or '.join(TOKENIZER_FILES)} "
             "(those of google/paligemma-3b-pt-224)"
         )
-    if (folder / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(folder)
+    kind = AutoTokenizer if (folder / "tokenizer_config.json").is_file() else GemmaTokenizer
     try:
-        return GemmaTokenizer.from_pretrained(folder)
-    except (ImportError, ValueError, OSError) as error:  # transformers needs sentencepiece, and asks for tiktoken.
+        return kind.from_pretrained(folder)
+    except Exception as error:  # Of many libraries: for a damaged file, and where sentencepiece is missing.
         raise UsageError(
             f"{folder}: its tokenizer cannot be read ({one_line(error, 80)}); accepted: tokenizer.json, "
             "or tokenizer.model where sentencepiece is installed"

@@ -25,6 +25,7 @@ from experiments.robot.libero.results.run_folder import (
     later_unless_error,
     planned_episodes,
     read_episode_lines,
+    read_run_config,
     write_plan,
 )
 from experiments.robot.libero.results.summary import Report, summarize, to_markdown
@@ -32,7 +33,7 @@ from experiments.robot.libero.rollouts.protocol import protocol_deviations
 from experiments.robot.libero.rollouts.result import EpisodeResult
 from prismatic.util.cli import CommandParser, exit_code
 from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_write, read_json
+from prismatic.util.files import atomic_write
 
 EXIT_INCOMPLETE, EXIT_ERRORS = 1, 3
 
@@ -130,7 +131,7 @@ def merge(folders: Sequence[Path], out: Path | None = None) -> tuple[Completenes
 
 def _common_config(folders: Sequence[Path]) -> Report:
     """config.json of the runs, whose identities must agree."""
-    configs = [read_json(folder / "config.json") for folder in folders]
+    configs = [read_run_config(folder, needed=True) for folder in folders]
     for folder, config in zip(folders, configs):
         if differing := differing_values(configs[0].get("identity", {}), config.get("identity", {})):
             raise UsageError(f"{folder}: not the same evaluation as {folders[0]}: {'; '.join(differing[:4])}")

@@ -22,11 +22,11 @@ from typing import Any, TypedDict
 from experiments.report import percent
 from experiments.report.html import Rate, link, render, setting_rows
 from experiments.robot.libero.results import summary
-from experiments.robot.libero.results.run_folder import load_episodes, planned_episodes
+from experiments.robot.libero.results.run_folder import load_episodes, planned_episodes, read_run_config
 from experiments.robot.libero.rollouts.result import EpisodeResult
 from prismatic.util.cli import CommandParser, exit_code
 from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_write, read_json
+from prismatic.util.files import atomic_write, refuse_no_file
 
 MOST_TASKS = 400  # rows of a suite's table; LIBERO-Plus has thousands of tasks of one episode each
 MOST_EPISODES = 5000
@@ -76,9 +76,8 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     for series, (folder, name) in enumerate(zip(folders, names)):
         if names.count(name) > 1:
             name = f"{folder.resolve().parent.name}/{name}"
-        record = folder / "config.json"
         episodes = tuple(load_episodes(folder))
-        content = read_json(record) if record.is_file() else {}
+        content = read_run_config(folder)
         planned = planned_episodes(folder)
         missing = len(planned - {result.key for result in episodes})
         runs.append(Run(name, folder, series, episodes, content, len(planned), missing))
@@ -208,6 +207,7 @@ def run(arguments: argparse.Namespace) -> int:
     runs: list[Path] = arguments.runs
     above = runs[0] if len(runs) == 1 else Path(os.path.commonpath([run.resolve() for run in runs]))
     out: Path = arguments.out or above / "index.html"
+    refuse_no_file("--out", out)
     build_page(runs, out, arguments.title)
     print(f"page: {out}")
     return 0

@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from experiments.robot.libero.results.summary import Report, summarize, to_markdown
 from experiments.robot.libero.rollouts.protocol import Episode, protocol_deviations
@@ -89,7 +89,7 @@ class RunFolder:
             if not empty:
                 raise UsageError(f"--run_name: {self.folder} holds episodes but no config.json; use another --run_name")
             return
-        before = read_json(file).get("identity", {})
+        before = read_run_config(self.folder).get("identity", {})
         unknown = [*(key for key in _UNKNOWN_BEFORE if key not in before), _DERIVED]
         compared = ({k: v for k, v in record.items() if k not in unknown} for record in (before, self._identity))
         differing = differing_values(*compared)
@@ -205,9 +205,22 @@ def differing_conditions(first: Mapping[str, object], second: Mapping[str, objec
     return differing_values(*conditions) if first.get("protocol") and second.get("protocol") else []
 
 
+def read_run_config(folder: Path, *, needed: bool = False) -> dict[str, Any]:
+    """The contents of a run folder's config.json, {} where there is none and none is `needed`.
+
+    Raises UsageError: it is missing, damaged, or of another form.
+    """
+    file = folder / "config.json"
+    content = read_json(file) if needed or file.is_file() else {}
+    for name in ("identity", "environment"):
+        if not isinstance(content.get(name, {}), dict):
+            raise UsageError(f"{file}: {name} is {content[name]!r:.40}; accepted: an object")
+    return content
+
+
 def read_identity(run: Path) -> Mapping[str, object]:
-    file = run / "config.json"
-    return read_json(file).get("identity", {}) if file.is_file() else {}
+    """What influences the numbers of a run, as far as it is recorded."""
+    return read_run_config(run).get("identity", {})
 
 
 def read_episode_lines(file: Path) -> Iterator[tuple[EpisodeResult, bytes]]:

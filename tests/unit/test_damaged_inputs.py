@@ -1,0 +1,112 @@
+"""Damaged files and places of results that the fuzzing of analyses, converters and reports showed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.mini.make.teacher_data import read_shard
+from experiments.reproduce import training_page
+from experiments.robot.libero.results.run_folder import read_run_config
+from prismatic.models.pi.prompts import load_tokenizer
+from prismatic.training.metrics import read_log
+from prismatic.util.cli import exit_code, whole_number
+from prismatic.util.errors import UsageError
+from prismatic.util.files import atomic_write, refuse_no_file
+from prismatic.vla.platforms import LIBERO, check_bounds
+
+NAMES = ("images", "depths")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda file: file.write_bytes(b""), "is no readable file of frames"),
+        (lambda file: file.write_bytes(file.read_bytes()[:200]), "is no readable file of frames"),
+        (lambda file: file.write_bytes(b"\0" * 400), "is no readable file of frames"),
+        (lambda file: np.savez(file, images=np.zeros((2, 3))), "holds no depths"),
+        (lambda file: np.savez(file, images=np.zeros((2, 3)), depths=np.zeros(3)), r"holds \[2, 3\] frames"),
+        (lambda file: np.savez(file, images=np.zeros((0, 3)), depths=np.zeros(0)), r"holds \[0, 0\] frames"),
+    ],
+)
+def test_damaged_frames_are_one_line(change: Any, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "libero_object-0.npz"
+    np.savez(file, images=np.zeros((2, 3)), depths=np.zeros(2))
+    assert read_shard(file, NAMES).keys() == set(NAMES)
+    change(file)
+    with pytest.raises(UsageError, match=said):
+        read_shard(file, NAMES)
+
+
+def test_a_damaged_line_of_a_log_costs_no_other(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]
+    damaged = [b"\xff{", b"7", b'{"loss": 3}', b'{"step": "x"}', b"[" * 100_000, b'{"step": 3, "loss": "x"}', b'{"step']
+    log.write_bytes(
+        b"\n".join([json.dumps(rows[0]).encode(), *damaged[:5], json.dumps(rows[1]).encode(), *damaged[5:]])
+    )
+    assert read_log(log) == [*rows, {"step": 3}]
+
+
+@pytest.mark.parametrize("content", [{"identity": 7}, {"environment": [1]}])
+def test_a_run_s_configuration_of_another_form_is_one_line(content: Any, tmp_path: Path) -> None:
+    assert read_run_config(tmp_path) == {}
+    with pytest.raises(UsageError, match="no such file"):
+        read_run_config(tmp_path, needed=True)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"config.json: (identity|environment) is .*; accepted: an object"):
+        read_run_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mask": "x"}, "a mask of shape"),
+        ({"mask": [True]}, "a mask of shape"),
+        ({"mask": [[True], True]}, "inhomogeneous"),
+        ({"q01": [float("nan")] * 7}, "not finite"),
+    ],
+)
+def test_statistics_that_cannot_scale_are_one_line(change: Any, said: str, tmp_path: Path) -> None:
+    bounds = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
+    check_bounds(LIBERO, {"action": bounds}, ("action",), tmp_path)
+    with pytest.raises(UsageError, match=said):
+        check_bounds(LIBERO, {"action": {**bounds, **change}}, ("action",), tmp_path)
+
+
+def test_a_damaged_tokenizer_of_pi_is_one_line(repo_root: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(repo_root / "experiments/mini/weights/student" / name, tmp_path)
+    load_tokenizer(tmp_path)
+    for content in ("", '{"model": {"vocab": {"a": {}}}}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(UsageError, match="its tokenizer cannot be read"):
+            load_tokenizer(tmp_path)
+
+
+def test_a_place_that_takes_no_file_is_refused_and_never_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in (tmp_path, "/proc/nowhere/x.html", tmp_path / ("n" * 300)):
+        with pytest.raises(UsageError, match=r"^--out: "):
+            refuse_no_file("--out", place)
+    refuse_no_file("--out", tmp_path / "new" / "x.html")
+    assert exit_code(lambda: atomic_write("/proc/nowhere/x", ""))() == 2
+    assert capsys.readouterr().err == "error: /proc/nowhere: Permission denied; accepted: another path\n"
+
+
+def test_numbers_of_commands_with_words_have_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [whole_number(0)("0"), whole_number(0, 9)("9")] == [0, 9]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    for words, said in (
+        (["--port", "70000", "--watch", "1"], "argument --port: '70000' found; accepted: 0 to 65535"),
+        (["--port", "x", "--watch", "1"], "argument --port: 'x' found; accepted: 0 to 65535"),
+        (["--eval", str(tmp_path / "none")], f"--eval: no such folder: {tmp_path / 'none'}"),
+    ):
+        assert training_page.main([str(tmp_path), *words]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {said}")
