@@ -37,6 +37,7 @@ from prismatic.util.flags import limited, numbers, split_numbers
 if TYPE_CHECKING:
     import torch
 
+    from benchmarks.budget import Row
     from benchmarks.full_size import Sizes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,7 +136,7 @@ def main(config: GpuConfig) -> int:
     results["mini_student"] = report.part("mini student", lambda: compare_mini(device))
     results["losses"] = report.part("losses", lambda: compare_losses(config, device))
     wanted = cases(split_numbers("--batch_sizes", config.batch_sizes))
-    predictions: dict[StepCase, dict[str, Any]] = {}
+    predictions: dict[StepCase, Row] = {}
     report.part("predictions", lambda: predictions.update(predict_cases(wanted, config, sizes)))
     for case in wanted:
         measured = report.part(str(case), lambda case=case: measure(case, config, sizes, device))  # type: ignore[misc]
@@ -216,7 +217,7 @@ def measure(case: StepCase, config: GpuConfig, sizes: Sizes, device: torch.devic
     }
 
 
-def predict_cases(wanted: list[StepCase], config: GpuConfig, sizes: Sizes) -> Iterator[tuple[StepCase, dict[str, Any]]]:
+def predict_cases(wanted: list[StepCase], config: GpuConfig, sizes: Sizes) -> Iterator[tuple[StepCase, Row]]:
     """Cases with what budget.py predicts of them, some at a time, each in its own process (2 GB, 10 s of a core)."""
     plain = [case for case in wanted if not (case.stored or case.compiled)]
     context = multiprocessing.get_context("spawn")
@@ -224,7 +225,7 @@ def predict_cases(wanted: list[StepCase], config: GpuConfig, sizes: Sizes) -> It
         yield from pool.imap(_predict, [(case, config, sizes) for case in plain])
 
 
-def _predict(job: tuple[StepCase, GpuConfig, Sizes]) -> tuple[StepCase, dict[str, Any]]:
+def _predict(job: tuple[StepCase, GpuConfig, Sizes]) -> tuple[StepCase, Row]:
     from benchmarks.budget import predict
 
     case, config, sizes = job
@@ -234,15 +235,17 @@ def _predict(job: tuple[StepCase, GpuConfig, Sizes]) -> tuple[StepCase, dict[str
     return case, budget
 
 
-def beside_prediction(
-    measured: dict[str, Any], budget: dict[str, Any] | None, matmul_tflops: float | None
-) -> dict[str, Any]:
+def beside_prediction(measured: dict[str, Any], budget: Row | None, matmul_tflops: float | None) -> dict[str, float]:
     """Predicted bytes and operations of a measured step, and the part of the matmul rate that it reached."""
     from benchmarks.budget import OVERHEAD_BYTES
 
     if budget is None:
         return {}
-    facts = {"predicted_peak_bytes": budget["peak_bytes"], "overhead_bytes": OVERHEAD_BYTES, "flops": budget["flops"]}
+    facts: dict[str, float] = {
+        "predicted_peak_bytes": budget["peak_bytes"],
+        "overhead_bytes": OVERHEAD_BYTES,
+        "flops": budget["flops"],
+    }
     if "seconds" in measured and matmul_tflops:
         facts["flop_utilization"] = budget["flops"] / measured["seconds"] / 1e12 / matmul_tflops
     return facts
