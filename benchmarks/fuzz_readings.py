@@ -32,7 +32,7 @@ def needed_files(work: Path) -> Iterator[tuple[list[str], str]]:
 
 
 def _policy_files(work: Path) -> Iterator[tuple[list[str], str]]:
-    """Of training, storing, merging, publishing, serving, evaluating, and their results."""
+    """Files of training, storing, merging, publishing, serving, evaluating, and their results."""
     setup, inputs = commands(work), work / "in"
     checkpoint, data = "runs/run--2_chkpt", "data/libero_spatial_no_noops/1.0.0"
     resume = setup[FINETUNE].words(
@@ -73,7 +73,7 @@ def _policy_files(work: Path) -> Iterator[tuple[list[str], str]]:
 
 
 def _other_files(work: Path) -> Iterator[tuple[list[str], str]]:
-    """Of analyses, converters, other policies and other layouts of data."""
+    """Files of analyses, converters, other policies and other layouts of data."""
     setup, inputs = commands(work), work / "in"
     checkpoint, pi = "runs/run--2_chkpt", "runs/pi--1_chkpt"
 

@@ -51,7 +51,7 @@ class GpuConfig:
     prompt_tokens: int = limited(40, least=1)  # Tokens of the instruction, BOS among them
     lora_rank: int = limited(32, least=1)
     steps: int = limited(5, least=1)  # Measured steps of a case, after two others
-    minutes: float = limited(7.5, above=0)  # All of it is over by then
+    minutes: float = limited(8.0, above=0)  # All of it is over by then
     llm_blocks: int = limited(32, least=2)
     vision_blocks: int = limited(0, least=0)  # Blocks of each vision model; 0: all
     teacher_blocks: int = limited(24, least=2)
@@ -87,7 +87,7 @@ class Report:
         self.results: dict[str, Any] = {"steps": [], "left_out": [], "failed": {}}
 
     def part(self, name: str, work: Callable[[], Any]) -> Any:
-        """What `work` gives, or None where it fails or there is no time."""
+        """Run `work`; returns what it gives, or None where it fails or there is no time."""
         value = None
         try:
             if (left := 60 * self._config.minutes - self._seconds()) <= 0:

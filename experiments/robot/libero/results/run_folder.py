@@ -219,7 +219,7 @@ def read_run_config(folder: Path, *, needed: bool = False) -> dict[str, Any]:
 
 
 def read_identity(run: Path) -> Mapping[str, object]:
-    """What influences the numbers of a run, as far as it is recorded."""
+    """Read the identity of a run: what influences its numbers, as far as it is recorded."""
     return read_run_config(run).get("identity", {})
 
 
