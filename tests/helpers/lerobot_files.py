@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,23 @@ def decode(encoded: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
 
 
+@contextlib.contextmanager
+def _same_scheduling() -> Iterator[None]:
+    """Undo what SVT-AV1 does when root encodes: the thread, and all threads and processes it starts from then on, are
+    real-time ones. Two of them that wait for a spin lock stop a machine of two cores for minutes."""
+    policy, parameter = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameter)
+
+
 def _video(path: Path, frames: list[np.ndarray], codec: str) -> None:
     """A video of the frames as LeRobot writes it: 4:2:0, a key frame every second frame."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with _same_scheduling(), av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=FPS, options={"g": "2", "crf": "8"})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"

@@ -70,6 +70,11 @@ def _open(root: Path, mix: str = NAME, **options: Any) -> RLDSDataset:
     return RLDSDataset(root, mix, lambda frame: frame, (64, 64), **options)
 
 
+def test_writing_a_video_leaves_the_process_as_it_was(episodes: list[dict[str, Any]], tmp_path: Path) -> None:
+    LeRobotFiles(tmp_path / NAME, **LAYOUTS["3.0 AV1 video"]).write(episodes)
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 @pytest.fixture(scope="module")
 def rlds(episodes: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> RLDSDataset:
     root = tmp_path_factory.mktemp("rlds")
