@@ -135,6 +135,9 @@ def test_torques_are_those_of_robosuite(env: LiberoEnv) -> None:
     """The hand is pressed onto the table, which is where the smallest difference would grow."""
 
     class Robosuites:
+        def begin(self, action: np.ndarray) -> None:
+            env.domain._pre_action(action, True)
+
         def substep(self, gripper_action: np.ndarray) -> None:
             env.domain._pre_action(action, False)
 

@@ -4,7 +4,7 @@ A control step is 25 physics steps, and robosuite computes torques in each of th
 limits and the same Jacobian four times. Here these are looked up once; every number is still made by the same operation
 on the same values, so trajectories do not change (a test compares with LIBERO's own environment).
 
-The first physics step of a control step, which takes the new goal, is left to robosuite.
+A new goal is left to robosuite's controller. Its robot's records of recent forces and velocities are not kept.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ArmControl:
         )
         if not usual:
             raise ValueError(f"controller: expected one arm with plain OSC_POSE, found {controller.name}")
-        self._robot = robot
+        self._domain, self._robot = domain, robot
         self._model, self._data = domain.sim.model._model, domain.sim.data._data
         self._site = domain.sim.model.site_name2id(controller.eef_name)
         self._joints, self._dofs = np.array(controller.qpos_index), np.array(controller.qvel_index)
@@ -54,6 +54,16 @@ class ArmControl:
         self._ctrl, self._qpos, self._qvel, self._bias = data.ctrl, data.qpos, data.qvel, data.qfrc_bias
         self._position, self._axes = data.site_xpos[self._site], data.site_xmat[self._site].reshape(3, 3)
 
+    def begin(self, action: np.ndarray) -> None:
+        """Take a control step's goal (7,), which robosuite's controller makes of it, and set all motors."""
+        controller = self._robot.controller
+        if not controller.new_update:  # After a reset it acts on a state of before, which only it has.
+            self._domain._pre_action(action, True)
+            return
+        controller.set_goal(action[: controller.control_dim])
+        self._set_motors(action[controller.control_dim :])
+        controller.new_update = True  # As when it has computed torques itself: the next goal is for a new state.
+
     def substep(self, gripper_action: np.ndarray) -> None:
         """Bring positions and velocities up to date (the first half of MuJoCo's step) and set all motors.
 
@@ -63,6 +73,9 @@ class ArmControl:
         import mujoco
 
         mujoco.mj_step1(self._model, self._data)
+        self._set_motors(gripper_action)
+
+    def _set_motors(self, gripper_action: np.ndarray) -> None:
         torques = self._torques()
         self._ctrl[self._fingers] = self._finger_bias + self._finger_weight * self._robot.gripper.format_action(
             gripper_action

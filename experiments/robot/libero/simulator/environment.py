@@ -183,7 +183,7 @@ class LiberoEnv:
             # The controller brings positions and velocities up to date before it computes torques, so only the second
             # half of MuJoCo's step is left to do. robosuite does the first half three times, to the same result.
             if substep == 0:
-                domain._pre_action(action, True)
+                self._arm.begin(action)
             else:
                 self._arm.substep(action[ACTION_DIM - 1 :])
             kinematics_qpos = self._data.qpos.copy()
