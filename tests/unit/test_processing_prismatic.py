@@ -30,6 +30,16 @@ def test_an_image_of_the_right_size_is_only_normalized() -> None:
     assert torch.equal(processor.apply_transform(grey)[0], processor.apply_transform(grey.convert("RGB"))[2])
 
 
+@pytest.mark.parametrize("strategy", ["resize-naive", "resize-crop", "letterbox"])
+@pytest.mark.parametrize("side", [28, 20])
+def test_arrays_become_what_pillows_images_become(strategy: str, side: int) -> None:
+    planes = np.random.default_rng(0).integers(0, 256, (3, side, side), dtype=np.uint8)
+    pixels = planes.transpose(1, 2, 0)  # As augmented frames lie in memory.
+    processor = PrismaticImageProcessor(False, strategy, [(3, 28, 28)])
+    expected = processor.apply_transform(Image.fromarray(np.ascontiguousarray(pixels)))
+    assert torch.equal(processor.apply_transform(pixels), expected)
+
+
 def test_letterbox_pads_with_the_mean_color() -> None:
     white = np.full((10, 20, 3), 255, dtype=np.uint8)
     processor = PrismaticImageProcessor(False, "letterbox", [(3, 20, 20)], ["nearest"], [(0.5,) * 3], [(0.5,) * 3])

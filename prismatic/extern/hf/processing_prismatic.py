@@ -98,17 +98,28 @@ class PrismaticImageProcessor(BaseImageProcessor):
 
     def apply_transform(self, img: ImageLike) -> torch.Tensor:
         """One RGB image (PIL, or HWC uint8 array or tensor) -> float32 (3 * models, H, W)."""
-        image = _to_pil(img)
-        if self.image_resize_strategy == "letterbox":
-            image = _pad_to_square(image, self._letterbox_fill)
         resized: dict[_View, torch.Tensor] = {}
         for view in self._views:
             if view not in resized:
-                resized[view] = _to_chw(self._resize(image, view))
+                resized[view] = self._resized(img, view)
         pixels = torch.empty(len(self._views), *resized[self._views[0]].shape, dtype=torch.float32)
         for index, view in enumerate(self._views):
             torch.mul(resized[view], self._scale[index], out=pixels[index]).add_(self._shift[index])
         return pixels.flatten(0, 1)
+
+    # Read by whoever has arrays and may not give them to a transform of Pillow's images.
+    apply_transform.takes_arrays = True  # type: ignore[attr-defined]
+
+    def _resized(self, img: ImageLike, view: _View) -> torch.Tensor:
+        """(3, view.height, view.width) float32 pixels, 0 to 255."""
+        # A square of the right size is changed by no strategy.
+        shape = (view.height, view.height, 3) if view.height == view.width else None
+        if isinstance(img, np.ndarray) and img.dtype == np.uint8 and img.shape == shape:
+            return torch.from_numpy(img).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+        image = _to_pil(img)
+        if self.image_resize_strategy == "letterbox":
+            image = _pad_to_square(image, self._letterbox_fill)
+        return _to_chw(self._resize(image, view))
 
     def _resize(self, image: Image.Image, view: _View) -> Image.Image:
         """To view.height x view.width."""

@@ -95,4 +95,6 @@ class RLDSBatchTransform:
         return ids
 
     def _pixels(self, image_1HW3: np.ndarray) -> torch.Tensor:
+        if getattr(self.image_transform, "takes_arrays", False):
+            return self.image_transform(image_1HW3[0])  # type: ignore[arg-type]
         return self.image_transform(Image.fromarray(image_1HW3[0]))

@@ -253,14 +253,17 @@ class PolicyImageTransform:
         return 0, 0, *self.size
 
     def train(self, image_HW3: np.ndarray, draw: AugmentDraw | None) -> np.ndarray:
-        """A stored training frame (uint8) resized and augmented with `draw` (None: only resized), uint8."""
+        """A stored training frame (uint8) resized and augmented with `draw` (None: only resized), uint8.
+
+        An augmented one lies in memory color by color.
+        """
         if draw is None:
             return resize_lanczos(image_HW3, self.size)
         planar = _resize_and_crop(image_HW3, self.size, draw.crop)
         planar *= np.float32(1.0 / 255.0)
         adjust_colors(planar, draw)
         planar *= np.float32(255.5)
-        return _interleave(planar)
+        return planar.astype(np.uint8).transpose(1, 2, 0)
 
     def rollout(self, image_HW3: np.ndarray) -> np.ndarray:
         """A rendered observation (uint8, already rotated like the data) as the policy was trained to see it, uint8."""
