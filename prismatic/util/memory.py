@@ -10,10 +10,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> None:
-    """Let a process that makes image after image keep up to 256 MB that it has freed, for the next one.
+    """Let a process that makes image after image, or takes step after step on a CPU, keep up to 256 MB that it has
+    freed, for the next one.
 
     glibc gives the end of its heap back and asks for it again; the system then clears every page, which takes a tenth
-    of an image's time. Other C libraries are left alone.
+    of the time. Other C libraries are left alone.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         library = ctypes.CDLL(None)
