@@ -38,7 +38,9 @@ def for_robot(checkpoint: Checkpoint, unnorm_key: str, delta_actions: str = "") 
     widths = {name: tuple(map(_width, data.values())) for name, data in checkpoint.statistics.items()}
     if not unnorm_key and len(set(widths.values())) > 1:
         choices = ", ".join(f"{name} ({actions} numbers)" for name, (actions, *_) in widths.items())
-        raise UsageError(f"--unnorm_key: not given, but {checkpoint.path} has several robots'; accepted: {choices}")
+        raise UsageError(
+            f"--unnorm_key: not given, but {checkpoint.path} has statistics of several robots; accepted: {choices}"
+        )
     key = unnorm_key or next(iter(widths))
     platform = foreign_platform(checkpoint.path, checkpoint.family, checkpoint.config, checkpoint.statistics, key)
     statistics = {name: data for name, data in checkpoint.statistics.items() if widths[name] == widths[key]}

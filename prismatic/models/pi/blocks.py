@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import GemmaConfig
 from transformers.activations import ACT2FN
@@ -104,21 +106,23 @@ class Attention(nn.Module):
         shape = (*normed_BSD.shape[:2], -1, self.head_dim)
         return _rotate(self.k_proj(normed_BSD).view(shape), rope), self.v_proj(normed_BSD).view(shape)
 
-    def forward(self, normed_BSD: Tensor, rope: KeysValues, keys_values: KeysValues, mask: Tensor) -> Tensor:
+    def queries(self, normed_BSD: Tensor, rope: KeysValues) -> Tensor:
+        """Rotated queries [B, S, heads, head_dim]."""
+        return _rotate(self.q_proj(normed_BSD).view(*normed_BSD.shape[:2], -1, self.head_dim), rope)
+
+    def forward(self, queries_BSHD: Tensor, keys_values: KeysValues, mask: Tensor) -> Tensor:
         """Attend to keys and values of any stream.
 
         Args:
             mask: [B, 1, 1 or S, keys] of the queries' type, added to the scores. A bool mask would be converted, and
                 kept for the backward pass, in every block.
         """
-        batch, length, _ = normed_BSD.shape
-        queries = _rotate(self.q_proj(normed_BSD).view(batch, length, -1, self.head_dim), rope).transpose(1, 2)
         # Views: no copy of the keys for each query head where there is one key head, as in all published models.
         keys, values = (
             part.transpose(1, 2)[:, :, None].expand(-1, -1, self.groups, -1, -1).flatten(1, 2) for part in keys_values
         )
-        attended = _attend(queries, keys, values, mask)
-        return self.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
+        attended = _attend(queries_BSHD.transpose(1, 2), keys, values, mask)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -151,6 +155,33 @@ class _GatedProduct(torch.autograd.Function):
         return gate_gradient, gradients[0] * activated.detach(), None
 
 
+def _recomputed(tensor: Tensor, compute: Callable[[], Tensor]) -> saved_tensors_hooks:
+    """A context in which autograd keeps the shape of `tensor`; the backward pass has it from `compute`, once."""
+    start, size = tensor.data_ptr(), tensor.numel()
+    pending, again = 0, None
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        nonlocal pending
+        if saved.data_ptr() != start or saved.numel() != size or not saved.is_contiguous():
+            return saved
+        pending += 1
+        return saved.shape
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        nonlocal pending, again
+        if isinstance(packed, Tensor):
+            return packed
+        if again is None:
+            with torch.no_grad():
+                again = compute()
+        value, pending = again.view(packed), pending - 1
+        if pending <= 0:
+            again = None
+        return value
+
+    return saved_tensors_hooks(pack, unpack)
+
+
 class MLP(nn.Module):
     """Gemma's gated MLP. Training keeps its two wide projections alone, of four wide tensors; the rest is cheap."""
 
@@ -168,20 +199,7 @@ class MLP(nn.Module):
         if not frugal or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.down_proj(self.act_fn(gate) * up)
         product = _GatedProduct.apply(gate, up, self.act_fn)
-        start = product.data_ptr()
-
-        def pack(tensor: Tensor) -> Tensor | torch.Size:
-            same = tensor.data_ptr() == start and tensor.numel() == product_size and tensor.is_contiguous()
-            return tensor.shape if same else tensor
-
-        def unpack(packed: Tensor | torch.Size) -> Tensor:
-            if isinstance(packed, Tensor):
-                return packed
-            with torch.no_grad():
-                return (self.act_fn(gate) * up).view(packed)
-
-        product_size = product.numel()
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with _recomputed(product, lambda: self.act_fn(gate) * up):
             return self.down_proj(product)
 
 
@@ -242,17 +260,30 @@ class Block(nn.Module):
         frugal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         normed, gate = _normed(self.input_layernorm, hidden, condition)
-        keys, values = self.self_attn.keys_values(normed, rope)
+        frugal_norms = frugal and past is None  # Most tokens are the prefix's.
+        with _kept(self.input_layernorm, hidden, normed, frugal_norms):
+            keys, values = self.self_attn.keys_values(normed, rope)
+            queries = self.self_attn.queries(normed, rope)
         seen = (keys, values)
         if past is not None:
             seen = (torch.cat([past[0], keys], dim=1), torch.cat([past[1], values], dim=1))
-        hidden = _residual(hidden, self.self_attn(normed, rope, seen, mask), gate)
+        hidden = _residual(hidden, self.self_attn(queries, seen, mask), gate)
         normed, gate = _normed(self.post_attention_layernorm, hidden, condition)
-        return _residual(hidden, self.mlp(normed, frugal=frugal), gate), keys, values
+        with _kept(self.post_attention_layernorm, hidden, normed, frugal_norms):
+            branch = self.mlp(normed, frugal=frugal)
+        return _residual(hidden, branch, gate), keys, values
 
 
 def _normed(norm: nn.Module, hidden: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return (norm(hidden), None) if condition is None else norm(hidden, condition)
+
+
+def _kept(norm: nn.Module, hidden: Tensor, normed: Tensor, frugal: bool) -> AbstractContextManager[object]:
+    """A context in which projections keep `normed`; or not, where the norm is cheap to do again and has no hooks."""
+    plain = type(norm) is RMSNorm and not (norm._forward_hooks or norm._forward_pre_hooks)
+    if not (frugal and plain and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return nullcontext()
+    return _recomputed(normed, lambda: norm.forward(hidden))
 
 
 def _residual(hidden: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
