@@ -30,7 +30,6 @@ from benchmarks.fuzz_commands import (
     PI_FINETUNE,
     PUSH,
     REGENERATE,
-    REPRODUCE,
     ROBOTWIN,
     SELECT,
     TEACHER,
@@ -114,7 +113,6 @@ CONTRADICTIONS: list[tuple[str, dict[str, str]]] = [
     (f"{ANALYZE} cka", {"estimator": "minibatch", "debiased": "False"}),
     (f"{ANALYZE} cka", {"rows": "samples"}),  # Of two samples.
     (f"{ANALYZE} gradients", {"block": "99"}),
-    (f"{ANALYZE} gradients", {"use_lora": "False"}),
     (f"{ANALYZE} projectors", {"recipe": "baseline"}),
     (f"{ANALYZE} static", {"recipe": "baseline"}),
     (f"{ANALYZE} theorem", {"vla_layers_align": "99", "vggt_layers_align": "1"}),
@@ -136,7 +134,6 @@ CONTRADICTIONS: list[tuple[str, dict[str, str]]] = [
     (TEACHER, {"control": "True", "weights": "/tmp/nowhere"}),
     (TEACHER, {"train_tasks": "libero_object:7"}),
     (PAGE, {"port": "0"}),
-    (f"{REPRODUCE} run table8 --dry_run", {"vla_path": "/nowhere"}),
 ]
 
 

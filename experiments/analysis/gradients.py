@@ -214,7 +214,7 @@ def draw_theorem(config: TheoremConfig, parts: list[Report]) -> None:
     for number, part in enumerate(parts):
         upper = torch.triu(torch.ones_like(part["inner"], dtype=torch.bool), diagonal=1).cpu()
         bound = part["relative_bound"].cpu()[upper]
-        lowest = min(lowest, float(bound.min()))
+        lowest = min([lowest, *bound.tolist()])  # A single pair has no bound.
         axes.plot(bound, part["cosine"].cpu()[upper], ls="", **line_style(number), label=part["label"])
     axes.plot([max(lowest, -1), 1], [max(lowest, -1), 1], color="0.5", lw=0.8, zorder=0)
     if lowest < -5:

@@ -25,6 +25,7 @@ from experiments.reproduce.stages import StudyPaths, analysis_job, arm_jobs, col
 from experiments.reproduce.studies import STUDIES, Analysis, Arm, Study
 from prismatic.util.cli import CommandParser, exit_code, whole_number
 from prismatic.util.errors import UsageError
+from prismatic.util.files import refuse_no_folder
 from prismatic.util.flags import split_names, split_numbers
 
 
@@ -62,10 +63,18 @@ def make_parser() -> CommandParser:
     return parser
 
 
+def chosen_seeds(arguments: argparse.Namespace) -> tuple[int, ...]:
+    """The seeds of `--seeds`. Raises UsageError: something else than whole numbers from 0 on."""
+    seeds = split_numbers("--seeds", arguments.seeds)
+    if seeds and min(seeds) < 0:
+        raise UsageError(f"--seeds: {min(seeds)} found; accepted: 0 or more")
+    return seeds
+
+
 def make_paths(arguments: argparse.Namespace, policy: str = "openvla") -> StudyPaths:
     """Profile and folders from the flags, for studies of that family of policies; raises UsageError."""
     profile = profile_of(policy, arguments.profile)
-    seeds = split_numbers("--seeds", arguments.seeds) or profile.seeds
+    seeds = chosen_seeds(arguments) or profile.seeds
     profile = replace(
         profile,
         vla_path=arguments.vla_path or profile.vla_path,
@@ -173,7 +182,7 @@ def run_confirmation(arguments: argparse.Namespace) -> int:
     from experiments.reproduce import confirm
 
     out = arguments.out or Path("runs/reproduce") / confirm.REGIME.name
-    paths = confirm.make_paths(out, split_numbers("--seeds", arguments.seeds))
+    paths = confirm.make_paths(out, chosen_seeds(arguments))
     # Results of seeds that are not registered stay out of the repository's.
     registered = set(paths.profile.seeds) <= set(confirm.REGIME.seeds)
     results = confirm.RESULTS if registered else paths.out / "results"
@@ -193,6 +202,7 @@ def run_stages(stages: Sequence[Sequence[Chain]], paths: StudyPaths, arguments: 
         for job in jobs.values():
             console.print(f"python {shlex.join(job.arguments)}", highlight=False, soft_wrap=True, markup=False)
         return 0
+    refuse_no_folder("--out", paths.out)
     runner = JobRunner(paths.logs, console)
     parallel = arguments.parallel or (min(4, os.cpu_count() or 1) if paths.processes == 1 else 1)
     failures: list[JobFailed] = []

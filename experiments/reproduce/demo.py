@@ -36,7 +36,7 @@ from experiments.reproduce.stages import StudyPaths, arm_jobs, collect_job, roll
 from experiments.reproduce.studies import BASELINE, ROCKET, Arm, Study
 from prismatic.util.cli import run
 from prismatic.util.errors import UsageError
-from prismatic.util.files import atomic_write
+from prismatic.util.files import atomic_write, refuse_no_folder
 from prismatic.util.flags import check, limited, numbers, split_numbers
 
 UNTOUCHED = Arm("untouched", "before fine-tuning", {})
@@ -247,6 +247,7 @@ def write_report(
 
 def main(config: DemoConfig) -> int:
     """Run the stages and print the report; returns 1 when a stage failed."""
+    refuse_no_folder("--out", config.out)
     paths, tokens = config.paths(), config.tokens_paths()
     from rich import table as rich_table
     from rich.console import Console

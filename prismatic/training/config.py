@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +22,7 @@ from prismatic.checkpoint.layout import (
 )
 from prismatic.checkpoint.newest import damage, is_run, newest_checkpoint
 from prismatic.util.errors import UsageError
-from prismatic.util.files import HUB_ID, fitting_name, longest_name
+from prismatic.util.files import HUB_ID, fitting_name, longest_name, refuse_no_folder
 from prismatic.util.flags import check, limited, names, numbers, split_names, split_numbers
 from prismatic.vla.datasets.dataset_file import read_datasets
 from prismatic.vla.platforms import get_platform
@@ -241,8 +240,7 @@ class TrainConfig:
             Path(self.run_root_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"--run_root_dir: {self.run_root_dir} cannot be a folder ({error})") from None
-        if not os.access(self.run_root_dir, os.W_OK):
-            raise UsageError(f"--run_root_dir: {self.run_root_dir} is not writable; accepted: a folder that is")
+        refuse_no_folder("--run_root_dir", self.run_root_dir)
 
     def _refuse_existing(self, run_dir: Path) -> None:
         """An empty log is no run: it is left when training stops before its first line."""

@@ -44,6 +44,7 @@ _REFUSED_PATHS = (
     errno.ENOSPC,
     errno.EDQUOT,
 )
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NULLS = ("~", "null", "Null", "NULL", "")
 _BOOLS = {"true": True, "false": False}
 _ACCEPTED = {int: "a whole number", float: "a number", bool: "True or False", Path: "a path"}
@@ -244,11 +245,14 @@ def parse(config_class: type[ConfigT], argv: Sequence[str] | None = None) -> Con
     return config
 
 
-def _path_trouble(error: OSError | RuntimeError) -> str | None:
-    """Name a path that the operating system refuses, and why; None for errors that are not of that kind."""
+def _path_trouble(error: Exception) -> str | None:
+    """Say what the operating system refuses, a path or a write, and why; None for errors that are not of that kind."""
     if isinstance(error, OSError) and error.errno in _REFUSED_PATHS and error.filename:
         return f"{error.filename}: {error.strerror}; accepted: another path"
     said = one_line(error)
+    # Of a write, which knows no path; writers in Rust raise no OSError.
+    if getattr(error, "errno", None) in _FULL or re.search(rf"os error ({'|'.join(map(str, _FULL))})\b", said):
+        return f"nothing more can be written ({said[:160]}); accepted: a place with room"
     # pathlib's own, for a loop of links and for ~nobody.
     if type(error) is RuntimeError and said.startswith(("Symlink loop", "Could not determine home")):
         return f"a path leads nowhere: {said}; accepted: another path"
@@ -269,7 +273,7 @@ def exit_code(main: Callable[ParametersT, int | None]) -> Callable[ParametersT, 
             if int(os.environ.get("RANK", "0")) == 0:
                 print(f"error: {error}", file=sys.stderr)
             return 2
-        except (OSError, RuntimeError) as error:
+        except Exception as error:
             trouble = _path_trouble(error)
             if trouble is None:
                 raise

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import resource
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,26 +15,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from prismatic.checkpoint.newest import damage
+from prismatic.checkpoint.newest import damage, newest_checkpoint
 from prismatic.training.config import TrainConfig
 from prismatic.training.metrics import read_log
 from prismatic.training.run import TrainingRun
 from prismatic.util.errors import UsageError
+from tests.helpers.full_disk import no_file_above
+from tests.helpers.training import training_flags
 
 FLAGS: dict[str, Any] = {"recipe": "baseline", "merge_lora_during_training": False, "save_freq": 1}
-
-
-@contextmanager
-def no_file_above(size: int) -> Iterator[None]:
-    """Let writers fail at that many bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
 
 
 # The optimizer's archive, a head's, the adapter, a file of Python's.
@@ -63,11 +50,57 @@ def test_lost_data_name_step_file_and_the_checkpoint_stays(finetune: Callable[..
     assert damage(runs / "run--1_chkpt") is None
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_lost_while_training_name_step_and_file_and_the_checkpoint_stays(
+    workers: int, student_folder: Path, rlds_root: Path, tmp_path: Path
+) -> None:
+    flags = training_flags(student_folder, rlds_root, tmp_path) | {"max_steps": 500, "save_freq": 1}
+    config = TrainConfig(**flags | {"num_workers": workers, "lora_rank": 2})
+    config.validate()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    def lose(_: Any) -> float:
+        if (tmp_path / "run--1_chkpt").is_dir():
+            for file in rlds_root.rglob("*.tfrecord*"):
+                os.truncate(file, 1000)
+        return 1.0
+
+    with pytest.raises(UsageError, match=r"^step \d+: .*tfrecord.*; the last checkpoint is kept$"):
+        TrainingRun(config, asdict(config)).fit(GivenLoss(), 1.0, lose)
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest is not None and damage(newest) is None
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_refused_at_the_start(finetune: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir(mode=0o555)
     with pytest.raises(UsageError, match=r"--run_root_dir: .* is not writable"):
         finetune(**FLAGS)
+
+
+def test_a_folder_that_takes_no_file_is_refused_at_the_start(finetune: Callable[..., Path]) -> None:
+    """Whatever permissions say, as of a network's disk where root is nobody."""
+    with pytest.raises(UsageError, match=r"--run_root_dir: /proc is not writable \(.*\); accepted: a folder that is"):
+        finetune(**FLAGS, run_root_dir=Path("/proc"))
+
+
+def test_a_folder_that_turns_read_only_ends_the_run_in_one_line(
+    finetune: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a disk with errors is mounted anew: the second checkpoint's folder cannot be made."""
+    make = Path.mkdir
+
+    def refuse(folder: Path, *arguments: Any, **options: Any) -> None:
+        if ".run--2_chkpt." in str(folder):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
+        make(folder, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UsageError, match=r"^checkpoint of step 2: cannot be written to .*Read-only file system"):
+        finetune(**FLAGS, max_steps=2)
+    monkeypatch.undo()
+    runs = finetune(**FLAGS, max_steps=2, resume=True)
+    assert damage(runs / "run--1_chkpt") is None and damage(runs / "run--2_chkpt") is None
 
 
 class GivenLoss(torch.nn.Module):

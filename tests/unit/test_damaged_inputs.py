@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from experiments.mini.make.teacher_data import read_shard
 from experiments.reproduce import training_page
-from experiments.robot.libero.results.run_folder import read_run_config
+from experiments.robot.libero.results.run_folder import read_episode_lines, read_run_config
 from prismatic.models.pi.prompts import load_tokenizer
 from prismatic.training.metrics import read_log
 from prismatic.util.cli import exit_code, whole_number
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, refuse_no_file
+from prismatic.vla.datasets.lerobot.metadata import read_metadata
 from prismatic.vla.platforms import LIBERO, check_bounds
+from rocket_align.teacher.store.layout import INDEX_NAME, StoreError, StoreLayout, read_layout, write_index
+from tests.helpers.full_disk import no_file_above
+from tests.helpers.lerobot_files import write_columns
 
 NAMES = ("images", "depths")
 
@@ -51,6 +57,42 @@ def test_a_damaged_line_of_a_log_costs_no_other(tmp_path: Path) -> None:
         b"\n".join([json.dumps(rows[0]).encode(), *damaged[:5], json.dumps(rows[1]).encode(), *damaged[5:]])
     )
     assert read_log(log) == [*rows, {"step": 3}]
+
+
+@pytest.mark.parametrize("name", ["meta/episodes.jsonl", "meta/tasks.jsonl"])
+@pytest.mark.parametrize(
+    "damage", [b"\xff", b"[" * 100_000, b"7", b"{}", b"<html>", b'{"episode_index": "x", "task_index": "x"}']
+)
+def test_a_damaged_line_of_lerobot_s_is_one_line(name: str, damage: bytes, tmp_path: Path) -> None:
+    write_columns(tmp_path / "data", {"action": np.zeros((4, 7), np.float32)}, (4,))
+    file = tmp_path / "data" / name
+    file.write_bytes(damage + b"\n" + file.read_bytes())
+    with pytest.raises(UsageError, match="meta"):
+        read_metadata(tmp_path / "data")
+
+
+@pytest.mark.parametrize("change", [{"views": [True]}, {"channels": "x"}, {"layers": 3}, {"grid_hw": [3, True]}])
+def test_a_damaged_layout_of_a_feature_store_is_one_line(change: dict[str, object], tmp_path: Path) -> None:
+    layout = StoreLayout("vggt", "ab", 3, (0, 1), 32, 8, "int8", ("primary",), 42, (42, 42), (3, 3), (3, 3))
+    write_index(tmp_path / INDEX_NAME, {"layout": asdict(layout)})
+    assert read_layout(tmp_path) == layout
+    write_index(tmp_path / INDEX_NAME, {"layout": asdict(layout) | change})
+    with pytest.raises(StoreError, match="its layout is damaged"):
+        read_layout(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [7, "7", [None], None])
+def test_a_column_of_an_unknown_width_is_one_line(shape: object, tmp_path: Path) -> None:
+    folder = write_columns(tmp_path / "data", {"action": np.zeros((4, 7), np.float32)}, (4,))
+    assert read_metadata(folder).width("action") == 7
+    content = json.loads((folder / "meta" / "info.json").read_text())
+    content["features"]["action"]["shape"] = shape
+    (folder / "meta" / "info.json").write_text(json.dumps(content))
+    if shape == "7":
+        assert read_metadata(folder).width("action") == 7
+        return
+    with pytest.raises(UsageError, match=r"the shape of 'action' is .*; accepted: whole numbers"):
+        read_metadata(folder).width("action")
 
 
 @pytest.mark.parametrize("content", [{"identity": 7}, {"environment": [1]}])
@@ -98,6 +140,28 @@ def test_a_place_that_takes_no_file_is_refused_and_never_a_traceback(
     refuse_no_file("--out", tmp_path / "new" / "x.html")
     assert exit_code(lambda: atomic_write("/proc/nowhere/x", ""))() == 2
     assert capsys.readouterr().err == "error: /proc/nowhere: Permission denied; accepted: another path\n"
+
+
+def test_a_full_disk_is_one_line_of_any_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was there before stays, and nothing half."""
+    file = tmp_path / "results.json"
+    file.write_text("before")
+    big = {"x": np.zeros(100_000)}
+    for write in (lambda: atomic_write(file, "x" * 100_000), lambda: save_file(big, file)):
+        with no_file_above(10_000):
+            assert exit_code(lambda write=write: write())() == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: nothing more can be written (") and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("change", [{"suite": ["libero_goal"]}, {"task": 7}, {"error": {}}, {"level": "x"}])
+def test_an_episode_s_texts_are_texts(change: dict[str, object], tmp_path: Path) -> None:
+    episode = {"suite": "libero_goal", "task_id": 0, "task": "do it", "init_state": 0, "seed": 7, "status": "success"}
+    episode |= {"success": True, "steps": 90, "error": None, "wall_time": 1.5, **change}
+    (tmp_path / "episodes.jsonl").write_text(json.dumps(episode) + "\n")
+    with pytest.raises(UsageError, match="line 1 is not an episode"):
+        list(read_episode_lines(tmp_path / "episodes.jsonl"))
 
 
 def test_numbers_of_commands_with_words_have_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,10 +104,17 @@ def read_layout(root: Path) -> StoreLayout:
     stored = read_index(root / INDEX_NAME).get("layout") or {}
     try:
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
-        numbers = [n for v in values.values() for n in (v if isinstance(v, tuple) else (v,)) if not isinstance(n, str)]
-        if not all(isinstance(number, int) and 0 <= number < 2**31 for number in numbers):
+        layout = StoreLayout(**values)
+        pairs = (layout.teacher_image_hw, layout.teacher_grid_hw, layout.grid_hw)
+        if not all(isinstance(v, tuple) for v in (*pairs, layout.layers, layout.views)) or {*map(len, pairs)} != {2}:
+            raise TypeError("layers, views and pairs of sizes are lists")
+        numbers = (layout.teacher_depth, layout.channels, layout.components, layout.view_pixels)
+        sizes = (*numbers, *layout.layers, *(size for pair in pairs for size in pair))
+        if not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
             raise TypeError("sizes are whole numbers")
-        return StoreLayout(**values)
+        if not all(isinstance(text, str) for text in (layout.teacher_kind, layout.teacher_hash, *layout.views)):
+            raise TypeError("names are texts")
+        return layout
     except (TypeError, AttributeError) as error:
         raise StoreError(f"{root / INDEX_NAME}: its layout is damaged ({error}); accepted: a new build") from error
 

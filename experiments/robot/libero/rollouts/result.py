@@ -49,6 +49,9 @@ class EpisodeResult:
         measured = (self.wall_time, *self.seconds.values())
         if not (all(isinstance(n, Integral) for n in whole) and all(isinstance(n, Real) for n in measured)):
             raise ValueError("a number is of another type")
+        texts = (self.suite, self.task, *(text for text in (self.error, self.kind, self.task_name) if text is not None))
+        if not (all(isinstance(text, str) for text in texts) and isinstance(self.level, Integral | None)):
+            raise ValueError("a text or the level is of another type")
 
     @property
     def key(self) -> tuple[str, int, int]:

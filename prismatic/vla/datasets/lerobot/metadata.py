@@ -69,8 +69,13 @@ class Metadata:
     episodes: tuple[EpisodePlace, ...]
 
     def width(self, feature: str) -> int:
-        """Count the numbers that a row holds of a feature."""
-        return math.prod(int(size) for size in self.features[feature]["shape"])
+        """Count the numbers that a row holds of a feature. Raises UsageError: the description does not tell."""
+        shape: Any = self.features[feature].get("shape")
+        try:
+            return math.prod(int(size) for size in shape)
+        except (TypeError, ValueError):
+            file = self.folder / "meta" / "info.json"
+            raise UsageError(f"{file}: the shape of {feature!r} is {shape!r}; accepted: whole numbers") from None
 
 
 def require(module: str) -> Any:
@@ -104,14 +109,14 @@ def read_rows(path: Path, columns: list[str] | None = None) -> Any:
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; accepted: a LeRobot dataset folder") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 yield json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise UsageError(f"{path}: line {number}: not valid JSON ({error})") from None
 
 
@@ -197,7 +202,9 @@ def read_metadata(folder: Path) -> Metadata:
         )
     except KeyError as error:
         raise UsageError(f"{folder / 'meta'}: entry {error} is missing (version {version})") from error
-    except (TypeError, AttributeError) as error:
+    except UsageError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path}: no valid LeRobot description ({one_line(error)})") from error
 
 
