@@ -11,9 +11,10 @@ import numpy as np
 if TYPE_CHECKING:
     from mujoco import MjvGLCamera, MjvScene
 
-# Pixels by which OpenGL may place a vertex elsewhere: llvmpipe rounds to 1/256, and less than STILL counts as unmoved.
-_SLACK = np.float32(1 / 200)
-STILL = 1 / 1000
+# Pixels by which OpenGL may place a vertex elsewhere: llvmpipe rounds to the nearest 1/256, float arithmetic differs by
+# 1/10,000, and less than STILL counts as unmoved. With 1/700, pictures differ.
+_SLACK = np.float32(1 / 300)
+STILL = 1 / 4000
 _LARGE = np.float32(8)  # Pixels; triangles of such a side are drawn without a closer look.
 SAMPLES = 4
 
