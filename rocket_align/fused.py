@@ -23,7 +23,7 @@ class _ProjectedCosineLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, target: Tensor, shares: Tensor, eps: float, *weights: Tensor) -> Tensor:
         fc1, bias1, fc2, bias2, *norm = weights
-        fc2, width = fc2.contiguous(), tokens.shape[-1:]
+        tokens, fc2, width = tokens.contiguous(), fc2.contiguous(), tokens.shape[-1:]
         normed, *moments = torch.ops.aten.native_layer_norm(tokens, width, *norm, eps) if norm else [tokens]
         x = normed.flatten(0, 1)
         before = product(x, fc1, bias1)
