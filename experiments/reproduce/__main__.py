@@ -226,6 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_confirmation(arguments)
     from experiments.reproduce.report import write_report
 
+    if arguments.out is not None:
+        refuse_no_folder("--out", arguments.out)
     print(f"report: {write_report(arguments.profile, arguments.out)}")
     return 0
 

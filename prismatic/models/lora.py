@@ -113,7 +113,8 @@ def load_lora(model: nn.Module, folder: str | Path, is_trainable: bool = False) 
 
     Older PEFT also wrote the frozen base weight of the adapted head (`lm_head.base_layer.weight`) into the file; such a
     file loads like one without. Adapters trained with FiLM load into the plain model; FiLM goes around it later.
-    Raises ValueError when the file lacks weights of an adapter or has unknown ones.
+    Raises ValueError when the file lacks weights of an adapter or has unknown ones, or when its settings ask for a
+    package that is not here.
     """
     from peft import PeftConfig, set_peft_model_state_dict
     from peft.utils import load_peft_weights
@@ -124,7 +125,10 @@ def load_lora(model: nn.Module, folder: str | Path, is_trainable: bool = False) 
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     weights = load_peft_weights(str(folder), device="cpu")
     weights = {name_without_film(key): value for key, value in weights.items() if ".base_layer." not in key}
-    peft_model = wrap_lora(model, config)
+    try:
+        peft_model = wrap_lora(model, config)
+    except ImportError as error:  # Of megatron, say.
+        raise ValueError(f"adapter_config.json asks for a package that is not here ({error})") from error
     result: Any = set_peft_model_state_dict(peft_model, weights)
     missing = [key for key in result.missing_keys if any(part in key for part in (_LORA_A, _LORA_B, MAGNITUDE))]
     if missing or result.unexpected_keys:

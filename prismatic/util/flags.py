@@ -17,12 +17,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from prismatic.util.errors import UsageError, unknown_name
 
 _ALL = ("", "all", "none", "null")
 _LONGEST_RANGE = 10**6
+_ACCEPTED = {bool: "True or False", int: "a whole number", float: "a number"}
 
 
 def limited(default: Any, **limits: Any) -> Any:
@@ -123,6 +125,10 @@ def check(config: Any) -> None:
         for part in name.split("."):
             value = getattr(value, part)
         if value is not None:
+            kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+            numeric = next((accepted for number, accepted in _ACCEPTED.items() if number in kinds), "")
+            if numeric and str not in kinds and isinstance(value, str | list | tuple | dict):  # Of a damaged record.
+                raise UsageError(f"--{name}: {value!r} found; accepted: {numeric}")
             _check_value(f"--{name}", value, field.metadata, choices_of(kind))
 
 

@@ -90,6 +90,19 @@ def test_cka_of_few_rows_that_count_is_refused(estimator: Any) -> None:
     assert torch.equal(measured(full, few), measured(full)) == (estimator == "minibatch")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"batch_size": "x"}, "--batch_size: 'x' found; accepted: a whole number"),
+        ({"image_aug": {}}, "--image_aug: {} found; accepted: True or False"),
+        ({"learning_rate": [1]}, r"--learning_rate: \[1\] found; accepted: a number"),
+    ],
+)
+def test_a_record_whose_numbers_are_none_is_one_line(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"^{said}"):
+        config(tmp_path, **change).validate()
+
+
 def test_a_record_with_idle_flags_is_analyzed(tmp_path: Path) -> None:
     from experiments.analysis.config import SubjectFlags, training_config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,14 @@ def test_load_lora_for_training(tmp_path: Path) -> None:
     trained_adapter(tmp_path)
     peft_model = load_lora(tiny_student(), tmp_path, is_trainable=True)
     assert all(p.requires_grad == ("lora_" in name) for name, p in peft_model.named_parameters())
+
+
+def test_an_adapter_whose_settings_ask_for_another_package_is_refused(tmp_path: Path) -> None:
+    trained_adapter(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"megatron_config": {"x": 1}}))
+    with pytest.raises(ValueError, match=r"asks for a package that is not here .*megatron"):
+        load_lora(tiny_student(), tmp_path)
 
 
 def test_an_adapter_that_lacks_weights_is_refused(tmp_path: Path) -> None:
