@@ -12,6 +12,7 @@ from PIL import Image
 
 from prismatic.vla.datasets import image_transforms as images
 from prismatic.vla.datasets.image_transforms import AugmentRanges, PolicyImageTransform, decode_image
+from prismatic.vla.datasets.resampling import crop_filters, lanczos_crop_axis
 from prismatic.vla.datasets.rlds_writer import encode_jpeg as jpeg
 
 
@@ -88,6 +89,15 @@ def test_rollout_without_augmentation_does_not_crop() -> None:
     assert np.abs(cropped.astype(int) - scene).mean() > 5
     assert PolicyImageTransform((84, 84)).draw(np.random.default_rng(0)) is None
     np.testing.assert_array_equal(PolicyImageTransform((84, 84)).rollout(scene), whole)
+
+
+@pytest.mark.parametrize("side", [32, 84, 96, 160, 256, 480])
+def test_a_crop_has_the_weights_of_its_whole_filters(side: int) -> None:
+    for start in np.linspace(0.0, 0.05, 7):
+        weights, _ = crop_filters(side, 224, start, 0.95)
+        for outputs, inputs, kept in lanczos_crop_axis(side, 224, start, 0.95):
+            assert torch.equal(kept, weights[outputs, inputs])
+            assert weights[outputs].count_nonzero() == kept.count_nonzero()
 
 
 def test_threads_do_not_change_a_pixel() -> None:

@@ -38,6 +38,9 @@ def test_arrays_become_what_pillows_images_become(strategy: str, side: int) -> N
     processor = PrismaticImageProcessor(False, strategy, [(3, 28, 28)])
     expected = processor.apply_transform(Image.fromarray(np.ascontiguousarray(pixels)))
     assert torch.equal(processor.apply_transform(pixels), expected)
+    turned = np.broadcast_to(pixels[::-1, ::-1], pixels.shape)  # Neither in order nor to be written to.
+    expected = processor.apply_transform(Image.fromarray(np.ascontiguousarray(turned)))
+    assert torch.equal(processor.apply_transform(turned), expected)
 
 
 def test_letterbox_pads_with_the_mean_color() -> None:

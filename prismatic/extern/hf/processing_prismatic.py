@@ -115,6 +115,8 @@ class PrismaticImageProcessor(BaseImageProcessor):
         # A square of the right size is changed by no strategy.
         shape = (view.height, view.height, 3) if view.height == view.width else None
         if isinstance(img, np.ndarray) and img.dtype == np.uint8 and img.shape == shape:
+            if not img.flags.writeable or min(img.strides) < 0:  # torch takes neither
+                img = img.copy()
             return torch.from_numpy(img).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
         image = _to_pil(img)
         if self.image_resize_strategy == "letterbox":

@@ -27,7 +27,7 @@ class Block(NamedTuple):
 
 
 class _Band(NamedTuple):
-    """A banded matrix (out, in) and the first and one-past-last input of each output row."""
+    """A banded matrix (out, in), and first and one-past-last inputs of its rows that never decrease from row to row."""
 
     weights: np.ndarray
     first: np.ndarray
@@ -48,7 +48,9 @@ def _lanczos_band(in_size: int, out_size: int) -> _Band:
     weights[np.abs(weights) < 1e-9] = 0.0  # sinc is not exactly zero at the integers; keep the matrix banded
     weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
     used = weights != 0.0
-    return _Band(weights, used.argmax(axis=1), in_size - used[:, ::-1].argmax(axis=1))
+    first, stop = used.argmax(axis=1), in_size - used[:, ::-1].argmax(axis=1)
+    # A filter that lies on a pixel has that one alone, and would narrow a block that it begins or ends.
+    return _Band(weights, np.minimum.accumulate(first[::-1])[::-1], np.maximum.accumulate(stop))
 
 
 @functools.lru_cache(maxsize=32)
