@@ -4,10 +4,9 @@
 # What happens: where root runs it (and may change priorities, as in a virtual machine), the first frame makes the calling
 #   thread a real-time one, SCHED_FIFO 99, the highest there is. It stays so after the file is closed, and every thread and
 #   process that it starts from then on is one, too: loaders, simulators, policy servers, launched trainings.
-# Why it matters here: recording or converting a dataset in the process that trains, evaluates or tests afterwards. Real-time
-#   threads do not take turns: two that wait for one of MKL's spin locks on two cores keep its owner from running. A policy
-#   server then computed for 35 minutes without an answer, and tests of a whole machine came to a stop. Remedy: keep
-#   os.sched_getscheduler(0) and os.sched_getparam(0) before, and set them again after.
+# Why it matters here: recording or converting a dataset in the process that trains, serves or evaluates afterwards. Real-time
+#   threads do not take turns: two that wait for one of MKL's spin locks on two cores keep its owner from running, and nothing
+#   else on the machine gets on. Remedy: keep os.sched_getscheduler(0) and os.sched_getparam(0) before, set them again after.
 # Seen on 2026-11-29.
 set -euo pipefail
 [ "$(id -u)" = 0 ] || { echo "only root may become real-time: run this as root" >&2; exit 2; }
@@ -16,11 +15,12 @@ trap 'rm -rf "$work"' EXIT
 cd "$work"
 "${PYTHON:-python3}" -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet av==18.1.0 numpy==2.4.6
-"$work/venv/bin/python" - 2>/dev/null <<'PY'
+"$work/venv/bin/python" - <<'PY'
 import os
 import subprocess
 import sys
 
+os.environ["SVT_LOG"] = "0"  # Errors alone.
 import av
 import numpy as np
 

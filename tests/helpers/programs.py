@@ -42,7 +42,7 @@ def _end(process: int) -> None:
         for member in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.send_signal(number)
-        psutil.wait_procs(family[:-1], timeout=10)
+        psutil.wait_procs(family, timeout=10)
 
 
 def _text(stream: IO[bytes]) -> str:

@@ -22,6 +22,11 @@ def test_a_process_left_behind_is_not_waited_for() -> None:
     assert time.monotonic() - started < 60
 
 
+def test_a_program_without_children_tells_where_it_is() -> None:
+    with pytest.raises(pytest.fail.Exception, match='File "<string>", line 1 in <module>'):
+        run_program([sys.executable, "-c", "while True: pass"], timeout=3)
+
+
 def test_what_does_not_end_tells_where_it_is_and_is_killed_with_its_processes() -> None:
     program = f"{LEAVES_A_PROCESS}; sys.stdout.flush()\nwhile True: pass"
     with pytest.raises(pytest.fail.Exception) as told:

@@ -26,7 +26,6 @@ def test_sources_import_nothing_of_the_policy(repo_root: Path) -> None:
 
 
 def test_import_loads_no_torch(repo_root: Path) -> None:
-    """It takes 0.03 s then."""
     code = "import sys, rocket_align, rocket_align.recipes; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     assert run_program([sys.executable, "-c", code], cwd=repo_root).stdout.strip() == "[]"
 
