@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,6 +34,10 @@ Precision = Literal["auto", "no", "bf16"]
 Scheduler = Literal["MultiStepLR", "CosineAnnealingLR"]
 Shard = Literal["auto", "none", "fsdp", "zero2", "zero3"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+_ADAPTER_FLAGS = (
+    *("lora_rank", "lora_expert_rank", "lora_alpha", "lora_targets", "use_rslora", "use_dora", "lora_dropout"),
+    "merge_lora_during_training",
+)
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 
 
@@ -159,7 +165,7 @@ class TrainConfig:
         check(self)
         if self.resume:
             self._find_resumed()
-        self._refuse_idle_adapter_flags()
+        self._tell_idle_adapter_flags()
         if self.use_l1_regression and self.use_diffusion:
             raise UsageError("--use_l1_regression and --use_diffusion: both are True; accepted: at most one of them")
         get_platform(self.platform)
@@ -178,12 +184,11 @@ class TrainConfig:
                 raise UsageError(f"--trackers: {name} is not installed; accepted: none, or after pip install {name}")
         self._validate_paths()
 
-    def _refuse_idle_adapter_flags(self) -> None:
-        """A resumed run's flags may name what it never used; a new run's may not."""
-        for name in ("lora_targets", "use_rslora", "use_dora"):
-            given, unset = getattr(self, name), getattr(TrainConfig, name)
-            if given != unset and not (self.use_lora or self.resume):
-                raise UsageError(f"--{name}: {given} found; accepted with --use_lora False: {unset}, no adapters")
+    def _tell_idle_adapter_flags(self) -> None:
+        """Without adapters a new run's settings of them change nothing; a resumed run's were given earlier."""
+        idle = [f"--{name}" for name in _ADAPTER_FLAGS if getattr(self, name) != getattr(TrainConfig, name)]
+        if idle and not self.use_lora and not self.resume and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"warning: {', '.join(idle)} without effect: --use_lora is False", file=sys.stderr)
 
     def _find_resumed(self) -> None:
         """Let --vla_path be the checkpoint to go on from; a run that has none yet begins with --vla_path."""

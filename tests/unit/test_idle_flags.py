@@ -1,8 +1,9 @@
-"""Flags that would have no effect, or another than they say, are refused before anything is loaded."""
+"""Flags that would have no effect, or another than they say, are told or refused before anything is loaded."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from experiments.analysis.cka import measure_cka
 from experiments.analysis.config import CkaConfig, SelectConfig
-from prismatic.training.config import TrainConfig
+from prismatic.training.config import _ADAPTER_FLAGS, TrainConfig
 from prismatic.util.errors import UsageError
 
 
@@ -29,13 +30,21 @@ def checkpoint(folder: Path, step: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("flag", [{"use_dora": True}, {"use_rslora": True}, {"lora_targets": "q_proj"}], ids=str)
-def test_settings_of_adapters_need_adapters(flag: dict[str, Any], tmp_path: Path) -> None:
-    config(tmp_path, **flag).validate()
-    with pytest.raises(UsageError, match=rf"^--{next(iter(flag))}: .* found; accepted with --use_lora False: "):
-        config(tmp_path, **flag, use_lora=False).validate()
+def test_settings_of_adapters_without_adapters_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags: dict[str, Any] = {"lora_rank": 64, "lora_dropout": 0.1, "use_dora": True}
+    for quiet in ({**flags}, {"use_lora": False}):
+        config(tmp_path, **quiet).validate()
     # What an earlier run was begun with goes on.
-    config(tmp_path, **flag, use_lora=False, resume=True, vla_path=str(checkpoint(tmp_path, 3))).validate()
+    config(tmp_path, **flags, use_lora=False, resume=True, vla_path=str(checkpoint(tmp_path, 3))).validate()
+    assert capsys.readouterr().err == ""
+    config(tmp_path, **flags, use_lora=False).validate()
+    said = "warning: --lora_rank, --use_dora, --lora_dropout without effect: --use_lora is False\n"
+    assert capsys.readouterr().err == said
+
+
+def test_every_setting_of_adapters_is_known_as_one() -> None:
+    names = {field.name for field in fields(TrainConfig) if "lora" in field.name or "dora" in field.name}
+    assert set(_ADAPTER_FLAGS) == names - {"use_lora"}
 
 
 def test_a_step_to_resume_needs_its_checkpoint(tmp_path: Path) -> None:
