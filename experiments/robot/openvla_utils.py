@@ -28,7 +28,7 @@ from prismatic.checkpoint.load import load_component, load_policy, load_policy_m
 from prismatic.util.errors import UsageError
 from prismatic.vla.action_tokenizer import action_prompt
 from prismatic.vla.datasets.image_transforms import center_crop_box, prepare_policy_image, resize_and_crop
-from prismatic.vla.platforms import LIBERO, Normalization, Platform
+from prismatic.vla.platforms import LIBERO, Normalization, Platform, scaled_numbers
 
 if TYPE_CHECKING:
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
@@ -71,7 +71,7 @@ def normalize_proprio(
     Unlike in training, dimensions that never change in the data are not zeroed; so does upstream's evaluation.
     """
     low, high = (np.array(bound) for bound in kind.bounds(norm_stats))
-    mask = np.array(norm_stats.get("mask", np.ones_like(low, dtype=bool)))
+    mask = scaled_numbers(norm_stats, len(low))
     scaled = 2 * (proprio - low) / (high - low + 1e-8) - 1
     return np.clip(np.where(mask, scaled, proprio), -1.0, 1.0)
 

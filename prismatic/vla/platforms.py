@@ -138,6 +138,12 @@ def get_platform(platform: str | Mapping[str, Any] | Platform) -> Platform:
     return PLATFORMS[platform.lower()]
 
 
+def scaled_numbers(statistics: Mapping[str, Any], width: int) -> np.ndarray:
+    """Tell which numbers are scaled: a bool mask (width,), the statistics' own; all of them without one, or by null."""
+    mask = statistics.get("mask")
+    return np.ones(width, dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
+
+
 def check_bounds(platform: Platform, statistics: Mapping[str, Any], kinds: Sequence[str], folder: Path) -> None:
     """Raise UsageError unless a data set's statistics of these kinds hold the bounds that the platform scales by."""
     for kind in kinds:
@@ -145,16 +151,24 @@ def check_bounds(platform: Platform, statistics: Mapping[str, Any], kinds: Seque
             low, high = (np.asarray(bound, np.float64) for bound in platform.normalization.bounds(statistics[kind]))
             if low.ndim != 1 or low.shape != high.shape:
                 raise ValueError(f"bounds of shapes {low.shape} and {high.shape} found; accepted: lists of one length")
-            if not (np.isfinite(low) & np.isfinite(high)).all():
+            mask = _checked_mask(statistics[kind], len(low))
+            if not (np.isfinite(low) & np.isfinite(high))[mask].all():
                 raise ValueError("bounds that are not finite found; accepted: finite numbers")
-            mask = np.asarray(statistics[kind].get("mask", [True] * len(low)))
-            if mask.dtype.kind not in "bi" or mask.shape != low.shape:
-                raise ValueError(f"a mask of shape {mask.shape} found; accepted: {len(low)} of true and false")
         except KeyError as error:
             by = platform.normalization.value
             raise UsageError(f"{folder}: statistics of {kind}: no {error} found; accepted: bounds for {by}") from None
         except (TypeError, ValueError) as error:
             raise UsageError(f"{folder}: statistics of {kind}: {one_line(error)}") from None
+
+
+def _checked_mask(statistics: Mapping[str, Any], width: int) -> np.ndarray:
+    """The mask of :func:`scaled_numbers`. Raises ValueError unless it is `width` of true and false, or of 1 and 0."""
+    given = np.asarray(scaled_numbers(statistics, width) if statistics.get("mask") is None else statistics["mask"])
+    if given.shape != (width,):
+        raise ValueError(f"a mask of shape {given.shape} found; accepted: {width} of true and false")
+    if given.dtype.kind not in "biuf" or not np.isin(given, (0, 1)).all():
+        raise ValueError(f"the mask {given.tolist()} found; accepted: {width} of true and false")
+    return given.astype(bool)
 
 
 def platform_of_statistics(statistics: Mapping[str, Any]) -> Platform | None:

@@ -32,7 +32,7 @@ from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig, Prismatic
 from prismatic.models.llama_layers import use_fused_layers
 from prismatic.vla.action_tokenizer import ActionBins, get_all_actions_mask
 from prismatic.vla.constants import EMPTY_TOKEN_ID, IGNORE_INDEX, STOP_INDEX
-from prismatic.vla.platforms import Platform
+from prismatic.vla.platforms import Platform, scaled_numbers
 
 if TYPE_CHECKING:
     from prismatic.models.action_heads import DiffusionActionHead, L1RegressionActionHead
@@ -591,7 +591,7 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
     def _unnormalize_actions(self, normalized: np.ndarray, statistics: Mapping[str, Sequence[float]]) -> np.ndarray:
         """(B, T, A) from [-1, 1] to the units of the data; numbers with mask False (the gripper) stay as they are."""
         low, high = (np.array(bound) for bound in self.platform.normalization.bounds(statistics))
-        mask = np.array(statistics.get("mask", np.ones_like(low, dtype=bool)))
+        mask = scaled_numbers(statistics, len(low))
         return np.where(mask, 0.5 * (normalized + 1) * (high - low + 1e-8) + low, normalized)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from prismatic.models.pi.normalization import Normalizer
-from prismatic.vla.platforms import Normalization, NormalizationType, OpenPINormalization
+from prismatic.vla.platforms import Normalization, NormalizationType, OpenPINormalization, scaled_numbers
 
 
 class _AlwaysInStatistics(TypedDict):
@@ -90,7 +90,7 @@ def normalize(values: np.ndarray, statistics: Mapping[str, Sequence[float]], kin
     values = np.asarray(values, dtype=np.float32)
     if isinstance(kind, OpenPINormalization):
         return openpi_normalizer(statistics, kind).normalize(values).astype(np.float32)
-    mask = np.asarray(statistics.get("mask", np.ones(values.shape[-1], dtype=bool)), dtype=bool)
+    mask = scaled_numbers(statistics, values.shape[-1])
     if kind is NormalizationType.NORMAL:
         mean, std = (np.asarray(statistics[key], dtype=np.float32) for key in ("mean", "std"))
         return np.where(mask, (values - mean) / (std + np.float32(1e-8)), values).astype(np.float32)
