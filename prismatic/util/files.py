@@ -134,9 +134,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError as error:  # Of a file system that takes no folders.
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent)) from error
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=temporary_prefix(target), suffix=target.suffix[-60:])
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=temporary_prefix(target), suffix=target.suffix[-60:])
+    except FileNotFoundError as error:  # Of /proc, which takes no folders, and in a working folder that was removed.
+        said = "no such folder, and none can be made there"
+        raise NotADirectoryError(errno.ENOTDIR, said, str(target.parent)) from error
     os.close(handle)
     temporary = Path(name)
     try:
