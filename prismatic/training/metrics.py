@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -69,9 +69,8 @@ class MetricLog:
         self._lock: int | None = None
         if accelerator.is_main_process:
             self._lock = _lock(folder)
-            kept = [row for row in read_log(self._path) if row["step"] <= last_step] if last_step else []
             with storage_errors("log", folder):
-                atomic_write(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+                atomic_write(self._path, _lines_until(self._path, last_step) if last_step else b"")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line: the step and its values."""
@@ -114,14 +113,28 @@ def _lock(folder: Path) -> int:
 
 def read_log(path: Path) -> list[dict[str, float]]:
     """The numbers of a metrics file, line by line; what is no such line, as one cut off by a crash, is left out."""
-    rows: list[dict[str, float]] = []
+    lines = path.read_bytes().splitlines() if path.is_file() else ()
+    return [
+        {name: value for name, value in row.items() if type(value) in (int, float)}
+        for line in lines
+        if (row := _row(line)) is not None
+    ]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The object on a line, or None where it is none or has no step."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def _lines_until(path: Path, last_step: int) -> bytes:
+    """The lines of a log as they are, but for those of later steps and an end that a crash cut off."""
     if not path.is_file():
-        return rows
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append({name: value for name, value in row.items() if type(value) in (int, float)})
-    return rows
+        return b""
+    *lines, end = path.read_bytes().split(b"\n")
+    if _row(end):
+        lines.append(end)
+    return b"".join(line + b"\n" for line in lines if (row := _row(line)) is None or row["step"] <= last_step)

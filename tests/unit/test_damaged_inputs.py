@@ -6,21 +6,26 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from accelerate import Accelerator
 from safetensors.numpy import save_file
 
 from experiments.mini.make.teacher_data import read_shard
 from experiments.reproduce import training_page
 from experiments.robot.libero.results.run_folder import read_episode_lines, read_run_config
+from experiments.robot.openvla_utils import normalize_proprio
+from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.models.pi.prompts import load_tokenizer
-from prismatic.training.metrics import read_log
+from prismatic.training.metrics import MetricLog, read_log
 from prismatic.util.cli import exit_code, whole_number
 from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write, refuse_no_file
 from prismatic.vla.datasets.lerobot.metadata import read_metadata
+from prismatic.vla.datasets.statistics import normalize
 from prismatic.vla.platforms import LIBERO, check_bounds
 from rocket_align.teacher.store.layout import INDEX_NAME, StoreError, StoreLayout, read_layout, write_index
 from tests.helpers.full_disk import no_file_above
@@ -57,6 +62,18 @@ def test_a_damaged_line_of_a_log_costs_no_other(tmp_path: Path) -> None:
         b"\n".join([json.dumps(rows[0]).encode(), *damaged[:5], json.dumps(rows[1]).encode(), *damaged[5:]])
     )
     assert read_log(log) == [*rows, {"step": 3}]
+
+
+def test_resuming_keeps_the_lines_of_a_log_as_they_are(tmp_path: Path) -> None:
+    kept = b'{"step": 1, "loss": 0.50, "note": "x", "v": null}\n{"remark": "warm"}\n\xff{\n{"step": 2, "loss": NaN}\n'
+    log = tmp_path / "metrics.jsonl"
+    for end in (b"", b'{"step": 2, "lo', b'{"step": 3, "loss": 1}\n{"step"', b'{"step": 4}'):
+        log.write_bytes(kept + end)
+        MetricLog(tmp_path, Accelerator(cpu=True), last_step=2).close()
+        assert log.read_bytes() == kept
+    log.write_bytes(kept[:-1])  # Whole, but for the end of its line.
+    MetricLog(tmp_path, Accelerator(cpu=True), last_step=2).close()
+    assert log.read_bytes() == kept
 
 
 @pytest.mark.parametrize("name", ["meta/episodes.jsonl", "meta/tasks.jsonl"])
@@ -111,6 +128,7 @@ def test_a_run_s_configuration_of_another_form_is_one_line(content: Any, tmp_pat
         ({"mask": "x"}, "a mask of shape"),
         ({"mask": [True]}, "a mask of shape"),
         ({"mask": [[True], True]}, "inhomogeneous"),
+        ({"mask": [1.0] * 6 + [0.5]}, r"the mask \[1.0, .*, 0.5\] found; accepted: 7 of true and false"),
         ({"q01": [float("nan")] * 7}, "not finite"),
     ],
 )
@@ -119,6 +137,27 @@ def test_statistics_that_cannot_scale_are_one_line(change: Any, said: str, tmp_p
     check_bounds(LIBERO, {"action": bounds}, ("action",), tmp_path)
     with pytest.raises(UsageError, match=said):
         check_bounds(LIBERO, {"action": {**bounds, **change}}, ("action",), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "scaled"),
+    [
+        ({}, 7),
+        ({"mask": None}, 7),
+        ({"mask": [1.0] * 6 + [0.0]}, 6),
+        ({"mask": [True] * 6 + [False], "q99": [3.0] * 6 + [float("inf")]}, 6),
+    ],
+)
+def test_statistics_that_can_scale_do(change: Any, scaled: int, tmp_path: Path) -> None:
+    bounds: dict[str, Any] = {"q01": [1.0] * 7, "q99": [3.0] * 7, "min": [0.0] * 7, "max": [4.0] * 7, **change}
+    check_bounds(LIBERO, {"action": bounds}, ("action",), tmp_path)
+    values = np.full(7, 2.5, np.float32)
+    expected = [0.5] * scaled + [2.5] * (7 - scaled)
+    np.testing.assert_allclose(normalize(values, bounds, LIBERO.normalization), expected)
+    np.testing.assert_allclose(normalize_proprio(values, bounds), np.clip(expected, -1, 1))
+    model: Any = SimpleNamespace(platform=LIBERO)
+    actions = OpenVLAForActionPrediction._unnormalize_actions(model, np.array(expected), bounds)
+    np.testing.assert_allclose(actions, values)
 
 
 def test_a_damaged_tokenizer_of_pi_is_one_line(repo_root: Path, tmp_path: Path) -> None:
@@ -139,7 +178,20 @@ def test_a_place_that_takes_no_file_is_refused_and_never_a_traceback(
             refuse_no_file("--out", place)
     refuse_no_file("--out", tmp_path / "new" / "x.html")
     assert exit_code(lambda: atomic_write("/proc/nowhere/x", ""))() == 2
-    assert capsys.readouterr().err == "error: /proc/nowhere: Permission denied; accepted: another path\n"
+    said = "no such folder, and none can be made there; accepted: another path"
+    assert capsys.readouterr().err == f"error: /proc/nowhere: {said}\n"
+
+
+def test_a_removed_working_folder_is_no_matter_of_permissions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for place, folder in (("out/x", "out"), ("x", ".")):
+        assert exit_code(lambda place=place: atomic_write(place, ""))() == 2
+        said = "no such folder, and none can be made there; accepted: another path"
+        assert capsys.readouterr().err == f"error: {folder}: {said}\n"
 
 
 def test_a_full_disk_is_one_line_of_any_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
