@@ -24,6 +24,7 @@ from experiments.join import (
     read_stored_targets,
 )
 from prismatic.util.cli import run
+from prismatic.util.memory import keep_freed_memory
 
 __all__ = [
     "FinetuneConfig", "build_alignment", "check_resumed_alignment", "main", "plan_alignment", "read_stored_targets",
@@ -42,6 +43,8 @@ def main(config: FinetuneConfig) -> int:
     alignment, targets = build_alignment(training, align, teacher_dim)
     training.run_config["alignment"] = {**asdict(align), "widths": alignment.widths}
     training.probe = record_probe
+    if training.device.type == "cpu":
+        keep_freed_memory()
     state = training.fit(alignment, align.coeff_at if align.schedule else align.coeff, targets)
     return 128 + state.stopped_by if state.stopped_by else 0
 

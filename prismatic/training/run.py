@@ -36,7 +36,6 @@ from prismatic.training.precision import base_weights_dtype
 from prismatic.training.schedule import make_optimizer, make_schedule
 from prismatic.training.validation import Validator
 from prismatic.util.errors import UsageError
-from prismatic.util.memory import keep_freed_memory
 from prismatic.util.versions import code_version, package_versions
 from prismatic.vla.datasets import MixtureLoader, MixtureSampler, RLDSDataset, make_dataloader
 from prismatic.vla.datasets.dataset_file import register_datasets
@@ -176,8 +175,6 @@ class TrainingRun:
         Its coefficient is a number, or a function of the optimizer step.
         """
         config, accelerator = self.config, self.accelerator
-        if self.device.type == "cpu":
-            keep_freed_memory()
         if accelerator.process_index:
             # All processes made the same weights; noise and dropout are to differ.
             set_seed(config.seed, device_specific=True)
