@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 
 from experiments.robot.openvla_utils import OpenVLAPolicy, set_diffusion_steps
@@ -28,7 +30,8 @@ AnyPolicy = OpenVLAPolicy | PiActingPolicy
 def record_probe(training: TrainingRun, module: TrainablePolicy) -> Probe | None:
     """Ask the policy in training, in evaluation mode; returns question and answer, or None where it cannot answer.
 
-    Random states, modes and weights stay as they are. All processes of a sharded run ask.
+    Random states, modes and weights stay as they are. All processes of a sharded run ask; there an error while weights
+    are gathered is raised, since the other processes wait for this one.
     """
     statistics: dict[str, Any] = training.dataset.dataset_statistics
     dataset = sorted(statistics)[0]
@@ -41,12 +44,15 @@ def record_probe(training: TrainingRun, module: TrainablePolicy) -> Probe | None
     try:
         module.eval()
         model.norm_stats = statistics
-        policy = _acting(training, module, model, dataset)
+        policy = _same_verdict(training, lambda: _acting(training, module, model, dataset))
         devices = [training.device] if training.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad(), training.accelerator.autocast():
             (actions,) = module.run_whole(lambda: policy.act([_query(images, state, _INSTRUCTION)]))
     except Exception as error:  # A checkpoint without a probe is better than none.
-        training.accelerator.print(f"no probe in the checkpoint: {type(error).__name__}: {one_line(error)}")
+        if training.engine.sharded and not isinstance(error, _NoPolicyError):
+            raise
+        reason = "" if isinstance(error, _NoPolicyError) else f"{type(error).__name__}: "
+        training.accelerator.print(f"no probe in the checkpoint: {reason}{one_line(error)}")
         return None
     finally:
         model.norm_stats = own
@@ -76,6 +82,23 @@ def verify_probe(checkpoint: Checkpoint, policy: AnyPolicy) -> None:
             f"(weights, flags or packages are others than when {checkpoint.path} was written)"
         )
     print(f"probe: the recorded actions, but for {deviation:.2g} of their range (accepted: {most:g})")
+
+
+class _NoPolicyError(Exception):
+    """No process asks, since not all of them can."""
+
+
+def _same_verdict(training: TrainingRun, prepare: Callable[[], AnyPolicy]) -> AnyPolicy:
+    """The prepared policy. Raises _NoPolicyError, on every process of a sharded run, if it fails on any of them."""
+    policy, reason = None, ""
+    try:
+        policy = prepare()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+    reasons = gather_object([reason]) if training.engine.sharded else [reason]
+    if policy is None or any(reasons):
+        raise _NoPolicyError(next(filter(None, reasons)))
+    return policy
 
 
 def _acting(training: TrainingRun, module: TrainablePolicy, model: nn.Module, dataset: str) -> AnyPolicy:

@@ -24,13 +24,13 @@ FLAGS = {"learning_rate": 2e-5, "max_grad_norm": 1.0, "merge_lora_during_trainin
 def launcher(common: dict[str, Any], file: Path) -> Callable[..., None]:
     """A function that runs the script's main with flags after flags, in the processes of one launch."""
 
-    def run(processes: int, *cases: dict[str, Any], launcher: str = TORCHRUN) -> None:
+    def run(processes: int, *cases: dict[str, Any], launcher: str = TORCHRUN, worker: str = "engine_worker.py") -> None:
         file.write_text(json.dumps([{**common, **case} for case in cases], default=str))
-        worker = ROOT / "tests" / "integration" / "engine_worker.py"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "vla-scripts")])
-        command = [sys.executable, "-m", *launcher.split(), str(processes), str(worker), str(file)]
+        script = str(ROOT / "tests" / "integration" / worker)
+        command = [sys.executable, "-m", *launcher.split(), str(processes), script, str(file)]
         done = run_program(command, cwd=ROOT, env=environment)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:4000] + "\n...\n" + done.stderr[-4000:]
 

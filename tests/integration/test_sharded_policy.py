@@ -84,3 +84,14 @@ def test_a_sharded_run_records_what_its_policy_answers(kind: str, launch: Callab
         np.testing.assert_allclose(got.actions, expected.actions, rtol=1e-4, atol=1e-5)
         tensors, others = map(policy_tensors, folders)
         assert max(float((tensors[name] - value).abs().max()) for name, value in others.items()) <= 1e-6
+
+
+def test_a_process_that_cannot_answer_ends_the_run_or_leaves_the_probe_out(
+    launch: Callable[..., None], tmp_path: Path
+) -> None:
+    """And never leaves the others waiting."""
+    flags: dict[str, Any] = {"recipe": "baseline", "save_freq": 1, "batch_size": 1, "shard": "fsdp", "max_steps": 2}
+    with pytest.raises(AssertionError, match="MemoryError: no room in process 1"):
+        launch(2, flags | {"run_root_dir": tmp_path}, worker="failing_probe_worker.py")
+    assert load_training_state(tmp_path / "run--1_chkpt") is not None
+    assert not list(tmp_path.glob("run--1_chkpt/*probe*")) and not (tmp_path / "run--2_chkpt").exists()
