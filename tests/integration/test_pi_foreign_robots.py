@@ -79,6 +79,11 @@ def test_joint_deltas_of_two_arms_are_answered_as_joints(given: Any, folder: Pat
     assert json.loads((tmp_path / "record").read_text().splitlines()[2])["delta_actions"] == given
 
 
+def test_a_server_of_robotwin_s_adapters_is_told_of_deltas_by_its_own_flag() -> None:
+    with pytest.raises(UsageError, match="delta_actions: 6,-1,6,-1 found beside server http://host:1; accepted: with"):
+        RoboTwinPolicy({"server": "http://host:1", "delta_actions": "6,-1,6,-1"})
+
+
 def test_deltas_of_a_robot_with_more_states_than_actions(folder: Path, query: Query) -> None:
     flags = parse(PolicyFlags, ["--delta_actions", "6,-1", "--device", "cpu"])
     opened = open_checkpoint(str(folder))

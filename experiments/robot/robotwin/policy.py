@@ -100,7 +100,7 @@ class RoboTwinPolicy:
             raise UsageError(f"num_open_loop_steps: {steps} found; accepted: 1 to {chunk}, the policy's chunk")
         self.steps, self._begun = int(steps), 0
         self._episodes: dict[int, _Episode] = {}
-        names = ("task_name", "task_config", "env_cfg_type", "seed", "instruction_type", "delta_actions", "server")
+        names = ("task_name", "task_config", "env_cfg_type", "seed", "instruction_type", "server")
         told = {name: self.settings.get(name) for name in names}
         self._note({**told, "num_open_loop_steps": self.steps, **described})
 
@@ -147,6 +147,11 @@ class RoboTwinPolicy:
         from experiments.robot.serving.remote import open_remote
 
         server = str(self.settings["server"])
+        if told := self.settings.get("delta_actions"):
+            raise UsageError(
+                f"delta_actions: {told} found beside server {server}; accepted: with checkpoint_path (a server takes "
+                "--delta_actions of its own)"
+            )
         remote = open_remote(server, name="server", token=read_token(""), gripper="policy")
         described = remote.metadata
         keys = described.get("unnorm_keys")
@@ -176,7 +181,8 @@ class RoboTwinPolicy:
         platform = checkpoint.platform
         sizes = {"action_dim": platform.action_dim, "action_horizon": platform.chunk, "platform": platform.name}
         hashed = {"unnorm_key": key, "policy": str(name), "checkpoint_hash": checkpoint.fingerprint()}
-        return load_policy(checkpoint, flags, key), {**sizes, **hashed}
+        told = {"delta_actions": self.settings.get("delta_actions"), **sizes, **hashed}
+        return load_policy(checkpoint, flags, key), told
 
     def _unnorm_key(self, keys: Collection[str], default: str) -> str:
         """The statistics named by the settings, else the task's, else the only ones."""
