@@ -102,6 +102,7 @@ def test_a_remote_policy_acts_as_the_local_one(
         ),
         ({"policy": "tests.helpers.eval_helpers:LineEnvs"}, r"made a LineEnvs, which has no method act\(queries\)"),
         ({"policy": "a:b", "pretrained_checkpoint": "c"}, "--policy: found a:b beside --pretrained_checkpoint c"),
+        ({"policy": "http://a:1", "delta_actions": "6,-1"}, "--delta_actions: found 6,-1 beside --policy http://a:1"),
         ({"policy": "a:b", "num_trials_per_task": 51}, "--num_trials_per_task: found 51; accepted: at most 50"),
         ({"policy": "a:b", "task_suite_name": "libero_spatal"}, "--task_suite_name: unknown value 'libero_spatal'"),
     ],

@@ -88,6 +88,11 @@ def _check_flags(config: EvalFlags) -> None:
             f"--policy: found {config.policy} beside --pretrained_checkpoint {config.pretrained_checkpoint}; "
             "accepted: one of the two"
         )
+    if config.policy and config.delta_actions:
+        raise UsageError(
+            f"--delta_actions: found {config.delta_actions} beside --policy {config.policy}; "
+            "accepted: with --pretrained_checkpoint, or as a flag of the server"
+        )
     if config.use_l1_regression and config.use_diffusion:
         raise UsageError("--use_diffusion: both heads are on; accepted: with --use_l1_regression false")
     if config.load_in_8bit and config.load_in_4bit:
