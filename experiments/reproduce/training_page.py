@@ -265,12 +265,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--port", type=whole_number(0, 2**16 - 1), help="serve it to this machine, with --watch; 0: any free port"
     )
     arguments = parser.parse_args(argv)
-    if arguments.eval_dir is not None and not arguments.eval_dir.is_dir():
-        raise UsageError(f"--eval: no such folder: {arguments.eval_dir}")
+    if (eval_dir := arguments.eval_dir) is not None and not eval_dir.is_dir():
+        if eval_dir.exists():
+            raise UsageError(f"--eval: {eval_dir} is not a folder; accepted: the folder of evaluations")
+        if not arguments.watch:  # The first evaluation of a run in training makes the folder.
+            raise UsageError(f"--eval: no such folder: {eval_dir}")
     if arguments.port is not None and not arguments.watch:
         raise UsageError(f"--port: {arguments.port} without --watch; accepted: both of them")
     out: Path = (arguments.out or arguments.runs[0] / "training.html").resolve()
-    refuse_no_file("--out", out)
+    refuse_no_file("--out" if arguments.out else "RUN", out)
     write = partial(build_page, arguments.runs, out, arguments.eval_dir, arguments.title, refresh=arguments.watch)
     goes_on = write()
     print(f"page: {out if arguments.port is None else serve(out, arguments.port, arguments.eval_dir)}", flush=True)

@@ -1,4 +1,4 @@
-"""Damaged files and places of results that the fuzzing of analyses, converters and reports showed."""
+"""Damaged files, and places that take no results, are refused in one line."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from experiments.mini.make.teacher_data import read_shard
 from experiments.reproduce import training_page
+from experiments.robot.libero.results import page
 from experiments.robot.libero.results.run_folder import read_episode_lines, read_run_config
 from experiments.robot.openvla_utils import normalize_proprio
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
@@ -43,6 +44,9 @@ NAMES = ("images", "depths")
         (lambda file: np.savez(file, images=np.zeros((2, 3))), "holds no depths"),
         (lambda file: np.savez(file, images=np.zeros((2, 3)), depths=np.zeros(3)), r"holds \[2, 3\] frames"),
         (lambda file: np.savez(file, images=np.zeros((0, 3)), depths=np.zeros(0)), r"holds \[0, 0\] frames"),
+        (lambda file: np.savez(file, images=np.zeros((2, 3)), depths=np.zeros((0, 3))), r"holds \[2, 0\] frames"),
+        (lambda file: np.savez(file, images=np.zeros((2, 3)), depths=np.zeros(())), r"holds \[2, 0\] frames"),
+        (lambda file: np.savez(file, images=np.zeros(()), depths=np.zeros(())), r"holds \[0, 0\] frames"),
     ],
 )
 def test_damaged_frames_are_one_line(change: Any, said: str, tmp_path: Path) -> None:
@@ -223,6 +227,25 @@ def test_numbers_of_commands_with_words_have_limits(tmp_path: Path, capsys: pyte
         (["--port", "70000", "--watch", "1"], "argument --port: '70000' found; accepted: 0 to 65535"),
         (["--port", "x", "--watch", "1"], "argument --port: 'x' found; accepted: 0 to 65535"),
         (["--eval", str(tmp_path / "none")], f"--eval: no such folder: {tmp_path / 'none'}"),
+        (["--watch", "1", "--eval", str(tmp_path / "metrics.jsonl")], f"--eval: {tmp_path / 'metrics.jsonl'} is not a"),
     ):
         assert training_page.main([str(tmp_path), *words]) == 2
         assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+def test_evaluations_of_a_watched_run_may_come_later(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert training_page.main([str(tmp_path), "--watch", "1", "--eval", str(tmp_path / "none")]) == 0
+    assert (tmp_path / "training.html").exists() and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("main", [training_page.main, page.main])
+def test_a_run_that_is_a_file_is_not_blamed_on_a_flag(
+    main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run"
+    file.write_text("")
+    assert main([str(file)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: RUN: {file} is not a folder; accepted: ")
+    assert main([str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: --out: {tmp_path} is a folder; accepted: a file\n"

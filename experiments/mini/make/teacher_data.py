@@ -71,8 +71,9 @@ def read_shard(file: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         raise
     except (*DAMAGED, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{file} is no readable file of frames ({one_line(error, 120)})") from error
-    if len({len(array) if array.ndim else 0 for array in arrays.values()} - {0}) != 1:
-        raise UsageError(f"{file} holds {[len(array) for array in arrays.values()]} frames; accepted: the same of each")
+    counts = [len(array) if array.ndim else 0 for array in arrays.values()]
+    if len(set(counts)) != 1 or not counts[0]:
+        raise UsageError(f"{file} holds {counts} frames; accepted: the same of each, 1 or more")
     return arrays
 
 

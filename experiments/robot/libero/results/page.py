@@ -207,7 +207,7 @@ def run(arguments: argparse.Namespace) -> int:
     runs: list[Path] = arguments.runs
     above = runs[0] if len(runs) == 1 else Path(os.path.commonpath([run.resolve() for run in runs]))
     out: Path = arguments.out or above / "index.html"
-    refuse_no_file("--out", out)
+    refuse_no_file("--out" if arguments.out else "RUN", out)
     build_page(runs, out, arguments.title)
     print(f"page: {out}")
     return 0
