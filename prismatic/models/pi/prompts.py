@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prismatic.util.errors import UsageError, one_line
+from prismatic.util.files import DAMAGED
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _EDGES = np.linspace(-1, 1, 257)[:-1]
@@ -48,7 +49,10 @@ def load_tokenizer(folder: Path) -> Any:
     kind = AutoTokenizer if (folder / "tokenizer_config.json").is_file() else GemmaTokenizer
     try:
         return kind.from_pretrained(folder)
-    except Exception as error:  # Of many libraries: for a damaged file, and where sentencepiece is missing.
+    except Exception as error:
+        # For a damaged file the tokenizers library raises Exception itself; sentencepiece may be missing.
+        if type(error) is not Exception and not isinstance(error, (*DAMAGED, ImportError)):
+            raise
         raise UsageError(
             f"{folder}: its tokenizer cannot be read ({one_line(error, 80)}); accepted: tokenizer.json, "
             "or tokenizer.model where sentencepiece is installed"
