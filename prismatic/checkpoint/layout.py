@@ -50,7 +50,7 @@ ACTING_FLAGS = (
     *POLICY_FLAGS,
     *("num_diffusion_steps_train", "num_diffusion_steps_inference", "center_crop", "load_in_8bit", "load_in_4bit"),
 )
-# Recorded where it is given: records of policies without it are of before it was.
+# Recorded where it is given; absent from a record: the policy was not told.
 DELTA_FLAG = "delta_actions"
 # First pattern that matches; safetensors are preferred, as loaders prefer them.
 MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
