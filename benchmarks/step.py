@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.memory_probe import machine, write_results
 from benchmarks.workers import Worker, commit_of
 from prismatic.util.cli import run
+from prismatic.util.errors import UsageError
 from prismatic.util.flags import limited
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,12 +71,16 @@ def main(config: StepConfig) -> None:
     """Measure, print, write the results."""
     from benchmarks.step_models import CASES
 
+    chosen = [name.strip() for name in config.cases.split(";") if name.strip()] or list(CASES)
+    for name in chosen:
+        if name not in CASES:
+            raise UsageError(f"--cases: {name!r} found; accepted: {'; '.join(CASES)}")
     facts, results = machine(), dict[str, Any]()
     commit = commit_of(config.earlier) if config.earlier else None
     for models in ("mini", "mid"):
         ways = {}
         for case, sizes in CASES.items():
-            if sizes.models != models or (config.cases and case not in config.cases.split(";")):
+            if sizes.models != models or case not in chosen:
                 continue
             ways[case, "this build"] = ("build", ROOT)
             if config.earlier:

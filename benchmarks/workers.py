@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -17,16 +18,18 @@ FOLDER = Path(__file__).resolve().parent
 class Worker:
     """A process of a script in this folder, with the code of a checkout and one thread.
 
-    It answers once when it is ready, and then each line on its input, by a line of JSON.
+    It answers once when it is ready, and then each line on its input, by a line of JSON. Its errors are printed.
+
+    Raises UsageError, also from :meth:`ask`: it ended instead.
     """
 
     def __init__(self, script: str, *arguments: str, build: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": str(build), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        self._script = script
         self._process = subprocess.Popen(
             [sys.executable, str(FOLDER / script), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
             env=environment,
         )
@@ -35,12 +38,15 @@ class Worker:
     def ask(self, part: str) -> float:
         """CPU time of one run of a part."""
         assert self._process.stdin is not None
-        print(part, file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # It has ended: there is no answer either.
+            print(part, file=self._process.stdin, flush=True)
         return float(self._answer())
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
+        if not (line := self._process.stdout.readline()):
+            raise UsageError(f"{self._script}: ended with {self._process.wait()}, see above; accepted: an answer")
+        return json.loads(line)
 
     def close(self) -> None:
         """End the process."""
