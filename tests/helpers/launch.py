@@ -39,7 +39,7 @@ def launcher(common: dict[str, Any], file: Path) -> Callable[..., None]:
 
 def policy_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All that a checkpoint holds of a policy, by file and name; its probe is no part."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in sorted([*checkpoint.glob("model*.safetensors"), *checkpoint.glob("lora_adapter/*.safetensors")]):
         tensors |= {f"{file.name}/{name}": value for name, value in load_file(file).items()}
     for file in sorted(checkpoint.glob("*_checkpoint.pt")):

@@ -17,7 +17,8 @@ def refuse(*_: Any) -> NoReturn:
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "1":
-        prepare, prepared = OpenVLAPolicy.__init__, iter([refuse])
-        OpenVLAPolicy.__init__ = lambda *given: next(prepared, prepare)(*given)  # type: ignore[method-assign]
-        OpenVLAPolicy.act = refuse  # type: ignore[method-assign]
+        policy: Any = OpenVLAPolicy
+        prepare, prepared = policy.__init__, iter([refuse])
+        policy.__init__ = lambda *given: next(prepared, prepare)(*given)
+        policy.act = refuse
     engine_worker.main(*sys.argv[1:])
