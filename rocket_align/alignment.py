@@ -1,7 +1,8 @@
 """The method: several hidden states of a student and features of a teacher in, one loss out.
 
 In the order of the data: `vision_tokens` takes the student's states, `AlignmentProjector` brings them to the teacher's
-stream, `cosine_loss` compares them with the pooled features, `MultiLayerAlignment` does so for all pairs of layers.
+stream, `cosine_loss` compares them with the pooled features, `MultiLayerAlignment` does so for all pairs of layers. In
+float32 training on CPUs with AVX-512, `rocket_align.fused` does projection and comparison in one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from rocket_align.centering import Center
 from rocket_align.config import AlignConfig
-from rocket_align.fused import fused_loss
+from rocket_align.fused import fused_loss, fuses
 from rocket_align.layers import resolve_layers
 from rocket_align.pooling import pool_teacher
 from rocket_align.projector import AlignmentProjector, matryoshka_widths
@@ -61,18 +62,21 @@ class _Cosine(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         inverses = [torch.linalg.vector_norm(t, dim=-1).clamp_min(1e-8).reciprocal() for t in (x, y)]
         return (x * y).sum(-1) * inverses[0] * inverses[1], *inverses
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs, *output)
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, Tensor | None]:
-        x, y, cosine, x_inverse, y_inverse = ctx.saved_tensors
+        x, y, *results = ctx.saved_tensors
+        if torch.is_grad_enabled():  # With create_graph: results that are functions of x and y.
+            results = _Cosine.forward(x, y)
+        cosine, x_inverse, y_inverse = results
         across = grad * x_inverse * y_inverse
         along = grad * -cosine
         return tuple(
@@ -179,11 +183,16 @@ class MultiLayerAlignment(nn.ModuleList):
     def _member(self, pair: int, member: int) -> AlignmentProjector:
         return cast(AlignmentProjector, cast(nn.ModuleList, self[pair])[member])
 
+    def _place(self, pair: int, member: int) -> tuple[AlignmentProjector, int]:
+        """A pair's projector and the pair's index there."""
+        if self.config.projector == "independent":
+            return self._member(pair, member), 0
+        return self._member(0, member), pair
+
     def projector_of(self, pair: int, member: int = 0) -> tuple[AlignmentProjector, int]:
         """A pair's projector and how many of its hidden units the pair uses."""
-        independent = self.config.projector == "independent"
-        projector = self._member(pair if independent else 0, member)
-        return projector, projector.widths[0 if independent else pair]
+        projector, index = self._place(pair, member)
+        return projector, projector.widths[index]
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -192,14 +201,15 @@ class MultiLayerAlignment(nn.ModuleList):
 
     def project_pair(self, tokens_BND: Tensor, pair: int, member: int = 0) -> Tensor:
         """Any tokens (B, N, D) through the projector of one pair: (B, N, C)."""
-        if self.config.projector == "independent":
-            return self._member(pair, member)(tokens_BND, 0)
-        return self._member(0, member)(tokens_BND, pair)
+        projector, index = self._place(pair, member)
+        return projector(tokens_BND, index)
 
-    def project(self, tokens_KBND: Tensor) -> Tensor:
+    def project(self, tokens_KBND: Tensor | Sequence[Tensor]) -> Tensor:
         """Each pair's tokens through its projectors: (K, B, N, D) -> (E, K, B, N, C) over the ensemble."""
-        pairs = list(enumerate(tokens_KBND))
         members = range(self.config.ensemble_size)
+        if self.config.projector != "independent":
+            return torch.stack([self._member(0, e).project_pairs(tokens_KBND) for e in members])
+        pairs = list(enumerate(tokens_KBND))
         return torch.stack([torch.stack([self.project_pair(tokens, k, e) for k, tokens in pairs]) for e in members])
 
     def targets(self, teacher: TeacherFeatures | AlignmentTargets | None, num_tokens: int) -> Tensor:
@@ -312,17 +322,13 @@ class MultiLayerAlignment(nn.ModuleList):
         self, tokens: Sequence[Tensor], teacher: TeacherFeatures | AlignmentTargets | None, mask_BN: Tensor | None
     ) -> Tensor:
         targets = self.targets(teacher, tokens[0].shape[1])
-        return torch.stack([self._pair_loss(k, *pair, mask_BN) for k, pair in enumerate(zip(tokens, targets))])
-
-    def _pair_loss(self, pair: int, tokens_BND: Tensor, target_BNC: Tensor, mask_BN: Tensor | None) -> Tensor:
-        losses = []
-        for member in range(self.config.ensemble_size):
-            projector, width = self.projector_of(pair, member)
-            loss = fused_loss(projector, width, tokens_BND, target_BNC, mask_BN)
-            if loss is None:
-                loss = cosine_loss(projector.project(tokens_BND, width), target_BNC, mask_BN)
-            losses.append(loss)
-        return torch.stack(losses).mean()
+        pairs, members = list(enumerate(zip(tokens, targets))), range(self.config.ensemble_size)
+        calls_EK = [[(*self._place(k, e), *pair, mask_BN) for k, pair in pairs] for e in members]
+        if all(fuses(projector, *rest) for calls in calls_EK for projector, _, *rest in calls):
+            losses_EK = torch.stack([torch.stack([fused_loss(*call) for call in calls]) for calls in calls_EK])
+        else:
+            losses_EK = cosine_loss(self.project(tokens), targets, mask_BN)
+        return losses_EK.mean(dim=0)
 
     def align(
         self,

@@ -63,8 +63,8 @@ class _Linear(torch.autograd.Function):
         (x, weight), (for_x, for_weight, for_bias) = ctx.saved_tensors, ctx.needs_input_grad
         rows = grad.flatten(0, -2)
         return (
-            product(grad, weight.t()) if for_x else None,
-            product(rows.t(), x.flatten(0, -2).t()) if for_weight else None,
+            linear(grad, weight.t()) if for_x else None,
+            linear(rows.t(), x.flatten(0, -2).t()) if for_weight else None,
             rows.sum(0) if for_bias else None,
         )
 

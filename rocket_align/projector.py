@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -84,3 +85,12 @@ class AlignmentProjector(nn.Module):
         """
         width = self.widths[pair] if 0 <= pair < len(self.widths) else self.widths[-1]
         return self.project(tokens_BND, width)
+
+    def project_pairs(self, tokens_KBND: Tensor | Sequence[Tensor]) -> Tensor:
+        """Project all pairs together: (K, B, N, D) -> (K, B, N, 2 * teacher_dim), K = len(widths).
+
+        Equal widths are one matrix product, others one of a prefix each.
+        """
+        if len(set(self.widths)) == 1:
+            return self(tokens_KBND if isinstance(tokens_KBND, Tensor) else torch.stack(list(tokens_KBND)), 0)
+        return torch.stack([self(tokens_BND, pair) for pair, tokens_BND in enumerate(tokens_KBND)])
