@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -241,7 +240,7 @@ def test_meshes_without_room_for_their_triangles_are_drawn_whole(
     assert parts[0] > parts[1] > 0
 
 
-@pytest.mark.parametrize("trouble", ["no numba", "an error", "no list left", "back faces"])
+@pytest.mark.parametrize("trouble", ["another mujoco", "an error", "no list left", "no scene", "back faces"])
 def test_without_the_triangle_filter_everything_is_drawn(
     trouble: str, env: LiberoEnv, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,16 +250,18 @@ def test_without_the_triangle_filter_everything_is_drawn(
     skip_unless_software_draws(env)
     from OpenGL import GL, error
 
-    cameras, package = env._draw_ready(), "experiments.robot.libero.simulator"
+    from experiments.robot.libero.simulator import triangles
+
+    cameras = env._draw_ready()
     assert cameras._triangle_filter() is not None
 
     def fail(*_: object) -> None:
         raise error.GLError(1282)
 
-    if trouble == "no numba":
-        for module in (f"{package}.triangles", f"{package}.coverage"):
-            monkeypatch.delitem(sys.modules, module, raising=False)
-        monkeypatch.setitem(sys.modules, "numba", None)
+    if trouble == "another mujoco":
+        monkeypatch.setattr(mujoco, "__version__", "3.17.0")
+    elif trouble == "no scene":
+        monkeypatch.setattr(triangles, "_MOST_TRIANGLES", 0)
     elif trouble == "an error":
         monkeypatch.setattr(GL, "glGetMultisamplefv", fail)
     elif trouble == "no list left":
@@ -269,6 +270,45 @@ def test_without_the_triangle_filter_everything_is_drawn(
         monkeypatch.setattr(cameras, "_scene", mujoco.MjvScene(env._model, maxgeom=1))
         cameras._scene.flags[mujoco.mjtRndFlag.mjRND_CULL_FACE] = 0
     assert cameras._triangle_filter() is None
+
+
+def dome(size: int = 16) -> str:
+    """XML of a mesh with texture coordinates before a camera; its texture is a cube."""
+    rows, columns = np.divmod(np.arange(size * size), size)
+    uv = np.stack([columns, rows], axis=1) / (size - 1)
+    vertices = np.column_stack([uv - 0.5, -((uv - 0.5) ** 2).sum(axis=1)])
+    corner = np.flatnonzero((rows < size - 1) & (columns < size - 1))
+    faces = (corner[:, None, None] + np.array([[0, 1, size], [1, size + 1, size]])).reshape(-1, 3)
+    values = [" ".join(map(str, array.ravel())) for array in (vertices, uv, faces)]
+    return """<mujoco><visual><quality offsamples="4"/></visual><asset>
+        <texture name="t" type="cube" builtin="checker" width="64" height="384" rgb1="1 0 0" rgb2="0 1 0"/>
+        <material name="m" texture="t"/><mesh name="d" inertia="shell" vertex="{}" texcoord="{}" face="{}"/></asset>
+        <worldbody><light pos="0 0 3" castshadow="false"/><camera name="c" pos="0 0 1.5"/>
+        <geom type="mesh" mesh="d" material="m" group="1"/></worldbody></mujoco>""".format(*values)
+
+
+def test_an_opengl_error_that_mujoco_leaves_behind_ends_no_drawing(
+    env: LiberoEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mujoco
+    from OpenGL import GL
+
+    from experiments.robot.libero.simulator.rendering import Cameras
+
+    skip_unless_software_draws(env)
+    model = mujoco.MjModel.from_xml_string(dome())
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    cameras = Cameras(model, SIZE, "protocol")
+    assert cameras._triangles is not None
+    fewer = cameras.colors(data, ["c", "c"])
+    cameras.close()
+    monkeypatch.setattr(Cameras, "_triangle_filter", lambda cameras: None)
+    cameras = Cameras(model, SIZE, "protocol")
+    everything = cameras.colors(data, ["c"])[0]
+    assert GL.glGetError() == GL.GL_INVALID_OPERATION
+    cameras.close()
+    assert all(np.array_equal(image, everything) for image in fewer) and everything.std() > 10
 
 
 def test_the_wrist_camera_can_be_left_out(env: LiberoEnv) -> None:

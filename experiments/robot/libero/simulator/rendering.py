@@ -213,20 +213,22 @@ class Cameras:
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._triangles = self._triangle_filter() if render == "protocol" else None
-        if self._triangles is not None:
-            self._scene = self._triangles.new_scene(_MAX_GEOMS)
 
     def close(self) -> None:
         """Free the OpenGL context. Closing twice is fine."""
         self._finalizer()
 
     def _triangle_filter(self) -> TriangleFilter | None:
-        """Make what spares a software renderer triangles, or None: pictures are the same without it."""
+        """Make what spares a software renderer triangles, and its scene; or None: pictures are the same without it."""
         try:
             from experiments.robot.libero.simulator.triangles import triangle_filter
 
-            return triangle_filter(self._model, self._holder["mujoco"], self._scene, self.size)
-        except (ImportError, AttributeError):  # No numba, or a PyOpenGL that looks for another window system.
+            triangles = triangle_filter(self._model, self._holder["mujoco"], self._scene, self.size)
+            if triangles is not None:
+                self._scene = triangles.new_scene(_MAX_GEOMS)
+            return triangles
+        # A PyOpenGL that looks for another window system, or a MuJoCo that makes no such scene.
+        except (ImportError, AttributeError, ValueError, self._mujoco.FatalError):
             return None
 
     def _prepare(self, data: MjData, camera: str, segment: bool = False) -> None:
@@ -257,7 +259,7 @@ class Cameras:
     def colors(self, data: MjData, cameras: Sequence[str]) -> list[np.ndarray]:
         """Images of `cameras`, uint8 (H, W, 3), rotated as the training data are.
 
-        Each camera is prepared while the threads of a software renderer draw for the one before.
+        Where triangles are selected, each camera is prepared while the renderer's threads draw for the one before.
         """
         images: list[np.ndarray] = []
         for number, camera in enumerate(cameras):

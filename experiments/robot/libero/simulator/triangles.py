@@ -15,6 +15,7 @@ Not obvious:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _MIN_FACES = 100  # Smaller meshes are drawn as they are.
 _MOST_TRIANGLES = 150_000  # Selected for one picture; meshes beyond are drawn as they are.
 _OPAQUE = 0.995  # MuJoCo blends what is less opaque.
+_MUJOCO = "3.3.7"  # Others may keep flexes or the stack otherwise: 3.17.0 ends in a segmentation fault.
 # What says how a geom is drawn.
 _GEOM_FIELDS = (
     *("type", "dataid", "objtype", "objid", "category", "matid", "texcoord", "segid", "size", "pos", "mat", "rgba"),
@@ -95,11 +97,14 @@ class _Selected:
 def triangle_filter(model: MjModel, context: MjrContext, scene: MjvScene, size: int) -> TriangleFilter | None:
     """Make a filter where leaving out triangles helps (in software) and changes no pixel; None elsewhere.
 
-    It needs samples, back faces that are not drawn, no shadows, and numbers of display lists above MuJoCo's own.
+    It needs the MuJoCo that it is tested with, samples, back faces that are not drawn, no shadows, and numbers of
+    display lists above MuJoCo's own.
     """
-    from mujoco import mjtRndFlag
+    from mujoco import __version__, mjtRndFlag
     from OpenGL import GL, error
 
+    if __version__ != _MUJOCO:
+        return None
     try:
         pays = b"llvmpipe" in (GL.glGetString(GL.GL_RENDERER) or b"") and context.offSamples == SAMPLES
         if not pays or not scene.flags[mjtRndFlag.mjRND_CULL_FACE] or model.light_castshadow.any() or model.nflex:
@@ -167,9 +172,11 @@ class TriangleFilter:
 
     def start(self) -> None:
         """Let the renderer's threads begin with what MuJoCo has drawn, which they else do when it is read."""
-        from OpenGL import GL
+        from OpenGL import GL, error
 
-        GL.glFlush()
+        # The check after it finds what MuJoCo leaves behind, as for a mesh with texture coordinates and a cube texture.
+        with contextlib.suppress(error.Error):
+            GL.glFlush()
 
     def _select(self, scene: MjvScene, camera_id: int) -> Iterator[tuple[int, _Mesh, np.ndarray]]:
         """Place in the scene, mesh and faces to draw of every large mesh."""
