@@ -311,6 +311,30 @@ def test_an_opengl_error_that_mujoco_leaves_behind_ends_no_drawing(
     assert all(np.array_equal(image, everything) for image in fewer) and everything.std() > 10
 
 
+def test_cameras_that_are_freed_while_others_draw_change_no_pixel(
+    env: LiberoEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the garbage collector may free them between any two lines."""
+    from experiments.robot.libero.simulator import rendering
+
+    env.reset(env.init_states[0])
+    expected, depths = env.observe(), env.observe_geometry()
+    find, calls = rendering.geoms_out_of_view, []
+
+    def free_others(*arguments: object) -> np.ndarray:
+        rendering.Cameras(env._model, SIZE, "protocol").close()
+        calls.append(arguments)
+        return find(*arguments)
+
+    monkeypatch.setattr(rendering, "geoms_out_of_view", free_others)
+    seen, views = env.observe(), env.observe_geometry()
+    assert len(calls) == 4
+    assert np.array_equal(seen.image, expected.image) and np.array_equal(seen.wrist_image, expected.wrist_image)
+    for name, view in views.items():
+        assert np.array_equal(view.depth, depths[name].depth)
+        assert np.array_equal(view.segmentation, depths[name].segmentation)
+
+
 def test_the_wrist_camera_can_be_left_out(env: LiberoEnv) -> None:
     env.reset(env.init_states[0])
     both, one = env.observe(), env.observe(wrist=False)

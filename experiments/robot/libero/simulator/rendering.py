@@ -233,7 +233,6 @@ class Cameras:
 
     def _prepare(self, data: MjData, camera: str, segment: bool = False) -> None:
         mujoco = self._mujoco
-        self._holder["gl"].make_current()
         camera_id = self._camera.fixedcamid = self._model.camera(camera).id
         # Sites (the hand's axis, placement regions) are transparent in color but solid in segmentation and depth.
         option = self._without_sites if segment else self._option
@@ -247,13 +246,16 @@ class Cameras:
         self._scene.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = segment
 
     def _draw(self) -> None:
+        self._holder["gl"].make_current()  # Freeing others, as the garbage collector may, leaves none.
         self._mujoco.mjr_render(self._viewport, self._scene, self._holder["mujoco"])
         if self._triangles is not None:
             self._triangles.start()
 
-    def _read(self) -> np.ndarray:
+    def _read(self, depth: np.ndarray | None = None) -> np.ndarray:
+        """Color rotated as the training data are, and depth into `depth` as OpenGL has it."""
         image = np.empty((self.size, self.size, 3), dtype=np.uint8)
-        self._mujoco.mjr_readPixels(image, None, self._viewport, self._holder["mujoco"])
+        self._holder["gl"].make_current()
+        self._mujoco.mjr_readPixels(image, depth, self._viewport, self._holder["mujoco"])
         return np.ascontiguousarray(image[::-1, ::-1])
 
     def colors(self, data: MjData, cameras: Sequence[str]) -> list[np.ndarray]:
@@ -271,14 +273,13 @@ class Cameras:
 
     def geometry(self, data: MjData, camera: str) -> CameraView:
         """Depth, segmentation and pose of `camera`, pixel by pixel in line with :meth:`colors`."""
-        ids = np.empty((self.size, self.size, 3), dtype=np.uint8)
         depth = np.empty((self.size, self.size), dtype=np.float32)
         self._prepare(data, camera, segment=True)
         self._draw()
-        self._mujoco.mjr_readPixels(ids, depth, self._viewport, self._holder["mujoco"])
+        ids = self._read(depth)
         return CameraView(
             depth=np.ascontiguousarray(self._metric(depth)[::-1, ::-1]),
-            segmentation=np.ascontiguousarray(self._objects(ids)[::-1, ::-1]),
+            segmentation=self._objects(ids),
             intrinsics=self._intrinsics(camera),
             camera_to_world=self._pose(data, camera),
         )
