@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -333,6 +335,26 @@ def test_cameras_that_are_freed_while_others_draw_change_no_pixel(
     for name, view in views.items():
         assert np.array_equal(view.depth, depths[name].depth)
         assert np.array_equal(view.segmentation, depths[name].segmentation)
+
+
+def test_a_kept_kernel_follows_the_package_whose_kernels_it_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, caller = tmp_path / "inner_kernel.py", tmp_path / "caller.py"
+    caller.write_text(
+        "import importlib, inner_kernel\n"
+        "from experiments.robot.libero.simulator.coverage import compile_kernel\n"
+        "inner = importlib.reload(inner_kernel).inner\n"
+        "def outer(x):\n    return inner(x)\n"
+        "kernel = compile_kernel(outer, inner_kernel)\n"
+        "results = kernel(2.0), sum(kernel.stats.cache_hits.values())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    results = []
+    for factor in (10.0, 10.0, 100.0):
+        package.write_text(f"import numba\n@numba.njit\ndef inner(x):\n    return x * {factor}\n")
+        results.append(runpy.run_path(str(caller))["results"])
+    assert results == [(20.0, 0), (20.0, 1), (200.0, 0)]
 
 
 def test_the_wrist_camera_can_be_left_out(env: LiberoEnv) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -19,8 +22,17 @@ _LARGE = np.float32(8)  # Pixels; triangles of such a side are drawn without a c
 SAMPLES = 4
 
 
-def compile_kernel(function: Any, **options: Any) -> Any:
-    """Compile a kernel, once a machine where the result can be kept."""
+def compile_kernel(function: Any, *inlined: ModuleType, **options: Any) -> Any:
+    """Compile a kernel; the result is kept on disk where a folder can be written.
+
+    Args:
+        function: kernel to compile.
+        inlined: modules with kernels that it calls. Numba looks at the age of the function's own file alone, so what
+            theirs say becomes part of the name by which the result is kept.
+        options: of `numba.njit`.
+    """
+    for module in inlined:
+        function.__qualname__ += "_" + hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()[:16]
     try:
         return numba.njit(cache=True, error_model="numpy", **options)(function)
     except RuntimeError:  # No folder to write to.

@@ -7,6 +7,7 @@ robosuite leaves to NumPy are not here: NumPy's linear algebra and Numba's are t
 from __future__ import annotations
 
 import numpy as np
+from robosuite.utils import control_utils
 from robosuite.utils.control_utils import opspace_matrices, orientation_error
 
 from experiments.robot.libero.simulator.coverage import compile_kernel
@@ -43,4 +44,4 @@ def _decouple(jacobians, inertia_VV, dofs_D, goal, hand, gains):  # type: ignore
     return jacobian, inertia, lambda_pos, lambda_ori, nullspace, force, torque
 
 
-decouple = compile_kernel(_decouple) if hasattr(opspace_matrices, "py_func") else _decouple
+decouple = compile_kernel(_decouple, control_utils) if hasattr(opspace_matrices, "py_func") else _decouple
