@@ -37,6 +37,7 @@ from rocket_align.flags import recipe_of
 
 MOST_VIDEOS = 24  # of a run: a browser opens each
 _PAIR = re.compile(r"align_loss_pair_(\d+)")
+_ALIGNMENT_LISTS = ("student_layers", "teacher_layers", "widths")
 CHARTS = (
     ("action_loss", "Action loss", "L1, normalized actions"),
     ("align_loss", "Alignment loss", "1 - cosine, mean of pairs"),
@@ -215,10 +216,17 @@ def success_chart(runs: Sequence[Run]) -> Any:
 
 
 def alignment(run: Run) -> dict[str, Any]:
-    """A run's alignment: the loss of every pair over the steps, and the hidden units that each uses."""
+    """A run's alignment: the loss of every pair over the steps, and the hidden units that each uses.
+
+    Raises UsageError: the record of the run holds something else there.
+    """
     described = run.config.get("alignment") or {}
-    students, teachers = described.get("student_layers") or [], described.get("teacher_layers") or []
-    widths = described.get("widths") or []
+    try:
+        students, teachers, widths = ([*(described.get(name) or ())] for name in _ALIGNMENT_LISTS)
+        parts = [100 * width / max(widths) for width in widths]
+    except (AttributeError, TypeError):
+        wanted = "lists of layers and widths"
+        raise UsageError(f"{run.folder}: alignment: {described!r} in its record; accepted: {wanted}") from None
     numbers = sorted({int(match[1]) for row in run.rows for key in row if (match := _PAIR.fullmatch(key))})
 
     def name(pair: int) -> str:
@@ -227,9 +235,7 @@ def alignment(run: Run) -> dict[str, Any]:
     curves = (_line(name(pair), run.rows, f"align_loss_pair_{pair}", pair) for pair in numbers)
     lines = [line for line in curves if line is not None]
     chart = line_chart(lines, title="Alignment loss of every pair", x_label="step", y_label="1 - cosine")
-    bars = [
-        {"name": name(pair), "width": width, "part": 100 * width / max(widths)} for pair, width in enumerate(widths)
-    ]
+    bars = [{"name": name(pair), "width": widths[pair], "part": part} for pair, part in enumerate(parts)]
     return {"run": run, "chart": chart, "widths": bars, "projector": described.get("projector", "")}
 
 

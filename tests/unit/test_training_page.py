@@ -16,6 +16,8 @@ import pytest
 
 from experiments.report.html import setting_rows
 from experiments.reproduce import training_page
+from experiments.reproduce.training_page import Run
+from prismatic.util.errors import UsageError
 from tests.helpers.episode_results import episode_results, write_episodes
 
 
@@ -120,6 +122,13 @@ def test_a_port_that_is_taken_is_refused(runs: list[Path], capsys: pytest.Captur
 def test_a_folder_without_a_log_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert training_page.main([str(tmp_path)]) == 2
     assert "no metrics.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("alignment", ["rocket", {"widths": [20, {}]}, {"student_layers": 2}])
+def test_a_record_of_another_form_is_refused(alignment: object, tmp_path: Path) -> None:
+    run = Run("a", tmp_path, 0, (), {"alignment": alignment})
+    with pytest.raises(UsageError, match=r"alignment: .* in its record; accepted: lists of layers and widths"):
+        training_page.alignment(run)
 
 
 def test_settings_that_differ_come_first() -> None:
