@@ -4,7 +4,7 @@
 #   refuses what it does not know.
 # What happens: control_delta of 1.4 is input_type in 1.5. The conversion copies the old name, and the controller takes any
 #   name that it does not know without a word. "control_delta": false, absolute poses, becomes delta poses: the target's
-#   coordinates are read as steps, and the arm drives away. A misspelled setting goes the same way.
+#   coordinates are read as steps, and the arm drives away.
 # Why it matters here: LIBERO's environments are of 1.4 and move to 1.5 (RoboCasa, newer LIBERO packages). Policies with
 #   absolute actions (X-VLA, control_mode "absolute" in LeRobot) then fail in every episode, with no message.
 # Seen on 2026-11-29.
@@ -72,4 +72,4 @@ for release in 1.4.0 1.5.2; do
 done
 old=$(tail -n 1 "$work/1.4.0.txt") new=$(tail -n 1 "$work/1.5.2.txt")
 echo "seen: after 60 steps the hand is $old cm from the target in robosuite 1.4.0 and $new cm in 1.5.2"
-[ "$old" -le 10 ] && [ "$new" -ge 30 ]
+[ "$old" -le 5 ] && [ "$new" -ge 30 ]
