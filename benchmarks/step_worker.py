@@ -2,13 +2,15 @@
 
     step_worker.py CASE plain|build
 
-Without an import of this repository's root: PYTHONPATH says which build is measured.
+Without an import of this repository's root: PYTHONPATH, one folder, says which build is measured.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +36,6 @@ from step_models import (
 def build_step(case: Case) -> dict[str, Callable[[], object]]:
     """The parts of a step as the training loop of the build on PYTHONPATH runs them."""
     from prismatic.models.lora import add_lora
-    from prismatic.training import run
     from prismatic.training.config import TrainConfig
     from prismatic.training.module import TrainableVLA
     from prismatic.training.objectives import L1Objective, PolicyParts
@@ -63,8 +64,9 @@ def build_step(case: Case) -> dict[str, Callable[[], object]]:
             return teacher(unnormalize_views(batch["pixel_values"]))
 
         targets = stored_targets(online(), base) if case.stored else online
-    # What training on a CPU does in the build, if it does.
-    getattr(run, "keep_freed_memory", lambda: None)()
+    # What the build's training command does on a CPU, if it does.
+    sys.path.append(str(Path(os.environ["PYTHONPATH"]) / "vla-scripts"))
+    getattr(importlib.import_module("finetune"), "keep_freed_memory", lambda: None)()
     module.train()
     module.last_state_of_text = True  # as training sets it for pairs that do not read it
 
