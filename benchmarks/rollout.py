@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, TypedDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.memory_probe import resident_memory
+from benchmarks.workers import commit_of
 from experiments.robot.policy import Array, Policy, Query, Render
 from prismatic.util.cli import CommandParser, exit_code
-from prismatic.util.errors import UsageError
 from prismatic.util.files import atomic_write
 
 if TYPE_CHECKING:
@@ -131,10 +131,7 @@ def run_way(arguments: argparse.Namespace, way: str, build: Path) -> Row:
 
 def compare_with_earlier(arguments: argparse.Namespace) -> int:
     """Measure one and two workers of an earlier build and of this one, in turns; ratios are the earlier over this."""
-    if not (arguments.earlier / "benchmarks/rollout.py").is_file():
-        raise UsageError(f"--earlier: {arguments.earlier} found; accepted: a checkout of this project")
-    described = ["git", "-C", str(arguments.earlier), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
+    commit = commit_of(str(arguments.earlier))
     ways: dict[str, dict[str, object]] = {}
     for way in ("1 worker", "2 workers"):
         earlier, now = (run_way(arguments, way, build) for build in (arguments.earlier.resolve(), ROOT))
